@@ -1,0 +1,79 @@
+# make demo     the main job on a real model, start to end (makes .venv on the first run)
+# make test     the fast tests
+# make check    format, lint, types, fast tests: what a change has to pass
+#
+# ARGS goes through: make demo ARGS="--quick --out runs/first", make test ARGS="-k topk".
+# PYTHON chooses the interpreter for a new environment: make demo PYTHON=python3.12.
+
+VENV ?= .venv
+ARGS ?=
+export VENV
+ifdef PYTHON
+export PYTHON
+endif
+
+ROOMS := sae steering kernels checkpoints cli
+CODE := $(ROOMS) tests benchmarks examples
+BIN := $(VENV)/bin
+# -P keeps the top-level folders off sys.path: the code is imported as saesteer, as installed.
+RUN := $(BIN)/python -P -m
+
+# The targets share one environment; making it twice at once would break it.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lint types format bench typecheck-links env-run env-dev \
+	clean distclean
+
+help:
+	@echo 'make demo             the main job on a real model, start to end (ARGS=--quick: shorter)'
+	@echo 'make test             the fast tests'
+	@echo 'make check            format, lint, types and the fast tests'
+	@echo 'make format           rewrite the code in our format'
+	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
+	@echo 'make bench            every script in benchmarks/'
+	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
+	@echo 'make clean            remove caches and build products (distclean: .venv too)'
+
+demo: env-run
+	@$(BIN)/saesteer demo $(ARGS)
+
+test: env-dev
+	@$(RUN) pytest $(ARGS)
+
+test-slow: env-dev
+	@$(RUN) pytest --run-slow -m slow $(ARGS)
+
+check: lint types test
+
+lint: env-dev
+	@$(RUN) ruff format --check .
+	@$(RUN) ruff check .
+
+types: env-dev typecheck-links
+	@$(RUN) mypy
+
+format: env-dev
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+bench: env-dev
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script" >&2; $(BIN)/python $$script $(ARGS); \
+	done
+
+typecheck-links:
+	@mkdir -p .typecheck/saesteer
+	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/saesteer/$$room; done
+
+env-run:
+	@.ci/env run
+
+env-dev:
+	@.ci/env dev
+
+clean:
+	rm -rf build dist *.egg-info .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(wildcard $(CODE)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@if [ -f $(VENV)/pyvenv.cfg ]; then echo rm -rf $(VENV); rm -rf $(VENV); fi

@@ -1,0 +1,25 @@
+"""Everything that touches a disk or a hub: SAE files, activation shards, run state, model files.
+
+The names below are loaded when first used, so that importing this package stays cheap.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from saesteer.checkpoints.errors import UserError
+
+if TYPE_CHECKING:
+    from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
+
+__all__ = ["SAE", "SAESpec", "UserError", "load_sae", "save_sae"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"SAE", "SAESpec", "load_sae", "save_sae"}:
+        from saesteer.checkpoints import sae_file
+
+        return getattr(sae_file, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,111 @@
+"""Which implementation an op runs on: the Triton kernel or its PyTorch twin.
+
+The choice is made at every call, from the tensors it gets, so a CPU tensor works on a GPU machine.
+``SAESTEER_KERNELS`` overrides it:
+
+``auto`` (default)
+    Triton for CUDA tensors in float32, bfloat16 or float16 where Triton is installed, else PyTorch.
+``torch``
+    always the PyTorch twin.
+``triton``
+    always the Triton kernel; an error where it cannot run. CPU tensors need ``TRITON_INTERPRET=1``,
+    which Triton reads once, when a kernel is defined: set it before Python starts.
+"""
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+CHOICES = ("auto", "triton", "torch")
+
+TRITON_INSTALLED = find_spec("triton") is not None
+"""Whether ``import triton`` can work here. Nothing in this package needs it."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether Triton kernels run in its interpreter, on the CPU. Fixed when the package is imported."""
+
+
+def kernel_choice() -> str:
+    """Value of ``SAESTEER_KERNELS``.
+
+    Raises:
+        ValueError: the value is none of auto, triton, torch.
+    """
+    choice = os.environ.get("SAESTEER_KERNELS", "").strip().lower() or "auto"
+    if choice not in CHOICES:
+        raise ValueError(
+            f"SAESTEER_KERNELS={choice!r} is not known: set it to one of {', '.join(CHOICES)}"
+        )
+    return choice
+
+
+@cache
+def _log_missing_triton() -> None:
+    _log.warning("Triton is not installed: CUDA tensors use the slower PyTorch kernels")
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an op whose main operand is ``tensor`` runs its Triton kernel.
+
+    Raises:
+        ValueError: ``SAESTEER_KERNELS`` holds an unknown value.
+        RuntimeError: ``SAESTEER_KERNELS=triton`` and Triton cannot run on this tensor.
+    """
+    choice = kernel_choice()
+    if choice == "torch":
+        return False
+    if choice == "triton":
+        if not TRITON_INSTALLED:
+            raise RuntimeError(
+                "SAESTEER_KERNELS=triton but Triton is not installed: "
+                "install triton, or set SAESTEER_KERNELS to auto or torch"
+            )
+        if not tensor.is_cuda and not INTERPRETED:
+            raise RuntimeError(
+                f"SAESTEER_KERNELS=triton but the tensors are on {tensor.device.type}: move them "
+                "to a CUDA device, set TRITON_INTERPRET=1, or set SAESTEER_KERNELS to auto or torch"
+            )
+        return True
+    if not tensor.is_cuda or tensor.dtype == torch.float64:
+        return False
+    if not TRITON_INSTALLED:
+        _log_missing_triton()
+        return False
+    return True
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype that sums are held in: float64 if any operand is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where its last axis has stride 1, else a contiguous copy.
+
+    The kernels take a row stride and walk the last axis one element at a time. Expanded tensors
+    (stride 0, such as the gradient of ``.sum()``) and transposed views are copied.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_indices(indices: Tensor, d_sae: int) -> None:
+    """Refuse indices outside 0..d_sae-1 on the CPU, where looking costs microseconds.
+
+    Not done on other devices: it would make the host wait for them.
+
+    Raises:
+        IndexError: an index is out of range.
+    """
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= d_sae:
+        raise IndexError(
+            f"latent_indices must be in 0..{d_sae - 1} (d_sae), got {low if low < 0 else high}"
+        )

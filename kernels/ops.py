@@ -1,0 +1,194 @@
+"""The op layer: sparse autoencoder arithmetic on the k active latents of each example.
+
+Every op takes CPU and CUDA tensors, checks their shapes and picks the Triton kernel or its PyTorch
+twin by device and dtype (`saesteer.kernels.dispatch`). Both weight matrices are held latent-major,
+``[d_sae, d_model]``. Sums are accumulated in float32, or in float64 where an operand is float64.
+All are registered with PyTorch (``torch.ops.saesteer.*``), differentiate and compile.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesteer.kernels.adam_rows import adam_rows_op
+from saesteer.kernels.gather_dot import gather_dot_op
+from saesteer.kernels.sparse_decode import sparse_decode_op
+from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
+from saesteer.kernels.topk_encode import topk_encode_op
+
+__all__ = [
+    "LatentOrder",
+    "adam_rows_",
+    "encode_topk",
+    "gather_dot",
+    "sort_indices",
+    "sparse_decode",
+    "sparse_row_grads",
+]
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be [{axes}] = {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_matrix(name: str, tensor: Tensor, axes: str) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have two axes [{axes}], got {list(tensor.shape)}")
+
+
+def _check_slots(indices: Tensor) -> None:
+    _check_matrix("latent_indices", indices, "batch, k")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"latent_indices must be int64 or int32, got {indices.dtype}")
+
+
+def encode_topk(
+    x: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """``relu`` of the k largest pre-activations ``x @ W_enc_rows.T + b_enc``, and their latents.
+
+    Exact. Equal pre-activations are taken in order of latent index; NaN counts as 0. Latents are
+    listed by ascending index and never twice. A row with fewer than k positive pre-activations has
+    empty slots: value 0, the index of the next-best latent, and no gradient.
+
+    Differentiable in x, W_enc_rows and b_enc through the activations. The dense pre-activations
+    exist for a chunk of rows at a time, and are never kept for the backward pass.
+
+    Returns:
+        latent activations (float32, or float64 for float64 inputs) and latent indices (int64).
+
+    Raises:
+        ValueError: shapes disagree, or k is not in 1..d_sae.
+    """
+    _check_matrix("x", x, "batch, d_model")
+    _check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
+    d_sae = W_enc_rows.shape[0]
+    _check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
+    _check("b_enc", b_enc, (d_sae,), "d_sae")
+    if not 0 < k <= d_sae:
+        raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
+    acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
+    return acts, indices
+
+
+def sparse_decode(
+    latent_acts: Float[Tensor, "batch k"],
+    latent_indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"] | None = None,
+) -> Float[Tensor, "batch d_model"]:
+    """Add up the k chosen decoder rows of each example, weighted by their activations, and b_dec.
+
+    Indices may repeat; repeated rows are added twice. The result has the promoted dtype of
+    latent_acts and W_dec. Differentiable in latent_acts, W_dec and b_dec, deterministically and
+    with no tensor of [batch, d_sae] or [batch, k, d_model].
+
+    Raises:
+        ValueError: shapes disagree.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    _check_matrix("W_dec", W_dec, "d_sae, d_model")
+    _check_slots(latent_indices)
+    _check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    if b_dec is not None:
+        _check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+    out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec)
+    return out
+
+
+def gather_dot(
+    vectors: Float[Tensor, "batch d_model"],
+    matrix: Float[Tensor, "d_sae d_model"],
+    latent_indices: Int[Tensor, "batch k"],
+) -> Float[Tensor, "batch k"]:
+    """Dot product of each vector with the matrix rows that its example names.
+
+    Accumulated and returned in float32 (float64 if an operand is). Differentiable in vectors and
+    matrix.
+
+    Raises:
+        ValueError: shapes disagree.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    _check_matrix("matrix", matrix, "d_sae, d_model")
+    _check_slots(latent_indices)
+    _check("vectors", vectors, (latent_indices.shape[0], matrix.shape[1]), "batch, d_model")
+    out: Tensor = gather_dot_op(vectors, matrix, latent_indices)
+    return out
+
+
+def sparse_row_grads(
+    weights: Float[Tensor, "batch k"],
+    latent_indices: Int[Tensor, "batch k"],
+    rows: Float[Tensor, "batch d_model"],
+    d_sae: int,
+    order: LatentOrder | None = None,
+) -> tuple[Float[Tensor, "d_sae d_model"], Int[Tensor, " d_sae"]]:
+    """Per latent, the weighted sum of the rows of the examples that name it.
+
+    With ``order = sort_indices(latent_indices, d_sae)`` several calls share one sort. Every sum is
+    taken in batch order, so results repeat bit for bit. Latents that nothing names get zeros.
+    Differentiable in weights and rows.
+
+    Returns:
+        the sums (float32, or float64 if an operand is), and per latent the number of weights other
+        than 0 (int64): with latent activations as weights, how often it fired.
+
+    Raises:
+        ValueError: shapes disagree.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    _check_matrix("rows", rows, "batch, d_model")
+    _check_slots(latent_indices)
+    _check("weights", weights, tuple(latent_indices.shape), "batch, k")
+    _check("rows", rows, (latent_indices.shape[0], rows.shape[1]), "batch, d_model")
+    if order is not None:
+        _check("order.order", order.order, (latent_indices.numel(),), "batch * k")
+        _check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
+    entries, starts = (None, None) if order is None else order
+    grads, _, counts = sparse_row_grads_op(weights, latent_indices, rows, d_sae, entries, starts)
+    return grads, counts
+
+
+def adam_rows_(
+    param: Float[Tensor, "*shape"],
+    grad: Float[Tensor, "*shape"],
+    exp_avg: Float[Tensor, "*shape"],
+    exp_avg_sq: Float[Tensor, "*shape"],
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    unit_rows: bool = False,
+) -> None:
+    """One Adam step in place on param, exp_avg and exp_avg_sq (one or two axes); grad is only read.
+
+    ``step`` counts from 1. Without ``unit_rows`` this is torch.optim.Adam. With it, param is a
+    matrix of unit rows: the part of each row's gradient along the row is removed before the step
+    and the row is scaled back to length 1 after it. Rows of zeros stay zero.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, step < 1, or unit_rows on a vector.
+    """
+    if param.dim() not in (1, 2) or (unit_rows and param.dim() != 2):
+        wanted = "two axes with unit_rows" if unit_rows else "one or two axes"
+        raise ValueError(f"param must have {wanted}, got {list(param.shape)}")
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check(name, tensor, tuple(param.shape), "the shape of param")
+    if exp_avg.dtype != param.dtype or exp_avg_sq.dtype != param.dtype:
+        raise ValueError(
+            f"exp_avg and exp_avg_sq must be {param.dtype} like param, "
+            f"got {exp_avg.dtype} and {exp_avg_sq.dtype}"
+        )
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    with torch.no_grad():
+        adam_rows_op(
+            param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows
+        )

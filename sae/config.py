@@ -1,0 +1,188 @@
+"""What each stage can be told, one frozen dataclass per stage. Imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from saesteer.checkpoints.errors import UsageError
+
+Progress = Callable[[str, int, int, str], None]
+"""Called as `progress(stage, done, total, note)`; a verb draws it, a notebook may ignore it."""
+
+
+def no_progress(stage: str, done: int, total: int, note: str) -> None:
+    """Show nothing."""
+
+
+def _at_least(flag: str, value: float, least: float) -> None:
+    if value < least:
+        raise UsageError(f"{flag} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """Which text goes through the language model, and how it is cut."""
+
+    data: tuple[str, ...] = ("python-docs",)
+    """Corpora: a text or JSONL file, a folder, `hf:DATASET[:config][:split]`, `python-docs`."""
+    context: int = 256
+    """Tokens per sequence; documents are packed, nothing is padded."""
+    batch_size: int = 16
+    """Sequences per forward pass of the language model."""
+    replies_share: float = 0.5
+    """Share of the contexts that hold the model's own replies, when there are any."""
+    epochs: int = 1
+    """How often the corpus may be read."""
+    max_norm_ratio: float = 10.0
+    """Rows longer than this multiple of the running median norm (attention sinks) are left out."""
+    seed: int = 0
+    """Orders the documents."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UsageError("--data needs at least one corpus, got none: try python-docs")
+        _at_least("--context", self.context, 2)
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--epochs", self.epochs, 1)
+        if not 0 < self.replies_share < 1:
+            raise UsageError(
+                f"--replies-share must be between 0 and 1 exclusive, got {self.replies_share}"
+            )
+        if not self.max_norm_ratio > 1:
+            raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarvestConfig:
+    """One pass of a corpus through a language model, activations written to shards."""
+
+    layers: tuple[int, ...]
+    """Blocks whose site is stored; negative counts from the end."""
+    site: str = "resid_post"
+    """`resid_post`, `resid_pre`, `resid_mid`, `attn_out`, `mlp_out`, or a module path."""
+    tokens: int = 1_000_000
+    """Activations to keep."""
+    text: TextConfig = TextConfig()
+    store_dtype: str | None = None
+    """`bfloat16`, `float16`, `float32`; by default bfloat16, or float32 with a float32 model."""
+    shard_tokens: int = 65_536
+    """Activations per shard file."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UsageError("--layer needs at least one block index")
+        if len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"--layer names a block twice: {','.join(map(str, self.layers))}")
+        _at_least("--tokens", self.tokens, 1)
+        _at_least("--shard-tokens", self.shard_tokens, 1)
+        if self.store_dtype not in (None, "bfloat16", "float16", "float32"):
+            raise UsageError(
+                f"--store-dtype must be bfloat16, float16 or float32, got {self.store_dtype!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Training of one SAE or of the product of several layers, widths, k and seeds."""
+
+    layers: tuple[int, ...] = ()
+    """Blocks to train on; empty with shards means every layer they hold."""
+    site: str = "resid_post"
+    arch: str = "topk"
+    d_sae: tuple[int, ...] = ()
+    """Numbers of latents; empty means 8 times d_model."""
+    k: tuple[int, ...] = (32,)
+    """Latents kept per token."""
+    init_seed: tuple[int, ...] = (0,)
+    """Seeds of the initialisation, one SAE each."""
+    tokens: int = 1_000_000
+    """Activations to train on."""
+    batch_tokens: int = 2048
+    """Activations per optimiser step."""
+    lr: float | None = None
+    """Peak learning rate; by default `default_lr` of the width and the number of steps."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; by default a twentieth of the run, at most 1000."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls to zero."""
+    auxk: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
+    dead_after_tokens: int | None = None
+    """Silence after which a latent counts as dead; by default min(10M, tokens / 4)."""
+    buffer_tokens: int = 131_072
+    """Activations in the shuffle buffer (at most half of `tokens`)."""
+    checkpoint_every: int = 5_000_000
+    """Activations between saved states."""
+    seed: int = 0
+    """Orders the data."""
+    text: TextConfig = TextConfig()
+    """Used when training live from a model."""
+
+    def __post_init__(self) -> None:
+        if self.arch != "topk":
+            raise UsageError(f"--arch must be topk, got {self.arch!r}")
+        for flag, values in (("--k", self.k), ("--init-seed", self.init_seed)):
+            if not values:
+                raise UsageError(f"{flag} needs at least one value")
+        for k in self.k:
+            _at_least("--k", k, 1)
+            for d_sae in self.d_sae:
+                if d_sae < k:
+                    raise UsageError(f"--d-sae must be at least --k ({k}), got {d_sae}")
+        _at_least("--tokens", self.tokens, 1)
+        _at_least("--batch-tokens", self.batch_tokens, 1)
+        if self.tokens < 2 * self.batch_tokens:
+            raise UsageError(
+                f"--tokens must be at least twice --batch-tokens ({self.batch_tokens}), "
+                f"got {self.tokens}"
+            )
+        if self.lr is not None and not 0 < self.lr < 1:
+            raise UsageError(f"--lr must be between 0 and 1, got {self.lr}")
+        if self.warmup_steps is not None:
+            _at_least("--warmup-steps", self.warmup_steps, 0)
+        if not 0 <= self.decay_share <= 1:
+            raise UsageError(f"--decay-share must be in 0..1, got {self.decay_share}")
+        _at_least("--auxk", self.auxk, 0)
+        if self.dead_after_tokens is not None:
+            _at_least("--dead-after-tokens", self.dead_after_tokens, 1)
+        _at_least("--buffer-tokens", self.buffer_tokens, 1)
+        _at_least("--checkpoint-every", self.checkpoint_every, 1)
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        return min(1000, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def resolved_dead_after_tokens(self) -> int:
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(1, min(10_000_000, self.tokens // 4))
+
+
+def default_lr(d_sae: int, steps: int) -> float:
+    """Peak learning rate when none is given.
+
+    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). A run of
+    a few hundred steps ends long before that rate has moved the weights; there the rate grows with
+    1/sqrt(steps), up to four times.
+    """
+    short_run = min(4.0, max(1.0, (20_000 / max(1, steps)) ** 0.5))
+    return float(2e-4 * (2**14 / d_sae) ** 0.5 * short_run)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """Measurement of an SAE on held-out text."""
+
+    tokens: int = 50_000
+    """Kept positions to measure on."""
+    text: TextConfig = TextConfig()
+    bootstrap: int = 1000
+    """Resamples of the documents behind each 95 % interval."""
+
+    def __post_init__(self) -> None:
+        _at_least("--tokens", self.tokens, 2)
+        _at_least("--bootstrap", self.bootstrap, 1)

@@ -1,0 +1,267 @@
+"""Any Hugging Face causal language model, with its decoder blocks found by structure."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from saesteer.checkpoints.errors import UsageError, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_TOWERS_THAT_ARE_NOT_TEXT = ("vision", "visual", "image", "audio", "speech", "encoder")
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A causal language model with what the rest of the toolkit needs to know about it.
+
+    `blocks` are the decoder blocks of the text tower, in order; `fingerprint` identifies the
+    weights (see `weight_fingerprint`) and is written into every SAE, plan and run.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    blocks: nn.ModuleList
+    blocks_path: str
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(text_config(self.model).hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.blocks.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.blocks.parameters()).dtype
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to fill padding with; the attention mask hides it, so any will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @cached_property
+    def special_ids(self) -> torch.Tensor:
+        """Ids of tokens that are not text: excluded from training and from steering scopes."""
+        ids = set(self.tokenizer.all_special_ids)
+        ids.update(getattr(self.tokenizer, "added_tokens_decoder", {}) or {})
+        specials = [i for i in ids if self._is_special(i)]
+        return torch.tensor(sorted(specials), dtype=torch.int64)
+
+    def _is_special(self, token_id: int) -> bool:
+        if token_id in self.tokenizer.all_special_ids:
+            return True
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token_id)
+        return bool(added is not None and added.special)
+
+    @cached_property
+    def text_model(self) -> nn.Module:
+        """The module that owns the blocks: running it computes no logits."""
+        parent = self.blocks_path.rpartition(".")[0]
+        return self.model.get_submodule(parent) if parent else self.model
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between the last block and the unembedding, or None when there is none."""
+        for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+            module = getattr(self.text_model, name, None)
+            if isinstance(module, nn.Module):
+                return module
+        return None
+
+    @property
+    def unembed(self) -> nn.Module:
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"--model {self.name} has no output embedding: a causal LM is needed")
+        return head  # type: ignore[no-any-return]
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text tower, also inside a multimodal wrapper."""
+    return model.config.get_text_config(decoder=True)
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first accelerator, else the CPU. Raises UsageError for an unknown name."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device: use cpu")
+    return chosen
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on the device's own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # ATen exposes these two probes without a public name (checked with torch 2.8 to 2.13).
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it natively, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def weight_fingerprint(model: nn.Module, sample: int = 65536) -> str:
+    """Sixteen hex digits that identify a model's weights, whatever file layout they came from.
+
+    SHA-256 over every parameter's name and shape, and over up to `sample` evenly spaced values of
+    each, rounded to bfloat16: so float32 and bfloat16 loads of one checkpoint agree, and a model of
+    any size takes a moment. Two models that differ only in values that were not sampled collide.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, -(-flat.numel() // sample))
+        values = flat[::stride].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of the text tower: the outermost ModuleList of the right length.
+
+    Names differ between model families (`layers`, `h`, `decoder.layers`); the number of hidden
+    layers does not. `path` overrides the search. Raises UserError when nothing or more than one
+    list fits.
+    """
+    if path is not None:
+        try:
+            found = model.get_submodule(path)
+        except AttributeError:
+            raise UserError(f"--blocks {path}: the model has no such module") from None
+        if not isinstance(found, nn.ModuleList):
+            raise UserError(f"--blocks {path} is a {type(found).__name__}, not a list of blocks")
+        return path, found
+    expected = text_config(model).num_hidden_layers
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(outer + ".") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == expected and not inside_another:
+            lists.append((name, module))
+    if len(lists) > 1:
+        text_only = [
+            pair
+            for pair in lists
+            if not any(word in pair[0].lower() for word in _TOWERS_THAT_ARE_NOT_TEXT)
+        ]
+        lists = text_only or lists
+    if len(lists) != 1:
+        names = ", ".join(name for name, _ in lists) or "none"
+        raise UserError(
+            f"cannot tell which modules are the {expected} decoder blocks (candidates: {names}): "
+            "name their list with --blocks MODULE.PATH"
+        )
+    return lists[0]
+
+
+def wrap_model(
+    model: Any, tokenizer: Any, name: str = "in-memory", blocks_path: str | None = None
+) -> LanguageModel:
+    """Take a transformers model and tokenizer that are already in memory."""
+    path, blocks = find_blocks(model, blocks_path)
+    model.eval()
+    return LanguageModel(model, tokenizer, name, weight_fingerprint(model), blocks, path)
+
+
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", blocks_path: str | None = None
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: Hub name, local folder, `.gguf` file, or alias (`smollm2-135m-instruct`).
+        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        blocks_path: module path of the list of decoder blocks when it cannot be found.
+
+    Raises:
+        UserError: nothing loadable under that name; the message says what to do.
+    """
+    from saesteer.checkpoints.model_files import resolve_model
+
+    target = pick_device(device)
+    chosen_dtype = pick_dtype(dtype, target)
+    resolved = resolve_model(name)
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            model = _from_pretrained(resolved.path_or_repo, chosen_dtype)
+            tokenizer = AutoTokenizer.from_pretrained(resolved.path_or_repo)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--model {name} could not be loaded: {reason}") from error
+    return wrap_model(model.to(target), tokenizer, resolved.name, blocks_path)
+
+
+def as_language_model(
+    model: "str | LanguageModel", *, device: str = "auto", dtype: str = "auto"
+) -> LanguageModel:
+    """Pass a `LanguageModel` through; load anything else by name."""
+    if isinstance(model, LanguageModel):
+        return model
+    return load_model(model, device=device, dtype=dtype)
+
+
+def _from_pretrained(path: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    # Multimodal wrappers are registered elsewhere; their text tower is used alone.
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's own progress bars and warnings: ours say what is happening."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

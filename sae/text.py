@@ -1,0 +1,416 @@
+"""From corpora to packed contexts of token ids, in a seeded and resumable order."""
+
+import hashlib
+import json
+import mmap
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import sha256_file
+from saesteer.sae.config import TextConfig
+from saesteer.sae.models import LanguageModel
+
+Document = str | list[dict[str, str]]
+"""Plain text, or the messages of a chat."""
+
+# Paragraphs are put together until a document of a plain-text file has this many bytes.
+_DOCUMENT_BYTES = 2000
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+_HUB_SHUFFLE_ROWS = 10_000
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order that a seed permutes."""
+
+    name: str
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        """The documents of one pass in the order of `seed`, without the first `start`."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What was read, precisely enough to tell whether it is the same text again."""
+        ...
+
+
+class FileCorpus:
+    """Text and JSONL files, indexed once, read by offset.
+
+    A document is a JSON line with `text` or `messages`, or consecutive paragraphs (separated by
+    blank lines) of a text file, about 2,000 bytes of them.
+
+    Raises UserError for a file that is missing, empty, not UTF-8 or not the JSON expected.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        self.name = name
+        self.files = list(files)
+        index = [
+            (number, start, end)
+            for number, path in enumerate(self.files)
+            for start, end in _document_spans(path)
+        ]
+        if not index:
+            raise UserError(f"--data {name} holds no text: give a corpus with at least one document")
+        self.index = np.array(index, dtype=np.int64)
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        order = np.random.default_rng(seed).permutation(len(self.index))
+        for number, low, high in self.index[order[start:]]:
+            yield self._read(self.files[number], int(low), int(high))
+
+    def _read(self, path: Path, start: int, end: int) -> Document:
+        with path.open("rb") as file:
+            file.seek(start)
+            raw = file.read(end - start)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--data {path} is not UTF-8 (byte {start + error.start}): convert it, "
+                "for example with iconv"
+            ) from None
+        return _json_document(text, path) if path.suffix == ".jsonl" else text
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
+
+
+def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the documents in one file, which is mapped and never read whole."""
+    if path.stat().st_size == 0:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = position = 0
+        while position < len(data):
+            newline = data.find(b"\n", position)
+            end = len(data) if newline < 0 else newline + 1
+            blank = not data[position:end].strip()
+            position = end
+            if path.suffix == ".jsonl":
+                if not blank:
+                    yield start, end
+                start = end
+            elif blank and end - start >= _DOCUMENT_BYTES:
+                yield start, end
+                start = end
+        if data[start:].strip():
+            yield start, len(data)
+
+
+def _json_document(line: str, path: Path) -> Document:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--data {path} has a line that is not JSON: {error.msg}") from None
+    return _row_document(row, str(path))
+
+
+def _row_document(row: Any, source: str) -> Document:
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return str(row["text"])
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        ):
+            return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+    keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise UserError(
+        f"--data {source} has a row with neither `text` nor `messages` (it has: {keys})"
+    )
+
+
+class PythonDocs:
+    """The language reference that every CPython carries as the help texts of `pydoc`."""
+
+    name = "python-docs"
+
+    def __init__(self) -> None:
+        from pydoc_data.topics import topics
+
+        self.topics = [topics[key] for key in sorted(topics)]
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        order = np.random.default_rng(seed).permutation(len(self.topics))
+        for i in order[start:]:
+            yield self.topics[i]
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256("\0".join(self.topics).encode()).hexdigest()
+        return {"name": self.name, "python": sys.version.split()[0], "sha256": digest}
+
+
+class HubCorpus:
+    """A dataset of the Hugging Face Hub, streamed: `hf:DATASET[:config][:split]`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        dataset, *rest = name.removeprefix("hf:").split(":")
+        if not dataset or len(rest) > 2:
+            raise UserError(f"--data {name} must read hf:DATASET[:config][:split]")
+        config = rest[0] or None if len(rest) == 2 else None
+        split = rest[-1] if rest else "train"
+        try:
+            from datasets import load_dataset
+
+            self.rows = load_dataset(dataset, config, split=split, streaming=True)
+        except Exception as error:  # the library raises a dozen unrelated types
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--data {name} could not be opened: {reason}") from error
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        rows = self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS)
+        for row in rows.skip(start):
+            yield _row_document(row, self.name)
+
+    def identity(self) -> dict[str, Any]:
+        info = self.rows.info
+        return {"name": self.name, "builder": info.builder_name, "version": str(info.version)}
+
+
+class JoinedCorpus:
+    """Several corpora, one after the other, each in its own seeded order."""
+
+    def __init__(self, parts: Sequence[Corpus]) -> None:
+        self.parts = list(parts)
+        self.name = ",".join(part.name for part in parts)
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        for part in self.parts:
+            for document in part.documents(seed, 0):
+                if start > 0:
+                    start -= 1
+                    continue
+                yield document
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "parts": [part.identity() for part in self.parts]}
+
+
+def open_corpus(specs: Sequence[str]) -> Corpus:
+    """Open the corpora that `--data` names. Raises UserError for one that cannot be opened."""
+    parts = [_open_one(spec) for spec in specs]
+    return parts[0] if len(parts) == 1 else JoinedCorpus(parts)
+
+
+def _open_one(spec: str) -> Corpus:
+    if spec == PythonDocs.name:
+        return PythonDocs()
+    if spec.startswith("hf:"):
+        return HubCorpus(spec)
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"--data {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
+        return FileCorpus(spec, files)
+    if not path.is_file():
+        raise UserError(
+            f"--data {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
+        )
+    return FileCorpus(spec, [path])
+
+
+@dataclass(frozen=True, eq=False)
+class ContextBatch:
+    """Token ids of some contexts, which of them are text, and which document each came from."""
+
+    token_ids: Int[Tensor, "rows context"]
+    keep: Bool[Tensor, "rows context"]
+    document_ids: Int[Tensor, "rows context"]
+
+
+class ContextStream:
+    """Documents packed end to end into contexts of a fixed length, without padding.
+
+    Documents are separated by the end-of-text token; where the tokenizer puts a beginning-of-text
+    token in front of a text, every context starts with one. Special tokens are marked not to keep.
+    What is left at the end of the last epoch and fills no context is dropped.
+    """
+
+    def __init__(self, corpus: Corpus, lm: LanguageModel, context: int, seed: int, epochs: int):
+        self.corpus = corpus
+        self.lm = lm
+        self.context = context
+        self.seed = seed
+        self.epochs = epochs
+        self.epoch = 0
+        self.consumed = 0
+        self.emitted = 0
+        self._tokens: list[int] = []
+        self._owners: list[int] = []
+        self._documents: Iterator[Document] | None = None
+        tokenizer = lm.tokenizer
+        plain = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        self._prefix = [bos] if bos is not None and plain[:1] == [bos] else []
+        self._separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether every context starts with the beginning-of-text token."""
+        return bool(self._prefix)
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What text was read."""
+        return [self.corpus.identity()]
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        """The next contexts, at most `rows`; None at the end of the last epoch."""
+        body = self.context - len(self._prefix)
+        ids, owners = [], []
+        while len(ids) < rows:
+            while len(self._tokens) < body and self._read_document():
+                pass
+            if len(self._tokens) < body:
+                break
+            ids.append(self._prefix + self._tokens[:body])
+            owners.append([-1] * len(self._prefix) + self._owners[:body])
+            del self._tokens[:body], self._owners[:body]
+        if not ids:
+            if self.emitted == 0:
+                raise UserError(
+                    f"--data {self.corpus.name} holds fewer tokens than one context of "
+                    f"{self.context}: give more text or a smaller --context"
+                )
+            return None
+        self.emitted += len(ids)
+        token_ids = torch.tensor(ids, dtype=torch.int64)
+        keep = ~torch.isin(token_ids, self.lm.special_ids)
+        return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64))
+
+    def _read_document(self) -> bool:
+        """Append one document's tokens; False when there are no more."""
+        while self.epoch < self.epochs:
+            if self._documents is None:
+                self._documents = self.corpus.documents(self.seed + self.epoch, self.consumed)
+            document = next(self._documents, None)
+            if document is not None:
+                tokens = self._tokenize(document) + self._separator
+                self._tokens += tokens
+                self._owners += [self.consumed] * len(tokens)
+                self.consumed += 1
+                return True
+            if self.consumed == 0:
+                return False
+            self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
+        return False
+
+    def _tokenize(self, document: Document) -> list[int]:
+        tokenizer = self.lm.tokenizer
+        if not isinstance(document, str):
+            if not self.lm.has_chat_template:
+                document = "\n".join(message["content"] for message in document)
+            else:
+                document = tokenizer.apply_chat_template(document, tokenize=False)
+        return list(tokenizer(document, add_special_tokens=False)["input_ids"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; JSON-ready."""
+        return {
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "emitted": self.emitted,
+            "tokens": list(self._tokens),
+            "owners": list(self._owners),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self.emitted = state["emitted"]
+        self._tokens, self._owners = list(state["tokens"]), list(state["owners"])
+        self._documents = None
+
+
+class MixedStream:
+    """Contexts of a corpus and of the model's own replies, in a stated share.
+
+    Context number n is one of replies when floor((n + 1) · share) exceeds floor(n · share): an even
+    mixture that depends on nothing but n. The replies are few and repeat; the corpus decides when
+    the stream ends.
+    """
+
+    def __init__(self, corpus: ContextStream, replies: ContextStream, share: float) -> None:
+        self.corpus = corpus
+        self.replies = replies
+        self.share = share
+        self.emitted = 0
+
+    @property
+    def prepend_bos(self) -> bool:
+        return self.corpus.prepend_bos
+
+    def identity(self) -> list[dict[str, Any]]:
+        return self.corpus.identity() + self.replies.identity()
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        numbers = range(self.emitted, self.emitted + rows)
+        is_reply = [int((n + 1) * self.share) > int(n * self.share) for n in numbers]
+        parts = {}
+        for kind, stream in ((True, self.replies), (False, self.corpus)):
+            wanted = is_reply.count(kind)
+            batch = stream.next_batch(wanted) if wanted else None
+            if wanted and (batch is None or len(batch.token_ids) < wanted):
+                return None
+            parts[kind] = batch
+        order = torch.tensor(is_reply)
+        self.emitted += rows
+
+        def weave(field: Callable[[ContextBatch], Tensor]) -> Tensor:
+            out = torch.empty(rows, self.corpus.context, dtype=torch.int64)
+            for kind, batch in parts.items():
+                if batch is not None:
+                    out[order == kind] = field(batch).to(torch.int64)
+            return out
+
+        # Replies are documents of their own: their numbers continue below those of the corpus.
+        def owners(batch: ContextBatch) -> Tensor:
+            return -2 - batch.document_ids if batch is parts[True] else batch.document_ids
+
+        return ContextBatch(
+            weave(lambda b: b.token_ids), weave(lambda b: b.keep).bool(), weave(owners)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus.state_dict(),
+            "replies": self.replies.state_dict(),
+            "emitted": self.emitted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.corpus.load_state_dict(state["corpus"])
+        self.replies.load_state_dict(state["replies"])
+        self.emitted = state["emitted"]
+
+
+Contexts = ContextStream | MixedStream
+
+# Replies may repeat as often as the corpus asks for them.
+_ENDLESS = 1_000_000
+
+
+def open_contexts(
+    lm: LanguageModel, config: TextConfig, replies_file: Path | None = None
+) -> Contexts:
+    """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any."""
+    stream = ContextStream(
+        open_corpus(config.data), lm, config.context, config.seed, config.epochs
+    )
+    if replies_file is None:
+        return stream
+    replies = ContextStream(
+        open_corpus([str(replies_file)]), lm, config.context, config.seed, _ENDLESS
+    )
+    return MixedStream(stream, replies, config.replies_share)

@@ -1,0 +1,554 @@
+"""Training of sparse autoencoders: `train` prepares, `fit` loops, `SAETrainer` makes one step."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json
+from saesteer.checkpoints.provenance import git_revision, versions
+from saesteer.checkpoints.run_state import has_state, load_state, save_state
+from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
+from saesteer.checkpoints.shards import ShardReader
+from saesteer.kernels.ops import adam_rows_
+from saesteer.sae.config import Progress, TrainConfig, default_lr, no_progress
+from saesteer.sae.harvester import model_facts, open_activations
+from saesteer.sae.hooks import resolve_site
+from saesteer.sae.models import LanguageModel, as_language_model, pick_device
+from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
+from saesteer.sae.topk import InputScale, TopKLoss, canonical, initialise, topk_loss
+
+_BETAS = (0.9, 0.999)
+# With the loss of order 1 the gradients of single rows are tiny: Gao et al. use this epsilon.
+_EPS = 6.25e-10
+_LOGS_PER_RUN = 100
+# Rows that mean and scale are measured on; more would not change the third digit.
+_SCALE_ROWS = 32_768
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One SAE of a run: where it reads and what it is made of."""
+
+    place: tuple[int, str]
+    d_sae: int
+    k: int
+    init_seed: int
+
+    @property
+    def folder(self) -> str:
+        layer, site = self.place
+        where = f"layer-{layer}" if site == "resid_post" else f"layer-{layer}-{site}"
+        return f"{where}_dsae-{self.d_sae}_k-{self.k}_seed-{self.init_seed}"
+
+
+class SAETrainer:
+    """The parameters of one SAE, its optimiser state, and one step of training."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        config: TrainConfig,
+        columns: slice,
+        scale: InputScale,
+        device: torch.device,
+    ) -> None:
+        self.variant = variant
+        self.config = config
+        self.columns = columns
+        self.scale = scale
+        d_model = len(scale.mean)
+        self.parameters = initialise(d_model, variant.d_sae, variant.init_seed, device)
+        named = self.parameters.named()
+        self.exp_avg = {name: torch.zeros_like(p.detach()) for name, p in named.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p.detach()) for name, p in named.items()}
+        self.tokens_since_fired = torch.zeros(variant.d_sae, dtype=torch.int64, device=device)
+        self.step = 0
+        self.peak_lr = config.lr or default_lr(variant.d_sae, config.steps)
+        self.device = device
+        self._start_log()
+
+    @property
+    def dead(self) -> Tensor:
+        """Latents silent for at least `dead_after_tokens` tokens, `[d_sae]` bool."""
+        return self.tokens_since_fired >= self.config.resolved_dead_after_tokens
+
+    def lr(self) -> float:
+        """Learning rate of the coming step: linear warm-up, constant, linear decay to zero."""
+        steps, warmup = self.config.steps, self.config.resolved_warmup_steps
+        decay = max(1, round(steps * self.config.decay_share))
+        rising = (self.step + 1) / warmup if warmup else 1.0
+        falling = (steps - self.step) / decay
+        return self.peak_lr * min(1.0, rising, falling)
+
+    def backward(self, batch: Float[Tensor, "batch width"]) -> TopKLoss:
+        """Loss and gradients of one batch. Nothing moves.
+
+        Raises NonFiniteError when the loss is NaN or infinite.
+        """
+        rows = batch[:, self.columns].to(self.device)
+        x = self.scale.apply(rows)
+        loss = topk_loss(self.parameters, x, self.variant.k, self.dead, self.config.auxk)
+        if not torch.isfinite(loss.total):
+            raise NonFiniteError(
+                f"the loss of {self.variant.folder} is not finite at step {self.step}: the state "
+                f"before it was kept; lower --lr (now {self.peak_lr:.2g}) or look at the data there"
+            )
+        torch.autograd.backward(loss.total)
+        self._log_batch(x, loss)
+        return loss
+
+    def update(self, loss: TopKLoss) -> None:
+        """Move the parameters along the gradients of `backward` and count which latents fired."""
+        lr = self.lr()
+        self.step += 1
+        for name, parameter in self.parameters.named().items():
+            assert parameter.grad is not None, "update follows backward"
+            adam_rows_(
+                parameter.detach(),
+                parameter.grad,
+                self.exp_avg[name],
+                self.exp_avg_sq[name],
+                step=self.step,
+                lr=lr,
+                beta1=_BETAS[0],
+                beta2=_BETAS[1],
+                eps=_EPS,
+                unit_rows=name == "W_dec",
+            )
+            parameter.grad = None
+        self.tokens_since_fired += len(loss.latent_acts)
+        self.tokens_since_fired[loss.latent_indices[loss.latent_acts > 0]] = 0
+
+    def _start_log(self) -> None:
+        self._error = self._variance = self._active = 0.0
+        self._rows = 0
+
+    def _log_batch(self, x: Float[Tensor, "batch d_model"], loss: TopKLoss) -> None:
+        self._error += loss.squared_error.item()
+        self._variance += (x - x.mean(dim=0)).square().sum().item()
+        self._active += (loss.latent_acts > 0).sum().item()
+        self._rows += len(x)
+
+    def take_log(self) -> dict[str, float]:
+        """FVU, L0 and the dead fraction of the batches since the last call."""
+        log = {
+            "fvu": self._error / max(self._variance, 1e-30),
+            "l0": self._active / max(self._rows, 1),
+            "dead_fraction": self.dead.float().mean().item(),
+            "lr": self.lr() if self.step < self.config.steps else 0.0,
+        }
+        self._start_log()
+        return log
+
+    def save(self, folder: Path, facts: dict[str, Any]) -> str:
+        """Write the SAE in canonical form; returns the SHA-256 of its weights."""
+        layer, site = self.variant.place
+        tensors = canonical(self.parameters, self.scale)
+        spec = SAESpec(
+            architecture="topk",
+            d_model=len(self.scale.mean),
+            d_sae=self.variant.d_sae,
+            k=self.variant.k,
+            hook_name=hook_name_for(layer, site),
+            hf_hook_name=facts["hf_hook_names"].get(self.variant.place, ""),
+            model_name=facts["model"].get("name", ""),
+            metadata={
+                "context_size": facts["context"],
+                "prepend_bos": facts["prepend_bos"],
+                "saesteer": {
+                    "model": facts["model"],
+                    "layer": layer,
+                    "site": site,
+                    "tokens": self.config.tokens,
+                    "input_scale": self.scale.factor,
+                },
+            },
+        )
+        return save_sae(folder, spec, **tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"param.{n}": p.detach() for n, p in self.parameters.named().items()}
+        state |= {f"exp_avg.{n}": t for n, t in self.exp_avg.items()}
+        state |= {f"exp_avg_sq.{n}": t for n, t in self.exp_avg_sq.items()}
+        state["tokens_since_fired"] = self.tokens_since_fired
+        state["step"] = torch.tensor(self.step)
+        log = [self._error, self._variance, self._active, float(self._rows)]
+        state["log"] = torch.tensor(log, dtype=torch.float64)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.named().items():
+            parameter.detach().copy_(state[f"param.{name}"])
+            self.exp_avg[name].copy_(state[f"exp_avg.{name}"])
+            self.exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self.step = int(state["step"])
+        self._error, self._variance, self._active, rows = state["log"].tolist()
+        self._rows = int(rows)
+
+
+def train(
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    model: str | LanguageModel | None = None,
+    activations: str | Path | None = None,
+    replies: Sequence[str] = (),
+    replies_folder: Path | None = None,
+    device: str = "auto",
+    lm_dtype: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """Train SAEs live from a model, or from shards.
+
+    One SAE is trained for every combination of the layers, widths, k and seeds in `config`, all
+    from one stream of activations. A single SAE is written to `out`, several to folders in it.
+
+    Args:
+        out: receives `cfg.json`, `sae_weights.safetensors`, `run.json`, `metrics.jsonl`, `state/`.
+        model: what to train on live; or
+        activations: a folder of shards; no model or tokenizer is then loaded.
+        replies: user texts that the model answers first (live only); see `harvest`.
+        resume: continue from the last saved state in `out`, or start when there is none.
+
+    Returns:
+        The `run.json` of each SAE, with its `folder`.
+
+    Raises:
+        UserError: something the message explains; Interrupted after Ctrl-C, with the state saved;
+        NonFiniteError when a loss is not finite, with the last good state saved.
+    """
+    if (model is None) == (activations is None):
+        raise UsageError("train needs either --model (live) or --activations (shards), not both")
+    if activations is not None and replies:
+        raise UsageError("--replies needs --model: shards hold the replies they were made with")
+    folder = claim_output(Path(out), resume=resume, force=force)
+    compute = pick_device(device)
+    if model is not None:
+        lm = as_language_model(model, device=device, dtype=lm_dtype)
+        source, facts = _live_source(lm, config, replies, replies_folder, progress)
+        d_model, dtype = lm.d_model, lm.dtype
+    else:
+        assert activations is not None
+        reader = ShardReader(activations)
+        source, facts = _shard_source(reader, config)
+        d_model, dtype = reader.d_model, getattr(torch, reader.manifest["dtype"])
+    run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
+    if resume and has_state(folder):
+        run.load()
+    return run.fit()
+
+
+def _live_source(
+    lm: LanguageModel,
+    config: TrainConfig,
+    replies: Sequence[str],
+    replies_folder: Path | None,
+    progress: Progress,
+) -> tuple[ActivationSource, dict[str, Any]]:
+    from saesteer.checkpoints.model_files import cache_folder
+
+    if not config.layers:
+        raise UsageError("live training needs --layer: the block to read")
+    points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+    folder = replies_folder or cache_folder() / "replies"
+    stream = open_activations(
+        lm, points, config.text, replies=replies, replies_folder=folder, progress=progress
+    )
+    return LiveSource(stream), {
+        "model": model_facts(lm),
+        "data": stream.identity(),
+        "context": config.text.context,
+        "prepend_bos": stream.prepend_bos,
+        "hf_hook_names": {point.key: point.module_path for point in points},
+    }
+
+
+def _shard_source(
+    reader: ShardReader, config: TrainConfig
+) -> tuple[ActivationSource, dict[str, Any]]:
+    site = config.site if config.site in reader.sites or len(reader.sites) > 1 else reader.sites[0]
+    if config.layers:
+        places = [reader.place(layer, site) for layer in config.layers]
+    else:
+        places = [(layer, site) for layer in reader.layers]
+    manifest = reader.manifest
+    model = manifest["model"]
+    text = manifest.get("config") or {}
+    paths = manifest.get("hf_hook_names") or []
+    named = zip(reader.layers, paths, strict=False)
+    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
+        "model": model if isinstance(model, dict) else {"name": str(model)},
+        "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
+        "context": text.get("context", config.text.context),
+        "prepend_bos": bool(manifest.get("prepend_bos", False)),
+        "hf_hook_names": {(layer, site): path for layer, path in named},
+    }
+
+
+class _Run:
+    """A training run: its batches, its SAEs, its folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        source: ActivationSource,
+        facts: dict[str, Any],
+        d_model: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.facts = facts
+        self.d_model = d_model
+        self.device = device
+        self.progress = progress
+        self.source = source
+        widths = config.d_sae or (8 * d_model,)
+        self.variants = [
+            Variant(place, d_sae, k, seed)
+            for place in source.places
+            for d_sae in widths
+            for k in config.k
+            for seed in config.init_seed
+        ]
+        for variant in self.variants:
+            if variant.d_sae < variant.k:
+                raise UsageError(
+                    f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}"
+                )
+        self.batches = BatchStream(
+            source,
+            d_model,
+            tokens=config.tokens,
+            batch_tokens=config.batch_tokens,
+            buffer_tokens=config.buffer_tokens,
+            dtype=dtype,
+            seed=config.seed,
+            filling=lambda done, total: progress("fill buffer", done, total, "tokens"),
+        )
+        self.trainers: list[SAETrainer] = []
+        self.step = 0
+        self.seconds = 0.0
+        self._last: list[dict[str, Any]] = [{} for _ in self.variants]
+
+    def place_of(self, variant: Variant) -> Path:
+        return self.folder if len(self.variants) == 1 else self.folder / variant.folder
+
+    def _make_trainers(self, scales: list[InputScale]) -> None:
+        """One trainer per variant; `scales` are in the order of the source's places."""
+        for variant in self.variants:
+            at = self.source.places.index(variant.place)
+            columns = slice(at * self.d_model, (at + 1) * self.d_model)
+            trainer = SAETrainer(variant, self.config, columns, scales[at], self.device)
+            self.trainers.append(trainer)
+            self.place_of(variant).mkdir(exist_ok=True)
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the end and write the SAEs."""
+        if not self.trainers:
+            sample = self.batches.fill()[:_SCALE_ROWS]
+            self._make_trainers([InputScale.of(x) for x in sample.split(self.d_model, dim=1)])
+        config = self.config
+        log_every = max(1, config.steps // _LOGS_PER_RUN)
+        save_every = max(1, config.checkpoint_every // config.batch_tokens)
+        clock = _Clock()
+        with _stop_requests() as stop:
+            while self.step < config.steps:
+                batch = self.batches.next_batch()
+                clock.got_batch()
+                assert batch is not None, "the stream holds exactly `steps` batches"
+                try:
+                    losses = [trainer.backward(batch) for trainer in self.trainers]
+                except NonFiniteError:
+                    # No trainer has moved: the state is the one before this batch.
+                    self.save()
+                    raise
+                for trainer, loss in zip(self.trainers, losses, strict=True):
+                    trainer.update(loss)
+                self.step += 1
+                clock.stepped(config.batch_tokens)
+                if self.step % log_every == 0 or self.step == config.steps:
+                    self.log(clock)
+                if stop() and self.step < config.steps:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {config.steps}; the state is in "
+                        f"{self.folder}: run the same command with --resume to go on"
+                    )
+                if self.step % save_every == 0 and self.step < config.steps:
+                    self.save()
+        return self.finish()
+
+    def log(self, clock: "_Clock") -> None:
+        """One line per SAE in its metrics.jsonl."""
+        tokens = self.step * self.config.batch_tokens
+        speed = clock.take()
+        self.seconds += speed.pop("seconds")
+        for i, trainer in enumerate(self.trainers):
+            self._last[i] = {"step": self.step, "tokens": tokens, **trainer.take_log(), **speed}
+            append_jsonl(self.place_of(trainer.variant) / "metrics.jsonl", self._last[i])
+        note = f"tokens, FVU {self._last[0]['fvu']:.3f}"
+        self.progress("train", tokens, self.batches.total, note)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write each SAE with its run.json, and the final state."""
+        self.save()
+        config = plain(asdict(self.config))
+        results = []
+        for trainer, last in zip(self.trainers, self._last, strict=True):
+            folder = self.place_of(trainer.variant)
+            layer, site = trainer.variant.place
+            run = {
+                "schema_version": 1,
+                "verb": "train",
+                "sae": {
+                    "layer": layer,
+                    "site": site,
+                    "d_model": self.d_model,
+                    "d_sae": trainer.variant.d_sae,
+                    "k": trainer.variant.k,
+                    "init_seed": trainer.variant.init_seed,
+                    "peak_lr": trainer.peak_lr,
+                    "sha256": trainer.save(folder, self.facts),
+                },
+                "config": config,
+                "model": self.facts["model"],
+                "data": self.facts["data"],
+                "excluded": self.source.excluded,
+                "final": last,
+                "seconds": round(self.seconds, 3),
+                "versions": versions(),
+                "git_revision": git_revision(),
+            }
+            write_json(folder / "run.json", run)
+            results.append({"folder": str(folder), **run})
+        return results
+
+    def save(self) -> None:
+        """Save all that `load` needs to continue to the bit."""
+        tensors, stream = self.batches.state_dict()
+        tensors = {f"batches/{name}": tensor for name, tensor in tensors.items()}
+        for i, trainer in enumerate(self.trainers):
+            tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
+            tensors[f"{i}/scale.mean"] = trainer.scale.mean
+        meta = {
+            "config": self._fixed_config(),
+            "stream": stream,
+            "step": self.step,
+            "seconds": self.seconds,
+            "scales": [trainer.scale.factor for trainer in self.trainers],
+            "last": self._last,
+            "metrics_bytes": [self._metrics_file(t.variant).stat().st_size for t in self.trainers],
+        }
+        save_state(self.folder, tensors, meta)
+
+    def load(self) -> None:
+        """Continue from the saved state. Raises UserError when it belongs to other settings."""
+        tensors, meta = load_state(self.folder)
+        for key, value in self._fixed_config().items():
+            if meta["config"].get(key) != value:
+                raise UserError(
+                    f"--resume: {self.folder} was trained with {key} = {meta['config'].get(key)}, "
+                    f"now it is {value}: give the flags of the first run, or another --out"
+                )
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            parts.setdefault(group, {})[rest] = tensor
+        by_place = {
+            variant.place: InputScale(parts[str(i)]["scale.mean"], meta["scales"][i])
+            for i, variant in enumerate(self.variants)
+        }
+        self._make_trainers([by_place[place] for place in self.source.places])
+        for i, trainer in enumerate(self.trainers):
+            trainer.load_state_dict(parts[str(i)])
+            # Lines written after the state was saved will be written again.
+            with self._metrics_file(trainer.variant).open("r+b") as file:
+                file.truncate(meta["metrics_bytes"][i])
+        self.batches.load_state_dict(parts["batches"], meta["stream"])
+        self.step, self.seconds, self._last = meta["step"], meta["seconds"], meta["last"]
+
+    def _metrics_file(self, variant: Variant) -> Path:
+        path = self.place_of(variant) / "metrics.jsonl"
+        path.touch()
+        return path
+
+    def _fixed_config(self) -> dict[str, Any]:
+        """What a resumed run may not change."""
+        config = plain(asdict(self.config))
+        del config["checkpoint_every"]
+        config["model"] = self.facts["model"].get("hash")
+        return dict(config)
+
+
+class _Clock:
+    """Time since the last log line, split into waiting for data and training."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._data = self._training = 0.0
+        self._tokens = 0
+
+    def got_batch(self) -> None:
+        now = time.monotonic()
+        self._data += now - self._mark
+        self._mark = now
+
+    def stepped(self, tokens: int) -> None:
+        now = time.monotonic()
+        self._training += now - self._mark
+        self._tokens += tokens
+        self._mark = now
+
+    def take(self) -> dict[str, float]:
+        """`stall_trainer`: share of time the trainer waited for data; `stall_model`: the reverse.
+
+        Harvest and training take turns, so the two shares add up to one.
+        """
+        seconds = max(self._data + self._training, 1e-9)
+        taken = {
+            "tokens_per_second": self._tokens / seconds,
+            "stall_model": self._training / seconds,
+            "stall_trainer": self._data / seconds,
+            "seconds": seconds,
+        }
+        self._data = self._training = 0.0
+        self._tokens = 0
+        return taken
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a question asked after each step; a second one kills at once."""
+    asked = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,656 @@
+"""A steering plan: which latents, at what dose, where; and the directions to do it without the SAE.
+
+On disk a plan is `plan.yaml` (everything a person may read or edit) beside `plan.safetensors` (the
+decoder rows, and the encoder columns of SAEs whose latents can be read one by one).
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints import files
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.hooks import layer_index, resolve_site
+from saesteer.sae.models import LanguageModel
+from saesteer.steering.scope import parse_scope
+
+SCHEMA_VERSION = 1
+
+METHODS = ("add", "set", "min", "max", "scale", "ablate", "project")
+"""add alpha; set to v; at least v; at most v; times a factor; 0; remove the direction."""
+
+READING_METHODS = ("set", "min", "max", "scale", "ablate")
+"""Methods whose edit depends on the latent's present value."""
+
+UNITS = ("raw", "sigma", "max", "rel")
+
+_YAML = "plan.yaml"
+_TENSORS = "plan.safetensors"
+_NO_DOSE = ("ablate", "project")
+
+
+@dataclass(frozen=True)
+class PlannedLatent:
+    """One latent of a plan. `mu`, `sigma` and `max` are in the SAE file's units."""
+
+    id: int
+    """Row of W_dec."""
+    score: float | None = None
+    """What it was ranked by."""
+    mu: float | None = None
+    """Mean activation over the samples where it is active."""
+    sigma: float | None = None
+    """Standard deviation over the same samples."""
+    lens: tuple[str, ...] = ()
+    """Tokens that its direction raises most."""
+    value: float | None = None
+    """A value chosen by hand, which replaces mu + beta * sigma."""
+    max: float | None = None
+    """Largest activation seen, for `--unit max`."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The language model a plan belongs to."""
+
+    name: str
+    hash: str
+    n_layers: int
+    d_model: int
+
+
+@dataclass(frozen=True)
+class SAEIdentity:
+    """The SAE a plan's latents come from."""
+
+    source: str
+    sha256: str
+    architecture: str = "topk"
+    k: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskIdentity:
+    """The instruction task a plan was ranked for."""
+
+    name: str
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Latents with their doses and directions, and where to apply them.
+
+    Change a field with `dataclasses.replace(plan, scale=2.0)`: the result is checked again.
+    """
+
+    model: ModelIdentity
+    sae: SAEIdentity
+    site: str
+    layer: int
+    latents: tuple[PlannedLatent, ...]
+    directions: Float[Tensor, "n d_model"]
+    """Rows of W_dec, exactly as stored in the SAE's file, in the order of `latents`."""
+    method: str = "add"
+    unit: str = "raw"
+    scale: float = 1.0
+    """Multiplies every dose; 0 switches the plan off. With unit `rel`, the relative dose."""
+    beta: float = 0.0
+    scope: str = "generation"
+    task: TaskIdentity | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    W_enc: Float[Tensor, "d_model n"] | None = None
+    """Encoder columns with the input's centering folded in; None where a latent depends on all."""
+    b_enc: Float[Tensor, " n"] | None = None
+    threshold: Float[Tensor, " n"] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise UserError(
+                f"plan schema_version is {self.schema_version!r} and this saesteer reads "
+                f"{SCHEMA_VERSION}: make the plan again"
+            )
+        if not self.latents:
+            raise UsageError("a plan needs at least one latent: give --latents ID:VALUE,...")
+        ids = [latent.id for latent in self.latents]
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        if twice:
+            raise UsageError(f"latent {twice[0]} is in the plan twice: name each latent once")
+        if min(ids) < 0:
+            raise UsageError(f"latent {min(ids)} is negative: latents are numbered from 0")
+        if not 0 <= self.layer < self.model.n_layers:
+            raise UsageError(
+                f"layer must be in 0..{self.model.n_layers - 1} for {self.model.name}, "
+                f"got {self.layer}"
+            )
+        self._check_tensors()
+        parse_scope(self.scope)
+        self._check_dose()
+
+    def _check_tensors(self) -> None:
+        n, width = len(self.latents), self.model.d_model
+        shapes = {
+            "directions": (n, width), "W_enc": (width, n), "b_enc": (n,), "threshold": (n,)
+        }  # fmt: skip
+        for name, tensor in self.tensors().items():
+            if tuple(tensor.shape) != shapes[name]:
+                raise UserError(
+                    f"{name} has shape {list(tensor.shape)}, but {n} latents of a model of width "
+                    f"{width} ask for {list(shapes[name])}: make the plan again"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{name} holds NaN or infinity: make the plan again")
+
+    def _check_dose(self) -> None:
+        """Reject doses that mean nothing. Raises UsageError, naming the flag."""
+        if self.method not in METHODS:
+            raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.unit not in UNITS:
+            raise UsageError(f"--unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        for flag, number in (("--scale", self.scale), ("--beta", self.beta)):
+            if not math.isfinite(number):
+                raise UsageError(f"{flag} must be a finite number, got {number}")
+        for latent in self.latents:
+            for name in ("mu", "sigma", "max", "value", "score"):
+                number = getattr(latent, name)
+                if number is not None and not math.isfinite(number):
+                    raise UsageError(f"{name} of latent {latent.id} must be finite, got {number}")
+        by_hand = [latent.value is not None for latent in self.latents]
+        if any(by_hand) and not all(by_hand):
+            raise UsageError("either every latent has a value (--latents ID:VALUE) or none has")
+        if self.method in _NO_DOSE:
+            self._check_no_dose(any(by_hand))
+            return
+        if self.unit == "rel" and self.method != "add":
+            raise UsageError(
+                f"--unit rel is for --method add alone, got --method {self.method}: use raw, "
+                "sigma or max"
+            )
+        if self.method == "scale" and self.unit != "raw":
+            raise UsageError(f"--method scale takes a factor, so --unit must be raw: {self.unit!r}")
+        if self.beta != 0 and any(by_hand):
+            raise UsageError(
+                f"--beta {self.beta:g} needs latents with mu and sigma, and these have values "
+                "given by hand: leave --beta out and use --scale"
+            )
+        if self.beta != 0 and (self.unit in ("sigma", "max") or self.method == "scale"):
+            raise UsageError(
+                f"--beta {self.beta:g} has no meaning with --unit {self.unit} and --method "
+                f"{self.method}: leave it out and use --scale"
+            )
+        doses = self.doses()
+        if self.scale == 0:
+            return
+        if self.method == "add" and not any(doses):
+            raise UsageError("every dose is 0, so nothing would be added: change --latents or beta")
+        if self.method == "scale" and all(dose == 1 for dose in doses):
+            raise UsageError(
+                "--method scale by a factor of 1 changes nothing: give factors with --latents "
+                "ID:FACTOR or one with --scale"
+            )
+
+    def _check_no_dose(self, by_hand: bool) -> None:
+        wrong = {
+            "values in --latents (write ID alone)": by_hand,
+            f"--beta {self.beta:g}": self.beta != 0,
+            f"--unit {self.unit}": self.unit != "raw",
+            # 0 is the off switch of every method.
+            f"--scale {self.scale:g}": self.scale not in (0, 1),
+        }
+        for what, given in wrong.items():
+            if given:
+                raise UsageError(f"--method {self.method} takes no dose: leave out {what}")
+
+    def doses(self) -> list[float]:
+        """One number per latent, in the order of `latents`.
+
+        method add: alpha_j, in the SAE file's units (with unit `rel`: the latents' weights, before
+        the sum is rescaled to the relative dose). set, min, max: the value v. scale: the factor.
+        ablate and project have none and give 0.
+
+        alpha_j = scale * (mu_j + beta * sigma_j), or scale * value_j; units `sigma` and `max`
+        multiply the value (1 where there is none) by sigma_j or by the largest activation seen.
+
+        Raises UsageError when a latent lacks the statistic that this needs.
+        """
+        if self.method in _NO_DOSE:
+            return [0.0] * len(self.latents)
+        return [self._dose(latent) for latent in self.latents]
+
+    def _dose(self, latent: PlannedLatent) -> float:
+        factor = 1.0 if self.unit == "rel" else self.scale
+        if self.unit in ("sigma", "max"):
+            given = 1.0 if latent.value is None else latent.value
+            return factor * given * self._statistic(latent, self.unit, f"--unit {self.unit}")
+        if self.method == "scale":
+            return factor * (1.0 if latent.value is None else latent.value)
+        if latent.value is not None:
+            return factor * latent.value
+        dose = self._statistic(latent, "mu", f"--method {self.method} without values")
+        if self.beta != 0:
+            dose += self.beta * self._statistic(latent, "sigma", f"--beta {self.beta:g}")
+        return factor * dose
+
+    def _statistic(self, latent: PlannedLatent, name: str, reason: str) -> float:
+        number = getattr(latent, name)
+        if number is None:
+            raise UsageError(
+                f"{reason} needs the {name} of latent {latent.id}, which this plan does not hold: "
+                "give values with --latents ID:VALUE and --unit raw, or use a plan made by rank"
+            )
+        return float(number)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(latent.id for latent in self.latents)
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the method needs the latents' present values."""
+        return self.method in READING_METHODS
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        everything = {
+            "directions": self.directions,
+            "W_enc": self.W_enc,
+            "b_enc": self.b_enc,
+            "threshold": self.threshold,
+        }
+        return {name: tensor for name, tensor in everything.items() if tensor is not None}
+
+    def top(self, k: int) -> "Plan":
+        """The plan with its first `k` latents. Raises UsageError when it has fewer."""
+        if not 1 <= k <= len(self.latents):
+            raise UsageError(f"--top must be in 1..{len(self.latents)} for this plan, got {k}")
+        return self.select(range(k))
+
+    def select(self, indices: Sequence[int]) -> "Plan":
+        """The plan with the latents at these places of `latents`, in this order."""
+        picked = list(indices)
+        return dataclasses.replace(
+            self,
+            latents=tuple(self.latents[i] for i in picked),
+            directions=self.directions[picked],
+            W_enc=None if self.W_enc is None else self.W_enc[:, picked],
+            b_enc=None if self.b_enc is None else self.b_enc[picked],
+            threshold=None if self.threshold is None else self.threshold[picked],
+        )
+
+    def check_model(self, lm: LanguageModel, force: bool = False) -> None:
+        """Raise UserError when the plan was made for another model.
+
+        `force` lets other weights and another depth pass; another width never fits.
+        """
+        ours, name = self.model, lm.name
+        if ours.d_model != lm.d_model:
+            raise UserError(
+                f"--plan was made for {ours.name}, whose d_model is {ours.d_model}; {name} has "
+                f"{lm.d_model}: use --model {ours.name} or another plan"
+            )
+        if self.layer >= lm.n_layers:
+            raise UserError(
+                f"--plan steers layer {self.layer} of {ours.name} and {name} has layers "
+                f"0..{lm.n_layers - 1}: use --model {ours.name} or another plan"
+            )
+        differs = []
+        if ours.n_layers != lm.n_layers:
+            differs.append(f"{ours.n_layers} layers against {lm.n_layers}")
+        if ours.hash != lm.fingerprint:
+            differs.append(f"weights {ours.hash} against {lm.fingerprint}")
+        if differs and not force:
+            raise UserError(
+                f"--plan was made for {ours.name} and --model {name} differs ({'; '.join(differs)}): "
+                f"use --model {ours.name}, or --force to steer it anyway"
+            )
+
+
+def make_plan(
+    lm: LanguageModel,
+    sae: SAE,
+    latents: Sequence[PlannedLatent],
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    beta: float = 0.0,
+    scope: str = "generation",
+    task: TaskIdentity | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan for latents of an SAE; the directions and encoder columns are copied out of it.
+
+    `layer` and `site` are needed only where the SAE does not say what it reads (negative layers
+    count from the end).
+
+    Raises:
+        UsageError: a latent that the SAE does not have, a layer or site that contradicts it.
+        UserError: an SAE for another width.
+    """
+    where, place = sae_place(lm, sae, layer, site)
+    for latent in latents:
+        if not 0 <= latent.id < sae.spec.d_sae:
+            raise UsageError(
+                f"latent {latent.id} is out of range: the SAE {sae.source} has "
+                f"{sae.spec.d_sae} latents, 0..{sae.spec.d_sae - 1}"
+            )
+    ids = [latent.id for latent in latents]
+    return Plan(
+        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
+        sae=SAEIdentity(sae.source, sae.sha256, sae.spec.architecture, sae.spec.k),
+        site=place,
+        layer=where,
+        latents=tuple(latents),
+        directions=sae.W_dec[ids].detach().cpu().clone(),
+        method=method,
+        unit=unit,
+        scale=scale,
+        beta=beta,
+        scope=scope,
+        task=task,
+        metrics=dict(metrics or {}),
+        **encoder_columns(sae, ids),
+    )
+
+
+def plan_from_latents(
+    lm: LanguageModel,
+    sae: SAE,
+    layer: int | None,
+    values: Mapping[int, float | None],
+    *,
+    site: str | None = None,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    beta: float = 0.0,
+    scope: str = "generation",
+) -> Plan:
+    """A plan for latents chosen by number (`--latents`), with the values given for them.
+
+    Raises what `make_plan` raises, and UsageError for a missing value or a `beta` that is not 0.
+    """
+    if not values:
+        raise UsageError("--latents is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
+    missing = [i for i, value in values.items() if value is None]
+    if missing and method not in _NO_DOSE:
+        raise UsageError(
+            f"--latents {missing[0]} has no value and --method {method} needs one: write "
+            f"{missing[0]}:VALUE"
+        )
+    latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
+    return make_plan(
+        lm, sae, latents, layer=layer, site=site,
+        method=method, unit=unit, scale=scale, beta=beta, scope=scope,
+    )  # fmt: skip
+
+
+def parse_latents(text: str) -> dict[int, float | None]:
+    """Parse `--latents`: `9143:1.2,412:0.8`, or ids alone for methods without a value.
+
+    Raises UsageError for anything else.
+    """
+    values: dict[int, float | None] = {}
+    for part in (piece.strip() for piece in text.split(",")):
+        number, colon, value = part.partition(":")
+        try:
+            if not re.fullmatch(r"\d+", number.strip()):
+                raise ValueError
+            latent, chosen = int(number), float(value) if colon else None
+        except ValueError:
+            raise UsageError(
+                f"--latents must be ID:VALUE,ID:VALUE (such as 9143:1.2,412:0.8) or ID,ID for "
+                f"ablate and project, got {part!r} in {text!r}"
+            ) from None
+        if latent in values:
+            raise UsageError(f"--latents names latent {latent} twice: name each latent once")
+        values[latent] = chosen
+    return values
+
+
+def sae_place(
+    lm: LanguageModel, sae: SAE, layer: int | None = None, site: str | None = None
+) -> tuple[int, str]:
+    """Layer and site that an SAE reads in a model: its own, or the ones given where it has none.
+
+    Raises UsageError when neither says, or when both say and differ; UserError when the SAE is for
+    another width or for a deeper model.
+    """
+    spec, name = sae.spec, sae.source or "the SAE"
+    if spec.d_model != lm.d_model:
+        raise UserError(
+            f"--sae {name} reads activations of width {spec.d_model} and {lm.name} has d_model "
+            f"{lm.d_model}: use an SAE trained on this model"
+        )
+    wanted = None if layer is None else layer_index(lm, layer)
+    if spec.layer is not None:
+        if spec.layer >= lm.n_layers:
+            raise UserError(
+                f"--sae {name} reads layer {spec.layer} and {lm.name} has layers "
+                f"0..{lm.n_layers - 1}: use an SAE trained on this model"
+            )
+        if wanted is not None and wanted != spec.layer:
+            raise UsageError(
+                f"--layer {layer} contradicts --sae {name}, which reads layer {spec.layer}: leave "
+                "--layer out or use an SAE of that layer"
+            )
+    elif wanted is None:
+        raise UsageError(f"--sae {name} does not say which layer it reads: give --layer")
+    if spec.site is not None and site is not None and site != spec.site:
+        raise UsageError(
+            f"--site {site} contradicts --sae {name}, which reads {spec.site}: leave --site out"
+        )
+    place = site or spec.site or "resid_post"
+    where = spec.layer if wanted is None else wanted
+    assert where is not None
+    resolve_site(lm, where, place)
+    return where, place
+
+
+def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
+    """The encoder of chosen latents, in float32 and free of b_dec: W_enc, b_enc, threshold.
+
+    Whatever is subtracted from the input is folded in: (x - b_dec) W + b = x W + (b - b_dec W), and
+    the same for a token's own mean, which is linear in x. Empty for topk, where a latent's value
+    depends on all the others.
+    """
+    if sae.spec.architecture == "topk":
+        return {}
+    picked = list(ids)
+    columns = sae.W_enc[:, picked].detach().cpu().float()
+    bias = sae.b_enc[picked].detach().cpu().float()
+    if sae.spec.apply_b_dec_to_input:
+        bias = bias - sae.b_dec.detach().cpu().float() @ columns
+    if sae.spec.centers_input:
+        columns = columns - columns.mean(dim=0, keepdim=True)
+    tensors = {"W_enc": columns.contiguous(), "b_enc": bias}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold[picked].detach().cpu().float()
+    return tensors
+
+
+def save_plan(plan: Plan, folder: str | Path) -> Path:
+    """Write `plan.yaml` and `plan.safetensors` into a folder, made if missing; returns plan.yaml.
+
+    Each file appears whole or not at all. Raises UserError when the disk is full.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "schema_version": plan.schema_version,
+        "model": dataclasses.asdict(plan.model),
+        "sae": dataclasses.asdict(plan.sae),
+        "site": plan.site,
+        "layer": plan.layer,
+        "latents": [_latent_row(latent) for latent in plan.latents],
+        "method": plan.method,
+        "unit": plan.unit,
+        "scale": plan.scale,
+        "beta": plan.beta,
+        "scope": plan.scope,
+        "task": None if plan.task is None else dataclasses.asdict(plan.task),
+        "metrics": plan.metrics,
+    }
+    # The ids tie the two files together, so that latents may be deleted from plan.yaml by hand.
+    files.write_tensors(folder / _TENSORS, plan.tensors(), {"ids": json.dumps(plan.ids)})
+    text = yaml.safe_dump(files.plain(document), sort_keys=False, allow_unicode=True, width=100)
+    files.write_text(folder / _YAML, text)
+    return folder / _YAML
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan: the folder that holds it, or its `plan.yaml`.
+
+    Raises a one-line UserError, naming `--plan`, for a file that is missing, cut short, has unknown
+    or missing keys, or values that cannot be.
+    """
+    given = Path(path).expanduser()
+    file = given / _YAML if given.is_dir() else given
+    try:
+        document = _read_yaml(file)
+        tensors = _read_plan_tensors(file.with_name(_TENSORS))
+        return _plan_from(document, *tensors)
+    except UserError as error:
+        kind = UsageError if isinstance(error, UsageError) else UserError
+        raise kind(f"--plan {path}: {error}") from error
+
+
+def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
+    """What the file says of one latent; what was never measured is left out."""
+    row = dataclasses.asdict(latent)
+    return {
+        key: value for key, value in row.items()
+        if value is not None or key in ("score", "mu", "sigma")
+    }  # fmt: skip
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {file}: give a folder that rank wrote, or its plan.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file} ({error}): check the path") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is not valid YAML ({reason}): restore it") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{file} holds no mapping of keys: restore it")
+    return document
+
+
+def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int]]:
+    tensors = files.read_tensors(file)
+    try:
+        ids = json.loads(files.read_header(file)["metadata"]["ids"])
+        whole = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+    except (KeyError, ValueError):
+        whole = False
+    unknown = sorted(tensors.keys() - {"directions", "W_enc", "b_enc", "threshold"})
+    if not whole or unknown or "directions" not in tensors or len(tensors["directions"]) != len(ids):
+        raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
+    # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, ids
+
+
+def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[int]) -> Plan:
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"schema_version is {document.get('schema_version')!r} and this saesteer reads "
+            f"{SCHEMA_VERSION}: make the plan again"
+        )
+    top = _fields("plan", document, {
+        "schema_version": int, "model": dict, "sae": dict, "site": str, "layer": int,
+        "latents": list, "method": str, "unit": str, "scale": float, "beta": float, "scope": str,
+    }, {"task": dict, "metrics": dict})  # fmt: skip
+    model = _fields("model", top["model"], {
+        "name": str, "hash": str, "n_layers": int, "d_model": int,
+    })  # fmt: skip
+    sae = _fields(
+        "sae", top["sae"], {"source": str, "sha256": str}, {"architecture": str, "k": int}
+    )
+    latents = tuple(_latent_from(row, i) for i, row in enumerate(top["latents"]))
+    places = {latent: place for place, latent in enumerate(ids)}
+    absent = [latent.id for latent in latents if latent.id not in places]
+    if absent:
+        raise UserError(
+            f"latent {absent[0]} is in {_YAML} and not in {_TENSORS}: make the plan again "
+            "(latents can be deleted by hand, not added)"
+        )
+    task = top["task"] and _fields("task", top["task"], {"name": str, "hash": str})
+    whole = Plan(
+        model=ModelIdentity(**model),
+        sae=SAEIdentity(**{key: value for key, value in sae.items() if value is not None}),
+        site=top["site"],
+        layer=top["layer"],
+        latents=tuple(PlannedLatent(id=i, value=1.0) for i in ids),
+        metrics=top["metrics"] or {},
+        task=TaskIdentity(**task) if task else None,
+        **tensors,
+    )
+    kept = whole.select([places[latent.id] for latent in latents])
+    return dataclasses.replace(
+        kept, latents=latents, method=top["method"], unit=top["unit"], scale=top["scale"],
+        beta=top["beta"], scope=top["scope"],
+    )  # fmt: skip
+
+
+def _latent_from(row: Any, number: int) -> PlannedLatent:
+    where = f"latents[{number}]"
+    numbers = {"score": float, "mu": float, "sigma": float, "value": float, "max": float}
+    values = _fields(where, row, {"id": int}, {**numbers, "lens": list})
+    lens = values["lens"] or []
+    if not all(isinstance(token, str) for token in lens):
+        raise UserError(f"{where}.lens must be a list of texts, got {lens!r}")
+    return PlannedLatent(**{**values, "lens": tuple(lens)})
+
+
+def _fields(
+    where: str,
+    mapping: Any,
+    required: Mapping[str, type],
+    optional: Mapping[str, type] | None = None,
+) -> dict[str, Any]:
+    """The values of a mapping, each of its type; an optional one may be missing or null."""
+    optional = optional or {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{where} must be a mapping of keys, got {mapping!r}")
+    unknown = sorted(str(key) for key in mapping.keys() - required.keys() - optional.keys())
+    if unknown:
+        allowed = ", ".join([*required, *optional])
+        raise UserError(f"{where} has an unknown key {unknown[0]!r}; allowed are {allowed}")
+    missing = [key for key in required if mapping.get(key) is None]
+    if missing:
+        raise UserError(f"{where} lacks the key {missing[0]!r}: restore it or make the plan again")
+    values: dict[str, Any] = {}
+    for key, kind in {**required, **optional}.items():
+        value = mapping.get(key)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{where}.{key} must be {_WORDS[kind]}, got {value!r}")
+        values[key] = value
+    return values
+
+
+_WORDS: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}

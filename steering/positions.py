@@ -1,0 +1,332 @@
+"""Where the tokens of a forward pass lie in their rows, whatever way the model is driven.
+
+A block sees a chunk of each row: the whole prompt, a piece of it, one new token, or everything
+again when there is no cache. `PositionTracker` watches the model's inputs and says which absolute
+position each token of the present pass has, counted in real tokens from the start of its row, and
+how long the row's prompt is. Passes are never counted: chunked prefill, drafts that are rolled back
+and cacheless decoding would all fool a count.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.models import LanguageModel
+from saesteer.sae.prompts import EncodedPrompt
+
+
+@dataclass(eq=False)
+class Call:
+    """One batch of prompts: a call of `generate`, or a row given to the model directly."""
+
+    number: int
+    prompt_lengths: list[int]
+    """P of each row, in real tokens."""
+    prompts: list[EncodedPrompt | None]
+    real: Bool[Tensor, "rows width"]
+    """Which columns of the prompt hold tokens and not padding."""
+    ids: Int[Tensor, "rows width"] | None
+    generating: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.prompt_lengths)
+
+    def factor(self, batch: int) -> int:
+        """How many rows of a pass belong to each prompt: beams, returned sequences."""
+        if batch % self.rows:
+            raise UserError(
+                f"a forward pass has {batch} rows and the call began with {self.rows} prompts: "
+                "steering cannot tell which row belongs to which prompt"
+            )
+        return batch // self.rows
+
+
+@dataclass(frozen=True, eq=False)
+class PassTokens:
+    """The tokens of one forward pass."""
+
+    call: Call
+    p: Int[Tensor, "batch seq"]
+    """Position of each token among the real tokens of its row."""
+    real: Bool[Tensor, "batch seq"]
+    """False for padding, whose `p` means nothing."""
+    ids: Int[Tensor, "batch seq"] | None
+    """Token ids, where the pass was given ids and not embeddings."""
+    columns: int
+    """Width of the row so far, earlier tokens and padding included."""
+
+
+class PositionTracker:
+    """Follows the forward passes of a model while `listening` is open.
+
+    Args:
+        prompts: the prompts that will be run, in any order; rows are recognised by their tokens.
+        prompt_lengths: P of each row, where it is not what the model is given first.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[EncodedPrompt] | None = None,
+        prompt_lengths: Sequence[int] | None = None,
+    ) -> None:
+        if getattr(lm.model.config, "is_encoder_decoder", False):
+            raise UserError(
+                f"--model {lm.name} is an encoder-decoder; only decoder-only models can be steered"
+            )
+        self.passes = 0
+        """Forward passes seen."""
+        self.calls: list[Call] = []
+        self.current: PassTokens | None = None
+        self._lm = lm
+        self._lengths = None if prompt_lengths is None else list(prompt_lengths)
+        self._known = prompts and {tuple(prompt.token_ids): prompt for prompt in prompts}
+        self._call: Call | None = None
+        self._generating = False
+        self._inside_outer = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Watch the model's inputs; nothing is left on it afterwards."""
+        with contextlib.ExitStack() as stack:
+            outer, text = self._lm.model, self._lm.text_model
+            if hasattr(outer, "generate"):
+                stack.enter_context(_tapped(outer, self._generate_call))
+            for handle in (
+                outer.register_forward_pre_hook(self._on_outer, with_kwargs=True),
+                outer.register_forward_hook(self._after_outer, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            if text is not outer:
+                # For those who run the text tower alone (no logits), or through another wrapper.
+                handle = text.register_forward_pre_hook(self._on_text, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside_outer = True
+        self._begin(module, args, kwargs)
+
+    def _after_outer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._inside_outer = False
+
+    def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._inside_outer:
+            self._begin(module, args, kwargs)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out the positions of a pass from the model's arguments."""
+        given = {**_by_name(module, args), **kwargs} if args else kwargs
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        tokens = embeds if ids is None else ids
+        if not isinstance(tokens, Tensor):
+            return  # the model itself says what is missing
+        self.passes += 1
+        batch, length = tokens.shape[:2]
+        past = _past_length(given, self._lm.name)
+        real = self._real_columns(given.get("attention_mask"), batch, past + length, tokens.device)
+        if not self._generating and past == 0 and not self._continues(ids, real):
+            self._call = None
+        if self._call is None:
+            self._call = self._open(ids, real, self._generating)
+        self._call.factor(batch)
+        self.current = PassTokens(
+            call=self._call,
+            p=(real.cumsum(dim=1) - 1)[:, past:],
+            real=real[:, past:],
+            ids=ids,
+            columns=past + length,
+        )
+
+    def _real_columns(
+        self, mask: Any, batch: int, columns: int, device: torch.device
+    ) -> Bool[Tensor, "batch columns"]:
+        """Which columns of each row, from its start to the end of this pass, hold tokens."""
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask.to(device) != 0
+        elif self._generating and self._call is not None:
+            # The library drops a mask without padding, and makes a 4-D one for some caches. What
+            # follows the prompt is never padding.
+            real = self._call.real.to(device)
+            real = real.repeat_interleave(self._call.factor(batch), dim=0)
+        else:
+            real = _visible_keys(mask, batch, columns, device)
+        missing = columns - real.shape[1]
+        if missing > 0:
+            real = torch.cat([real, real.new_ones((batch, missing))], dim=1)
+        return real[:, :columns]
+
+    def _continues(self, ids: Tensor | None, real: Tensor) -> bool:
+        """Whether a row given without a cache repeats the present call and appends to it."""
+        call = self._call
+        if call is None or call.generating or call.ids is None or ids is None:
+            return False
+        rows, width = call.real.shape
+        if rows != real.shape[0] or width > real.shape[1]:
+            return False
+        same = torch.equal(call.real.to(real.device), real[:, :width])
+        ours, theirs = call.ids.to(ids.device), ids[:, :width]
+        return same and bool(((ours == theirs) | ~real[:, :width]).all())
+
+    @contextlib.contextmanager
+    def _generate_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """One call of `generate`: its inputs are the prompts."""
+        self._generating, self._call = True, None
+        ids = args[0] if args else kwargs.get("inputs")
+        ids = kwargs.get("input_ids") if ids is None else ids
+        embeds = kwargs.get("inputs_embeds")
+        try:
+            if isinstance(ids, Tensor) and ids.shape[-1] > 0:
+                self._call = self._open(ids, _prompt_mask(self._lm.model, ids, args, kwargs), True)
+            elif isinstance(embeds, Tensor):
+                self._call = self._open(None, _prompt_mask(None, embeds, args, kwargs), True)
+            # else: generate starts from a token of its own, and the first pass shows it
+            yield
+        finally:
+            self._generating, self._call = False, None
+
+    def _open(self, ids: Tensor | None, real: Tensor, generating: bool) -> Call:
+        """Begin a call whose prompts are the real columns given."""
+        lengths: list[int] = real.sum(dim=1).tolist()
+        prompts: list[EncodedPrompt | None] = [None] * len(lengths)
+        if self._known:
+            if ids is None or ids.shape != real.shape:
+                raise UserError(
+                    "steer(prompts=...) recognises prompts by their token ids: give the model "
+                    "input_ids from the start of each row"
+                )
+            for i in range(len(lengths)):
+                prompt = self._recognise(ids[i][real[i]].tolist(), i)
+                prompts[i] = prompt
+                # A row that holds more than its prompt is a prompt with its answer; `generate`
+                # itself is never given an answer, but may be given the start of one.
+                lengths[i] = lengths[i] if generating else len(prompt)
+        if self._lengths is not None:
+            if len(self._lengths) != len(lengths):
+                raise UsageError(
+                    f"steer(prompt_lengths=...) names {len(self._lengths)} rows and the model was "
+                    f"given {len(lengths)}"
+                )
+            lengths = list(self._lengths)
+        call = Call(len(self.calls), lengths, prompts, real, ids, generating)
+        self.calls.append(call)
+        return call
+
+    def _recognise(self, tokens: list[int], row: int) -> EncodedPrompt:
+        """The longest of the known prompts that the row begins with."""
+        assert self._known
+        for length in sorted({len(key) for key in self._known}, reverse=True):
+            prompt = self._known.get(tuple(tokens[:length]))
+            if prompt is not None and length <= len(tokens):
+                return prompt
+        raise UserError(
+            f"row {row} given to the model begins with none of the {len(self._known)} prompts in "
+            "steer(prompts=...): give steer the prompts that are run"
+        )
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of a forward pass by name; their order differs between families."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+
+
+def _past_length(given: dict[str, Any], name: str) -> int:
+    """Earlier columns that are in the cache and not in this pass; 0 without a cache."""
+    cache = given.get("past_key_values")
+    try:
+        if cache is None and given.get("cache_params") is not None:
+            raise ValueError("state-space cache")
+        return 0 if cache is None else int(cache.get_seq_length())
+    except (AttributeError, ValueError) as error:
+        raise UserError(
+            f"the cache of {name} does not say how many tokens it holds, so positions cannot be "
+            "counted: run it with use_cache=False"
+        ) from error
+
+
+def _visible_keys(
+    mask: Any, batch: int, columns: int, device: torch.device
+) -> Bool[Tensor, "batch columns"]:
+    """The real columns according to a 4-D attention mask: those that the last query may see."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return torch.ones((batch, columns), dtype=torch.bool, device=device)
+    last = mask[:, 0, -1, :columns].to(device)
+    # Boolean masks say True, additive ones 0, where attention is allowed.
+    return (last if last.dtype == torch.bool else last >= 0).expand(batch, -1)
+
+
+def _prompt_mask(
+    model: Any, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Bool[Tensor, "rows width"]:
+    """Which columns given to `generate` are real; without a mask, what `generate` itself infers.
+
+    It takes pad tokens for padding only when the pad token is not also an end of text.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return mask != 0
+    everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if model is None:
+        return everything
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    places = (kwargs, vars(config) if config is not None else {}, vars(model.generation_config))
+    pad, end = (
+        next((place[key] for place in places if place.get(key) is not None), None)
+        for key in ("pad_token_id", "eos_token_id")
+    )
+    ends = {end} if isinstance(end, int) else set(end or ())
+    return everything if pad is None or pad in ends else tokens != pad
+
+
+_Listener = Callable[
+    [tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]
+]
+
+
+class _Tap:
+    """`model.generate` with listeners that see its arguments and are told when it ends."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+        self.listeners: list[_Listener] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for listener in self.listeners:
+                stack.enter_context(listener(args, kwargs))
+            return self.original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _tapped(model: Any, listener: _Listener) -> Iterator[None]:
+    """Let a listener see every call of `model.generate`.
+
+    The tap lies on the instance, is shared by nested contexts, and goes with the last of them.
+    """
+    tap = vars(model).get("generate")
+    if not isinstance(tap, _Tap):
+        before, tap = tap, _Tap(model.generate)
+        tap.before = before  # type: ignore[attr-defined]
+        model.generate = tap
+    tap.listeners.append(listener)
+    try:
+        yield
+    finally:
+        tap.listeners.remove(listener)
+        if not tap.listeners and vars(model).get("generate") is tap:
+            if tap.before is None:
+                del model.generate
+            else:
+                model.generate = tap.before

@@ -1,0 +1,447 @@
+"""Instruction tasks: one meaning, many wordings of it, and the contents it is applied to.
+
+A task is a YAML file with the keys of ``TASK_KEYS``; the built-in ones lie in ``builtin/``. What
+selects latents and what evaluates them never meet: contents carry a split (train, dev, test), and
+wordings carry a use. The ``instruction`` itself and every variant without ``use: evaluate`` serve
+selection (ranking, replies to train on); variants with ``use: evaluate`` are kept for evaluation.
+"""
+
+import hashlib
+import inspect
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.steering.checks import CHECKS, Verdict, run_check
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+DEFAULT_CONTENTS = BUILTIN_FOLDER / "contents.jsonl"
+
+SPLITS = ("train", "dev", "test")
+SPLIT_SHARES = (0.50, 0.12, 0.38)
+"""Shares of train, dev and test for contents that name no split (the built-in proportions)."""
+
+REQUIRED_KEYS = ("name", "instruction", "variants", "check")
+OPTIONAL_KEYS = ("contents", "contents_per_item", "split", "max_new_tokens")
+TASK_KEYS = REQUIRED_KEYS + OPTIONAL_KEYS
+PLAIN = "plain"
+"""The task name of contents without an instruction in `reply_prompts`."""
+
+Placement = Literal["post", "pre"]
+Use = Literal["select", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One wording of an instruction."""
+
+    text: str
+    """The wording, to be joined to a content with `compose`."""
+    lang: str = "en"
+    """ISO 639-1 code of the language the wording is written in."""
+    use: Use = "select"
+    """What the wording may serve: choosing latents, or evaluating them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction with its wordings, its contents by split, and the check that grades it."""
+
+    name: str
+    """Short name, used in plans, reports and file names."""
+    instruction: str
+    """The main wording. It serves selection, as the first of `select_variants`."""
+    variants: tuple[Variant, ...]
+    """Reformulations and translations of the instruction, without the main wording."""
+    contents: dict[str, tuple[str, ...]]
+    """Contents by split; the keys are some of train, dev, test."""
+    check_name: str | None = None
+    """Name in `checks.CHECKS`; None when no program can grade this task."""
+    check_arguments: Mapping[str, Any] | None = None
+    """Keyword arguments of the check."""
+    max_new_tokens: int = 64
+    """Tokens a reply may take, enough for the prompted model to finish an answer."""
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) over the canonical JSON of every field, contents included."""
+        facts = {
+            "name": self.name,
+            "instruction": self.instruction,
+            "variants": [[v.text, v.lang, v.use] for v in self.variants],
+            "contents": {split: list(texts) for split, texts in self.contents.items()},
+            "check": [self.check_name, dict(self.check_arguments or {})],
+            "max_new_tokens": self.max_new_tokens,
+        }
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        # surrogatepass: JSON strings may hold lone surrogates, and a hash must not fail on them
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def select_variants(self) -> tuple[Variant, ...]:
+        """Wordings that may choose latents: the instruction first, then English, then others."""
+        chosen = [Variant(self.instruction), *(v for v in self.variants if v.use == "select")]
+        return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
+
+    @property
+    def evaluate_variants(self) -> tuple[Variant, ...]:
+        """Wordings kept for evaluation, English first; none of them is a selection wording."""
+        chosen = [v for v in self.variants if v.use == "evaluate"]
+        return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
+
+    def verdict(self, output: str, source: str) -> Verdict:
+        """Grade one answer to `source` (a content). A task without a check is undetermined."""
+        if self.check_name is None:
+            return Verdict.UNDETERMINED
+        return run_check(self.check_name, output, source, **(self.check_arguments or {}))
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """One user text for the model to answer: a content with an instruction, or a content alone."""
+
+    task: str
+    """The task's name, or "plain" for a content alone."""
+    variant: int
+    """Index into `Task.select_variants`; for plain texts, which repetition this is."""
+    content: str
+    """The content without an instruction."""
+    text: str
+    """What the user says: the composed text, or the content itself when plain."""
+
+
+def builtin_tasks() -> list[str]:
+    """The names of the built-in tasks, in alphabetical order."""
+    return sorted(path.stem for path in BUILTIN_FOLDER.glob("*.yaml"))
+
+
+def compose(content: str, instruction: str, placement: Placement = "post") -> str:
+    """Join a content and an instruction on two lines: content first ("post") or last ("pre")."""
+    if placement == "post":
+        return f"{content}\n{instruction}"
+    if placement == "pre":
+        return f"{instruction}\n{content}"
+    raise UsageError(
+        f"unknown placement {placement!r}: use post (content, then instruction) or pre"
+    )
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Load a built-in task by name, or a task from a YAML file.
+
+    Raises `UsageError` for a name that is neither, `UserError` for a file that cannot be read or
+    whose content is wrong; the message names the file and the key.
+    """
+    name = str(name_or_path)
+    if name in builtin_tasks():
+        return _read_task(BUILTIN_FOLDER / f"{name}.yaml")
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _read_task(path)
+    raise UsageError(
+        f"unknown task {name!r}: --task takes a built-in name ({', '.join(builtin_tasks())}) "
+        "or the path of a .yaml file"
+    )
+
+
+def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: int = 0) -> Task:
+    """A task from a bare instruction and a file of contents, as in `rank --instruction TEXT`.
+
+    The file is JSONL with the field `text` (and, on every row or on none, `split`), or plain text
+    with one content a line. Without splits, contents are dealt 50/12/38 % to train, dev and test by
+    a hash of `seed` and text, so the order of the lines does not matter. The task has no check.
+    """
+    if not instruction.strip():
+        raise UsageError("--instruction is empty: give the instruction's text")
+    contents = _read_contents(Path(contents_file), SPLITS, seed, flag="--contents")
+    return Task("custom", instruction.strip(), (), contents)
+
+
+def reply_prompts(
+    tasks: Sequence[str | Path | Task],
+    *,
+    contents: int = 48,
+    variants: int = 2,
+    plain: int = 3,
+    seed: int = 0,
+    placement: Placement = "post",
+) -> list[Instructed]:
+    """User texts for the model to answer, so that an SAE sees the instructed behaviour.
+
+    For each task (name, path or `Task`), at most `contents` contents of its **train** split, drawn
+    with `seed`, each with the first `variants` selection wordings (English first). Then every
+    content drawn, alone, `plain` times. Two tasks with the same contents draw the same ones. Dev
+    and test contents and evaluation wordings never appear.
+    """
+    for flag, value, least in (
+        ("contents", contents, 1),
+        ("variants", variants, 1),
+        ("plain", plain, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} must be at least {least} for --replies, got {value}")
+    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    names = [task.name for task in loaded]
+    if len(set(names)) != len(names):
+        raise UsageError(f"--replies names a task twice: {', '.join(names)}; name each once")
+    prompts: list[Instructed] = []
+    drawn: dict[str, None] = {}  # an ordered set
+    for task in loaded:
+        train = list(task.contents.get("train", ()))
+        if not train:
+            raise UserError(f"task {task.name!r} has no train contents, which --replies needs")
+        chosen = random.Random(seed).sample(train, min(contents, len(train)))
+        drawn.update(dict.fromkeys(chosen))
+        for index, variant in enumerate(task.select_variants[:variants]):
+            prompts += [
+                Instructed(task.name, index, content, compose(content, variant.text, placement))
+                for content in chosen
+            ]
+    for repetition in range(plain):
+        prompts += [Instructed(PLAIN, repetition, content, content) for content in drawn]
+    return prompts
+
+
+# --- reading a task file -------------------------------------------------------------------------
+
+
+def _read_task(path: Path) -> Task:
+    raw = _read_yaml(path)
+    unknown = sorted(str(key) for key in raw if key not in TASK_KEYS)
+    if unknown:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; allowed: {', '.join(TASK_KEYS)}")
+    for key in REQUIRED_KEYS:
+        if key not in raw:
+            raise UserError(
+                f"{path}: key {key!r} is missing; a task needs {', '.join(REQUIRED_KEYS)}"
+            )
+    name = _text(path, "name", raw["name"])
+    if name == PLAIN:
+        raise UserError(f"{path}: key 'name' is {PLAIN!r}, which is reserved; choose another name")
+    instruction = _text(path, "instruction", raw["instruction"])
+    variants = _variants(path, instruction, raw["variants"])
+    check_name, check_arguments = _check(path, raw["check"])
+    names = raw.get("split", list(SPLITS))
+    if not isinstance(names, list) or not names or any(name not in SPLITS for name in names):
+        raise UserError(
+            f"{path}: key 'split' must be a list of some of {', '.join(SPLITS)}, got {names!r}"
+        )
+    splits = tuple(split for split in SPLITS if split in names)
+    given = raw.get("contents")
+    if isinstance(given, list):
+        contents = _split_rows(f"{path}: contents", _inline_rows(path, given), splits, 0)
+    elif given is None:
+        contents = _read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
+    else:
+        named = path.parent / _text(path, "contents", given)
+        contents = _read_contents(named, splits, 0, flag=f"contents of {path}")
+    per_item = _count(path, "contents_per_item", raw.get("contents_per_item", 1))
+    return Task(
+        name=name,
+        instruction=instruction,
+        variants=variants,
+        contents=_join_contents(path, contents, per_item),
+        check_name=check_name,
+        check_arguments=check_arguments,
+        max_new_tokens=_count(path, "max_new_tokens", raw.get("max_new_tokens", 64)),
+    )
+
+
+def _read_text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{flag}: no such file: {path}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: {path} is not UTF-8 (byte {error.start}); re-encode it") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    text = _read_text(path, "--task")
+    try:
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}: not valid YAML{where}; see the keys of a task file") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a task file is a mapping with the keys {', '.join(TASK_KEYS)}")
+    return raw
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{path}: key {key!r} must be a non-empty text, got {value!r}")
+    return value.strip()
+
+
+def _count(path: Path, key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: key {key!r} must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _variants(path: Path, instruction: str, raw: object) -> tuple[Variant, ...]:
+    if not isinstance(raw, list):
+        raise UserError(f"{path}: key 'variants' must be a list of {{text, lang, use}}")
+    variants: list[Variant] = []
+    seen = {_normal(instruction)}
+    for number, item in enumerate(raw, 1):
+        where = f"variants[{number}]"
+        if not isinstance(item, dict) or "text" not in item:
+            raise UserError(f"{path}: key '{where}' must be a mapping with text, lang and use")
+        unknown = sorted(str(key) for key in item if key not in ("text", "lang", "use"))
+        if unknown:
+            raise UserError(f"{path}: unknown key '{where}.{unknown[0]}'; allowed: text, lang, use")
+        text = _text(path, f"{where}.text", item["text"])
+        lang = _text(path, f"{where}.lang", item.get("lang", "en"))
+        use = item.get("use", "select")
+        if use not in ("select", "evaluate"):
+            raise UserError(f"{path}: key '{where}.use' must be select or evaluate, got {use!r}")
+        if _normal(text) in seen:
+            raise UserError(f"{path}: key '{where}.text' repeats an earlier wording: {text!r}")
+        seen.add(_normal(text))
+        variants.append(Variant(text, lang, use))
+    return tuple(variants)
+
+
+def _check(path: Path, raw: object) -> tuple[str, dict[str, Any]]:
+    if not isinstance(raw, dict) or not set(raw) <= {"name", "arguments"} or "name" not in raw:
+        raise UserError(f"{path}: key 'check' must be a mapping with name and arguments")
+    name, arguments = raw["name"], raw.get("arguments") or {}
+    if not isinstance(name, str) or name not in CHECKS:
+        raise UserError(
+            f"{path}: key 'check.name' is {name!r}; the checks are {', '.join(sorted(CHECKS))}"
+        )
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}: key 'check.arguments' must be a mapping, got {arguments!r}")
+    try:
+        inspect.signature(CHECKS[name]).bind("", "", **arguments)
+        run_check(name, "", "", **arguments)  # a wrong value is refused now, not after generating
+    except TypeError as error:
+        raise UserError(f"{path}: key 'check.arguments' does not fit {name!r}: {error}") from None
+    except UsageError as error:
+        raise UserError(f"{path}: key 'check.arguments': {error}") from None
+    return name, arguments
+
+
+# --- contents ------------------------------------------------------------------------------------
+
+
+def _normal(text: str) -> str:
+    """The form in which two texts count as the same: case-folded, blanks and final stops apart."""
+    return " ".join(text.casefold().split()).rstrip(".!?")
+
+
+def _inline_rows(path: Path, items: Sequence[object]) -> list[tuple[str, str | None]]:
+    return [_row(f"{path}: contents[{number}]", item) for number, item in enumerate(items, 1)]
+
+
+def _row(where: str, item: object) -> tuple[str, str | None]:
+    """(text, split or None) of one content: a text, or a mapping with the field `text`."""
+    if isinstance(item, str):
+        text, split = item, None
+    elif isinstance(item, dict):
+        text, split = item.get("text"), item.get("split")  # other fields (an id, say) are ignored
+    else:
+        text, split = None, None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: the field 'text' is missing or empty")
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
+    return text.strip(), split
+
+
+def _read_contents(
+    path: Path, splits: Sequence[str], seed: int, *, flag: str
+) -> dict[str, tuple[str, ...]]:
+    lines = _read_text(path, flag).split("\n")
+    rows: list[tuple[str, str | None]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{flag}: {path}, line {number}"
+        if path.suffix != ".jsonl":
+            rows.append(_row(where, line))
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not valid JSON; one object with a text per line") from None
+        rows.append(_row(where, item))
+    return _split_rows(f"{flag}: {path}", rows, splits, seed)
+
+
+def _split_rows(
+    where: str, rows: Sequence[tuple[str, str | None]], splits: Sequence[str], seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Contents by split; refuses repeated texts, within one split and across two."""
+    seen: dict[str, str | None] = {}
+    for text, split in rows:
+        key = _normal(text)
+        if key in seen:
+            across = f" in splits {seen[key]} and {split}" if split != seen[key] else ""
+            raise UserError(f"{where}: the same content occurs twice{across}: {text[:60]!r}")
+        seen[key] = split
+    without = sum(split is None for _, split in rows)
+    if without and without != len(rows):
+        raise UserError(
+            f"{where}: {without} of {len(rows)} rows have no split; give every row one, or none"
+        )
+    if without:
+        rows = _deal(where, [text for text, _ in rows], seed)
+    contents = {name: tuple(text for text, split in rows if split == name) for name in splits}
+    empty = [name for name in splits if not contents[name]]
+    if empty:
+        raise UserError(f"{where}: no contents in split {empty[0]!r}; add some")
+    return contents
+
+
+def _deal(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | None]]:
+    """Give each text a split by the order of a hash: the order of the file does not matter."""
+    if len(texts) < len(SPLITS):
+        raise UserError(
+            f"{where}: {len(texts)} contents; at least 3 are needed, one for each split"
+        )
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
+
+    order = sorted(texts, key=rank)
+    n = len(order)
+    dev = max(1, round(SPLIT_SHARES[1] * n))
+    test = max(1, round(SPLIT_SHARES[2] * n))
+    train = n - dev - test
+    split_of = dict(zip(order, ["train"] * train + ["dev"] * dev + ["test"] * test, strict=True))
+    return [(text, split_of[text]) for text in texts]
+
+
+def _join_contents(
+    path: Path, contents: dict[str, tuple[str, ...]], per_item: int
+) -> dict[str, tuple[str, ...]]:
+    """Join each `per_item` neighbouring contents of a split into one; a short rest is dropped."""
+    if per_item == 1:
+        return contents
+    joined = {
+        split: tuple(
+            " ".join(texts[start : start + per_item])
+            for start in range(0, len(texts) - per_item + 1, per_item)
+        )
+        for split, texts in contents.items()
+    }
+    empty = [split for split in joined if not joined[split]]
+    if empty:
+        raise UserError(
+            f"{path}: key 'contents_per_item' is {per_item}, but split {empty[0]!r} has "
+            f"{len(contents[empty[0]])} contents; lower it or add contents"
+        )
+    return joined

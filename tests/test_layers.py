@@ -1,0 +1,182 @@
+"""The arrows between the rooms point one way: read every import and enforce it."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_IMPORT = {
+    "kernels": set(),
+    "checkpoints": set(),
+    "sae": {"kernels", "checkpoints"},
+    "steering": {"sae", "kernels", "checkpoints"},
+    "cli": {"steering", "sae", "kernels", "checkpoints"},
+}
+"""Room -> the other rooms it may import. Nothing may import cli."""
+
+KERNELS_MAY_IMPORT = {"torch", "triton", "jaxtyping"}
+"""Besides the standard library: the ops stay usable without the rest of the house."""
+
+HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "accelerate", "pandas", "scipy"}
+"""Not imported at the top of a module that has to load in a moment."""
+
+SAESTEER_NAME = re.compile(r"saesteer(\.[A-Za-z_]\w*)+")
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of everything a module imports, wherever in the module.
+
+    A relative import starts with its dots. A string that is exactly a dotted name under saesteer
+    counts as well: lazy exports and importlib.import_module name modules that way.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield node.lineno, base
+            for alias in node.names:  # from saesteer import sae
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if SAESTEER_NAME.fullmatch(node.value):
+                yield node.lineno, node.value
+
+
+def top_level_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of what runs on import: not in functions or TYPE_CHECKING."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                yield from statements(node.orelse)
+                continue
+            yield node
+            for inner in ("body", "orelse", "finalbody"):
+                yield from statements(getattr(node, inner, []))
+            for handler in getattr(node, "handlers", []):
+                yield from statements(handler.body)
+
+    for node in statements(tree.body):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
+
+
+def problems(room: str, source: str, *, light: bool = False) -> list[str]:
+    """Say what is wrong with the imports of one module of a room."""
+    found = []
+    tree = ast.parse(source)
+    for line, name in imports(tree):
+        head, *rest = name.split(".")
+        if name.startswith(".."):
+            found.append(f"{line}: '{name}' leaves the room: write saesteer.<room>")
+        elif head in MAY_IMPORT:
+            found.append(f"{line}: '{name}' is not a package: write saesteer.{head}")
+        elif head == "saesteer" and rest and rest[0] in MAY_IMPORT:
+            if rest[0] != room and rest[0] not in MAY_IMPORT[room]:
+                found.append(f"{line}: {room} may not import {rest[0]}")
+        elif room == "kernels" and head and head not in sys.stdlib_module_names:
+            if head != "saesteer" and head not in KERNELS_MAY_IMPORT:
+                found.append(f"{line}: kernels may not import {head}")
+    if light:
+        for line, name in top_level_imports(tree):
+            if name.split(".")[0] in HEAVY:
+                found.append(f"{line}: '{name}' is heavy: import it in the function that needs it")
+    return sorted(set(found))
+
+
+def modules() -> list[Path]:
+    return sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def is_light(path: Path) -> bool:
+    relative = path.relative_to(ROOT)
+    return (
+        relative.parts[0] == "cli"
+        or path.name == "__init__.py"
+        or relative == Path("sae/config.py")
+    )
+
+
+def test_every_room_has_modules() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in modules()} == set(MAY_IMPORT)
+    assert ROOT / "sae" / "config.py" in modules()  # its place is written down above
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert problems(room, path.read_text(encoding="utf-8"), light=is_light(path)) == []
+
+
+def test_kernels_is_no_regular_package() -> None:
+    # A regular package called `kernels` in the working directory would be found in place of
+    # Hugging Face's `kernels`, which transformers probes for.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if room != "kernels"])
+def test_other_rooms_are_regular_packages(room: str) -> None:
+    assert (ROOT / room / "__init__.py").is_file()
+
+
+def test_top_level_holds_only_what_the_layout_names() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    allowed = {
+        *MAY_IMPORT,
+        *("tests", "benchmarks", "docs", "examples"),
+        *("pyproject.toml", "README.md", "Makefile"),
+        *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    }
+    tracked = {name.split("/")[0] for name in listing.stdout.split("\0") if name}
+    assert {name for name in tracked if not name.startswith(".")} <= allowed
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "says"),
+    [
+        ("kernels", "import saesteer.checkpoints.errors", "1: kernels may not import checkpoints"),
+        ("checkpoints", "from saesteer import kernels", "1: checkpoints may not import kernels"),
+        ("sae", "def f():\n    from saesteer.steering.hook import steer", "2: sae may not import"),
+        ("steering", "import saesteer.cli", "1: steering may not import cli"),
+        ("steering", "NAMES = {'x': 'saesteer.cli.demo'}", "1: steering may not import cli"),
+        ("sae", "from ..kernels import ops", "leaves the room"),
+        ("sae", "import kernels.ops", "write saesteer.kernels"),
+        ("sae", "from checkpoints.files import write_json", "write saesteer.checkpoints"),
+        ("kernels", "import numpy", "1: kernels may not import numpy"),
+        ("cli", "try:\n    import torch\nexcept ImportError:\n    pass", "2: 'torch' is heavy"),
+        ("cli", "class C:\n    from transformers import AutoConfig", "2: 'transformers' is heavy"),
+    ],
+)
+def test_the_check_sees_what_is_wrong(room: str, source: str, says: str) -> None:
+    found = problems(room, source, light=True)
+    assert len(found) >= 1
+    assert all(says in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("kernels", "import math\nimport torch\nfrom saesteer.kernels.ops import encode_topk"),
+        ("sae", "from saesteer.kernels.ops import encode_topk\nfrom .text import read"),
+        ("cli", "def run():\n    import torch\n    from saesteer.steering import rank"),
+        ("cli", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+    ],
+)
+def test_the_check_lets_the_rest_through(room: str, source: str) -> None:
+    assert problems(room, source, light=room == "cli") == []

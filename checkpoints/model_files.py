@@ -93,13 +93,13 @@ def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     if name == DEFAULT_MODEL:
         return _resolve_default(progress)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # Path("") is the working folder
         _check_folder(path, name)
         return ResolvedModel(name, str(path), "folder")
     if path.suffix.lower() == ".gguf":
         return ResolvedModel(name, str(gguf_model(path, progress)), "gguf")
-    if path.exists() or not _HUB_NAME.fullmatch(name):
-        what = "is a file, not a model" if path.exists() else "is no folder, file or Hub name"
+    if not _HUB_NAME.fullmatch(name) or path.exists():
+        what = "is a file, not a model" if path.is_file() else "is no folder, file or Hub name"
         raise UserError(
             f"--model {name} {what}: give a Hub name, a folder with config.json, a .gguf file, or "
             f"one of {', '.join(ALIASES)}"

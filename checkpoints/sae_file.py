@@ -331,8 +331,10 @@ def _load_folder(folder: Path, source: str) -> SAE:
     if not isinstance(config, dict):
         raise UserError(f"--sae {source}: {_CFG} is not a JSON object; restore the file")
     metadata = config.get("metadata")
-    version = config.get("sae_lens_version") or (metadata or {}).get("sae_lens_version")
-    if not isinstance(metadata, dict) or not version or int(str(version).split(".")[0]) < 6:
+    inner = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    version = config.get("sae_lens_version") or inner
+    major = str(version).split(".")[0]
+    if not isinstance(metadata, dict) or not major.isdigit() or int(major) < 6:
         raise UserError(
             f"--sae {source} was written by SAELens {version or 'before 6'}: open it with sae_lens "
             "6 (SAE.load_from_disk), save it with save_model, and give the new folder"

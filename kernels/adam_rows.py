@@ -15,8 +15,28 @@ from saesteer.kernels.dispatch import TRITON_INSTALLED, use_triton
 CHUNK_ELEMENTS = 2**19
 """Elements of a chunk of rows on the CPU: the temporaries of one chunk stay in the cache."""
 
-MAX_WIDTH = 16384
-"""Widest row that one Triton program holds. Wider ones use PyTorch."""
+MAX_WIDTH = 8192
+"""Widest row that one Triton program holds in registers. Wider ones use PyTorch."""
+
+
+def adam_rows_reference(
+    param: Tensor,
+    grad: Tensor,
+    optimizer: torch.optim.Adam,
+    unit_rows: bool,
+) -> None:
+    """What the op means: torch.optim.Adam between a projection and a normalisation.
+
+    ``optimizer`` holds ``param`` alone. For tests and benchmarks.
+    """
+    with torch.no_grad():
+        zero = (param == 0).all(-1, keepdim=True)
+        if unit_rows:
+            grad = grad - (grad * param).sum(1, keepdim=True) * param
+        param.grad = grad
+        optimizer.step()
+        if unit_rows:
+            param.copy_(torch.where(zero, 0, param / param.norm(dim=1, keepdim=True)))
 
 
 def _adam_step(
@@ -206,7 +226,7 @@ def adam_rows_triton(
     if unit_rows:
         rows, d_model = param.shape
         block = triton.next_power_of_2(d_model)
-        warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
+        warps = 4 if block <= 2048 else 8
         adam_unit_rows_kernel[(rows,)](*tensors, d_model, *hyper, BLOCK=block, num_warps=warps)
     else:
         n = param.numel()

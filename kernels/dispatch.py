@@ -15,17 +15,20 @@ The choice is made at every call, from the tensors it gets, so a CPU tensor work
 import logging
 import os
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+try:
+    import triton  # noqa: F401
+except ImportError:
+    TRITON_INSTALLED = False
+else:
+    TRITON_INSTALLED = True
+
 _log = logging.getLogger(__name__)
 
 CHOICES = ("auto", "triton", "torch")
-
-TRITON_INSTALLED = find_spec("triton") is not None
-"""Whether ``import triton`` can work here. Nothing in this package needs it."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton kernels run in its interpreter, on the CPU. Fixed when the package is imported."""

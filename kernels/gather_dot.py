@@ -22,6 +22,11 @@ from saesteer.kernels.dispatch import (
 )
 
 
+def gather_dot_reference(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
+    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    return (vectors @ matrix.t()).gather(1, indices)
+
+
 @cache
 def _warn_about_sparse_csr() -> None:
     # PyTorch warns once per process that CSR tensors are in beta. Let it, but out of sight: the
@@ -38,6 +43,9 @@ def gather_dot_torch(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor
     (batch, k), d_sae = indices.shape, matrix.shape[0]
     if indices.numel() == 0 or matrix.shape[1] == 0:
         return vectors.new_zeros((batch, k), dtype=dtype)
+    vectors, matrix, indices = vectors.to(dtype), matrix.to(dtype), indices.to(torch.int64)
+    if k > d_sae:  # repeats beyond what a sparse pattern holds; the dense product is smaller
+        return (vectors @ matrix.t()).gather(1, indices)
     _warn_about_sparse_csr()
     pattern = torch.sparse_csr_tensor(
         torch.arange(0, batch * k + 1, k, device=indices.device),
@@ -46,10 +54,9 @@ def gather_dot_torch(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor
         (batch, d_sae),
         check_invariants=False,  # it refuses repeated indices, which are fine here
     )
-    dots = torch.sparse.sampled_addmm(
-        pattern, vectors.to(dtype).contiguous(), matrix.to(dtype).t(), beta=0.0
-    )
-    return dots.values().view(batch, k)
+    dots = torch.sparse.sampled_addmm(pattern, vectors.contiguous(), matrix.t(), beta=0.0)
+    values: Tensor = dots.values()
+    return values.view(batch, k)
 
 
 if TRITON_INSTALLED:
@@ -81,15 +88,13 @@ if TRITON_INSTALLED:
         for first in range(0, d_model, BLOCK_D):
             col = first + tl.arange(0, BLOCK_D)
             col_ok = col < d_model
-            vector = tl.load(
-                vectors + example * stride_vectors + col, mask=col_ok, other=0.0
-            ).to(ACC)
+            vector = tl.load(vectors + example * stride_vectors + col, mask=col_ok, other=0.0)
             tile = tl.load(
                 matrix + row[:, None] * stride_matrix + col[None, :],
                 mask=ok[:, None] & col_ok[None, :],
                 other=0.0,
             ).to(ACC)
-            acc += tile * vector[None, :]
+            acc += tile * vector.to(ACC)[None, :]
         tl.store(out + example * k + slot, tl.sum(acc, axis=1), mask=ok)
 
 

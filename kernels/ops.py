@@ -189,6 +189,4 @@ def adam_rows_(
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
     with torch.no_grad():
-        adam_rows_op(
-            param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows
-        )
+        adam_rows_op(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows)

@@ -22,6 +22,14 @@ from saesteer.kernels.gather_dot import gather_dot_op
 from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 
+def sparse_decode_reference(
+    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor
+) -> Tensor:
+    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    dense = latent_acts.new_zeros((latent_acts.shape[0], W_dec.shape[0]))
+    return dense.scatter_add(1, latent_indices, latent_acts) @ W_dec + b_dec
+
+
 def _result_dtype(latent_acts: Tensor, W_dec: Tensor) -> torch.dtype:
     return torch.promote_types(latent_acts.dtype, W_dec.dtype)
 

@@ -23,8 +23,8 @@ from saesteer.kernels.dispatch import (
 )
 
 CHUNK = 64
-"""Most entries that one Triton program adds up. A latent with more is split into chunks whose sums
-a second kernel adds in order: a latent that fires on every token would otherwise hold up the rest."""
+"""Most entries that one Triton program adds up. A latent with more is split into chunks, and a
+second kernel adds their sums in order: a latent that always fires would hold up all others."""
 
 
 class LatentOrder(NamedTuple):
@@ -39,13 +39,23 @@ class LatentOrder(NamedTuple):
 def sort_indices(indices: Tensor, d_sae: int) -> LatentOrder:
     """Group the entries of ``indices`` [batch, k] (values in 0..d_sae-1) by latent.
 
-    The sort is stable, so a latent's entries stay in batch order: that fixes the order of every sum.
+    The sort is stable: a latent's entries stay in batch order, which fixes the order of its sum.
     """
     flat = indices.reshape(-1)
     # 32-bit keys sort faster, and d_sae always fits.
     ordered, order = flat.to(torch.int32).sort(stable=True)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=flat.device)
     return LatentOrder(order, torch.searchsorted(ordered, bounds))
+
+
+def sparse_row_grads_reference(
+    weights: Tensor, indices: Tensor, rows: Tensor, d_sae: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    dense = weights.new_zeros((rows.shape[0], d_sae)).scatter_add(1, indices, weights)
+    hits = torch.zeros_like(dense, dtype=torch.int64)
+    hits = hits.scatter_add(1, indices, (weights != 0).to(torch.int64))
+    return dense.t() @ rows, dense.sum(0), hits.sum(0)
 
 
 def sparse_row_grads_torch(
@@ -152,7 +162,7 @@ if TRITON_INSTALLED:
         BLOCK_D: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """Add a split latent's chunk sums in chunk order. The program of its first chunk does it."""
+        """Add a split latent's chunk sums in order. The program of its first chunk does it."""
         slot = tl.program_id(0).to(tl.int64)
         latent = tl.load(partial_latents + slot)
         if latent >= d_sae:
@@ -179,7 +189,7 @@ def sparse_row_grads_triton(
 ) -> tuple[Tensor, Tensor]:
     """Triton kernel: row sums [d_sae, d_model] and weight sums [d_sae]."""
     entries, starts = order
-    d_sae, (batch, d_model) = starts.numel() - 1, rows.shape
+    d_sae, d_model = starts.numel() - 1, rows.shape[1]
     dtype = accumulator_dtype(weights, rows)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     weights, rows = weights.contiguous(), unit_stride(rows)
@@ -255,7 +265,7 @@ def sparse_row_grads_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums [d_sae, d_model], weight sums [d_sae] and nonzero counts [d_sae] (int64).
 
-    ``order`` and ``starts``: the fields of `sort_indices(indices, d_sae)`, where the caller has them.
+    ``order`` and ``starts``: what `sort_indices(indices, d_sae)` gave, where the caller has it.
     """
     check_indices(indices, d_sae)
     if order is None or starts is None:
@@ -275,7 +285,7 @@ def _(
     weights: Tensor,
     indices: Tensor,
     rows: Tensor,
-    d_sae: int,
+    d_sae: int | torch.SymInt,
     order: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

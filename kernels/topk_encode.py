@@ -24,10 +24,22 @@ CUDA_CHUNK_BYTES = 256 * 2**20
 """The same on a GPU, where small products leave most of the device idle."""
 
 GROUP = 16
-"""Columns per group of the CPU selection. Of 8, 16, 32 and 64 the fastest for d_sae 4608 to 16384."""
+"""Columns per group of the PyTorch selection: of 8 to 64 the fastest for d_sae 4608 to 16384."""
 
-MAX_CANDIDATES = 32768
-"""Most keys one Triton program searches. Wider selections (k in the thousands) use PyTorch."""
+MAX_CANDIDATES = 8192
+"""Most keys one Triton program searches: 32 per thread, before registers spill. Wider selections
+(k in the hundreds at d_sae in the hundred thousands) use PyTorch."""
+
+
+def topk_encode_reference(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    pre_acts = x @ W_enc_rows.t() + b_enc
+    pre_acts = pre_acts.masked_fill(pre_acts.isnan(), 0)
+    ranked = torch.sort(pre_acts, dim=1, descending=True, stable=True).indices
+    indices = ranked[:, :k].sort(1).values
+    return pre_acts.gather(1, indices).relu(), indices
 
 
 def _chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -89,7 +101,9 @@ def _first_of_equals(pre_acts: Tensor, k: int) -> Tensor:
     return chosen.nonzero()[:, 1].view(-1, k)
 
 
-def topk_encode_torch(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk_encode_torch(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     """PyTorch twin."""
     batch, d_sae = x.shape[0], W_enc_rows.shape[0]
     dtype = accumulator_dtype(x, W_enc_rows)
@@ -246,7 +260,7 @@ def select_topk_triton(
     double = pre_acts.dtype == torch.float64
     bits = 64 if double else 32
     keys = {"KEY": tl.int64 if double else tl.int32, "MAX": 2 ** (bits - 1) - 1}
-    warps = 4 if widest <= 4096 else 8 if widest <= 8192 else 16
+    warps = max(4, widest // 1024)
     group_keys = pre_acts.new_empty((rows, n_groups), dtype=torch.int64 if double else torch.int32)
     group_ids = pre_acts.new_empty((rows, n_chosen), dtype=torch.int32)
     block_g = min(triton.next_power_of_2(n_groups), 4096 // group)
@@ -325,7 +339,9 @@ def topk_encode_op(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tupl
 
 
 @topk_encode_op.register_fake
-def _(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int | torch.SymInt
+) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
     acts = x.new_empty(shape, dtype=accumulator_dtype(x, W_enc_rows))
     return acts, x.new_empty(shape, dtype=torch.int64)

@@ -1,5 +1,8 @@
 """Streams activations out of a language model, and writes them to shards."""
 
+import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError
 from saesteer.checkpoints.files import claim_output, plain
 from saesteer.checkpoints.provenance import versions
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
@@ -139,6 +142,9 @@ def open_activations(
     progress: Progress = no_progress,
 ) -> ActivationStream:
     """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
+    if len({point.key for point in points}) != len(points):
+        named = ",".join(str(point.layer) for point in points)
+        raise UsageError(f"--layer names a block twice: {named}")
     replies_file = None
     if replies:
         settings = ReplyConfig(seed=config.seed)
@@ -177,6 +183,7 @@ def harvest(
 
     Raises:
         UserError: the text, the model or the folder cannot be used; the message says why.
+        Interrupted: after Ctrl-C, with the tokens so far written.
     """
     from saesteer.checkpoints.model_files import cache_folder
     from saesteer.checkpoints.shards import ShardWriter
@@ -213,19 +220,29 @@ def harvest(
     done = writer.tokens
     started = time.monotonic()
     progress("harvest", done, config.tokens, "tokens")
-    while done < config.tokens:
-        batch = stream.next_batch()
-        if batch is None:
-            warn(f"the corpus ended after {done} of {config.tokens} --tokens: more --data or --epochs")
-            break
-        fresh = min(len(batch.token_ids), config.tokens - done)
-        writer.add(
-            {key: rows[:fresh] for key, rows in batch.activations.items()},
-            batch.token_ids[:fresh],
-            cursor=stream.state_dict(),
-        )
-        done += fresh
-        progress("harvest", done, config.tokens, "tokens")
+    with stop_requests() as stop:
+        while done < config.tokens:
+            batch = stream.next_batch()
+            if batch is None:
+                warn(
+                    f"the corpus ended after {done} of {config.tokens} --tokens: give more --data "
+                    "or --epochs"
+                )
+                break
+            fresh = min(len(batch.token_ids), config.tokens - done)
+            writer.add(
+                {key: rows[:fresh] for key, rows in batch.activations.items()},
+                batch.token_ids[:fresh],
+                cursor=stream.state_dict(),
+            )
+            done += fresh
+            progress("harvest", done, config.tokens, "tokens")
+            if stop() and done < config.tokens:
+                writer.checkpoint()
+                raise Interrupted(
+                    f"stopped after {done} of {config.tokens} tokens, which are in {folder}: run "
+                    "the same command with --resume to go on"
+                )
     seconds = time.monotonic() - started
     writer.close({"excluded": stream.excluded, "seconds": round(seconds, 3)})
     return writer.manifest
@@ -255,3 +272,24 @@ def model_facts(lm: LanguageModel) -> dict[str, Any]:
         "d_model": lm.d_model,
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a question asked after each step; a second one kills at once."""
+    asked = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -57,6 +57,7 @@ def metrics(
     sinks = SinkFilter(config.text.max_norm_ratio)
     total = Moments(lm.d_model)
     excluded = {"special": 0, "sinks": 0}
+    progress("metrics: mean", 0, config.tokens, "tokens")
     # First pass: which rows count, their mean, and how often each latent fires.
     while total.count < config.tokens:
         batch = contexts.next_batch(config.text.batch_size)
@@ -73,6 +74,7 @@ def metrics(
     tally = _Tally()
     fired = torch.zeros(sae.spec.d_sae, dtype=torch.bool, device=lm.device)
     done = 0
+    progress("metrics: splice", 0, total.count, "tokens")
     for batch, keep in _pieces(batches, kept, lm):
         done += _measure(lm, sae, point, batch, keep.to(lm.device), mean, tally, fired)
         progress("metrics: splice", done, total.count, "tokens")
@@ -116,12 +118,13 @@ def _read(
     """The kept rows of a batch and where they stand."""
     with torch.inference_mode():
         h = run_to(lm, [point], input_ids=batch.token_ids.to(lm.device))[point.key]
-        keep = batch.keep.to(lm.device).clone()
-        near = sinks.keep({point.key: h[keep]})
-    excluded["special"] += int((~batch.keep).sum())
-    excluded["sinks"] += int((~near).sum())
-    keep[keep.clone()] = near
-    return h[keep], keep.cpu()
+        text = batch.keep.to(lm.device)
+        near = sinks.keep({point.key: h[text]})
+        keep = text.clone()
+        keep[text] = near
+        excluded["special"] += int((~text).sum())
+        excluded["sinks"] += int((~near).sum())
+        return h[keep], keep.cpu()
 
 
 class _Tally:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -200,7 +200,12 @@ def wrap_model(
 
 
 def load_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", blocks_path: str | None = None
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    blocks_path: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -209,6 +214,7 @@ def load_model(
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         blocks_path: module path of the list of decoder blocks when it cannot be found.
+        progress: called with one line before a step that takes a while (fetching, converting).
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
@@ -217,13 +223,16 @@ def load_model(
 
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
-    resolved = resolve_model(name)
+    resolved = resolve_model(name, progress)
+    offline = resolved.local_files_only
     with quiet_transformers():
         from transformers import AutoTokenizer
 
         try:
-            model = _from_pretrained(resolved.path_or_repo, chosen_dtype)
-            tokenizer = AutoTokenizer.from_pretrained(resolved.path_or_repo)
+            model = _from_pretrained(resolved.path_or_repo, chosen_dtype, offline)
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolved.path_or_repo, local_files_only=offline
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--model {name} could not be loaded: {reason}") from error
@@ -239,16 +248,16 @@ def as_language_model(
     return load_model(model, device=device, dtype=dtype)
 
 
-def _from_pretrained(path: str, dtype: torch.dtype) -> Any:
+def _from_pretrained(path: str, dtype: torch.dtype, offline: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=offline)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
     # Multimodal wrappers are registered elsewhere; their text tower is used alone.
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=offline)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ class BatchStream:
 
     def fill(self) -> Float[Tensor, "rows width"]:
         """Fill the buffer and return what it holds: a sample of the data to measure."""
+        self._filling(0, len(self.buffer.rows))
         while not self.buffer.full and self.drawn < self.total:
             self._pending += self.buffer.put(self._draw())
             self._filling(len(self.buffer), len(self.buffer.rows))

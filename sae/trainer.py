@@ -1,10 +1,7 @@
 """Training of sparse autoencoders: `train` prepares, `fit` loops, `SAETrainer` makes one step."""
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.kernels.ops import adam_rows_
 from saesteer.sae.config import Progress, TrainConfig, default_lr, no_progress
-from saesteer.sae.harvester import model_facts, open_activations
+from saesteer.sae.harvester import model_facts, open_activations, stop_requests
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
 from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
@@ -288,6 +285,8 @@ def _shard_source(
     model = manifest["model"]
     text = manifest.get("config") or {}
     paths = manifest.get("hf_hook_names") or []
+    if len(set(places)) != len(places):
+        raise UsageError(f"--layer names a block twice: {','.join(map(str, config.layers))}")
     named = zip(reader.layers, paths, strict=False)
     return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
         "model": model if isinstance(model, dict) else {"name": str(model)},
@@ -364,11 +363,15 @@ class _Run:
         if not self.trainers:
             sample = self.batches.fill()[:_SCALE_ROWS]
             self._make_trainers([InputScale.of(x) for x in sample.split(self.d_model, dim=1)])
+            for variant in self.variants:
+                # Lines of a run that was stopped before its first state.
+                self._metrics_file(variant).write_text("")
         config = self.config
         log_every = max(1, config.steps // _LOGS_PER_RUN)
         save_every = max(1, config.checkpoint_every // config.batch_tokens)
         clock = _Clock()
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
+            self.show()
             while self.step < config.steps:
                 batch = self.batches.next_batch()
                 clock.got_batch()
@@ -385,6 +388,7 @@ class _Run:
                 clock.stepped(config.batch_tokens)
                 if self.step % log_every == 0 or self.step == config.steps:
                     self.log(clock)
+                self.show()
                 if stop() and self.step < config.steps:
                     self.save()
                     raise Interrupted(
@@ -403,7 +407,12 @@ class _Run:
         for i, trainer in enumerate(self.trainers):
             self._last[i] = {"step": self.step, "tokens": tokens, **trainer.take_log(), **speed}
             append_jsonl(self.place_of(trainer.variant) / "metrics.jsonl", self._last[i])
-        note = f"tokens, FVU {self._last[0]['fvu']:.3f}"
+
+    def show(self) -> None:
+        """Tell the progress how far training is, with the FVU of the latest log line."""
+        last = self._last[0]
+        note = f"tokens, FVU {last['fvu']:.3f}" if last else "tokens"
+        tokens = self.step * self.config.batch_tokens
         self.progress("train", tokens, self.batches.total, note)
 
     def finish(self) -> list[dict[str, Any]]:
@@ -531,24 +540,3 @@ class _Clock:
         self._data = self._training = 0.0
         self._tokens = 0
         return taken
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question asked after each step; a second one kills at once."""
-    asked = False
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

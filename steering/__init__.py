@@ -1,1 +1,50 @@
+"""Instruction tasks, ranking, steering plans, the generation hook and evaluation.
 
+The names below are the public calls of this room. Each loads its module on first use, so importing
+the package costs nothing. No module bears the name of a call: importing a submodule binds its name
+in the package, and would hide the call.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saesteer.steering.applying import SteeredText as SteeredText
+    from saesteer.steering.applying import generate_steered as generate_steered
+    from saesteer.steering.calibration import calibrate as calibrate
+    from saesteer.steering.evaluation import evaluate as evaluate
+    from saesteer.steering.hook import SteerReport as SteerReport
+    from saesteer.steering.hook import steer as steer
+    from saesteer.steering.plan import Plan as Plan
+    from saesteer.steering.plan import PlannedLatent as PlannedLatent
+    from saesteer.steering.plan import plan_from_latents as plan_from_latents
+    from saesteer.steering.plan_file import load_plan as load_plan
+    from saesteer.steering.plan_file import save_plan as save_plan
+    from saesteer.steering.ranking import rank as rank
+    from saesteer.steering.tasks import load_task as load_task
+
+_HOME = {
+    "SteeredText": "applying",
+    "generate_steered": "applying",
+    "calibrate": "calibration",
+    "evaluate": "evaluation",
+    "SteerReport": "hook",
+    "steer": "hook",
+    "Plan": "plan",
+    "PlannedLatent": "plan",
+    "load_plan": "plan_file",
+    "plan_from_latents": "plan",
+    "save_plan": "plan_file",
+    "rank": "ranking",
+    "load_task": "tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

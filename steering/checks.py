@@ -132,9 +132,9 @@ def _letters(text: str) -> int:
     return sum(character.isalpha() for character in text)
 
 
-def _at_least(name: str, value: object, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise UsageError(f"{name} must be a number from {least}, got {value!r}")
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number from {least}, got {value!r}")
 
 
 # --- languages -----------------------------------------------------------------------------------
@@ -143,8 +143,8 @@ LANGUAGES = tuple(
     "ar cs da de el en es fi fr he hi hu it ja ko la nl pl pt ro ru sv th tr uk vi zh".split()
 )
 """Languages that are told apart. A short list: with all of py3langid's 140, near relatives
-(Occitan, Aragonese, Luxembourgish, Nigerian Pidgin) take the probability that short French, Spanish,
-German and English texts deserve."""
+(Occitan, Aragonese, Luxembourgish, Nigerian Pidgin) take the probability that short French,
+Spanish, German and English texts deserve."""
 
 _LANGUAGE_PROBABILITY = 0.5
 _FOREIGN_WORD_SHARE = 0.25
@@ -153,20 +153,21 @@ _FEWEST_LETTERS_CJK = 10  # zh, ja, ko: one character says about as much as two 
 
 FUNCTION_WORDS: dict[str, frozenset[str]] = {
     "en": frozenset(
-        """a about after all also an and any are as at be because been before being but by can
-        could did do does for from had has have he her here hers him his how i if in
-        into is it its just like me more most my no not of on one or other our out over
-        she should so some such than that the their them then there these they this
-        those to too under until up very was we were what when where which while who
-        whom whose why will with would you your""".split()
+        """a about after all also an and any are as at be because been before being between but by
+        can could d did didn do does don during for from had has have he her here hers
+        him his how i if in into is it its just like ll m me more most my no not of on
+        one only or other our out over re s she should so some such t than that the
+        their them then there these they this those to too under until up ve very was we
+        were what when where which while who whom whose why will with would you your""".split()
     ),
     "fr": frozenset(
-        """a ai as au aux avant avec c ce cela ces cet cette chaque comme d dans de depuis des donc
-        dont du elle elles en est et eu fait il ils j je jusqu l la laquelle le lequel
-        les leur leurs lors lui m mais me mes mon même n ne nos notre nous on ont ou où
-        par parce pas pendant peu peut plus pour pourquoi puis qu quand que quel quelle
-        qui quoi s sa sans se ses si son sont sous sur t ta te tous tout toute toutes
-        trop très tu un une vers votre vous y à étaient était être""".split()
+        """a afin ai alors après as au aussi aux avant avec bien c car ce cela ces cet cette chaque
+        chez comme contre d dans de depuis des donc dont du elle elles en encore entre
+        est et eu fait il ils j je jusqu l la laquelle le lequel les leur leurs lors
+        lorsque lui m mais me mes mon même n ne non nos notre nous on ont ou où par
+        parce pas pendant peu peut plus pour pourquoi puis puisque qu quand que quel
+        quelle qui quoi s sa sans se ses si son sont sous sur t ta te tous tout toute
+        toutes trop très tu un une vers votre vous y à étaient était être""".split()
     ),
     "de": frozenset(
         """aber alle als also am an auch auf aus bei bevor bin bis da damit das dass dem den denn
@@ -187,8 +188,8 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         tenía tiene toda todas todo todos tras tu un una uno unos y ya yo""".split()
     ),
 }
-"""Common words per language: the second opinion of the language check, and the stop list of
-`content_words`."""
+"""Common words per language, split at apostrophes ("n" and "t" of contractions): the second opinion
+of the language check, and the stop list of `content_words`."""
 
 
 @functools.cache
@@ -215,7 +216,10 @@ def _function_words_agree(text: str, lang: str) -> bool | None:
         for other, theirs in FUNCTION_WORDS.items()
         if other != lang
     )
-    return foreign <= _FOREIGN_WORD_SHARE * (own + foreign) if own + foreign else None
+    if own + foreign == 0:
+        return None
+    # one stray word proves nothing: a name, a quotation, a word missing in our own list
+    return foreign < 2 or foreign <= _FOREIGN_WORD_SHARE * (own + foreign)
 
 
 @_check("language")
@@ -223,7 +227,7 @@ def check_language(output: str, source: str, *, lang: str) -> Verdict:
     """The reply is written in `lang` (ISO 639-1), code blocks and URLs apart.
 
     Two opinions must agree: py3langid restricted to `LANGUAGES` (probability at least .5), and,
-    for en, fr, de and es, the common words (at most a quarter of them another language's).
+    for en, fr, de and es, the common words (one, or at most a quarter of them, another language's).
     Undetermined under 20 letters (10 for zh, ja, ko).
     """
     if lang not in LANGUAGES:
@@ -305,11 +309,15 @@ def check_json(output: str, source: str, *, kind: str = "any") -> Verdict:
     if not text:
         return Verdict.FAIL
     blocks = _fences(text)
-    body = blocks[0][1].strip() if len(blocks) == 1 else text
-    try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        cut_off = body[:1] in ("{", "[") and _open_at_end(body)
+    cut_off = False
+    # the whole first: backticks may stand inside a JSON string
+    for body in (text, blocks[0][1].strip()) if len(blocks) == 1 else (text,):
+        try:
+            value = json.loads(body, parse_constant=_refuse_constant)
+            break
+        except (ValueError, RecursionError):
+            cut_off = cut_off or (body[:1] in ("{", "[") and _open_at_end(body))
+    else:
         return Verdict.UNDETERMINED if cut_off else Verdict.FAIL
     wanted = {"object": (dict,), "array": (list,), "any": (dict, list)}[kind]
     return Verdict.PASS if isinstance(value, wanted) and value else Verdict.FAIL

@@ -55,10 +55,11 @@ class Edit:
         t = self._on(h.device)
         if plan.method == "add":
             if plan.unit == "rel":
-                return t["vector"] * h.norm(dim=-1, keepdim=True)
+                norms: Tensor = h.norm(dim=-1, keepdim=True)
+                return t["vector"] * norms
             return t["vector"].expand(1, 1, -1)
         if plan.method == "project":
-            return -(h @ t["basis"].T) @ t["basis"]
+            return torch.neg((h @ t["basis"].T) @ t["basis"])
         chosen = h[mask]
         now = self._latents(chosen)
         moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
@@ -89,7 +90,7 @@ class Edit:
             return torch.relu(q) * (q > t["threshold"]) if "threshold" in t else torch.relu(q)
         sae = self._sae = self._sae.to(h.device, torch.float32)
         step = max(1, _ENCODE_NUMBERS // sae.spec.d_sae)
-        parts = [sae.encode(piece)[:, ids] for piece in h.split(step)]
+        parts = [sae.encode(piece)[:, ids] for piece in torch.split(h, step)]
         return torch.cat(parts) if parts else h.new_zeros((0, len(ids)))
 
     def _on(self, device: torch.device) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ def _basis(directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "rank d_mode
     """Orthonormal rows that span the directions; directions that repeat others add none."""
     _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
     # Directions are float32: what is smaller than their rounding is no direction of its own.
-    kept = rows[sizes > 1e-6 * sizes.max()]
+    kept: Tensor = rows[sizes > 1e-6 * sizes.max()]
     if sizes.max() == 0:
         raise UsageError("the plan's directions are all 0: choose other --latents")
     return kept.float()
@@ -134,9 +135,7 @@ def _encoder(plan: Plan, sae: SAE | None) -> dict[str, Tensor]:
         )
     if plan.sae.architecture == "jumprelu" and plan.threshold is None:
         raise UserError("the plan of a jumprelu SAE holds no threshold: give --sae")
-    return {
-        name: tensor.float() for name, tensor in plan.tensors().items() if name != "directions"
-    }
+    return {name: tensor.float() for name, tensor in plan.tensors().items() if name != "directions"}
 
 
 def _matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:

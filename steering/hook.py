@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.hooks import HookPoint, hooked, resolve_site
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import EncodedPrompt
 from saesteer.steering.edits import Edit
-from saesteer.steering.plan import Plan, load_plan
+from saesteer.steering.plan import Plan
+from saesteer.steering.plan_file import load_plan
 from saesteer.steering.positions import Call, PassTokens, PositionTracker
 from saesteer.steering.scope import Rows, Scope, parse_scope
 
@@ -187,7 +188,9 @@ def steer(
     where = _resolve_scope(plan, prompts, instructions, include_first, include_template)
     point = resolve_site(lm, plan.layer, plan.site)
     tracker = PositionTracker(lm, prompts, prompt_lengths)
-    hook = _SteerHook(lm, Edit(plan, sae, force), where, point, tracker, report)
+    edit = _SteerHook(lm, Edit(plan, sae, force), where, point, tracker, report)
+    # The hook keeps books in Python; a compiled forward pass must step out to run it.
+    hook = torch.compiler.disable(edit)  # type: ignore[no-untyped-call]
     with tracker.listening(), hooked(point, hook):
         yield report
     _check(report, plan)
@@ -245,9 +248,7 @@ class _SteerHook:
             mask = mask & ~(special & (p != 0) if self._scope.include_first else special)
         return mask
 
-    def _write(
-        self, tokens: PassTokens, mask: Tensor, h: Tensor, delta: Tensor
-    ) -> None:
+    def _write(self, tokens: PassTokens, mask: Tensor, h: Tensor, delta: Tensor) -> None:
         records, call = self._report._records, tokens.call
         while len(records) <= call.number:
             empty = h.new_full((len(h), 1), torch.nan)
@@ -256,7 +257,7 @@ class _SteerHook:
         records[call.number].write(tokens, mask, h.detach().norm(dim=-1), norms)
 
 
-def median(parts: Iterator[Tensor]) -> float | None:
+def median(parts: Iterable[Tensor]) -> float | None:
     """The median over all values of several tensors; None when there are none."""
     values = [part.double().numpy() for part in parts]
     joined = np.concatenate(values) if values else np.empty(0)
@@ -281,15 +282,15 @@ def _resolve_scope(
     include_template: bool,
 ) -> Scope:
     """The scope with everything it needs; raises at once what would fail at the first pass."""
-    scope = parse_scope(
-        plan.scope, include_first=include_first, include_template=include_template
-    )
+    scope = parse_scope(plan.scope, include_first=include_first, include_template=include_template)
     if scope.kind == "after-instruction":
         texts = _task_texts(plan) if instructions is None else instructions
         scope = dataclasses.replace(scope, instructions=tuple(texts))
     if scope.needs_prompts:
-        for prompt in prompts or [None]:
-            scope.row(0 if prompt is None else len(prompt), prompt)
+        for prompt in prompts or ():
+            scope.row(len(prompt), prompt)
+        if not prompts:
+            scope.row(0)
     return scope
 
 
@@ -299,7 +300,13 @@ def _task_texts(plan: Plan) -> list[str]:
         return []
     from saesteer.steering.tasks import load_task
 
-    task = load_task(plan.task.name)
+    try:
+        task = load_task(plan.task.name)
+    except UserError as error:
+        raise UsageError(
+            "--scope after-instruction needs the wordings of the plan's task, and "
+            f"{plan.task.name} is not built in: give instructions=..., or use another scope"
+        ) from error
     return [task.instruction, *(variant.text for variant in task.variants)]
 
 

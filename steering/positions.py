@@ -93,6 +93,7 @@ class PositionTracker:
         self._call: Call | None = None
         self._generating = False
         self._inside_outer = False
+        self._open_for_passes = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -101,16 +102,25 @@ class PositionTracker:
             outer, text = self._lm.model, self._lm.text_model
             if hasattr(outer, "generate"):
                 stack.enter_context(_tapped(outer, self._generate_call))
-            for handle in (
-                outer.register_forward_pre_hook(self._on_outer, with_kwargs=True),
-                outer.register_forward_hook(self._after_outer, always_call=True),
-            ):
-                stack.callback(handle.remove)
+            # The hooks keep books in Python; a compiled forward pass must step out to run them.
+            on_outer, after_outer, on_text = map(
+                torch.compiler.disable, (self._on_outer, self._after_outer, self._on_text)
+            )
+            handles = [
+                outer.register_forward_pre_hook(on_outer, with_kwargs=True),
+                outer.register_forward_hook(after_outer, always_call=True),
+            ]
             if text is not outer:
                 # For those who run the text tower alone (no logits), or through another wrapper.
-                handle = text.register_forward_pre_hook(self._on_text, with_kwargs=True)
+                handles.append(text.register_forward_pre_hook(on_text, with_kwargs=True))
+            for handle in handles:
                 stack.callback(handle.remove)
-            yield
+            try:
+                yield
+            finally:
+                # A forward pass that was compiled with the hooks in it may still call them.
+                self.current = None
+                self._open_for_passes = False
 
     def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside_outer = True
@@ -125,6 +135,8 @@ class PositionTracker:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the positions of a pass from the model's arguments."""
+        if not self._open_for_passes:
+            return
         given = {**_by_name(module, args), **kwargs} if args else kwargs
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = embeds if ids is None else ids
@@ -289,20 +301,24 @@ def _prompt_mask(
     return everything if pad is None or pad in ends else tokens != pad
 
 
-_Listener = Callable[
-    [tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]
-]
+_Listener = Callable[[tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
 
 
 class _Tap:
     """`model.generate` with listeners that see its arguments and are told when it ends."""
 
-    def __init__(self, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self.original = original
+    def __init__(self, model: Any) -> None:
+        self.original: Callable[..., Any] = model.generate
+        self.before = vars(model).get("generate")
+        self.compiles = hasattr(model, "_valid_auto_compile_criteria")
         self.listeners: list[_Listener] = []
+        functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiles:
+            # With a static cache on a GPU the library would run a compiled forward pass, perhaps
+            # one compiled before the hooks were there.
+            kwargs["disable_compile"] = True
         with contextlib.ExitStack() as stack:
             for listener in self.listeners:
                 stack.enter_context(listener(args, kwargs))
@@ -317,8 +333,7 @@ def _tapped(model: Any, listener: _Listener) -> Iterator[None]:
     """
     tap = vars(model).get("generate")
     if not isinstance(tap, _Tap):
-        before, tap = tap, _Tap(model.generate)
-        tap.before = before  # type: ignore[attr-defined]
+        tap = _Tap(model)
         model.generate = tap
     tap.listeners.append(listener)
     try:

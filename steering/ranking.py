@@ -69,7 +69,7 @@ class RankConfig:
                 "use --by rate or meandiff"
             )
         for flag, count in (
-            ("--contents", self.contents),
+            ("--rank-contents", self.contents),
             ("--reply-variants", self.reply_variants),
             ("--batch-size", self.batch_size),
         ):

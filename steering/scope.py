@@ -103,7 +103,14 @@ class Scope:
                 "use generation, generated, prompt, all, last-prompt or first:N"
             )
         if self.kind == "span":
-            return prompt.token_span(self.first, self.last)
+            characters = len(prompt.text)
+            if self.first >= characters:
+                raise UserError(
+                    f"--scope {self} begins after the end of a prompt of {characters} characters "
+                    f"({_shorten(prompt.text)!r}): characters are counted from 0 in the prompt's "
+                    "own text"
+                )
+            return prompt.token_span(self.first, min(self.last, characters))
         # A prompt that ends with its instruction has nothing after it: the edit then begins where
         # the first generated token is predicted, like the other scopes that reach into generation.
         return min(_instruction_end(prompt, self.instructions), max(length - 1, 0)), NO_END

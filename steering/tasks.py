@@ -348,15 +348,15 @@ def _inline_rows(path: Path, items: Sequence[object]) -> list[tuple[str, str | N
 
 def _row(where: str, item: object) -> tuple[str, str | None]:
     """(text, split or None) of one content: a text, or a mapping with the field `text`."""
-    if isinstance(item, str):
-        text, split = item, None
-    elif isinstance(item, dict):
+    text: object = item
+    split: object = None
+    if isinstance(item, dict):
         text, split = item.get("text"), item.get("split")  # other fields (an id, say) are ignored
-    else:
-        text, split = None, None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the field 'text' is missing or empty")
-    if split is not None and split not in SPLITS:
+    if split is None:
+        return text.strip(), None
+    if not isinstance(split, str) or split not in SPLITS:
         raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
     return text.strip(), split
 

@@ -1,6 +1,7 @@
 """The exit status that the command line takes from each error."""
 
 import pytest
+
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 
 

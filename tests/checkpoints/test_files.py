@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UsageError, UserError
 

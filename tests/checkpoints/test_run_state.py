@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from saesteer.checkpoints import files, run_state
 from saesteer.checkpoints.errors import UserError
 

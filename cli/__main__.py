@@ -1,0 +1,125 @@
+"""The console script `saesteer`, also `python -m saesteer.cli`."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.cli.flags import VerbParser
+from saesteer.cli.output import one_line, print_error
+
+VERBS = {
+    "demo": "the main job on a small model, start to end: harvest, train, rank, steer, show",
+    "harvest": "run text through a model once and store the activations of some layers",
+    "train": "train sparse autoencoders, live from a model or from stored activations",
+    "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
+    "rank": "find the latents that carry an instruction, and write a steering plan",
+    "steer": "generate text with a steering plan, or with latents chosen by number",
+    "doctor": "prove that hooks read and write where they say, and predict what a job costs",
+}
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (that of the process when None) and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _set_encodings()
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"saesteer {version('saesteer')}")
+        return 0
+    verbose = "-v" in words or "--verbose" in words
+    try:
+        return _run(words[0], words[1:])
+    except BrokenPipeError:
+        # Whoever read our output has enough of it (`saesteer rank | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", _INTERRUPTED, verbose)
+    except UserError as error:
+        return _fail(error, error.exit_status, verbose)
+    except Exception as error:
+        message = one_line(error)
+        what = f"unexpected {type(error).__name__}: {message}" if message else repr(error)
+        hint = "" if verbose else " (run with -v for the traceback)"
+        return _fail(f"{what}{hint}", 1, verbose)
+
+
+def _run(verb: str, words: Sequence[str]) -> int:
+    parser = make_parser(verb)
+    try:
+        args = parser.read(words)
+    except SystemExit as stop:  # --help has printed
+        return int(stop.code or 0)
+    status: int = import_module(f"saesteer.cli.{verb}").run(args)
+    return status
+
+
+def make_parser(verb: str) -> VerbParser:
+    """The parser of one verb. Raises UsageError for a word that is none."""
+    if verb not in VERBS:
+        raise UsageError(f"{_unknown(verb)}; the verbs are {', '.join(VERBS)}")
+    module = import_module(f"saesteer.cli.{verb}")
+    parser = VerbParser(verb, _sentence(VERBS[verb]), module.EXAMPLE)
+    module.add_flags(parser)
+    return parser
+
+
+def _unknown(word: str) -> str:
+    from difflib import get_close_matches
+
+    if word.startswith("-"):
+        return f"the verb comes first, before {word}"
+    close = get_close_matches(word, VERBS, n=1)
+    return f"unknown verb {word!r}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "usage: saesteer VERB [flags]",
+            "",
+            "Sparse autoencoders from raw text to a steered language model.",
+            "",
+            "verbs:",
+            *(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items()),
+            "",
+            "`saesteer VERB --help` explains the flags of a verb; `saesteer --version` says which",
+            "saesteer this is.",
+            "",
+            "examples:",
+            "  saesteer demo --quick",
+            "  saesteer harvest --layer 20 --tokens 1000000 -o runs/activations",
+        ]
+    )
+
+
+def _fail(message: object, status: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    print_error(message)
+    return status
+
+
+def _set_encodings() -> None:
+    """Never fail for a character that a terminal cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

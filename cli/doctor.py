@@ -1,0 +1,112 @@
+"""`saesteer doctor`: does the hook do what it says on this model, and what will a job cost?"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from saesteer.cli.flags import SITE_HELP, VerbParser, add_common, add_model, count, one_layer
+from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.output import (
+    Failed,
+    amount,
+    duration,
+    paint,
+    print_json,
+    size,
+    write_run,
+)
+from saesteer.cli.progress import reporting
+
+EXAMPLE = "saesteer doctor --model smollm2-135m-instruct --layer 20 --tokens 1000000"
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    what = parser.add_argument_group("what is examined")
+    add_model(what)
+    what.add_argument(
+        "--layer", type=one_layer, metavar="L", help="block (default: the SAE's own, or the middle)"
+    )
+    what.add_argument(
+        "--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own, or resid_post)"
+    )
+    what.add_argument("--sae", metavar="DIR", help="an SAE to try on this model (default: none)")
+    job = parser.add_argument_group("the job whose cost is predicted")
+    job.add_argument(
+        "--tokens", type=count, default=200_000, metavar="N",
+        help="activations to harvest (default: 200000)",
+    )  # fmt: skip
+    job.add_argument(
+        "--context", type=count, default=256, metavar="N", help="tokens per sequence (default: 256)"
+    )
+    job.add_argument(
+        "--batch-size", type=count, default=16, metavar="N",
+        help="sequences through the language model at once (default: 16)",
+    )  # fmt: skip
+    add_common(
+        parser,
+        out="folder for doctor.json (default: print only)",
+        force="replace results in --out",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Examine, print the findings, and fail when a check does."""
+    with reserved(args, sae=args.sae), reporting(args) as report:
+        from saesteer.sae import doctor
+
+        sae = None if args.sae is None else open_sae(args, report)
+        lm = open_model(args, report, name=None if sae is None else sae.spec.model_name)
+        found = doctor(
+            lm,
+            layer=args.layer,
+            site=args.site,
+            sae=None if sae is None else sae.to(lm.device),
+            tokens=args.tokens,
+            context=args.context,
+            batch_size=args.batch_size,
+            progress=report,
+        )
+        if args.out is not None:
+            _write(take_folder(args), args, found)
+    if args.json:
+        print_json(found)
+    else:
+        _print_findings(found, args.out)
+    failed = [check for check in found["checks"] if not check["ok"]]
+    if failed:
+        first = f"{failed[0]['name']}: {failed[0]['detail']}"
+        raise Failed(f"{len(failed)} of {len(found['checks'])} checks failed, first: {first}")
+    return 0
+
+
+def _write(folder: Path, args: Namespace, found: dict[str, Any]) -> None:
+    from saesteer.checkpoints.files import write_json
+
+    write_json(folder / "doctor.json", found)
+    write_run(folder, "doctor", vars(args), model=found["model"])
+
+
+def _print_findings(found: dict[str, Any], out: Path | None) -> None:
+    model = found["model"]
+    print(f"{model['name']}: layer {found['layer']}, {found['site']} ({found['module']})")
+    for check in found["checks"]:
+        mark = paint("ok  ", "green") if check["ok"] else paint("FAIL", "red")
+        print(f"  {mark} {check['name']}: {check['detail']}")
+    print(f"for {amount(found['predictions']['tokens'])} tokens")
+    for name, value in found["predictions"].items():
+        if name != "tokens":
+            print(f"  {name.replace('_', ' ')}: {_measured(name, value)}")
+    if out is not None:
+        print(f"written to {out / 'doctor.json'}")
+
+
+def _measured(name: str, value: Any) -> str:
+    """A prediction in the unit that its name ends with."""
+    if not isinstance(value, int | float):
+        return str(value)
+    if name.endswith("bytes"):
+        return size(value)
+    if name.endswith("per_second"):
+        return amount(value)
+    return duration(value) if name.endswith("seconds") else amount(value)

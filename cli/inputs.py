@@ -1,0 +1,142 @@
+"""What verbs open before they work: a model, an SAE, prompts, and the folder for the results."""
+
+import contextlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.files import claim_output
+from saesteer.cli.flags import DEFAULT_MODEL
+from saesteer.cli.progress import Report
+
+
+def open_model(
+    args: Namespace, report: Report, *, name: str | None = None, dtype: str | None = None
+) -> Any:
+    """Load the `LanguageModel` of `--model`, or else of `name`, or else the built-in default."""
+    from saesteer.sae.models import load_model
+
+    chosen = args.model or name or DEFAULT_MODEL
+    report.say(f"loading {chosen}")
+    lm = load_model(
+        chosen,
+        device=args.device,
+        dtype=args.dtype if dtype is None else dtype,
+        blocks_path=args.blocks,
+        progress=report.say,
+    )
+    kind = str(lm.dtype).removeprefix("torch.")
+    report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")
+    return lm
+
+
+def open_sae(args: Namespace, report: Report) -> Any:
+    """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
+    from saesteer.checkpoints.sae_file import load_sae
+
+    report.say(f"loading {args.sae}")
+    return load_sae(args.sae)
+
+
+def reply_texts(args: Namespace) -> list[str]:
+    """The user texts that `--replies` has the model answer."""
+    if not args.replies:
+        return []
+    from saesteer.steering.tasks import reply_prompts
+
+    try:
+        return [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
+    except UserError as error:
+        raise type(error)(f"--replies {','.join(args.replies)}: {error}") from error
+
+
+def read_prompts(args: Namespace) -> list[str]:
+    """The texts of `--prompt` and then those of `--prompts`.
+
+    Raises UserError for a file that cannot be read as prompts, UsageError when there are none.
+    """
+    texts = list(args.prompt or ())
+    if args.prompts is not None:
+        texts += _prompts_in(args.prompts)
+    if not texts:
+        raise UsageError("no prompt: give -p TEXT, or --prompts FILE (.jsonl, .txt, - for stdin)")
+    return texts
+
+
+def _prompts_in(name: str) -> list[str]:
+    what = f"--prompts {name}"
+    try:
+        if name == "-":
+            content = sys.stdin.read()
+        else:
+            content = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist: check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 (byte {error.start}): convert it") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
+    lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{what} holds no prompt: give one a line")
+    is_json = lines[0][1].lstrip().startswith("{") if name == "-" else name.endswith(".jsonl")
+    if not is_json:
+        return [line.rstrip("\r") for _, line in lines]
+    return [_prompt_of(line, f"{what} line {i}") for i, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is not JSON: write one object a line") from None
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where} has no text under "prompt": write {{"prompt": "..."}}')
+    return text
+
+
+# --- the folder for the results ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reserved(args: Namespace, **inputs: str | Path | Sequence[str] | None) -> Iterator[None]:
+    """Refuse an `--out` that cannot be used before the work, and leave no empty folder if it fails.
+
+    A folder that `--force` will empty is left alone here: the results in it are the last good ones
+    until there is something to put in their place. `inputs` are the paths given with other flags.
+    """
+    if args.out is None:
+        yield
+        return
+    folder = args.out = Path(args.out).expanduser()
+    for flag, value in inputs.items():
+        for path in [value] if isinstance(value, str | Path) else value or ():
+            _refuse_input(folder, f"--{flag}", path)
+    is_new = not folder.exists()
+    resume = getattr(args, "resume", False)
+    if resume or not args.force or not folder.is_dir():
+        claim_output(folder, resume=resume, force=args.force)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: what is in it is worth keeping
+                folder.rmdir()
+        raise
+
+
+def take_folder(args: Namespace) -> Path:
+    """`--out`, empty and ours, just before it is written to."""
+    return claim_output(args.out, force=args.force)
+
+
+def _refuse_input(folder: Path, flag: str, path: str | Path) -> None:
+    """`--force` empties the folder: it must not hold what the verb reads."""
+    source = Path(path).expanduser()
+    if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--out {folder} holds what {flag} reads: choose another --out")

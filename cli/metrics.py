@@ -1,0 +1,114 @@
+"""`saesteer metrics`: how good an SAE is on held-out text."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from saesteer.cli.flags import (
+    SITE_HELP,
+    VerbParser,
+    add_common,
+    add_model,
+    add_text,
+    count,
+    default,
+    given,
+    need,
+    one_layer,
+)
+from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.output import amount, number, print_json, print_table, write_run
+from saesteer.cli.progress import reporting
+from saesteer.sae.config import MetricsConfig, TextConfig
+
+EXAMPLE = "saesteer metrics --sae runs/sae --model smollm2-135m-instruct --data held-out.jsonl"
+
+_FIGURES = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "active latents per token",
+    "ce_recovered": "cross-entropy recovered, against mean ablation",
+    "ce_plain": "cross-entropy of the model, nats per token",
+    "ce_spliced": "with the reconstruction",
+    "ce_ablated": "with the mean activation",
+    "kl": "KL(plain || spliced), nats per token",
+}
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
+    )
+    add_model(what, "(default: the one the SAE names)")
+    what.add_argument(
+        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
+    )
+    what.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
+    text = parser.add_argument_group("held-out text")
+    add_text(text, epochs=False, replies=False)
+    work = parser.add_argument_group("measurement")
+    work.add_argument(
+        "--tokens", type=count, metavar="N",
+        help=f"positions to measure on {default(MetricsConfig, 'tokens')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--bootstrap", type=count, metavar="N",
+        help="resamples of the documents behind each interval "
+        f"{default(MetricsConfig, 'bootstrap')}",
+    )  # fmt: skip
+    add_common(
+        parser,
+        out="folder for metrics.json (default: print only)",
+        force="measure on other weights than the SAE was trained on; replace results in --out",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Measure, and print a table."""
+    config = MetricsConfig(text=TextConfig(**given(args, TextConfig)), **given(args, MetricsConfig))
+    need(args, "--sae", "the SAE to measure, a folder or RELEASE:ID")
+    with reserved(args, sae=args.sae, data=args.data), reporting(args) as report:
+        from saesteer.sae import metrics
+
+        sae = open_sae(args, report)
+        lm = open_model(args, report, name=sae.spec.model_name)
+        sae = sae.to(lm.device)
+        found = metrics(
+            sae, lm, config, layer=args.layer, site=args.site, force=args.force, progress=report
+        )
+        if args.out is not None:
+            _write(take_folder(args), args, found)
+    if args.json:
+        print_json(found)
+    else:
+        _print_table(found, args.out)
+    return 0
+
+
+def _write(folder: Path, args: Namespace, found: dict[str, Any]) -> None:
+    from saesteer.checkpoints.files import write_json
+
+    write_run(folder, "metrics", vars(args), model=found["model"], sae=found["sae"])
+    write_json(folder / "metrics.json", found)
+
+
+def _print_table(found: dict[str, Any], out: Path | None) -> None:
+    rows = []
+    for name, meaning in _FIGURES.items():
+        figure = found[name]
+        interval = f"[{number(figure['low'])}, {number(figure['high'])}]"
+        rows.append([name, number(figure["value"]), interval, meaning])
+    dead = f"latents that never fired on {amount(found['tokens'])} tokens"
+    rows.insert(2, ["dead_fraction", number(found["dead_fraction"]), "", dead])
+    print_table(
+        ["figure", "value", "95 % interval", "meaning"], rows, left="figure,95 % interval,meaning"
+    )
+    excluded = found["excluded"]
+    print(
+        f"layer {found['layer']} ({found['site']}), {amount(found['tokens'])} tokens of "
+        f"{amount(found['documents'])} documents; left out {amount(excluded['special'])} special "
+        f"tokens and {amount(excluded['sinks'])} attention sinks"
+    )
+    if out is not None:
+        print(f"written to {out / 'metrics.json'}")

@@ -1,0 +1,122 @@
+"""What a person or a program reads: tables, colours, JSON, and the one line of an error."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from saesteer.checkpoints import files
+from saesteer.checkpoints.errors import UserError
+
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+
+
+def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
+    stream = sys.stdout if stream is None else stream
+    if not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a person watches this stream, on a terminal that understands cursor movement."""
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks."""
+    return " ".join(str(message).split())
+
+
+def print_error(message: object) -> None:
+    """The one line on stderr that ends a verb that failed."""
+    print(f"{paint('error:', 'red', sys.stderr)} {one_line(message)}", file=sys.stderr)
+
+
+def print_json(document: Any, *, one_a_line: bool = False) -> None:
+    """One JSON document on stdout, or one of several lines. NaN and infinity become null."""
+    # Escapes keep the document valid where stdout cannot take every character.
+    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    indent = None if one_a_line else 2
+    print(json.dumps(files.plain(document), indent=indent, ensure_ascii=ascii_only))
+
+
+def print_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: str = "",
+    *,
+    indent: int = 0,
+    stream: TextIO | None = None,
+) -> None:
+    """Aligned columns on stdout: numbers to the right, the columns named in `left` to the left."""
+    named = left.split(",")
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    lines = []
+    for row in [headers, *rows]:
+        cells = [
+            cell.ljust(width) if header in named else cell.rjust(width)
+            for cell, width, header in zip(row, widths, headers, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    for line in [paint(lines[0], "bold"), *lines[1:]]:
+        print(f"{' ' * indent}{line}", file=stream, flush=True)
+
+
+def print_next(*command: object) -> None:
+    """The command to type next."""
+    print(f"{paint('next:', 'cyan')} {shlex.join(str(word) for word in command)}")
+
+
+def amount(number: float) -> str:
+    """A count with separators: 1234567 is 1,234,567."""
+    return f"{number:,.0f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000: 1234567 is 1.2 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 4.2 s, 3 min 51 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A measured value in a few significant digits; a dash for one that could not be had."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.{digits}g}"
+
+
+def write_run(folder: Path, verb: str, arguments: dict[str, Any], **facts: Any) -> None:
+    """Write `run.json`: what was asked for, what it was asked of, and with which software."""
+    from saesteer.checkpoints.provenance import git_revision, versions
+
+    document = {
+        "schema_version": 1,
+        "verb": verb,
+        "arguments": {key: value for key, value in arguments.items() if value is not None},
+        **facts,
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+    files.write_json(folder / "run.json", document)
+
+
+class Failed(UserError):
+    """A verb that ran to its end and found something wrong; its results are printed already."""

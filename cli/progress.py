@@ -1,0 +1,288 @@
+"""What a verb shows on stderr while it works: a bar on a terminal, lines elsewhere, or nothing."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from saesteer.cli.output import amount, duration, is_terminal, one_line, paint
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+# Set before the libraries are imported; the second half of `quiet_libraries` is for those that
+# were imported earlier.
+_QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+_NOISY = (
+    "transformers", "huggingface_hub", "datasets", "torch", "accelerate", "sae_lens",
+    "transformer_lens", "httpx", "urllib3", "filelock", "fsspec", "py.warnings",
+)  # fmt: skip
+
+
+@dataclass
+class Stage:
+    """One stage of the work: how far it is, and since when."""
+
+    name: str
+    began: float
+    first: int
+    done: int
+    total: int
+    unit: str
+    extra: str = ""
+
+    def rate(self, now: float) -> float | None:
+        """Units per second since the stage began; None while nothing was done."""
+        seconds, done = now - self.began, self.done - self.first
+        return done / seconds if seconds > 0 and done > 0 else None
+
+    def speed(self, now: float) -> str:
+        """The rate for people, or nothing."""
+        rate = self.rate(now)
+        return "" if rate is None else f", {rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
+
+    def left(self, now: float) -> str:
+        """The time left for people, or nothing."""
+        rate = self.rate(now)
+        return "" if rate is None else f", {duration((self.total - self.done) / rate)} left"
+
+
+class Report:
+    """Follows the stages of a verb and says nothing: the progress of `--quiet`.
+
+    It is called as a `Progress`: `report(stage, done, total, note)`, where the note is the unit,
+    and after a comma what else there is to say ("tokens, FVU 0.31").
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.stream = stream
+        self.clock = clock
+        self.stage: Stage | None = None
+        self.finished: dict[str, Stage] = {}
+        """Stages that ended, by name, with their end in `seconds`."""
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        unit, _, extra = note.partition(", ")
+        ended = self.finished.get(stage)
+        if self.stage is None and ended is not None and done >= ended.total == total:
+            return  # said once more that it is done
+        now = self.clock()
+        current = self.stage
+        if current is None or current.name != stage or done < current.done:
+            self.end()
+            current = self.stage = Stage(stage, now, done, done, total, unit, extra)
+            self.on_start(current)
+        current.done, current.total, current.extra = done, total, extra
+        if done >= total:
+            self.end()
+        else:
+            self.on_move(current, now)
+
+    def end(self) -> None:
+        """End the present stage, whether or not it reached its total."""
+        if self.stage is not None:
+            stage, self.stage = self.stage, None
+            self.finished[stage.name] = stage
+            self.seconds[stage.name] = self.clock() - stage.began
+            self.on_end(stage, self.seconds[stage.name])
+
+    def rate(self, stage: str) -> float | None:
+        """Units per second of a stage that ended; None where nothing was done."""
+        ended = self.finished.get(stage)
+        return None if ended is None else ended.rate(ended.began + self.seconds[stage])
+
+    def say(self, text: str) -> None:
+        """One line about a step that has no length."""
+
+    def warn(self, text: str) -> None:
+        """One line that `--quiet` does not silence."""
+        print(f"{paint('warning:', 'bold', self.stream)} {one_line(text)}", file=self.stream)
+
+    def on_start(self, stage: Stage) -> None: ...
+
+    def on_move(self, stage: Stage, now: float) -> None: ...
+
+    def on_end(self, stage: Stage, seconds: float) -> None: ...
+
+    def close(self) -> None:
+        self.end()
+
+
+class Lines(Report):
+    """A line when a stage starts, every few seconds, and when it ends."""
+
+    def on_start(self, stage: Stage) -> None:
+        from_where = f" from {amount(stage.first)}" if stage.first else ""
+        self.say(f"{stage.name}: {amount(stage.total)} {stage.unit}{from_where}")
+        self._last = stage.began
+
+    def on_move(self, stage: Stage, now: float) -> None:
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        share = f"{stage.done / stage.total:.0%}"
+        extra = f", {stage.extra}" if stage.extra else ""
+        self.say(
+            f"{stage.name}: {amount(stage.done)} {stage.unit} ({share}){stage.speed(now)}"
+            f"{stage.left(now)}{extra}"
+        )
+
+    def on_end(self, stage: Stage, seconds: float) -> None:
+        extra = f", {stage.extra}" if stage.extra else ""
+        word = "done" if stage.done >= stage.total else "ended"
+        self.say(
+            f"{stage.name}: {word}, {amount(stage.done)} {stage.unit} in {duration(seconds)}"
+            f"{stage.speed(stage.began + seconds)}{extra}"
+        )
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class Bars(Report):
+    """One rich progress bar for each stage, with rate and time left."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        console: Any = None,
+    ) -> None:
+        super().__init__(stream, clock)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[info]}", markup=False),
+            console=console or Console(file=stream),
+            # stdout is where results go; a bar must not paint over them.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task: TaskID | None = None
+        self._bars.start()
+
+    def on_start(self, stage: Stage) -> None:
+        self._task = self._bars.add_task(
+            stage.name, total=stage.total, completed=stage.done, info=f"{amount(stage.total)}"
+        )
+
+    def on_move(self, stage: Stage, now: float) -> None:
+        extra = f", {stage.extra}" if stage.extra else ""
+        self._show(
+            stage,
+            f"{amount(stage.done)}/{amount(stage.total)} {stage.unit}{stage.speed(now)}"
+            f"{stage.left(now)}{extra}",
+        )
+
+    def on_end(self, stage: Stage, seconds: float) -> None:
+        extra = f", {stage.extra}" if stage.extra else ""
+        self._show(
+            stage,
+            f"{amount(stage.done)} {stage.unit} in {duration(seconds)}"
+            f"{stage.speed(stage.began + seconds)}{extra}",
+        )
+        if self._task is not None:
+            self._bars.stop_task(self._task)
+
+    def _show(self, stage: Stage, info: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=stage.done, total=stage.total, info=info)
+
+    def say(self, text: str) -> None:
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    def warn(self, text: str) -> None:
+        self._bars.console.print(f"warning: {one_line(text)}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        super().close()
+        self._bars.stop()
+
+
+@contextlib.contextmanager
+def reporting(args: Namespace) -> Iterator[Report]:
+    """Show progress while the block works, keep stdout free for results and libraries quiet."""
+    stream = sys.stderr
+    if args.quiet:
+        report = Report(stream)
+    elif is_terminal(stream):
+        report = Bars(stream)
+    else:
+        report = Lines(stream)
+    with contextlib.ExitStack() as stack:
+        stack.callback(report.close)
+        # Whatever a library prints, stdout holds the result and nothing else.
+        stack.enter_context(contextlib.redirect_stdout(stream))
+        if not args.verbose:
+            stack.enter_context(quiet_libraries())
+        stack.enter_context(_our_log(report, args.verbose))
+        yield report
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the warnings, log lines and bars of other libraries off stderr."""
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    silent = logging.NullHandler()  # without any handler Python prints warnings by itself
+    logging.getLogger().addHandler(silent)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger().removeHandler(silent)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _Forward(logging.Handler):
+    """Hands log records to a report."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._report.warn(record.getMessage())
+        else:
+            self._report.say(one_line(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _our_log(report: Report, verbose: bool) -> Iterator[None]:
+    """Show what our own modules log: warnings, and with `--verbose` the rest."""
+    logger, handler = logging.getLogger("saesteer"), _Forward(report)
+    level, passes_on = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = passes_on

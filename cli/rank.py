@@ -1,0 +1,310 @@
+"""`saesteer rank`: which latents carry an instruction, and a plan that steers with them."""
+
+import argparse
+from argparse import Namespace
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.cli.flags import (
+    SITE_HELP,
+    VerbParser,
+    add_common,
+    add_model,
+    count,
+    counts,
+    need,
+    number,
+    one_layer,
+)
+from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.output import number as figure
+from saesteer.cli.output import print_json, print_next, print_table, write_run
+from saesteer.cli.progress import reporting
+
+EXAMPLE = (
+    "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
+    "-o runs/plan"
+)
+
+# Fields of RankConfig by the flag that sets them (that module needs torch; help must not).
+_RANK_FIELDS = {
+    "by": "by",
+    "read": "read",
+    "position": "position",
+    "pool": "pool",
+    "rank_contents": "contents",
+    "reply_variants": "reply_variants",
+    "max_new_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "batch_size": "batch_size",
+    "max_norm_ratio": "max_norm_ratio",
+    "chat": "chat",
+}
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    what = parser.add_argument_group("model and SAE")
+    what.add_argument(
+        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
+    )
+    add_model(what, "(default: the one the SAE names)")
+    what.add_argument(
+        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
+    )
+    what.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
+    task = parser.add_argument_group("instruction: --task, or --instruction with --contents")
+    task.add_argument("--task", metavar="NAME/FILE", help="a built-in task, or a task.yaml")
+    task.add_argument("--instruction", metavar="TEXT", help="an instruction in your own words")
+    task.add_argument(
+        "--contents", metavar="FILE",
+        help="what the instruction is applied to: .jsonl with `text`, or one a line",
+    )  # fmt: skip
+    read = parser.add_argument_group("ranking")
+    read.add_argument(
+        "--read", metavar="WHERE",
+        help="last token of the user's text (last), last prompt token (template), the instruction "
+        "(span), the model's own replies (reply) (default: last)",
+    )  # fmt: skip
+    read.add_argument(
+        "--by", metavar="SCORE",
+        help="saif, rate or meandiff (default: saif; rate with --read reply)",
+    )  # fmt: skip
+    read.add_argument(
+        "--position", metavar="WHERE",
+        help="the instruction after the content (post) or before it (pre) (default: post)",
+    )  # fmt: skip
+    read.add_argument(
+        "--pool", metavar="HOW", help="max or mean over a span (default: max)"
+    )  # fmt: skip
+    read.add_argument(
+        "--rank-contents", type=count, metavar="N",
+        help="contents of the train split to use (default: 48)",
+    )  # fmt: skip
+    read.add_argument(
+        "--all-replies", action="store_true",
+        help="with --read reply: count instructed replies that fail the task's check too",
+    )  # fmt: skip
+    read.add_argument(
+        "--reply-variants", type=count, metavar="N",
+        help="with --read reply: wordings that the model answers (default: 2)",
+    )  # fmt: skip
+    read.add_argument(
+        "--max-new-tokens", type=count, metavar="N",
+        help="with --read reply: longest reply (default: 40)",
+    )  # fmt: skip
+    read.add_argument(
+        "--temperature", type=number, metavar="T",
+        help="with --read reply: of sampling (default: 0.8)",
+    )  # fmt: skip
+    read.add_argument(
+        "--top-p", type=number, metavar="P", help="with --read reply: of sampling (default: 0.95)"
+    )
+    read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
+    read.add_argument(
+        "--max-norm-ratio", type=number, metavar="X",
+        help="with --read reply: leave out rows longer than X times the median (default: 10)",
+    )  # fmt: skip
+    read.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction,
+        help="send texts through the chat template (default: when there is one)",
+    )  # fmt: skip
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--top", type=count, metavar="N", help="latents in the plan (default: 15)")
+    plan.add_argument("--method", metavar="NAME", help="how to steer with them (default: add)")
+    plan.add_argument("--unit", metavar="NAME", help="raw, sigma, max or rel (default: raw)")
+    plan.add_argument(
+        "--scale", type=number, metavar="X",
+        help="alpha = scale * (mu + beta * sigma) (default: 1)",
+    )  # fmt: skip
+    plan.add_argument("--beta", type=number, metavar="X", help="see --scale (default: 0)")
+    plan.add_argument(
+        "--scope", metavar="WHERE", help="positions to steer, see steer (default: generation)"
+    )
+    plan.add_argument(
+        "--explain", type=counts, nargs="?", const=(), metavar="ID,...",
+        help="print every column, of the top latents or of these",
+    )  # fmt: skip
+    add_common(
+        parser,
+        out="folder for plan.yaml, plan.safetensors and ranking.json (default: print only)",
+        force="use another model than the SAE's; replace an earlier plan in --out",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Rank, print the best latents, and write the plan."""
+    need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
+    _check_task_flags(args)
+    with (
+        reserved(args, sae=args.sae, contents=args.contents, task=args.task),
+        reporting(args) as report,
+    ):
+        from saesteer.steering import save_plan
+        from saesteer.steering.ranking import RankConfig, plan_from_ranking, rank
+
+        given = {field: getattr(args, flag) for flag, field in _RANK_FIELDS.items()}
+        config = RankConfig(
+            all_replies=args.all_replies,
+            **{field: value for field, value in given.items() if value is not None},
+        )
+        top = _plan_settings(args)
+        task = _open_task(args)
+        sae = open_sae(args, report)
+        _check_explain(args, sae.spec.d_sae)
+        lm = open_model(args, report, name=sae.spec.model_name)
+        sae = sae.to(lm.device)
+        ranking = rank(
+            lm, sae, task, config, layer=args.layer, site=args.site, force=args.force,
+            progress=report,
+        )  # fmt: skip
+        plan = plan_from_ranking(lm, sae, ranking, **top)
+        document = _document(lm, sae, ranking, plan, args)
+        if args.out is not None:
+            folder = take_folder(args)
+            document["plan"] = save_plan(plan, folder)
+            _write(folder, args, document)
+    if args.json:
+        print_json(document)
+    else:
+        _print_tables(args, document)
+    return 0
+
+
+def _check_task_flags(args: Namespace) -> None:
+    if (args.task is None) == (args.instruction is None):
+        came = "neither" if args.task is None else "both"
+        raise UsageError(
+            f"--task NAME, or --instruction TEXT with --contents FILE: give one, got {came}"
+        )
+    if (args.instruction is None) != (args.contents is None):
+        raise UsageError("--instruction and --contents belong together: give both")
+
+
+def _plan_settings(args: Namespace) -> dict[str, Any]:
+    """Settings of the plan, refused now rather than after the ranking."""
+    from saesteer.steering.plan import METHODS, UNITS
+    from saesteer.steering.scope import parse_scope
+
+    for flag, value, allowed in (
+        ("--method", args.method, METHODS),
+        ("--unit", args.unit, UNITS),
+    ):
+        if value is not None and value not in allowed:
+            raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
+    if args.scope is not None:
+        parse_scope(args.scope)
+    if args.top is not None and args.top < 1:
+        raise UsageError(f"--top must be at least 1, got {args.top}")
+    settings = {
+        name: getattr(args, name) for name in ("top", "method", "unit", "scale", "beta", "scope")
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _open_task(args: Namespace) -> Any:
+    from saesteer.steering.tasks import load_task, task_from_instruction
+
+    if args.task is not None:
+        return load_task(args.task)
+    return task_from_instruction(args.instruction, args.contents, seed=args.seed or 0)
+
+
+def _check_explain(args: Namespace, d_sae: int) -> None:
+    for latent in args.explain or ():
+        if not 0 <= latent < d_sae:
+            raise UsageError(
+                f"--explain {latent} is out of range: the SAE has latents 0..{d_sae - 1}"
+            )
+
+
+def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> dict[str, Any]:
+    """What `--json` prints and `ranking.json` holds."""
+    from saesteer.steering.ranking import lens_tokens
+
+    config = ranking.config
+    lens = {latent.id: list(latent.lens) for latent in plan.latents}
+    document = {
+        "schema_version": 1,
+        "task": {"name": ranking.task.name, "hash": ranking.task.hash},
+        "model": {"name": lm.name, "hash": lm.fingerprint},
+        "sae": {"source": sae.source, "sha256": sae.sha256},
+        "layer": ranking.point.layer,
+        "site": ranking.point.site,
+        "by": config.resolved_by,
+        "read": config.read,
+        "position": config.position,
+        "positives": ranking.positives,
+        "negatives": ranking.negatives,
+        "replies_used": ranking.replies_used,
+        "latents": [
+            {"rank": place, **ranking.explain(i), "lens": lens[i]}
+            for place, i in enumerate(plan.ids, 1)
+        ],
+        "plan": None,
+    }
+    if args.explain is not None:
+        document["explain"] = [
+            {**ranking.explain(i), "lens": lens.get(i) or lens_tokens(lm, sae.W_dec[i])}
+            for i in args.explain or plan.ids
+        ]
+    return document
+
+
+def _write(folder: Any, args: Namespace, document: dict[str, Any]) -> None:
+    from saesteer.checkpoints.files import write_json
+
+    write_json(folder / "ranking.json", document)
+    write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
+
+
+_COLUMNS = {
+    "score": "score",
+    "on+": "rate_positive",
+    "on-": "rate_negative",
+    "mu": "mu",
+    "sigma": "sigma",
+}
+
+
+def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
+    samples = f"{document['positives']} positive and {document['negatives']} negative samples"
+    print(
+        f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
+        f"{document['by']}, read {document['read']}, {samples}"
+    )
+    if document["replies_used"]:
+        passed, answered = document["replies_used"]
+        print(f"{passed} of {answered} instructed replies pass the check and count")
+    rows = [
+        [
+            str(row["rank"]),
+            str(row["id"]),
+            *(figure(row[key]) for key in _COLUMNS.values()),
+            _shown(row["lens"]),
+        ]
+        for row in document["latents"]
+    ]
+    print_table(["rank", "latent", *_COLUMNS, "lens"], rows, left="lens")
+    if "explain" in document:
+        explained = document["explain"]
+        keys = [key for key in explained[0] if key != "lens"]
+        rows = [
+            [str(row["id"]), *(figure(row[key]) for key in keys[1:]), _shown(row["lens"])]
+            for row in explained
+        ]
+        print()
+        print_table([*keys, "lens"], rows, left="lens")
+    if args.out is not None:
+        print(f"plan written to {document['plan']}")
+        print_next(
+            "saesteer", "steer", "--model", document["model"]["name"], "--plan", args.out,
+            "-p", "TEXT", "--baseline",
+        )  # fmt: skip
+
+
+def _shown(tokens: list[str]) -> str:
+    """Tokens with their blanks visible."""
+    return " ".join(repr(token) for token in tokens)

@@ -1,0 +1,199 @@
+"""`saesteer train`: sparse autoencoders, live from a model or from shards."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.cli.flags import (
+    SITE_HELP,
+    VerbParser,
+    add_common,
+    add_model,
+    add_text,
+    count,
+    counts,
+    default,
+    dtype,
+    given,
+    layers,
+    need,
+    number,
+)
+from saesteer.cli.inputs import open_model, reply_texts, reserved
+from saesteer.cli.output import amount, duration, print_json, print_next, print_table
+from saesteer.cli.output import number as figure
+from saesteer.cli.progress import reporting
+from saesteer.sae.config import TextConfig, TrainConfig
+
+EXAMPLE = "saesteer train --model smollm2-135m-instruct --layer 20 --replies french -o runs/sae"
+
+# Flags that say what text goes through a model: shards went through one already.
+_LIVE_ONLY = ("data", "replies", "replies_share", "context", "batch_size", "epochs", "lm_dtype")
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    source = parser.add_argument_group("where activations come from: --model or --activations")
+    add_model(source, "(live training)")
+    source.add_argument(
+        "--lm-dtype", type=dtype, metavar="TYPE",
+        help="arithmetic of the language model: auto, float32, bfloat16 or float16 (default: auto)",
+    )  # fmt: skip
+    source.add_argument("--activations", metavar="DIR", help="shards that harvest wrote")
+    source.add_argument(
+        "--layer", type=layers, metavar="L,...",
+        help="blocks to train on: 20, 10,20, 8-12, -1 (needed with --model; default with "
+        "--activations: every layer in it)",
+    )  # fmt: skip
+    source.add_argument(
+        "--site", metavar="SITE", help=f"{SITE_HELP} {default(TrainConfig, 'site')}"
+    )
+    text = parser.add_argument_group("text, with --model")
+    add_text(text, epochs=True, replies=True)
+    shape = parser.add_argument_group("the SAE; several values train every combination")
+    shape.add_argument("--arch", metavar="NAME", help=f"topk {default(TrainConfig, 'arch')}")
+    shape.add_argument(
+        "--d-sae", type=counts, metavar="N,...",
+        help="numbers of latents (default: 8 times d_model)",
+    )  # fmt: skip
+    shape.add_argument(
+        "--k", type=counts, metavar="N,...",
+        help=f"latents kept per token {default(TrainConfig, 'k')}",
+    )  # fmt: skip
+    shape.add_argument(
+        "--init-seed", type=counts, metavar="N,...",
+        help=f"seeds of the initialisation {default(TrainConfig, 'init_seed')}",
+    )  # fmt: skip
+    work = parser.add_argument_group("training")
+    work.add_argument(
+        "--tokens", type=count, metavar="N",
+        help=f"activations to train on {default(TrainConfig, 'tokens')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--batch-tokens", type=count, metavar="N",
+        help=f"activations per step {default(TrainConfig, 'batch_tokens')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--lr", type=number, metavar="X",
+        help="peak learning rate (default: from the width and the number of steps)",
+    )  # fmt: skip
+    work.add_argument(
+        "--warmup-steps", type=count, metavar="N",
+        help="steps of linear warm-up (default: a twentieth of the run, at most 1000)",
+    )  # fmt: skip
+    work.add_argument(
+        "--decay-share", type=number, metavar="SHARE",
+        help="share of the run, at its end, over which the learning rate falls to zero "
+        f"{default(TrainConfig, 'decay_share')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--auxk", type=number, metavar="X",
+        help="weight of the loss that revives dead latents, 0 is off "
+        f"{default(TrainConfig, 'auxk')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--dead-after-tokens", type=count, metavar="N",
+        help="silence after which a latent is dead (default: a quarter of --tokens, at most 10M)",
+    )  # fmt: skip
+    work.add_argument(
+        "--buffer-tokens", type=count, metavar="N",
+        help=f"activations in the shuffle buffer {default(TrainConfig, 'buffer_tokens')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--checkpoint-every", type=count, metavar="N",
+        help=f"activations between saved states {default(TrainConfig, 'checkpoint_every')}",
+    )  # fmt: skip
+    work.add_argument(
+        "--resume", action="store_true",
+        help="go on from the last saved state in --out, or start when there is none",
+    )  # fmt: skip
+    add_common(
+        parser,
+        out="folder for the SAE, or for one folder per SAE when there are several (needed)",
+        force="replace an earlier run in --out",
+        dtype_help="arithmetic of the SAE: auto or float32 (default: auto, which is float32); "
+        "--lm-dtype is the language model's",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Train, and say what came out."""
+    if (args.model is None) == (args.activations is None):
+        came = "neither" if args.model is None else "both"
+        raise UsageError(
+            f"--model (live training) or --activations (shards): give one of them, got {came}"
+        )
+    if args.dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"--dtype must be auto or float32 for train, got {args.dtype}: it is the SAE's "
+            "arithmetic; --lm-dtype is the language model's"
+        )
+    config = TrainConfig(
+        layers=args.layer or (),
+        text=TextConfig(**given(args, TextConfig)),
+        **given(args, TrainConfig),
+    )
+    if args.activations is not None:
+        _refuse_live_flags(args)
+    elif not config.layers:
+        raise UsageError("--layer is missing: the block to train on, such as --layer 20")
+    need(args, "--out", "the folder for the SAE")
+    with (
+        reserved(args, activations=args.activations, data=args.data),
+        reporting(args) as report,
+    ):
+        replies = reply_texts(args)
+        from saesteer.sae import train
+
+        lm = None
+        if args.activations is None:
+            lm = open_model(args, report, dtype=args.lm_dtype or "auto")
+        runs = train(
+            args.out,
+            config,
+            model=lm,
+            activations=args.activations,
+            replies=replies,
+            device=args.device,
+            resume=args.resume,
+            force=args.force,
+            progress=report,
+        )
+    if args.json:
+        print_json({"runs": runs})
+    else:
+        _print_summary(args, runs)
+    return 0
+
+
+def _refuse_live_flags(args: Namespace) -> None:
+    for name in _LIVE_ONLY:
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} needs --model: the shards of --activations hold the "
+                "text they were made from"
+            )
+
+
+def _print_summary(args: Namespace, runs: list[dict[str, Any]]) -> None:
+    rows = []
+    for run in runs:
+        sae, final = run["sae"], run["final"]
+        rows.append(
+            [
+                str(sae["layer"]), str(sae["d_sae"]), str(sae["k"]), str(sae["init_seed"]),
+                amount(final.get("tokens", 0)), figure(final.get("fvu")), figure(final.get("l0")),
+                figure(final.get("dead_fraction")), duration(run["seconds"]), run["folder"],
+            ]
+        )  # fmt: skip
+    print_table(
+        ["layer", "d_sae", "k", "seed", "tokens", "FVU", "L0", "dead", "time", "folder"],
+        rows,
+        left="folder",
+    )
+    model = args.model or runs[0]["model"].get("name") or "MODEL"
+    print_next(
+        "saesteer", "metrics", "--sae", Path(runs[0]["folder"]), "--model", model,
+        "--data", "HELD-OUT-TEXT",
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Compile every Triton kernel for sm_90 without a GPU. Run by test_triton.py in its own process.
+
+The interpreter accepts code that the compiler rejects, and says nothing about registers. Prints one
+line per kernel and exits with 1 if one spills registers to memory.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from saesteer.kernels import adam_rows, gather_dot, sparse_decode, sparse_row_grads, topk_encode
+
+MODULES = (adam_rows, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+
+POINTERS = {
+    "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
+    "chunk_ends partial_ends",
+    "*i32": "group_keys group_ids",
+    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums partial_grads "
+    "partial_sums params exp_avgs exp_avg_sqs",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+TYPES |= dict.fromkeys(("rate", "decay1", "beta2", "decay2", "root", "eps"), "fp32")
+
+KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
+
+
+def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
+    """Kernel, warps, compile-time values, and the types of its matrices."""
+    for matrix in ("*fp32", "*bf16"):
+        block = {"BLOCK_K": 8, "ACC": tl.float32}
+        for bias in (True, False):
+            decode = {**block, "BLOCK_D": 512, "HAS_BIAS": bias}
+            yield sparse_decode.sparse_decode_kernel, 4, decode, {"W_dec": matrix}
+        dots = {**block, "BLOCK_D": 256}
+        yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix}
+        sums = {"CHUNK": 64, "BLOCK_N": 8, "BLOCK_D": 512, "ACC": tl.float32}
+        yield sparse_row_grads.row_grads_kernel, 4, sums, {"rows": matrix}
+    partials = {"BLOCK_D": 512, "ACC": tl.float32}
+    yield sparse_row_grads.add_partials_kernel, 4, partials, {}
+    yield topk_encode.group_max_kernel, 4, {"GROUP": 32, "BLOCK_G": 128, **KEYS}, {}
+    for keys, warps in ((512, 4), (topk_encode.MAX_CANDIDATES, 8)):
+        yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
+        latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
+        yield topk_encode.select_latents_kernel, warps, latents, {}
+    yield adam_rows.adam_kernel, 4, {"BLOCK": 1024}, {}
+    for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
+        yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width}, {}
+
+
+def compile_kernel(
+    kernel: Any, warps: int, constants: dict[str, Any], types: dict[str, str]
+) -> Any:
+    """Compile as the runtime would for aligned pointers and widths that are multiples of 16."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature, hints = {}, {}
+    for place, name in enumerate(names):
+        kind = "constexpr" if name in constants else types.get(name, TYPES.get(name, "i32"))
+        signature[name] = kind
+        if kind.startswith("*") or (kind == "i32" and name not in ("k", "n_chosen")):
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): v for name, v in constants.items()}, hints
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def registers(ptx: str) -> str:
+    """What the assembler says about registers; empty where no assembler takes this PTX."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for assembler in sorted(folder.glob("ptxas*"), reverse=True):
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            child = subprocess.run(
+                [assembler, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", file.name],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if child.returncode == 0:
+            spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", child.stderr))
+            used = re.search(r"Used (\d+) registers", child.stderr)
+            return f"{used.group(1) if used else '?'} registers, {spills} bytes spilled"
+    return ""
+
+
+def main() -> int:
+    left = {
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
+    }
+    spilled = False
+    for kernel, warps, constants, types in variants():
+        compiled = compile_kernel(kernel, warps, constants, types)
+        facts = registers(compiled.asm["ptx"])
+        spilled |= bool(facts) and not facts.endswith(" 0 bytes spilled")
+        shared = compiled.metadata.shared
+        print(
+            f"{kernel.__name__}: {warps} warps, {shared} bytes shared, {facts or 'not assembled'}"
+        )
+        left.discard(kernel.__name__)
+    if left:
+        print(f"not compiled: {', '.join(sorted(left))}")
+    return 1 if left or spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The Triton kernels against the dense references. Run by test_triton.py in a process of its own.
+
+With ``TRITON_INTERPRET=1`` the kernels run on the CPU, one program after the other at about 0.1 ms
+each and slower for long ones: the problems are tiny. Without it they are compiled and run on CUDA.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["SAESTEER_KERNELS"] = "triton"
+
+from saesteer.kernels import gather_dot as dots
+from saesteer.kernels import ops, sparse_decode, sparse_row_grads, topk_encode
+from saesteer.kernels.adam_rows import adam_rows_reference
+from saesteer.kernels.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+# batch, d_model, d_sae, k. About 80 entries per latent in the last: more than CHUNK, so its sums
+# are made in parts.
+SHAPES = [(1, 1, 1, 1), (3, 41, 20, 5), (2, 1000, 12, 12), (0, 8, 20, 4), (20, 7, 2, 8)]
+WIDE = [] if INTERPRETED else [(300, 576, 4608, 32), (64, 1100, 40000, 64), (2000, 64, 512, 8)]
+
+# float32 sums of up to 1000 products of size 1, each rounded at 6e-8.
+CLOSE = {"rtol": 1e-5, "atol": 1e-4}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=random, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def integers(high: int, *shape: int, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, shape, generator=random).to(DEVICE)
+
+
+def rows_far_apart(values: Tensor) -> Tensor:
+    """The two rows of ``values``, 2**31 elements apart: an offset in 32 bits misses the second."""
+    try:
+        far = torch.zeros(1, dtype=values.dtype, device=DEVICE)
+        far.untyped_storage().resize_((2**31 + values.shape[1]) * values.element_size())
+    except RuntimeError as error:
+        pytest.skip(f"no room for 2**31 elements: {str(error).splitlines()[0]}")
+    far = far.as_strided(values.shape, (2**31, 1))  # pages that nobody touches cost nothing
+    return far.copy_(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), SHAPES + WIDE)
+def test_linear_ops(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    weights, rows = normal(batch, k), normal(batch, d_model, seed=1, dtype=dtype)
+    weights = weights.double() if dtype == torch.float64 else weights
+    matrix, bias = normal(d_sae, d_model, seed=2, dtype=dtype), normal(d_model, seed=3)
+    indices = integers(d_sae, batch, k)
+    wide = [t.double() for t in (weights, rows, matrix, bias)]
+
+    out = sparse_decode.sparse_decode_triton(weights, indices, matrix, bias)
+    expected = sparse_decode.sparse_decode_reference(wide[0], indices, wide[2], wide[3])
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+    torch.testing.assert_close(
+        sparse_decode.sparse_decode_triton(weights, indices, matrix, None).double(),
+        expected - wide[3],
+        **CLOSE,
+    )
+
+    out = dots.gather_dot_triton(rows, matrix, indices)
+    expected = dots.gather_dot_reference(wide[1], wide[2], indices)
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+
+    order = sparse_row_grads.sort_indices(indices, d_sae)
+    sums = sparse_row_grads.sparse_row_grads_triton(weights, rows, order)
+    expected = sparse_row_grads.sparse_row_grads_reference(wide[0], indices, wide[1], d_sae)
+    for got, want in zip(sums, expected, strict=False):
+        torch.testing.assert_close(got.double(), want, **CLOSE)
+    again = sparse_row_grads.sparse_row_grads_triton(weights, rows, order)
+    assert all(torch.equal(a, b) for a, b in zip(sums, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "d_model", "d_sae", "k"),
+    [(1, 1, 1, 1), (3, 41, 50, 5), (2, 30, 33, 33), (0, 8, 20, 4), (2, 20, 700, 9), *WIDE],
+)
+def test_encoding(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    # Small integers: products and sums are exact, ties are many, and every index has to agree.
+    x = (integers(9, batch, d_model) - 4).to(dtype)
+    W, b = (integers(9, d_sae, d_model, seed=1) - 4).to(dtype), integers(5, d_sae).to(dtype)
+    acts, indices = ops.encode_topk(x, W, b, k)
+    expected, expected_indices = topk_encode.topk_encode_reference(
+        x.double(), W.double(), b.double(), k
+    )
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(acts.double(), expected)
+    assert acts.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+ODD = [
+    [0.0, 1.0],
+    [-1.0, -0.0, 0.0],
+    [math.nan, -1.0, 2.0],
+    [math.inf, -math.inf, 0.5, math.nan],
+    [1e-45, 2e-45, 0.0, -1e-45],
+    [1.0, 1.0 + 2**-23],
+    [math.nan],
+    [-3.0, -3.0 - 2**-22],
+]
+
+
+@pytest.mark.parametrize("values", ODD, ids=str)
+@pytest.mark.parametrize(("d_sae", "k"), [(7, 3), (300, 20), (40, 40)])
+def test_selection_on_ties_and_odd_values(values: list[float], d_sae: int, k: int) -> None:
+    pre_acts = torch.tensor(values, device=DEVICE)[integers(len(values), 2, d_sae)]
+    acts, indices = pre_acts.new_empty(2, k), integers(1, 2, k)
+    bias = torch.zeros(d_sae, device=DEVICE)
+    topk_encode.select_topk_triton(pre_acts, bias, k, acts, indices)
+    clean = pre_acts.masked_fill(pre_acts.isnan(), 0)
+    ranked = torch.sort(clean, dim=1, descending=True, stable=True).indices[:, :k]
+    expected = ranked.sort(1).values
+    assert torch.equal(indices, expected)
+    assert torch.equal(acts, clean.gather(1, expected).relu())
+
+
+def test_strided_inputs() -> None:
+    weights, rows, matrix = normal(5, 4), normal(5, 18, seed=1), normal(9, 18, seed=2)
+    indices = integers(9, 5, 4)
+    order = sparse_row_grads.sort_indices(indices, 9)
+
+    def run(w: Tensor, r: Tensor, m: Tensor, i: Tensor) -> list[Tensor]:
+        return [
+            sparse_decode.sparse_decode_triton(w, i, m, None),
+            dots.gather_dot_triton(r, m, i),
+            *sparse_row_grads.sparse_row_grads_triton(w, r, order),
+        ]
+
+    plain = run(weights, rows, matrix, indices)
+    views = [
+        [t.t().contiguous().t() for t in (weights, rows, matrix, indices)],
+        [t.repeat(1, 2)[:, : t.shape[1]] for t in (weights, rows, matrix, indices)],
+    ]
+    for view in views:
+        assert all(torch.equal(a, b) for a, b in zip(plain, run(*view), strict=True))
+    one = rows[:1, :1].expand(5, 18)
+    full = run(weights, one.contiguous(), matrix, indices)
+    assert all(
+        torch.equal(a, b) for a, b in zip(full, run(weights, one, matrix, indices), strict=True)
+    )
+
+
+def test_addresses_beyond_32_bits() -> None:
+    values = normal(2, 20, dtype=torch.bfloat16)
+    far = rows_far_apart(values)
+    weights, indices = torch.ones(2, 1, device=DEVICE), torch.tensor([[1], [0]], device=DEVICE)
+    order = sparse_row_grads.sort_indices(indices, 2)
+    decoded = sparse_decode.sparse_decode_triton(weights, indices, far, None)
+    assert torch.equal(decoded, values.flip(0).float())
+    both = values.float()
+    torch.testing.assert_close(
+        dots.gather_dot_triton(far, far, indices)[:, 0], (both * both.flip(0)).sum(1)
+    )
+    grads, _ = sparse_row_grads.sparse_row_grads_triton(weights, far, order)
+    assert torch.equal(grads, both.flip(0))
+
+
+def test_pre_activations_beyond_32_bits() -> None:
+    values = normal(2, 20)
+    far = rows_far_apart(values)
+    bias = torch.zeros(20, device=DEVICE)
+    results = []
+    for pre_acts in (values, far):
+        acts, indices = values.new_empty(2, 3), integers(1, 2, 3)
+        topk_encode.select_topk_triton(pre_acts, bias, 3, acts, indices)
+        results.append((acts, indices))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+@pytest.mark.parametrize("shape", [(5, 41), (2, 1000), (1, 1), (0, 4)])
+def test_adam(shape: tuple[int, int], unit_rows: bool) -> None:
+    param = torch.nn.functional.normalize(normal(*shape), dim=1)
+    if shape[0] > 3:
+        param[3] = 0
+    if not unit_rows:
+        param = param.flatten()  # one axis
+    reference = param.double().clone()
+    adam = torch.optim.Adam([reference], lr=3e-3, betas=(0.9, 0.99))
+    moments = torch.zeros_like(param), torch.zeros_like(param)
+    for step in range(1, 21):
+        grad = normal(*param.shape, seed=step)
+        ops.adam_rows_(
+            param, grad, *moments, step=step, lr=3e-3, beta1=0.9, beta2=0.99, unit_rows=unit_rows
+        )
+        adam_rows_reference(reference, grad.double(), adam, unit_rows)
+    # 20 steps, each of which rounds a parameter of size 1 at 6e-8.
+    torch.testing.assert_close(param.double(), reference, rtol=3e-6, atol=3e-6)
+    for ours, theirs in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
+        torch.testing.assert_close(
+            ours.double(), adam.state[reference][theirs], rtol=3e-6, atol=3e-6
+        )
+    if unit_rows and shape[0] > 3:
+        assert not param[3].any()
+
+
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), [(3, 41, 30, 4), *WIDE[:1]])
+def test_all_gradients(batch: int, d_model: int, d_sae: int, k: int) -> None:
+    W, b = normal(d_sae, d_model, seed=1), normal(d_sae, seed=2)
+    W_dec, b_dec = normal(d_sae, d_model, seed=3), normal(d_model, seed=4)
+    inputs = [t.requires_grad_() for t in (normal(batch, d_model), W, b, W_dec, b_dec)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    acts, indices = ops.encode_topk(*inputs[:3], k)
+    # The sum has a gradient of stride 0.
+    ours = torch.autograd.grad(ops.sparse_decode(acts, indices, *inputs[3:]).sum(), inputs)
+    acts, indices = topk_encode.topk_encode_reference(*wide[:3], k)
+    out = sparse_decode.sparse_decode_reference(acts, indices, *wide[3:])
+    for mine, dense in zip(ours, torch.autograd.grad(out.sum(), wide), strict=True):
+        torch.testing.assert_close(mine.double(), dense, rtol=1e-4, atol=1e-3)
+
+
+def test_gradcheck_of_the_kernels_in_float64() -> None:
+    x, W = normal(2, 3, dtype=torch.float64), normal(6, 3, seed=1, dtype=torch.float64)
+    W_dec = normal(6, 3, seed=2, dtype=torch.float64)
+    b = torch.zeros(6, dtype=torch.float64, device=DEVICE)
+
+    def run(x: Tensor, W: Tensor, W_dec: Tensor) -> Tensor:
+        acts, indices = ops.encode_topk(x, W, b, 2)
+        return ops.sparse_decode(acts, indices, W_dec)
+
+    inputs = [t.requires_grad_() for t in (x, W, W_dec)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_wide_selections_fall_back_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_encode, "MAX_CANDIDATES", 16)
+    monkeypatch.setattr(topk_encode, "topk_encode_triton", None)
+    x, W, b = normal(2, 3), normal(90, 3), normal(90)
+    assert torch.equal(
+        ops.encode_topk(x, W, b, 30)[1], topk_encode.topk_encode_reference(x, W, b, 30)[1]
+    )

@@ -1,0 +1,502 @@
+"""Plans: doses, encoder columns, checks, and the two files."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE, SAESpec
+from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.steering.plan import (
+    Plan,
+    PlannedLatent,
+    TaskIdentity,
+    encoder_columns,
+    make_plan,
+    parse_latents,
+    plan_from_latents,
+)
+from saesteer.steering.plan_file import load_plan, save_plan
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
+    return wrap_model(*tiny_lm("llama"), "tiny")
+
+
+def make_sae(
+    architecture: str = "standard", hook: str = "blocks.1.hook_resid_post", **fields: Any
+) -> SAE:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    d_model = fields.pop("d_model", 32)
+    spec = SAESpec(
+        architecture=architecture,  # type: ignore[arg-type]
+        d_model=d_model,
+        d_sae=20,
+        k=5 if architecture == "topk" else None,
+        hook_name=hook,
+        **fields,
+    )
+    return SAE(
+        spec=spec,
+        W_enc=noise(d_model, 20),
+        b_enc=noise(20),
+        W_dec=noise(20, d_model),
+        b_dec=noise(d_model),
+        threshold=noise(20).abs() if architecture == "jumprelu" else None,
+        source="folder",
+        sha256="ab",
+    )
+
+
+LATENTS = (
+    PlannedLatent(id=9, score=0.95, mu=2.0, sigma=0.5, lens=(" é", "à"), max=6.0),
+    PlannedLatent(id=2, score=0.5, mu=1.0, sigma=0.25, max=3.0),
+)
+
+
+def ranked(lm: LanguageModel, **fields: Any) -> Plan:
+    sae = fields.pop("sae", None) or make_sae()
+    return make_plan(lm, sae, LATENTS, **fields)
+
+
+# ---------------------------------------------------------------------------------------------
+# doses
+
+
+@pytest.mark.parametrize(
+    ("fields", "doses"),
+    [
+        ({}, [2.0, 1.0]),
+        ({"beta": 2.0}, [3.0, 1.5]),
+        ({"beta": -1.0, "scale": 2.0}, [3.0, 1.5]),
+        ({"scale": -1.0}, [-2.0, -1.0]),
+        ({"unit": "sigma", "scale": 3.0}, [1.5, 0.75]),
+        ({"unit": "max", "scale": 0.5}, [3.0, 1.5]),
+        # Weights; the relative dose itself is the scale.
+        ({"unit": "rel", "scale": 0.3, "beta": 2.0}, [3.0, 1.5]),
+        ({"method": "set", "scale": 2.0}, [4.0, 2.0]),
+        ({"method": "min", "beta": 2.0}, [3.0, 1.5]),
+        ({"method": "scale", "scale": 3.0}, [3.0, 3.0]),
+        ({"method": "ablate"}, [0.0, 0.0]),
+        ({"method": "project"}, [0.0, 0.0]),
+    ],
+)
+def test_doses_of_a_ranked_plan(
+    fields: dict[str, Any], doses: list[float], lm: LanguageModel
+) -> None:
+    assert ranked(lm, **fields).doses() == pytest.approx(doses)
+
+
+@pytest.mark.parametrize(
+    ("fields", "doses"),
+    [
+        ({}, [1.2, -0.8]),
+        ({"scale": 2.0}, [2.4, -1.6]),
+        ({"method": "scale", "scale": 2.0}, [2.4, -1.6]),
+        ({"method": "max", "scale": 0.5}, [0.6, -0.4]),
+        ({"unit": "rel", "scale": 0.4}, [1.2, -0.8]),
+    ],
+)
+def test_doses_of_values_given_by_hand(
+    fields: dict[str, Any], doses: list[float], lm: LanguageModel
+) -> None:
+    plan = plan_from_latents(lm, make_sae(), None, {9: 1.2, 2: -0.8}, **fields)
+    assert plan.doses() == pytest.approx(doses)
+    assert (plan.layer, plan.site) == (1, "resid_post")
+
+
+def test_values_in_units_of_a_statistic(lm: LanguageModel) -> None:
+    latents = [dataclasses.replace(latent, value=3.0) for latent in LATENTS]
+    plan = make_plan(lm, make_sae(), latents, unit="sigma")
+    assert plan.doses() == pytest.approx([1.5, 0.75])
+    assert dataclasses.replace(plan, unit="max", scale=0.5).doses() == pytest.approx([9.0, 4.5])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "clamp"}, "--method must be one of add, .*project, got 'clamp'"),
+        ({"unit": "std"}, "--unit must be one of raw, sigma, max, rel, got 'std'"),
+        ({"scope": "here"}, "--scope must be one of"),
+        ({"scale": float("nan")}, "--scale must be a finite number"),
+        ({"beta": float("inf")}, "--beta must be a finite number"),
+        ({"unit": "rel", "method": "set"}, "--unit rel is for --method add alone"),
+        ({"unit": "sigma", "method": "scale"}, "--method scale takes a factor"),
+        ({"unit": "sigma", "beta": 1.0}, "--beta 1 has no meaning with --unit sigma"),
+        ({"beta": 1.0, "method": "scale", "scale": 2.0}, "--beta 1 has no meaning"),
+        ({"method": "scale"}, "factor of 1 changes nothing"),
+        ({"method": "ablate", "scale": 2.0}, "--method ablate takes no dose: leave out --scale 2"),
+        ({"method": "project", "beta": 1.0}, "takes no dose: leave out --beta 1"),
+        ({"method": "ablate", "unit": "sigma"}, "takes no dose: leave out --unit sigma"),
+    ],
+)
+def test_doses_that_mean_nothing_are_usage_errors(
+    fields: dict[str, Any], message: str, lm: LanguageModel
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        ranked(lm, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beta": 0.5}, "--beta 0.5 needs latents with mu and sigma.*leave --beta out"),
+        ({"unit": "sigma"}, "--unit sigma needs the sigma of latent 9"),
+        ({"unit": "max"}, "--unit max needs the max of latent 9"),
+        ({"method": "ablate"}, "leave out values in --latents"),
+    ],
+)
+def test_values_by_hand_have_no_statistics(
+    fields: dict[str, Any], message: str, lm: LanguageModel
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_from_latents(lm, make_sae(), None, {9: 1.2}, **fields)
+
+
+def test_a_dose_of_zero_is_an_error_and_a_multiplier_of_zero_is_not(lm: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="every dose is 0"):
+        plan_from_latents(lm, make_sae(), None, {9: 0.0})
+    assert plan_from_latents(lm, make_sae(), None, {9: 1.0}, scale=0.0).doses() == [0.0]
+    assert ranked(lm, method="ablate", scale=0.0).scale == 0
+
+
+@pytest.mark.parametrize("field", ["mu", "sigma"])
+def test_a_missing_statistic_is_a_usage_error(field: str, lm: LanguageModel) -> None:
+    latents = [dataclasses.replace(LATENTS[0], **{field: None})]
+    with pytest.raises(UsageError, match=f"needs the {field} of latent 9"):
+        make_plan(lm, make_sae(), latents, beta=1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# --latents
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 10**6), st.floats(-100, 100), min_size=1, max_size=5))
+def test_latents_read_back_as_they_were_written(values: dict[int, float]) -> None:
+    assert parse_latents(",".join(f"{i}:{v!r}" for i, v in values.items())) == values
+
+
+def test_latents_may_be_given_without_values_for_methods_that_take_none(lm: LanguageModel) -> None:
+    assert parse_latents("9, 2") == {9: None, 2: None}
+    plan = plan_from_latents(lm, make_sae(), None, parse_latents("9,2"), method="ablate")
+    assert plan.ids == (9, 2)
+    with pytest.raises(UsageError, match="--latents 9 has no value and --method add needs one"):
+        plan_from_latents(lm, make_sae(), None, parse_latents("9,2"))
+
+
+@pytest.mark.parametrize("text", ["", "a", "9:", "9:x", "-3:1", "9:1,,2:1", "1.5:2", "9:1:2"])
+def test_bad_latents_are_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="--latents must be ID:VALUE"):
+        parse_latents(text)
+
+
+def test_a_latent_named_twice_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="names latent 9 twice"):
+        parse_latents("9:1,9:2")
+
+
+def test_a_latent_out_of_range_is_a_usage_error(lm: LanguageModel) -> None:
+    with pytest.raises(UsageError, match=r"latent 20 is out of range: .*20 latents, 0..19"):
+        plan_from_latents(lm, make_sae(), None, {20: 1.0})
+
+
+def test_a_value_that_is_not_finite_is_a_usage_error(lm: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="value of latent 9 must be finite, got nan"):
+        plan_from_latents(lm, make_sae(), None, parse_latents("9:nan"))
+
+
+# ---------------------------------------------------------------------------------------------
+# the SAE, its place, its encoder
+
+
+def test_layer_and_site_come_from_the_sae(lm: LanguageModel) -> None:
+    values = {9: 1.0}
+    other = make_sae(hook="blocks.2.hook_mlp_out")
+    plan = plan_from_latents(lm, other, None, values)
+    assert (plan.layer, plan.site) == (2, "mlp_out")
+    assert plan_from_latents(lm, other, -2, values).layer == 2
+    with pytest.raises(UsageError, match="--layer 1 contradicts --sae folder, which reads layer 2"):
+        plan_from_latents(lm, other, 1, values)
+    with pytest.raises(UsageError, match="--site resid_post contradicts .*reads mlp_out"):
+        plan_from_latents(lm, other, None, values, site="resid_post")
+    silent = make_sae(hook="")
+    assert plan_from_latents(lm, silent, -1, values).layer == 3
+    with pytest.raises(UsageError, match="does not say which layer.*--layer"):
+        plan_from_latents(lm, silent, None, values)
+    with pytest.raises(UsageError, match="--layer 7 is out of range"):
+        plan_from_latents(lm, silent, 7, values)
+
+
+def test_an_sae_for_another_model_is_an_error(lm: LanguageModel) -> None:
+    with pytest.raises(UserError, match="width 16 and tiny has d_model 32"):
+        plan_from_latents(lm, make_sae(d_model=16), None, {9: 1.0})
+    with pytest.raises(UserError, match=r"reads layer 9 and tiny has layers 0..3"):
+        plan_from_latents(lm, make_sae(hook="blocks.9.hook_resid_post"), None, {9: 1.0})
+
+
+def test_directions_are_the_files_own_rows(lm: LanguageModel) -> None:
+    sae = make_sae().to(dtype=torch.bfloat16)
+    plan = plan_from_latents(lm, sae, None, {9: 1.0, 2: 1.0})
+    assert plan.directions.dtype == torch.bfloat16
+    assert torch.equal(plan.directions, sae.W_dec[[9, 2]])
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("fields", [
+    {},
+    {"apply_b_dec_to_input": True},
+    {"metadata": {"model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+    {
+        "apply_b_dec_to_input": True,
+        "metadata": {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+    },
+], ids=["as is", "minus b_dec", "centered", "both"])  # fmt: skip
+def test_encoder_columns_read_what_the_sae_reads(architecture: str, fields: dict[str, Any]) -> None:
+    sae = make_sae(architecture, **fields)
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
+    t = encoder_columns(sae, [9, 2])
+    q = x @ t["W_enc"] + t["b_enc"]
+    wanted = sae.pre_acts(x)[:, [9, 2]]
+    # Sums of 32 products of size 1 in float32, with the bias taken out of the sum.
+    torch.testing.assert_close(q, wanted, rtol=1e-4, atol=1e-4)
+    assert ("threshold" in t) == (architecture == "jumprelu")
+
+
+def test_a_topk_plan_holds_no_encoder(lm: LanguageModel) -> None:
+    plan = plan_from_latents(lm, make_sae("topk"), None, {9: 1.0})
+    assert plan.W_enc is None and (plan.sae.architecture, plan.sae.k) == ("topk", 5)
+
+
+def test_the_first_latents_of_a_plan(lm: LanguageModel) -> None:
+    sae = make_sae("jumprelu")
+    plan = ranked(lm, sae=sae)
+    one = plan.top(1)
+    assert one.ids == (9,)
+    other = plan.select([1])
+    assert other.ids == (2,)
+    for smaller, i in ((one, 9), (other, 2)):
+        assert torch.equal(smaller.directions, sae.W_dec[[i]])
+        assert torch.equal(smaller.tensors()["W_enc"], sae.W_enc[:, [i]])
+        assert sae.threshold is not None and smaller.threshold is not None
+        assert torch.equal(smaller.threshold, sae.threshold[[i]])
+    with pytest.raises(UsageError, match=r"--top must be in 1..2 for this plan, got 3"):
+        plan.top(3)
+
+
+# ---------------------------------------------------------------------------------------------
+# the model
+
+
+def test_a_plan_knows_its_model(lm: LanguageModel, tiny_lm: Callable[..., tuple[Any, Any]]) -> None:
+    plan = ranked(lm)
+    plan.check_model(lm)
+    twin = wrap_model(*tiny_lm("llama", seed=1), "twin")
+    with pytest.raises(
+        UserError, match="made for tiny and --model twin differs .*weights.*--force"
+    ):
+        plan.check_model(twin)
+    plan.check_model(twin, force=True)
+    deeper = dataclasses.replace(plan, model=dataclasses.replace(plan.model, n_layers=9))
+    with pytest.raises(UserError, match="9 layers against 4"):
+        deeper.check_model(lm)
+    deeper.check_model(lm, force=True)
+    with pytest.raises(UserError, match=r"steers layer 8 of tiny and tiny has layers 0..3"):
+        dataclasses.replace(deeper, layer=8).check_model(lm, force=True)
+    model = dataclasses.replace(plan.model, d_model=16)
+    narrow = dataclasses.replace(
+        plan, model=model, directions=plan.directions[:, :16], W_enc=None, b_enc=None
+    )
+    with pytest.raises(UserError, match="whose d_model is 16; tiny has 32"):
+        narrow.check_model(lm, force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 4}, r"layer must be in 0..3"),
+        ({"latents": ()}, "needs at least one latent"),
+        ({"latents": (LATENTS[0], LATENTS[0])}, "latent 9 is in the plan twice"),
+        ({"latents": LATENTS[:1]}, r"directions has shape \[2, 32\]"),
+        ({"directions": torch.full((2, 32), torch.nan)}, "directions holds NaN"),
+        ({"schema_version": 2}, "schema_version is 2"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(
+    change: dict[str, Any], message: str, lm: LanguageModel
+) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(ranked(lm), **change)
+
+
+# ---------------------------------------------------------------------------------------------
+# the files
+
+
+FIELDS = ("model", "sae", "site", "layer", "latents", "method", "unit", "scale", "beta", "scope",
+          "task", "metrics")  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
+def test_a_plan_reads_back_as_it_was_written(
+    architecture: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    plan = ranked(
+        lm,
+        sae=make_sae(architecture).to(dtype=torch.bfloat16),
+        method="set",
+        scale=1.5,
+        beta=-0.25,
+        scope="first:4",
+        task=TaskIdentity("french", "0123"),
+        metrics={"top_score": 0.95, "n": 200, "note": None},
+    )
+    file = save_plan(plan, tmp_path / "plan")
+    assert sorted(p.name for p in file.parent.iterdir()) == ["plan.safetensors", "plan.yaml"]
+    for path in (file, file.parent, str(file)):
+        read = load_plan(path)
+        for field in FIELDS:
+            assert getattr(read, field) == getattr(plan, field), field
+        assert read.tensors().keys() == plan.tensors().keys()
+        for name, tensor in plan.tensors().items():
+            assert torch.equal(read.tensors()[name], tensor)
+            assert read.tensors()[name].dtype == tensor.dtype
+
+
+def test_plan_yaml_has_the_keys_that_other_tools_rely_on(lm: LanguageModel, tmp_path: Path) -> None:
+    document = yaml.safe_load(save_plan(ranked(lm), tmp_path).read_text(encoding="utf-8"))
+    assert list(document) == ["schema_version", *FIELDS]
+    assert document["model"] == {
+        "name": "tiny", "hash": lm.fingerprint, "n_layers": 4, "d_model": 32
+    }  # fmt: skip
+    assert {"source": "folder", "sha256": "ab"}.items() <= document["sae"].items()
+    assert document["latents"][0] == {
+        "id": 9, "score": 0.95, "mu": 2.0, "sigma": 0.5, "lens": [" é", "à"], "max": 6.0
+    }  # fmt: skip
+    assert document["task"] is None
+
+
+def test_a_plan_by_hand_reads_back(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = plan_from_latents(lm, make_sae(), None, {9: 1.2, 2: -0.8})
+    save_plan(plan, tmp_path)
+    assert load_plan(tmp_path).latents == plan.latents
+    save_plan(dataclasses.replace(plan, scale=3.0), tmp_path)  # over the old one
+    assert load_plan(tmp_path).scale == 3.0
+
+
+def test_latents_may_be_deleted_and_moved_by_hand(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = ranked(lm)
+    file = save_plan(plan, tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document["latents"].reverse()
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert load_plan(file).ids == (2, 9)
+    assert torch.equal(load_plan(file).directions, plan.directions[[1, 0]])
+    del document["latents"][0]
+    document["scale"] = 2  # a whole number where a float is meant
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    read = load_plan(file)
+    assert read.doses() == [4.0]
+    assert torch.equal(read.directions, plan.directions[[0]])
+
+
+def _set(document: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        document = document[int(parent) if parent.isdigit() else parent]
+    key = int(last) if last.isdigit() else last
+    if value is ...:
+        del document[key]  # type: ignore[arg-type]
+    else:
+        document[key] = value  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("strength", 3, "plan has an unknown key 'strength'; allowed are schema_version, model"),
+        ("model.width", 3, "model has an unknown key 'width'"),
+        ("latents.0.bias", 3, r"latents\[0\] has an unknown key 'bias'"),
+        ("layer", ..., "plan lacks the key 'layer'"),
+        ("model.hash", ..., "model lacks the key 'hash'"),
+        ("latents.1.id", ..., r"latents\[1\] lacks the key 'id'"),
+        ("schema_version", 99, "schema_version is 99 and this saesteer reads 1"),
+        ("layer", "two", "plan.layer must be a whole number, got 'two'"),
+        ("layer", True, "plan.layer must be a whole number, got True"),
+        ("scale", "big", "plan.scale must be a number, got 'big'"),
+        ("latents", {}, r"plan.latents must be a list"),
+        ("latents", [], "needs at least one latent"),
+        ("latents.0", 9, r"latents\[0\] must be a mapping"),
+        ("latents.0.lens", [1], r"latents\[0\].lens must be a list of texts"),
+        ("latents.0.mu", float("nan"), "mu of latent 9 must be finite"),
+        ("latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
+        ("model.d_model", 16, r"directions has shape \[2, 32\]"),
+        ("method", "clamp", "--method must be one of"),
+        ("scope", "here", "--scope must be one of"),
+        ("layer", 12, r"layer must be in 0..3"),
+    ],
+)
+def test_a_plan_file_with_a_wrong_key_or_value_is_refused(
+    path: str, value: Any, message: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    file = save_plan(ranked(lm), tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _set(document, path, value)
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+        load_plan(file)
+    assert "\n" not in str(caught.value)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("plan.yaml", Path.unlink, "there is no .*plan.yaml"),
+        ("plan.yaml", lambda f: f.write_text("a: [", "utf-8"), "not valid YAML"),
+        ("plan.yaml", lambda f: f.write_text("- a", "utf-8"), "holds no mapping"),
+        ("plan.yaml", lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot read"),
+        ("plan.safetensors", Path.unlink, "no file .*plan.safetensors"),
+        ("plan.safetensors", _cut, "plan.safetensors is damaged or cut short"),
+    ],
+)
+def test_a_spoilt_plan_file_is_one_line(
+    name: str, spoil: Callable[[Path], Any], message: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    save_plan(ranked(lm), tmp_path)
+    spoil(tmp_path / name)
+    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+        load_plan(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_file_of_something_else_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    from saesteer.checkpoints.files import write_tensors
+
+    save_plan(ranked(lm), tmp_path)
+    file = tmp_path / "plan.safetensors"
+    for tensors, metadata in (
+        ({"directions": torch.ones(2, 32)}, None),
+        ({"directions": torch.ones(2, 32)}, {"ids": "[9]"}),
+        ({"directions": torch.ones(2, 32), "other": torch.ones(1)}, {"ids": "[9, 2]"}),
+        ({"W_enc": torch.ones(32, 2)}, {"ids": "[9, 2]"}),
+    ):
+        write_tensors(file, tensors, metadata)
+        with pytest.raises(UserError, match="^--plan .*is not the tensor file of a plan"):
+            load_plan(tmp_path)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.flags import VerbParser
 from saesteer.cli.output import one_line, print_error
+from saesteer.cli.parser import VerbParser
 
 VERBS = {
     "demo": "the main job on a small model, start to end: harvest, train, rank, steer, show",

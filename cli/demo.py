@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.files import claim_output, write_json
-from saesteer.cli.flags import DEFAULT_MODEL, VerbParser, add_common
+from saesteer.cli.flags import DEFAULT_MODEL, add_common
 from saesteer.cli.output import amount, duration, number, paint, print_json, print_table
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class Size:
     harvest_tokens: int
     train_tokens: int
     rank_contents: int
+    latents: tuple[int, ...]
     scales: tuple[float, ...]
     scopes: tuple[str, ...]
     rounds: tuple[tuple[int, int], ...]
+    greedy: bool
     latents_per_d_model: int = 8
 
 
@@ -50,9 +53,11 @@ FULL = Size(
     harvest_tokens=160_000,
     train_tokens=480_000,
     rank_contents=48,
-    scales=(1.0, 2.0, 3.0),
-    scopes=("generation", "all"),
-    rounds=((12, 4), (40, 1)),
+    latents=(1, 3, 5, 15),
+    scales=(1.0, 1.5, 2.0),
+    scopes=("generation", "first:12"),
+    rounds=((12, 4), (55, 1)),
+    greedy=True,
 )
 QUICK = Size(
     reply_tasks=("json",),
@@ -61,9 +66,11 @@ QUICK = Size(
     harvest_tokens=80_000,
     train_tokens=240_000,
     rank_contents=24,
-    scales=(1.0, 2.0, 3.0),
+    latents=(1, 3, 5),
+    scales=(1.0, 1.5, 2.0),
     scopes=("generation",),
-    rounds=((8, 3), (24, 1)),
+    rounds=((8, 3), (32, 1)),
+    greedy=False,
 )
 TEST_CONTENTS = 40
 EXAMPLES = 3
@@ -92,7 +99,7 @@ def run(args: Namespace) -> int:
         demo = Demo(args, out, progress)
         for stage in (demo.get_model, demo.harvest, demo.train, demo.steer):
             stage()
-    document = {**demo.document, "seconds": round(time.monotonic() - started, 1)}
+    document = {**demo.document, "complete": True, "seconds": round(time.monotonic() - started, 1)}
     write_json(out / "demo.json", document)
     if args.json:
         print_json(document)
@@ -121,12 +128,13 @@ class Demo:
     args: Namespace
     out: Path
     progress: Report
-    document: dict[str, Any] = field(default_factory=lambda: {"schema_version": 1, "stages": {}})
+    document: dict[str, Any] = field(default_factory=lambda: {"schema_version": 1, "complete": False, "stages": {}})
 
     def __post_init__(self) -> None:
         self.size = QUICK if self.args.quick else FULL
         self.seed = self.args.seed or 0
         self.number = 0
+        write_json(self.out / "demo.json", self.document)
 
     # --- what is printed ------------------------------------------------------------------------
 
@@ -147,6 +155,8 @@ class Demo:
         figures["seconds"] = round(time.monotonic() - started, 1)
         self.progress.end()
         self.document["stages"][name] = figures
+        # Written after each stage: a demo that is stopped leaves what it found so far.
+        write_json(self.out / "demo.json", self.document)
         self.say(paint(f"   took {duration(figures['seconds'])}", "dim"))
 
     # --- the stages -----------------------------------------------------------------------------
@@ -268,7 +278,7 @@ class Demo:
                 "steered",
                 self.middle,
                 RankConfig(read="reply", contents=contents, seed=self.seed),
-                Grid(k=(1, 5, 15), scale=size.scales, scope=size.scopes),
+                Grid(k=size.latents, scale=size.scales, scope=size.scopes),
             ),
             # As in the paper: last block, last token of the user's text, sensitivity, fifteen.
             Setting(
@@ -287,9 +297,7 @@ class Demo:
         what = f"latents of layer {setting.layer} for {self.task.instruction!r}, read at {where}"
         with self.stage(f"rank, layer {setting.layer}", what) as facts:
             setting.sae = self.saes[setting.layer]
-            setting.ranking = rank(
-                self.lm, setting.sae, self.task, config, progress=self.progress
-            )
+            setting.ranking = rank(self.lm, setting.sae, self.task, config, progress=self.progress)
             setting.plan = plan_from_ranking(self.lm, setting.sae, setting.ranking, top=15)
             facts["latents"] = [asdict(latent) for latent in setting.plan.latents]
             used = setting.ranking.replies_used
@@ -311,7 +319,7 @@ class Demo:
     def _choose_dose(self, setting: Setting) -> None:
         from saesteer.steering.calibration import calibrate
         from saesteer.steering.evaluation import Decoding
-        from saesteer.steering.plan import save_plan
+        from saesteer.steering.plan_file import save_plan
 
         assert setting.plan is not None
         tried = len(setting.grid.plans(setting.plan))
@@ -367,14 +375,12 @@ class Demo:
             arms = evaluate(
                 self.lm, self.task, plans, n=n, decoding=sampled, progress=self.progress
             )
-            greedy = evaluate(
-                self.lm,
-                self.task,
-                plans,
-                n=n,
-                decoding=replace(sampled, temperature=0.0),
-                progress=self.progress,
-            )
+            greedy: list[Arm] = []
+            if self.size.greedy:
+                once_more = replace(sampled, temperature=0.0)
+                greedy = evaluate(
+                    self.lm, self.task, plans, n=n, decoding=once_more, progress=self.progress
+                )
             facts["sampled"] = [arm.summary() for arm in arms]
             facts["greedy"] = [arm.summary() for arm in greedy]
             facts["answers"] = {
@@ -386,7 +392,8 @@ class Demo:
             }
         self._print_examples(arms)
         self._print_rates(f"sampled, temperature {sampled.temperature:g}", arms)
-        self._print_rates("greedy, the same doses", greedy)
+        if greedy:
+            self._print_rates("greedy, the same doses", greedy)
 
     # --- tables ---------------------------------------------------------------------------------
 
@@ -410,9 +417,7 @@ class Demo:
 
     def _print_rates(self, decoding: str, arms: "list[Arm]") -> None:
         self.say(f"\n{paint('Rates', 'bold')}  ({decoding}; 95 % Wilson intervals)")
-        rows = [
-            [arm.name, str(arm.loose), str(arm.strict), str(arm.degenerate)] for arm in arms
-        ]
+        rows = [[arm.name, str(arm.loose), str(arm.strict), str(arm.degenerate)] for arm in arms]
         self._table(["arm", "loose", "strict", "degenerate"], rows, "arm")
 
     def print_end(self, seconds: float) -> None:

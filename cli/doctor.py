@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from saesteer.cli.flags import SITE_HELP, VerbParser, add_common, add_model, count, one_layer
+from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import (
     Failed,
@@ -15,7 +15,9 @@ from saesteer.cli.output import (
     size,
     write_run,
 )
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.values import count, one_layer
 
 EXAMPLE = "saesteer doctor --model smollm2-135m-instruct --layer 20 --tokens 1000000"
 

@@ -7,22 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import (
-    SITE_HELP,
-    VerbParser,
-    add_common,
-    add_model,
-    add_text,
-    count,
-    default,
-    given,
-    layers,
-    need,
-    stored_dtype,
-)
-from saesteer.cli.inputs import open_model, reply_texts, reserved
+from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_text, default, given, need
+from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
 from saesteer.cli.output import amount, duration, print_json, print_next, size
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
+from saesteer.cli.values import count, layers, stored_dtype
 from saesteer.sae.config import HarvestConfig, TextConfig
 
 EXAMPLE = "saesteer harvest --layer 20 --data corpus.jsonl --tokens 1000000 -o runs/activations"
@@ -78,6 +68,7 @@ def run(args: Namespace) -> int:
         return _dry_run(args, config)
     need(args, "--out", "the folder for the shards")
     with reserved(args, data=args.data), reporting(args) as report:
+        check_data(args)
         replies = reply_texts(args)
         from saesteer.sae import harvest
 
@@ -121,6 +112,7 @@ def _print_summary(folder: Path, manifest: dict[str, Any], report: Report) -> No
 
 def _dry_run(args: Namespace, config: HarvestConfig) -> int:
     with reporting(args) as report:
+        check_data(args)
         texts = reply_texts(args)
         lm = open_model(args, report)
         plan = _predict(lm, config, report, len(texts))

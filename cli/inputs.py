@@ -42,6 +42,19 @@ def open_sae(args: Namespace, report: Report) -> Any:
     return load_sae(args.sae)
 
 
+def check_data(args: Namespace) -> None:
+    """Refuse a missing `--data` file before the model is loaded."""
+    missing = [
+        spec
+        for spec in args.data or ()
+        if not spec.startswith("hf:") and spec != "python-docs" and not Path(spec).exists()
+    ]
+    if missing:
+        from saesteer.sae.text import open_corpus
+
+        open_corpus(missing[:1])  # raises, in the words of every other place that reads text
+
+
 def reply_texts(args: Namespace) -> list[str]:
     """The user texts that `--replies` has the model answer."""
     if not args.replies:

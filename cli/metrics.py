@@ -4,21 +4,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from saesteer.cli.flags import (
-    SITE_HELP,
-    VerbParser,
-    add_common,
-    add_model,
-    add_text,
-    count,
-    default,
-    given,
-    need,
-    one_layer,
-)
-from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_text, default, given, need
+from saesteer.cli.inputs import check_data, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import amount, number, print_json, print_table, write_run
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.values import count, one_layer
 from saesteer.sae.config import MetricsConfig, TextConfig
 
 EXAMPLE = "saesteer metrics --sae runs/sae --model smollm2-135m-instruct --data held-out.jsonl"
@@ -71,6 +62,7 @@ def run(args: Namespace) -> int:
     with reserved(args, sae=args.sae, data=args.data), reporting(args) as report:
         from saesteer.sae import metrics
 
+        check_data(args)
         sae = open_sae(args, report)
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
@@ -14,7 +14,7 @@ from saesteer.checkpoints.errors import UserError
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
-def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
+def paint(text: str, colour: str, stream: Any = None) -> str:
     """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
     stream = sys.stdout if stream is None else stream
     if not is_terminal(stream) or os.environ.get("NO_COLOR"):
@@ -51,7 +51,7 @@ def print_table(
     left: str = "",
     *,
     indent: int = 0,
-    stream: TextIO | None = None,
+    stream: Any = None,
 ) -> None:
     """Aligned columns on stdout: numbers to the right, the columns named in `left` to the left."""
     named = left.split(",")
@@ -72,12 +72,12 @@ def print_next(*command: object) -> None:
     print(f"{paint('next:', 'cyan')} {shlex.join(str(word) for word in command)}")
 
 
-def amount(number: float) -> str:
+def amount(number: int | float) -> str:
     """A count with separators: 1234567 is 1,234,567."""
     return f"{number:,.0f}"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people, in powers of 1000: 1234567 is 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -86,7 +86,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds for people: 4.2 s, 3 min 51 s, 1 h 02 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: int | float | None, digits: int = 4) -> str:
     """A measured value in a few significant digits; a dash for one that could not be had."""
     if value is None or value != value:
         return "-"

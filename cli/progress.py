@@ -9,7 +9,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from saesteer.cli.output import amount, duration, is_terminal, one_line, paint
 
@@ -67,7 +67,7 @@ class Report:
     and after a comma what else there is to say ("tokens, FVU 0.31").
     """
 
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
         self.clock = clock
         self.stage: Stage | None = None
@@ -158,7 +158,7 @@ class Bars(Report):
 
     def __init__(
         self,
-        stream: TextIO,
+        stream: Any,
         clock: Callable[[], float] = time.monotonic,
         console: Any = None,
     ) -> None:

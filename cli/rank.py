@@ -5,21 +5,13 @@ from argparse import Namespace
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import (
-    SITE_HELP,
-    VerbParser,
-    add_common,
-    add_model,
-    count,
-    counts,
-    need,
-    number,
-    one_layer,
-)
+from saesteer.cli.flags import SITE_HELP, add_common, add_model, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import number as figure
 from saesteer.cli.output import print_json, print_next, print_table, write_run
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.values import count, counts, number, one_layer
 
 EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
@@ -105,7 +97,7 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
-        help="with --read reply: leave out rows longer than X times the median (default: 10)",
+        help="with --read reply: leave out rows longer than X times the median (default: 10.0)",
     )  # fmt: skip
     read.add_argument(
         "--chat", action=argparse.BooleanOptionalAction,
@@ -125,7 +117,7 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan.add_argument(
         "--explain", type=counts, nargs="?", const=(), metavar="ID,...",
-        help="print every column, of the top latents or of these",
+        help="print every column too, of the top latents or of these (default: not)",
     )  # fmt: skip
     add_common(
         parser,

@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import (
-    SITE_HELP,
-    Repeated,
-    VerbParser,
-    add_common,
-    add_model,
-    count,
-    latents,
-    number,
-    one_layer,
-)
+from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
 from saesteer.cli.output import number as figure
 from saesteer.cli.output import paint, print_json, write_run
+from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
+from saesteer.cli.values import count, latents, number, one_layer
 
 EXAMPLE = 'saesteer steer --plan runs/plan -p "The weather is nice today." --baseline'
 

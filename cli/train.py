@@ -5,25 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import (
-    SITE_HELP,
-    VerbParser,
-    add_common,
-    add_model,
-    add_text,
-    count,
-    counts,
-    default,
-    dtype,
-    given,
-    layers,
-    need,
-    number,
-)
-from saesteer.cli.inputs import open_model, reply_texts, reserved
+from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_text, default, given, need
+from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
 from saesteer.cli.output import amount, duration, print_json, print_next, print_table
 from saesteer.cli.output import number as figure
+from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.values import count, counts, dtype, layers, number
 from saesteer.sae.config import TextConfig, TrainConfig
 
 EXAMPLE = "saesteer train --model smollm2-135m-instruct --layer 20 --replies french -o runs/sae"
@@ -143,6 +131,7 @@ def run(args: Namespace) -> int:
         reserved(args, activations=args.activations, data=args.data),
         reporting(args) as report,
     ):
+        check_data(args)
         replies = reply_texts(args)
         from saesteer.sae import train
 

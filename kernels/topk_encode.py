@@ -17,8 +17,15 @@ from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_t
 from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
-CPU_CHUNK_BYTES = 64 * 2**20
-"""Most dense pre-activations held at a time on a CPU."""
+CPU_CHUNK_BYTES = 20 * 2**20
+"""Dense pre-activations made at a time on a CPU. They stay in the last-level cache until they are
+searched, and the memory is fresh (each page faults once) only for the first chunk."""
+
+CPU_CHUNK_ROWS = 256
+"""Rows of a chunk below which the product itself slows down: fewer only to stay within the most."""
+
+MOST_CPU_CHUNK_BYTES = 64 * 2**20
+"""Most dense pre-activations on a CPU at any d_sae."""
 
 CUDA_CHUNK_BYTES = 256 * 2**20
 """The same on a GPU, where small products leave most of the device idle."""
@@ -44,10 +51,14 @@ def topk_encode_reference(
 
 def _chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: as few chunks as fit, of nearly equal size."""
-    limit = CPU_CHUNK_BYTES if device.type == "cpu" else CUDA_CHUNK_BYTES
-    most = max(1, limit // max(1, d_sae * dtype.itemsize))
+    row_bytes = d_sae * dtype.itemsize
+    if device.type == "cpu":
+        fast = min(CPU_CHUNK_ROWS, MOST_CPU_CHUNK_BYTES // row_bytes)
+        most = max(1, fast, CPU_CHUNK_BYTES // row_bytes)
+    else:
+        most = max(1, CUDA_CHUNK_BYTES // row_bytes)
     n_chunks = -(-batch // most)
-    return -(-batch // max(1, n_chunks))
+    return -(-batch // n_chunks)
 
 
 def _largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -339,9 +350,7 @@ def topk_encode_op(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tupl
 
 
 @topk_encode_op.register_fake
-def _(
-    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int | torch.SymInt
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int | torch.SymInt) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
     acts = x.new_empty(shape, dtype=accumulator_dtype(x, W_enc_rows))
     return acts, x.new_empty(shape, dtype=torch.int64)

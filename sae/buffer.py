@@ -64,18 +64,31 @@ class ShuffleBuffer:
 
     def _exchange(self) -> Float[Tensor, "batch width"]:
         # Distinct slots, or two new rows would fall on one place and one of them be lost.
-        slots = torch.randperm(len(self.rows), generator=self._rng)[: self.batch_rows]
+        slots = torch.randperm(len(self.rows), generator=self._rng)[: self._staged]
         leaving = self.rows[slots]
-        self.rows[slots] = self._incoming
+        self.rows[slots] = self._incoming[: self._staged]
         self._staged = 0
         return leaving
 
-    def drain(self) -> list[Float[Tensor, "batch width"]]:
-        """Empty the buffer: everything left, shuffled, in whole batches and a smaller last one."""
-        left = torch.cat([self.rows[: self.filled], self._incoming[: self._staged]])
-        left = left[torch.randperm(len(left), generator=self._rng)]
-        self.filled = self._staged = 0
-        return list(left.split(self.batch_rows)) if len(left) else []
+    def take(self) -> Float[Tensor, "batch width"] | None:
+        """Take out a random batch of what is held when no more rows come; None when it is empty.
+
+        All batches are full, except for one when the rows that came in do not make whole batches.
+        """
+        if self._staged:
+            return self._exchange()
+        if not self.filled:
+            return None
+        count = min(self.batch_rows, self.filled)
+        slots = torch.randperm(self.filled, generator=self._rng)[:count]
+        leaving = self.rows[slots]
+        # Rows from the end move into the holes: nothing as large as the buffer is ever copied.
+        rest = self.filled - count
+        at_end = torch.ones(count, dtype=torch.bool)
+        at_end[slots[slots >= rest] - rest] = False
+        self.rows[slots[slots < rest]] = self.rows[rest : self.filled][at_end]
+        self.filled = rest
+        return leaving
 
     def state_dict(self) -> dict[str, Any]:
         """Contents and random state, as tensors that share memory with the buffer."""

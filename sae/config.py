@@ -13,7 +13,7 @@ def no_progress(stage: str, done: int, total: int, note: str) -> None:
     """Show nothing."""
 
 
-def _at_least(flag: str, value: float, least: float) -> None:
+def _at_least(flag: str, value: int | float, least: int | float) -> None:
     if value < least:
         raise UsageError(f"{flag} must be at least {least}, got {value}")
 
@@ -123,6 +123,15 @@ class TrainConfig:
         for flag, values in (("--k", self.k), ("--init-seed", self.init_seed)):
             if not values:
                 raise UsageError(f"{flag} needs at least one value")
+        several = {
+            "--layer": self.layers,
+            "--d-sae": self.d_sae,
+            "--k": self.k,
+            "--init-seed": self.init_seed,
+        }
+        for flag, values in several.items():
+            if len(set(values)) != len(values):
+                raise UsageError(f"{flag} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
             _at_least("--k", k, 1)
             for d_sae in self.d_sae:
@@ -144,7 +153,11 @@ class TrainConfig:
         _at_least("--auxk", self.auxk, 0)
         if self.dead_after_tokens is not None:
             _at_least("--dead-after-tokens", self.dead_after_tokens, 1)
-        _at_least("--buffer-tokens", self.buffer_tokens, 1)
+        if self.buffer_tokens < self.batch_tokens:
+            raise UsageError(
+                f"--buffer-tokens must be at least --batch-tokens ({self.batch_tokens}), "
+                f"got {self.buffer_tokens}"
+            )
         _at_least("--checkpoint-every", self.checkpoint_every, 1)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.models import LanguageModel, quiet_transformers
+from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import EncodedPrompt, pad_left
 
 
@@ -42,6 +42,8 @@ def generate(
     Raises:
         UsageError: a sampling parameter out of range.
     """
+    from saesteer.checkpoints.model_files import quiet
+
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     if temperature < 0:
@@ -62,7 +64,7 @@ def generate(
         ids, mask = pad_left(lm, [prompts[i].token_ids for i in rows])
         if before_batch is not None:
             before_batch(rows)
-        with torch.inference_mode(), torch.random.fork_rng(devices), quiet_transformers():
+        with torch.inference_mode(), torch.random.fork_rng(devices), quiet():
             torch.manual_seed(seed + first)
             output = lm.model.generate(
                 input_ids=ids,

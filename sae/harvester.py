@@ -1,10 +1,7 @@
 """Streams activations out of a language model, and writes them to shards."""
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.files import claim_output, plain
 from saesteer.checkpoints.provenance import versions
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
 from saesteer.sae.hooks import HookPoint, resolve_site, run_to
 from saesteer.sae.models import DTYPES, LanguageModel, as_language_model
 from saesteer.sae.replies import ReplyConfig, sample_replies
+from saesteer.sae.stopping import stop_requests
 from saesteer.sae.text import Contexts, open_contexts
 
 
@@ -48,6 +46,9 @@ class SinkFilter:
         self, activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
     ) -> Bool[Tensor, " tokens"]:
         """True for rows that are no sink at any hook point. Updates the running median."""
+        if not any(len(rows) for rows in activations.values()):
+            # The median of nothing is NaN, and would make a sink of every later row.
+            return torch.ones(0, dtype=torch.bool, device=next(iter(activations.values())).device)
         self.batches += 1
         keep: Tensor | None = None
         for (layer, site), rows in activations.items():
@@ -94,6 +95,11 @@ class ActivationStream:
             text = contexts.keep.to(self.lm.device)
             rows = {point.key: seen[point.key][text] for point in self.points}
             for key, values in rows.items():
+                if values.shape[-1] != self.lm.d_model:
+                    raise UsageError(
+                        f"--site {key[1]} has width {values.shape[-1]}, the residual stream of "
+                        f"{self.lm.name} has {self.lm.d_model}: give a site of that width"
+                    )
                 if not torch.isfinite(values).all():
                     raise NonFiniteError(
                         f"{self.lm.name} gave NaN or infinite activations at layer {key[0]} in "
@@ -186,10 +192,11 @@ def harvest(
         Interrupted: after Ctrl-C, with the tokens so far written.
     """
     from saesteer.checkpoints.model_files import cache_folder
-    from saesteer.checkpoints.shards import ShardWriter
+    from saesteer.checkpoints.shards import MANIFEST, ShardWriter
 
-    folder = Path(out)
-    claim_output(folder, resume=resume, force=force)
+    folder = Path(out).expanduser()
+    if resume or not force:
+        claim_output(folder, resume=resume, force=force)
     lm = as_language_model(model, device=device, dtype=dtype)
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     stream = open_activations(
@@ -200,20 +207,27 @@ def harvest(
         replies_folder=replies_folder or cache_folder() / "replies",
         progress=progress,
     )
+    if force:  # only now, when model and text were found, may the folder be emptied
+        claim_output(folder, force=True)
     facts = _facts(lm, points, config, stream)
-    if resume and (folder / "manifest.json").exists():
-        identity = {key: facts[key] for key in ("model", "data", "config")}
-        writer, cursor = ShardWriter.resume(folder, expect=identity)
+    default = torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
+    store_dtype = DTYPES[config.store_dtype] if config.store_dtype else default
+    layers = [point.layer for point in points]
+    if resume and (folder / MANIFEST).exists():
+        stored = {"layers": layers, "dtype": str(store_dtype).removeprefix("torch.")}
+        writer, cursor = ShardWriter.resume(folder)
+        check_same_run(writer.manifest, {**facts, **stored}, folder)
+        if writer.complete:
+            return writer.manifest
         if cursor:
             stream.load_state_dict(cursor)
     else:
-        default = torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
         writer = ShardWriter(
             folder,
-            layers=[point.layer for point in points],
+            layers=layers,
             sites=[config.site],
             d_model=lm.d_model,
-            dtype=DTYPES[config.store_dtype] if config.store_dtype else default,
+            dtype=store_dtype,
             shard_tokens=config.shard_tokens,
             facts=facts,
         )
@@ -263,6 +277,38 @@ def _facts(
     }
 
 
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume a run whose settings, text or model differ from the ones before.
+
+    Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
+    as far as `now` has them. Raises UserError naming the first flag that differs.
+    """
+    old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
+    for key in ("layers", "dtype"):
+        if key in now:
+            old[key], new[key] = before.get(key), plain(now[key])
+    flags = {"layers": "--layer", "dtype": "--store-dtype"}
+    for key, value in new.items():
+        if old.get(key) != value:
+            flag = flags.get(key, "--" + key.replace("_", "-"))
+            raise UserError(
+                f"--resume: {folder} was made with {flag} {old.get(key)}, now it is {value}: give "
+                "the flags of the first run, or another --out"
+            )
+    first, second = before.get("model") or {}, now["model"]
+    for key in ("hash", "dtype"):
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"--resume: {folder} was made with a --model of {key} {first.get(key)}, now it is "
+                f"{second.get(key)}: give the model of the first run, or another --out"
+            )
+    if before.get("data") != plain(now["data"]):
+        raise UserError(
+            f"--resume: {folder} was made from other text or replies than those there now: restore "
+            "them, or give another --out"
+        )
+
+
 def model_facts(lm: LanguageModel) -> dict[str, Any]:
     """A model's identity as it is written into manifests, SAEs, plans and runs."""
     return {
@@ -272,24 +318,3 @@ def model_facts(lm: LanguageModel) -> dict[str, Any]:
         "d_model": lm.d_model,
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question asked after each step; a second one kills at once."""
-    asked = False
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,6 +6,7 @@ and blocks that return a tuple look the same from here.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +79,20 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
         return HookPoint(layer, site, getattr(block, child), f"{path}.{child}", side)
     wanted = site.replace("{layer}", str(layer))
     try:
-        return HookPoint(layer, site, lm.model.get_submodule(wanted), wanted, "output")
+        module = lm.model.get_submodule(wanted)
     except AttributeError:
+        module = None
+    if not wanted or module is None:
         raise UsageError(
             f"--site must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
-        ) from None
+        )
+    inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
+    if inside and int(inside[1]) != layer:
+        raise UsageError(
+            f"--site {site} lies in block {inside[1]}, but --layer is {layer}: give that layer, or "
+            "write {layer} for the number"
+        )
+    return HookPoint(layer, site, module, wanted, "output")
 
 
 def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:
@@ -155,12 +165,13 @@ def sae_hook_point(
         raise UserError(
             f"--sae {sae.source} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks"
         )
-    if site is not None and spec.site is not None and site != spec.site:
+    wanted = None if site is None else site.replace("{layer}", str(chosen))
+    if wanted is not None and spec.site is not None and wanted != spec.site:
         raise UserError(
             f"--site {site} conflicts with --sae {sae.source}, which reads {spec.site}: "
             "leave --site out"
         )
-    return resolve_site(lm, chosen, site or spec.site or "resid_post")
+    return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
 
 
 @contextlib.contextmanager
@@ -227,9 +238,16 @@ def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict
 def run_to(lm: LanguageModel, points: Sequence[HookPoint], **inputs: Any) -> dict[Any, Tensor]:
     """Run the text tower up to the last of `points` and return what passed each of them.
 
-    Blocks after the last point do not run and no logits are computed.
+    Blocks after the last point do not run and no logits are computed. Raises UsageError for a point
+    that the text tower never reaches.
     """
     with capture(points, stop=True) as seen:
         with contextlib.suppress(StopForward):
             lm.text_model(**inputs, use_cache=False)
+    for point in points:
+        if point.key not in seen:
+            raise UsageError(
+                f"--site {point.site} is never reached in a pass over text of {lm.name}: give a "
+                f"module inside {lm.blocks_path}"
+            )
     return seen

@@ -114,7 +114,7 @@ def _read(
     batch: ContextBatch,
     sinks: SinkFilter,
     excluded: dict[str, int],
-) -> tuple[Float[Tensor, "rows d_model"], Bool[Tensor, "rows context"]]:
+) -> tuple[Float[Tensor, "kept d_model"], Bool[Tensor, "rows context"]]:
     """The kept rows of a batch and where they stand."""
     with torch.inference_mode():
         h = run_to(lm, [point], input_ids=batch.token_ids.to(lm.device))[point.key]

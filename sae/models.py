@@ -1,8 +1,7 @@
 """Any Hugging Face causal language model, with its decoder blocks found by structure."""
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,8 +110,15 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device: use cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device} does not exist: torch sees {torch.cuda.device_count()} CUDA "
+            "devices, numbered from 0"
+        )
     return chosen
 
 
@@ -219,24 +225,43 @@ def load_model(
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
     """
-    from saesteer.checkpoints.model_files import resolve_model
+    from saesteer.checkpoints.model_files import hub_call, quiet, resolve_model
 
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
     resolved = resolve_model(name, progress)
     offline = resolved.local_files_only
-    with quiet_transformers():
+
+    def read() -> tuple[Any, Any]:
         from transformers import AutoTokenizer
 
+        # float16 can hold fewer weights exactly than bfloat16: identify the file's own first.
+        first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
+        model = _from_pretrained(resolved.path_or_repo, first, offline)
+        return model, AutoTokenizer.from_pretrained(
+            resolved.path_or_repo, local_files_only=offline
+        )
+
+    if offline:
         try:
-            model = _from_pretrained(resolved.path_or_repo, chosen_dtype, offline)
-            tokenizer = AutoTokenizer.from_pretrained(
-                resolved.path_or_repo, local_files_only=offline
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            with quiet():
+                model, tokenizer = read()
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # the library raises a dozen unrelated types
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--model {name} could not be loaded: {reason}") from error
-    return wrap_model(model.to(target), tokenizer, resolved.name, blocks_path)
+            raise UserError(
+                f"--model {name} could not be loaded ({reason}): give another model, or get it anew"
+            ) from error
+    else:
+        todo = "check the name, or give a folder with config.json or a .gguf file"
+        model, tokenizer = hub_call(read, f"--model {name}", todo)
+    lm = wrap_model(model, tokenizer, resolved.name, blocks_path)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and chosen_dtype == torch.float16:
+            parameter.data = parameter.data.to(chosen_dtype)
+    model.to(target)
+    return lm
 
 
 def as_language_model(
@@ -248,29 +273,24 @@ def as_language_model(
     return load_model(model, device=device, dtype=dtype)
 
 
-def _from_pretrained(path: str, dtype: torch.dtype, offline: bool) -> Any:
+def _from_pretrained(path: str, dtype: torch.dtype | str, offline: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    options: dict[str, Any] = {
+        "dtype": dtype, "local_files_only": offline, "output_loading_info": True
+    }  # fmt: skip
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=offline)
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-    # Multimodal wrappers are registered elsewhere; their text tower is used alone.
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=offline)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the library's own progress bars and warnings: ours say what is happening."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        # Multimodal wrappers are registered elsewhere; their text tower is used alone.
+        model, info = AutoModelForImageTextToText.from_pretrained(path, **options)
+    # The library fills what it does not find with random numbers, and only warns.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"--model {path} lacks {len(missing)} of its weights, first {missing[0]}: give a "
+            "complete causal language model"
+        )
+    return model

@@ -56,6 +56,18 @@ class EncodedPrompt:
         return mask
 
 
+_PLACEHOLDER = "\u2042 the text \u2042"
+
+
+def _render(lm: LanguageModel, text: str) -> str:
+    """One user turn in the chat template, ready for the reply."""
+    return str(
+        lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    )
+
+
 def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     """Render and tokenize one user turn (`chat`) or plain text.
 
@@ -67,15 +79,13 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
         raise UserError("a prompt is empty: give at least one character of text")
     if chat and not lm.has_chat_template:
         raise UserError(f"--chat needs a chat template and {lm.name} has none: use --no-chat")
-    rendered = text
+    rendered, start = text, 0
     if chat:
-        messages = [{"role": "user", "content": text}]
-        rendered = lm.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-    start = rendered.rfind(text)
-    if start < 0:
-        raise UserError(f"the chat template of {lm.name} rewrites the prompt: use --no-chat")
+        rendered = _render(lm, text)
+        # Searching for the text itself could find it in the template: "assistant", "user", "a".
+        start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
+        if start < 0 or not rendered.startswith(text, start):
+            raise UserError(f"the chat template of {lm.name} rewrites the prompt: use --no-chat")
     # A template writes its own BOS; a plain text gets the tokenizer's.
     encoded = lm.tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     return EncodedPrompt(

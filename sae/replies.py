@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.files import write_text
+from saesteer.checkpoints.files import write_text, writing
 from saesteer.sae.config import Progress, no_progress
-from saesteer.sae.generation import generate
+from saesteer.sae.generation import Completion, generate
 from saesteer.sae.models import LanguageModel
-from saesteer.sae.prompts import encode_prompt
+from saesteer.sae.prompts import EncodedPrompt, encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +38,8 @@ def sample_replies(
 ) -> Path:
     """Let the model answer `prompts` and return a JSONL corpus of prompts and replies.
 
-    The file lies in `folder` under a name made from the model's weights, the prompts and the
-    settings; when it is already there it is used as it is. Replies of a chat model are `messages`
+    The file lies in `folder` under a name made from the model's weights and chat template, the
+    prompts and the settings; when it is already there it is used as it is. Replies of a chat model are `messages`
     rows, those of a base model `text` rows.
 
     Raises UserError when there is nothing to answer or the model says nothing.
@@ -47,7 +47,9 @@ def sample_replies(
     if not prompts:
         raise UserError("--replies names tasks without a single prompt: nothing to answer")
     settings = json.dumps(asdict(config), sort_keys=True)
-    key = hashlib.sha256("\0".join([lm.fingerprint, settings, *prompts]).encode()).hexdigest()
+    template = str(getattr(lm.tokenizer, "chat_template", None))
+    named = "\0".join([lm.fingerprint, template, settings, *prompts])
+    key = hashlib.sha256(named.encode()).hexdigest()
     path = folder / f"replies-{key[:16]}.jsonl"
     if path.exists():
         return path
@@ -61,9 +63,10 @@ def sample_replies(
 
     expected = len(prompts) * config.max_new_tokens
     progress("replies", 0, expected, "new tokens")
+    encoded = [encode_prompt(lm, text, chat=chat) for text in prompts]
     replies = generate(
         lm,
-        [encode_prompt(lm, text, chat=chat) for text in prompts],
+        encoded,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -73,23 +76,28 @@ def sample_replies(
     )
     progress("replies", expected, expected, "new tokens")
     rows = [
-        _row(prompt, reply.text, chat)
-        for prompt, reply in zip(prompts, replies, strict=True)
+        _row(lm, prompt, reply, chat)
+        for prompt, reply in zip(encoded, replies, strict=True)
         if reply.text
     ]
     if not rows:
         raise UserError(f"{lm.name} answered every --replies prompt with nothing")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
 
-def _row(prompt: str, reply: str, chat: bool) -> dict[str, object]:
+def _row(
+    lm: LanguageModel, prompt: EncodedPrompt, reply: Completion, chat: bool
+) -> dict[str, object]:
     if not chat:
-        return {"text": f"{prompt}\n{reply}"}
+        # Decoded together: the reply goes on exactly where the prompt ends.
+        ids = [*prompt.token_ids, *reply.token_ids]
+        return {"text": lm.tokenizer.decode(ids, skip_special_tokens=True)}
     return {
         "messages": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": reply},
+            {"role": "user", "content": prompt.text},
+            {"role": "assistant", "content": reply.text},
         ]
     }

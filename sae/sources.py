@@ -1,14 +1,14 @@
 """Where training batches come from: a model that runs, or shards on disk. Both look the same."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.buffer import ShuffleBuffer
 from saesteer.sae.harvester import ActivationStream, SinkFilter
@@ -16,6 +16,7 @@ from saesteer.sae.harvester import ActivationStream, SinkFilter
 _CHUNK_ROWS = 8192
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Rows of activations, those of several hook points side by side, in a seeded order."""
 
@@ -88,6 +89,12 @@ class ShardSource:
         mixed = np.random.default_rng([self.seed, self.epoch, index]).permutation(tokens)
         chosen = torch.from_numpy(mixed[self.row : self.row + _CHUNK_ROWS])
         rows = {place: self.reader.shard(index, *place)[0][chosen] for place in self.places}
+        for (layer, site), values in rows.items():
+            if not torch.isfinite(values).all():
+                raise NonFiniteError(
+                    f"--activations {self.reader.folder} holds NaN or infinity in shard {index} of "
+                    f"layer {layer} {site}: harvest again"
+                )
         self.row += len(chosen)
         if self.row >= tokens:
             self.shard, self.row = self.shard + 1, 0
@@ -158,13 +165,14 @@ class BatchStream:
         Raises UserError when the source ends before `tokens` rows.
         """
         while not self._pending:
-            if self.drawn < self.total:
-                self._pending += self.buffer.put(self._draw())
-            elif len(self.buffer):
-                self._pending += self.buffer.drain()
-            else:
-                return None
+            if self.drawn == self.total:
+                return self.buffer.take()
+            self._pending += self.buffer.put(self._draw())
         return self._pending.pop(0)
+
+    def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
+        """Make `batch`, which was not used after all, the next one again."""
+        self._pending.insert(0, batch)
 
     def _draw(self) -> Float[Tensor, "rows width"]:
         rows = self.source.next_rows()

@@ -4,30 +4,34 @@ import hashlib
 import json
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import sha256_file
 from saesteer.sae.config import TextConfig
-from saesteer.sae.models import LanguageModel
+from saesteer.sae.models import LanguageModel, text_config
 
 Document = str | list[dict[str, str]]
 """Plain text, or the messages of a chat."""
 
 # Paragraphs are put together until a document of a plain-text file has this many bytes.
 _DOCUMENT_BYTES = 2000
+# Where a text has no blank lines, it is cut after this many.
+_LONGEST_DOCUMENT_BYTES = 65_536
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 _HUB_SHUFFLE_ROWS = 10_000
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Documents in a fixed order that a seed permutes."""
 
@@ -46,7 +50,7 @@ class FileCorpus:
     """Text and JSONL files, indexed once, read by offset.
 
     A document is a JSON line with `text` or `messages`, or consecutive paragraphs (separated by
-    blank lines) of a text file, about 2,000 bytes of them.
+    blank lines) of a text file, about 2,000 bytes of them and never more than 64 KiB.
 
     Raises UserError for a file that is missing, empty, not UTF-8 or not the JSON expected.
     """
@@ -54,11 +58,14 @@ class FileCorpus:
     def __init__(self, name: str, files: Sequence[Path]) -> None:
         self.name = name
         self.files = list(files)
-        index = [
-            (number, start, end)
-            for number, path in enumerate(self.files)
-            for start, end in _document_spans(path)
-        ]
+        try:
+            index = [
+                (number, start, end)
+                for number, path in enumerate(self.files)
+                for start, end in _document_spans(path)
+            ]
+        except OSError as error:
+            raise UserError(f"--data {name} cannot be read ({error}): check its permissions") from error
         if not index:
             raise UserError(f"--data {name} holds no text: give a corpus with at least one document")
         self.index = np.array(index, dtype=np.int64)
@@ -73,16 +80,23 @@ class FileCorpus:
             file.seek(start)
             raw = file.read(end - start)
         try:
-            text = raw.decode("utf-8")
+            # Some editors begin a file with a byte-order mark, which is no text.
+            text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"--data {path} is not UTF-8 (byte {start + error.start}): convert it, "
                 "for example with iconv"
             ) from None
-        return _json_document(text, path) if path.suffix == ".jsonl" else text
+        if path.suffix == ".jsonl":
+            return _json_document(text, f"{path} (byte {start})")
+        return text
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
+        # Without the folder: the same files elsewhere are the same text.
+        return {
+            "name": Path(self.name).name,
+            "sha256": [sha256_file(path) for path in self.files],
+        }
 
 
 def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
@@ -103,16 +117,24 @@ def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
             elif blank and end - start >= _DOCUMENT_BYTES:
                 yield start, end
                 start = end
+            while path.suffix != ".jsonl" and position - start > _LONGEST_DOCUMENT_BYTES:
+                cut = start + _LONGEST_DOCUMENT_BYTES
+                # Not inside a character, which is at most four bytes long in UTF-8.
+                cut -= next((i for i in range(4) if data[cut - i] & 0xC0 != 0x80), 0)
+                yield start, cut
+                start = cut
         if data[start:].strip():
             yield start, len(data)
 
 
-def _json_document(line: str, path: Path) -> Document:
+def _json_document(line: str, source: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"--data {path} has a line that is not JSON: {error.msg}") from None
-    return _row_document(row, str(path))
+        raise UserError(
+            f"--data {source} has a line that is not JSON ({error.msg}): give one JSON object a line"
+        ) from None
+    return _row_document(row, source)
 
 
 def _row_document(row: Any, source: str) -> Document:
@@ -120,13 +142,18 @@ def _row_document(row: Any, source: str) -> Document:
         if isinstance(row.get("text"), str):
             return str(row["text"])
         messages = row.get("messages")
-        if isinstance(messages, list) and all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-        ):
-            return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-    keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return [{"role": m["role"], "content": m["content"]} for m in messages]
+    keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise UserError(
-        f"--data {source} has a row with neither `text` nor `messages` (it has: {keys})"
+        f"--data {source} has a row with neither `text` (a string) nor `messages` (a list of role "
+        f"and content); it has: {keys}"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
     )
 
 
@@ -151,26 +178,51 @@ class PythonDocs:
 
 
 class HubCorpus:
-    """A dataset of the Hugging Face Hub, streamed: `hf:DATASET[:config][:split]`."""
+    """A dataset of the Hugging Face Hub, or a local folder of one, streamed.
+
+    Written `hf:DATASET[:config][:split]`; the split is `train` unless given. Rows have `text` or
+    `messages`. Raises UserError when it cannot be opened or breaks off.
+    """
 
     def __init__(self, name: str) -> None:
+        from saesteer.checkpoints.model_files import hub_call
+
         self.name = name
         dataset, *rest = name.removeprefix("hf:").split(":")
         if not dataset or len(rest) > 2:
             raise UserError(f"--data {name} must read hf:DATASET[:config][:split]")
         config = rest[0] or None if len(rest) == 2 else None
-        split = rest[-1] if rest else "train"
-        try:
+        split = (rest[-1] if rest else "") or "train"
+
+        def load() -> Any:
             from datasets import load_dataset
 
-            self.rows = load_dataset(dataset, config, split=split, streaming=True)
-        except Exception as error:  # the library raises a dozen unrelated types
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--data {name} could not be opened: {reason}") from error
+            return load_dataset(dataset, config, split=split, streaming=True)
+
+        if Path(dataset).is_dir():
+            try:
+                self.rows = load()
+            except Exception as error:  # the library raises a dozen unrelated types
+                raise UserError(
+                    f"--data {name} could not be opened ({_reason(error)}): check the folder, the "
+                    "config and the split"
+                ) from error
+        else:
+            todo = "check the name, the config and the split, or give a file or python-docs"
+            self.rows = hub_call(load, f"--data {name}", todo)
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
-        rows = self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS)
-        for row in rows.skip(start):
+        rows = iter(self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS).skip(start))
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise UserError(
+                    f"--data {self.name} broke off ({_reason(error)}): try again, with --resume if "
+                    "something was saved"
+                ) from error
             yield _row_document(row, self.name)
 
     def identity(self) -> dict[str, Any]:
@@ -178,20 +230,31 @@ class HubCorpus:
         return {"name": self.name, "builder": info.builder_name, "version": str(info.version)}
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class JoinedCorpus:
-    """Several corpora, one after the other, each in its own seeded order."""
+    """Several corpora, each in its own seeded order, taking turns document by document.
+
+    When one has ended the others go on, so every corpus is read however few tokens are wanted.
+    """
 
     def __init__(self, parts: Sequence[Corpus]) -> None:
         self.parts = list(parts)
         self.name = ",".join(part.name for part in parts)
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
-        for part in self.parts:
-            for document in part.documents(seed, 0):
-                if start > 0:
+        turns = [part.documents(seed, 0) for part in self.parts]
+        while turns:
+            for turn in list(turns):
+                document = next(turn, None)
+                if document is None:
+                    turns.remove(turn)
+                elif start > 0:
                     start -= 1
-                    continue
-                yield document
+                else:
+                    yield document
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "parts": [part.identity() for part in self.parts]}
@@ -230,6 +293,21 @@ class ContextBatch:
     document_ids: Int[Tensor, "rows context"]
 
 
+@dataclass
+class _Piece:
+    """Tokens of one document that wait to be cut into contexts."""
+
+    epoch: int
+    document: int
+    used: int
+    left: int
+
+    @property
+    def owner(self) -> int:
+        """A number for the document; the same text in another epoch has another one."""
+        return (self.epoch << 32) + self.document
+
+
 class ContextStream:
     """Documents packed end to end into contexts of a fixed length, without padding.
 
@@ -247,8 +325,9 @@ class ContextStream:
         self.epoch = 0
         self.consumed = 0
         self.emitted = 0
+        self._skip = 0
         self._tokens: list[int] = []
-        self._owners: list[int] = []
+        self._pieces: deque[_Piece] = deque()
         self._documents: Iterator[Document] | None = None
         tokenizer = lm.tokenizer
         plain = tokenizer("a")["input_ids"]
@@ -266,7 +345,10 @@ class ContextStream:
         return [self.corpus.identity()]
 
     def next_batch(self, rows: int) -> ContextBatch | None:
-        """The next contexts, at most `rows`; None at the end of the last epoch."""
+        """The next contexts, at most `rows`; None at the end of the last epoch.
+
+        Raises UserError when all the text together fills no context.
+        """
         body = self.context - len(self._prefix)
         ids, owners = [], []
         while len(ids) < rows:
@@ -275,8 +357,8 @@ class ContextStream:
             if len(self._tokens) < body:
                 break
             ids.append(self._prefix + self._tokens[:body])
-            owners.append([-1] * len(self._prefix) + self._owners[:body])
-            del self._tokens[:body], self._owners[:body]
+            owners.append([-1] * len(self._prefix) + self._take_owners(body))
+            del self._tokens[:body]
         if not ids:
             if self.emitted == 0:
                 raise UserError(
@@ -289,6 +371,19 @@ class ContextStream:
         keep = ~torch.isin(token_ids, self.lm.special_ids)
         return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64))
 
+    def _take_owners(self, tokens: int) -> list[int]:
+        """The documents that own the next `tokens` tokens."""
+        owners: list[int] = []
+        while len(owners) < tokens:
+            piece = self._pieces[0]
+            taken = min(piece.left, tokens - len(owners))
+            owners += [piece.owner] * taken
+            piece.used += taken
+            piece.left -= taken
+            if piece.left == 0:
+                self._pieces.popleft()
+        return owners
+
     def _read_document(self) -> bool:
         """Append one document's tokens; False when there are no more."""
         while self.epoch < self.epochs:
@@ -297,8 +392,11 @@ class ContextStream:
             document = next(self._documents, None)
             if document is not None:
                 tokens = self._tokenize(document) + self._separator
-                self._tokens += tokens
-                self._owners += [self.consumed] * len(tokens)
+                skip, self._skip = self._skip, 0
+                if len(tokens) > skip:
+                    self._tokens += tokens[skip:]
+                    piece = _Piece(self.epoch, self.consumed, skip, len(tokens) - skip)
+                    self._pieces.append(piece)
                 self.consumed += 1
                 return True
             if self.consumed == 0:
@@ -312,25 +410,28 @@ class ContextStream:
             if not self.lm.has_chat_template:
                 document = "\n".join(message["content"] for message in document)
             else:
-                document = tokenizer.apply_chat_template(document, tokenize=False)
+                try:
+                    document = tokenizer.apply_chat_template(document, tokenize=False)
+                except Exception as error:  # templates raise what they like
+                    raise UserError(
+                        f"--data {self.corpus.name} has `messages` that the chat template of "
+                        f"{self.lm.name} refuses ({_reason(error)}): change their roles or order"
+                    ) from error
         return list(tokenizer(document, add_special_tokens=False)["input_ids"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; JSON-ready."""
-        return {
-            "epoch": self.epoch,
-            "consumed": self.consumed,
-            "emitted": self.emitted,
-            "tokens": list(self._tokens),
-            "owners": list(self._owners),
-        }
+        """Where the stream stands: the first document not used up, and how much of it is used."""
+        epoch, document, used = self.epoch, self.consumed, self._skip
+        if self._pieces:
+            first = self._pieces[0]
+            epoch, document, used = first.epoch, first.document, first.used
+        return {"epoch": epoch, "document": document, "used": used, "emitted": self.emitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self.emitted = state["emitted"]
-        self._tokens, self._owners = list(state["tokens"]), list(state["owners"])
-        self._documents = None
+        self.epoch, self.consumed = state["epoch"], state["document"]
+        self._skip, self.emitted = state["used"], state["emitted"]
+        self._tokens, self._pieces, self._documents = [], deque(), None
 
 
 class MixedStream:
@@ -349,40 +450,39 @@ class MixedStream:
 
     @property
     def prepend_bos(self) -> bool:
+        """Whether every context starts with the beginning-of-text token."""
         return self.corpus.prepend_bos
 
     def identity(self) -> list[dict[str, Any]]:
+        """What text was read."""
         return self.corpus.identity() + self.replies.identity()
 
     def next_batch(self, rows: int) -> ContextBatch | None:
-        numbers = range(self.emitted, self.emitted + rows)
-        is_reply = [int((n + 1) * self.share) > int(n * self.share) for n in numbers]
-        parts = {}
-        for kind, stream in ((True, self.replies), (False, self.corpus)):
-            wanted = is_reply.count(kind)
-            batch = stream.next_batch(wanted) if wanted else None
-            if wanted and (batch is None or len(batch.token_ids) < wanted):
-                return None
-            parts[kind] = batch
-        order = torch.tensor(is_reply)
-        self.emitted += rows
-
-        def weave(field: Callable[[ContextBatch], Tensor]) -> Tensor:
-            out = torch.empty(rows, self.corpus.context, dtype=torch.int64)
-            for kind, batch in parts.items():
+        """The next contexts, at most `rows`; None when the corpus has ended."""
+        batches: list[ContextBatch] = []
+        for n in range(self.emitted, self.emitted + rows):
+            if int((n + 1) * self.share) > int(n * self.share):
+                batch = self.replies.next_batch(1)
                 if batch is not None:
-                    out[order == kind] = field(batch).to(torch.int64)
-            return out
-
-        # Replies are documents of their own: their numbers continue below those of the corpus.
-        def owners(batch: ContextBatch) -> Tensor:
-            return -2 - batch.document_ids if batch is parts[True] else batch.document_ids
-
+                    # Documents of their own: their numbers go down from those of the corpus.
+                    owners = -2 - batch.document_ids
+                    batch = ContextBatch(batch.token_ids, batch.keep, owners)
+            else:
+                batch = self.corpus.next_batch(1)
+            if batch is None:
+                break
+            batches.append(batch)
+        if not batches:
+            return None
+        self.emitted += len(batches)
         return ContextBatch(
-            weave(lambda b: b.token_ids), weave(lambda b: b.keep).bool(), weave(owners)
+            torch.cat([batch.token_ids for batch in batches]),
+            torch.cat([batch.keep for batch in batches]),
+            torch.cat([batch.document_ids for batch in batches]),
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Where both streams stand; JSON-ready."""
         return {
             "corpus": self.corpus.state_dict(),
             "replies": self.replies.state_dict(),
@@ -390,6 +490,7 @@ class MixedStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
         self.corpus.load_state_dict(state["corpus"])
         self.replies.load_state_dict(state["replies"])
         self.emitted = state["emitted"]
@@ -404,7 +505,16 @@ _ENDLESS = 1_000_000
 def open_contexts(
     lm: LanguageModel, config: TextConfig, replies_file: Path | None = None
 ) -> Contexts:
-    """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any."""
+    """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
+
+    Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
+    model's positions.
+    """
+    longest = getattr(text_config(lm.model), "max_position_embeddings", None)
+    if longest and config.context > longest:
+        raise UsageError(
+            f"--context must be at most {longest}, the positions of {lm.name}, got {config.context}"
+        )
     stream = ContextStream(
         open_corpus(config.data), lm, config.context, config.seed, config.epochs
     )

@@ -15,6 +15,10 @@ from torch import Tensor
 from saesteer.kernels.ops import encode_topk, sparse_decode
 
 
+# Pre-activations of the auxiliary loss: at most so many at once (64 MiB).
+_AUX_ELEMENTS = 2**24
+
+
 @dataclass(frozen=True)
 class InputScale:
     """mu `[D]` and a, in float64: x~ = a (x - mu)."""
@@ -67,10 +71,11 @@ def initialise(d_model: int, d_sae: int, seed: int, device: torch.device) -> Top
 
 @dataclass
 class TopKLoss:
-    """The loss to minimise, and what it was made of."""
+    """The loss to minimise, and what it was made of; FVU is squared_error / squared_deviation."""
 
     total: Float[Tensor, ""]
     squared_error: Float[Tensor, ""]
+    squared_deviation: Float[Tensor, ""]
     latent_acts: Float[Tensor, "batch k"]
     latent_indices: Int[Tensor, "batch k"]
 
@@ -95,7 +100,10 @@ def topk_loss(
     total = squared_error / x.numel()
     if auxk and dead is not None and bool(dead.any()):
         total = total + auxk * _auxk_loss(parameters, x, error.detach(), dead)
-    return TopKLoss(total, squared_error.detach(), acts.detach(), indices)
+    squared_deviation = (x - x.mean(dim=0)).square().sum()
+    return TopKLoss(
+        total, squared_error.detach(), squared_deviation.detach(), acts.detach(), indices
+    )
 
 
 def _auxk_loss(
@@ -106,6 +114,9 @@ def _auxk_loss(
 ) -> Float[Tensor, ""]:
     # The dead latents are few and all of them are read: dense products of [B, dead], no b_dec.
     ids = dead.nonzero().squeeze(1)
+    # Where they are not few, some rows of the batch speak for all and the memory stays bounded.
+    stride = -(-len(x) * len(ids) // _AUX_ELEMENTS)
+    x, residual = x[::stride], residual[::stride]
     pre_acts = x @ parameters.W_enc_rows[ids].T + parameters.b_enc[ids]
     best, chosen = pre_acts.topk(min(512, len(ids)), dim=1)
     acts = torch.zeros_like(pre_acts).scatter(1, chosen, best.relu())

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saesteer.steering.applying import SteeredText as SteeredText
     from saesteer.steering.applying import generate_steered as generate_steered
+    from saesteer.steering.calibration import Grid as Grid
     from saesteer.steering.calibration import calibrate as calibrate
+    from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
     from saesteer.steering.hook import SteerReport as SteerReport
     from saesteer.steering.hook import steer as steer
@@ -20,13 +22,21 @@ if TYPE_CHECKING:
     from saesteer.steering.plan import plan_from_latents as plan_from_latents
     from saesteer.steering.plan_file import load_plan as load_plan
     from saesteer.steering.plan_file import save_plan as save_plan
+    from saesteer.steering.ranking import RankConfig as RankConfig
+    from saesteer.steering.ranking import lens_tokens as lens_tokens
+    from saesteer.steering.ranking import plan_from_ranking as plan_from_ranking
     from saesteer.steering.ranking import rank as rank
+    from saesteer.steering.tasks import Task as Task
+    from saesteer.steering.tasks import builtin_tasks as builtin_tasks
     from saesteer.steering.tasks import load_task as load_task
+    from saesteer.steering.tasks import reply_prompts as reply_prompts
 
 _HOME = {
     "SteeredText": "applying",
     "generate_steered": "applying",
+    "Grid": "calibration",
     "calibrate": "calibration",
+    "Decoding": "evaluation",
     "evaluate": "evaluation",
     "SteerReport": "hook",
     "steer": "hook",
@@ -35,8 +45,14 @@ _HOME = {
     "load_plan": "plan_file",
     "plan_from_latents": "plan",
     "save_plan": "plan_file",
+    "RankConfig": "ranking",
+    "lens_tokens": "ranking",
+    "plan_from_ranking": "ranking",
     "rank": "ranking",
+    "Task": "tasks",
+    "builtin_tasks": "tasks",
     "load_task": "tasks",
+    "reply_prompts": "tasks",
 }
 
 

@@ -6,10 +6,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.models import LanguageModel, as_language_model
-from saesteer.steering.evaluation import Arm, Decoding, answer, grade_arm
+from saesteer.steering.evaluation import Arm, Decoding, answer, contents_to_grade, grade_arm
 from saesteer.steering.plan import Plan
 from saesteer.steering.tasks import Task, load_task
 
@@ -24,12 +24,21 @@ class Grid:
     """Multiples of mu + beta * sigma."""
     scope: tuple[str, ...] = ("generation",)
 
+    def __post_init__(self) -> None:
+        for name in ("k", "scale", "scope"):
+            if not getattr(self, name):
+                raise UsageError(f"the grid needs at least one value of {name}, got none")
+
     def plans(self, plan: Plan) -> list[Plan]:
-        """The plans of the grid; a k beyond the plan's latents is left out."""
+        """The plans of the grid.
+
+        A k beyond the plan's latents is left out; where that leaves none, all latents are tried.
+        """
+        held = len(plan.latents)
+        ks = [k for k in self.k if k <= held] or [held]
         return [
             replace(plan.top(k), scale=scale, scope=scope)
-            for k, scale, scope in product(self.k, self.scale, self.scope)
-            if k <= len(plan.latents)
+            for k, scale, scope in product(ks, self.scale, self.scope)
         ]
 
 
@@ -43,9 +52,12 @@ class Trial:
     @property
     def merit(self) -> tuple[float, float, float]:
         """More loose successes, then fewer broken answers, then the gentler edit."""
-        doses = [a.relative_dose for a in self.arm.answers if a.relative_dose is not None]
-        gentle = -sum(doses) / len(doses) if doses else 0.0
-        return self.arm.loose.value, -self.arm.degenerate.value, gentle
+        return self.arm.loose.value, -self.arm.degenerate.value, -self.relative_dose
+
+    @property
+    def relative_dose(self) -> float:
+        """Median over the answers; 0 where nothing was edited."""
+        return self.arm.relative_dose or 0.0
 
     def row(self) -> dict[str, Any]:
         """The setting and its rates, JSON-ready."""
@@ -53,8 +65,8 @@ class Trial:
             "k": len(self.plan.latents),
             "scale": self.plan.scale,
             "scope": self.plan.scope,
-            "relative_dose": -self.merit[2],
             **self.arm.summary(),
+            "relative_dose": self.relative_dose,
         }
 
 
@@ -65,7 +77,9 @@ def calibrate(
     grid: Grid = Grid(),
     *,
     rounds: Sequence[tuple[int, int]] = ((12, 4), (40, 1)),
-    decoding: Decoding = Decoding(),
+    decoding: Decoding = Decoding(),  # noqa: B008 (frozen: one may serve all)
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> tuple[Plan, list[Trial]]:
     """Pick a setting on the development split, by successive halving.
@@ -76,13 +90,19 @@ def calibrate(
 
     Returns:
         The plan of the winner, and every trial in the order they were made.
+
+    Raises:
+        UserError: a task without a check or without development contents.
+        UsageError: a grid or rounds that leave nothing to try.
     """
-    lm = as_language_model(model)
+    if not rounds or any(n < 1 or keep < 1 for n, keep in rounds):
+        raise UsageError(
+            f"rounds must be (contents, settings kept) pairs, each at least 1, got {list(rounds)}"
+        )
     task = task if isinstance(task, Task) else load_task(task)
-    contents = list(task.contents.get("dev", ()))
-    if not contents:
-        raise UserError(f"task {task.name!r} has no contents in its dev split to choose a dose on")
+    contents = contents_to_grade(task, "dev")
     racing = grid.plans(plan)
+    lm = as_language_model(model, device=device, dtype=dtype)
     trials: list[Trial] = []
     for number, (n, keep) in enumerate(rounds, start=1):
         sample = contents[:n]

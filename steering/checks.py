@@ -403,6 +403,7 @@ def _asks(sentence: str) -> bool:
     """Whether a clause begins with an auxiliary, or has a question word among its first three."""
     for clause in re.split(r"[,;:]\s|\s[-–—]+\s", sentence):
         start = words(clause)[:3]
+        start = [re.sub(r"'(?:s|re|d|ll|ve)$", "", word) for word in start]  # "what's" asks too
         if start and (start[0] in _AUXILIARIES or not _QUESTION_WORDS.isdisjoint(start)):
             return True
     return False

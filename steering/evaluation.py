@@ -1,11 +1,12 @@
-"""Grades and rates: how often an arm follows an instruction, how often on topic, how often broken."""
+"""Grades and rates: how often an arm follows an instruction, on topic, or comes out broken."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.models import LanguageModel, as_language_model
 from saesteer.steering.applying import SteeredText, generate_steered
@@ -65,7 +66,13 @@ class Graded:
     overlap: float
     grade: Grade
     tokens_touched: int | None = None
+    """Edited positions; None where nothing was edited."""
     relative_dose: float | None = None
+    """Median of ||delta|| / ||h|| over them."""
+
+    def row(self) -> dict[str, Any]:
+        """Every field, JSON-ready."""
+        return {**asdict(self), "verdict": self.verdict.value, "grade": self.grade.value}
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,14 @@ class Arm:
     def degenerate(self) -> Rate:
         return Rate.of([answer.degenerate for answer in self.answers])
 
+    @property
+    def relative_dose(self) -> float | None:
+        """Median relative dose of the answers; None for an arm that is not steered."""
+        doses = [a.relative_dose for a in self.answers if a.relative_dose is not None]
+        return median(doses) if doses else None
+
     def summary(self) -> dict[str, Any]:
-        """The three rates, JSON-ready."""
+        """The three rates with their intervals, the dose and the overlap floor, JSON-ready."""
         return {
             "name": self.name,
             "n": len(self.answers),
@@ -102,6 +115,7 @@ class Arm:
             "strict": asdict(self.strict),
             "degenerate": asdict(self.degenerate),
             "overlap_floor": self.floor,
+            "relative_dose": self.relative_dose,
         }
 
 
@@ -144,33 +158,44 @@ def evaluate(
     split: str = "test",
     n: int = 40,
     decoding: Decoding = Decoding(),
+    device: str = "auto",
+    dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> list[Arm]:
     """Run every arm on the same contents and grade what comes out.
 
     Arms: `unsteered` (the content alone), `prompted` (the content with an evaluation wording of
-    the instruction), and one per plan (the content alone, steered). Where an answer cannot be
-    compared with its source, as in translation, the reference is the prompted model's answer to
-    *another* evaluation wording, so that the prompted arm is not compared with itself.
+    the instruction), and one per plan (the content alone, steered). A task without evaluation
+    wordings is prompted with its instruction.
 
-    Raises UserError when the split is empty.
+    Where an answer cannot be compared with its source, as in translation, the reference is the
+    model's own answer when asked in another way than the prompted arm, which would otherwise be
+    compared with itself.
+
+    Returns:
+        The arms, in the order unsteered, prompted, plans.
+
+    Raises:
+        UserError: a task without a check, a split without contents.
+        UsageError: a plan that bears the name of another arm, `n` below 1.
     """
-    lm = as_language_model(model)
+    if n < 1:
+        raise UsageError(f"--n must be at least 1, got {n}")
+    taken = sorted({"unsteered", "prompted"} & plans.keys())
+    if taken:
+        raise UsageError(f"a plan cannot be called {taken[0]!r}, as another arm is: rename it")
     task = task if isinstance(task, Task) else load_task(task)
-    contents = list(task.contents.get(split, ()))[:n]
-    if not contents:
-        raise UserError(f"task {task.name!r} has no contents in its {split} split")
-    wordings = task.evaluate_variants or task.select_variants
+    contents = contents_to_grade(task, split)[:n]
+    lm = as_language_model(model, device=device, dtype=dtype)
 
     def run(arm: str, texts: Sequence[str], plan: Plan | None = None) -> list[SteeredText]:
         stage = f"evaluate: {arm}"
         return answer(lm, texts, plan, task.max_new_tokens, decoding, stage, progress)
 
+    asked, asked_otherwise = _two_ways_to_ask(task, contents)
     references = contents
     if content_reference(task.check_name) == "prompted":
-        again = [compose(content, wordings[-1].text) for content in contents]
-        references = [text.completion for text in run("reference answers", again)]
-    asked = [compose(content, wordings[0].text) for content in contents]
+        references = [text.completion for text in run("reference answers", asked_otherwise)]
     arms = [
         grade_arm("unsteered", task, contents, run("unsteered", contents), references),
         grade_arm("prompted", task, contents, run("prompted", asked), references),
@@ -178,6 +203,30 @@ def evaluate(
     for name, plan in plans.items():
         arms.append(grade_arm(name, task, contents, run(name, contents, plan), references))
     return arms
+
+
+def contents_to_grade(task: Task, split: str) -> list[str]:
+    """The contents of one split. Raises UserError when there are none, or nothing to grade with."""
+    contents = list(task.contents.get(split, ()))
+    if not contents:
+        raise UserError(f"task {task.name!r} has no contents in its {split} split")
+    if task.check_name is None:
+        raise UserError(
+            f"task {task.name!r} has no check, so no answer can be graded: give --task a file "
+            "that names a check"
+        )
+    return contents
+
+
+def _two_ways_to_ask(task: Task, contents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Each content with an evaluation wording, and with another wording (or place) of it."""
+    wording, *others = dict.fromkeys(
+        variant.text for variant in (*task.evaluate_variants, *task.select_variants)
+    )
+    asked = [compose(content, wording) for content in contents]
+    if not others:
+        return asked, [compose(content, wording, "pre") for content in contents]
+    return asked, [compose(content, others[0]) for content in contents]
 
 
 def answer(

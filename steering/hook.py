@@ -315,7 +315,7 @@ def _check(report: SteerReport, plan: Plan) -> None:
     if report.passes == 0:
         raise UserError(
             "the model did not run inside steer(...): run the model that was given to it, inside "
-            "the with block"
+            "the with block (one that was compiled and run before cannot be steered)"
         )
     if report.tokens_touched == 0:
         raise UserError(

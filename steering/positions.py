@@ -93,7 +93,6 @@ class PositionTracker:
         self._call: Call | None = None
         self._generating = False
         self._inside_outer = False
-        self._open_for_passes = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -115,12 +114,7 @@ class PositionTracker:
                 handles.append(text.register_forward_pre_hook(on_text, with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
-            try:
-                yield
-            finally:
-                # A forward pass that was compiled with the hooks in it may still call them.
-                self.current = None
-                self._open_for_passes = False
+            yield
 
     def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside_outer = True
@@ -135,8 +129,6 @@ class PositionTracker:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the positions of a pass from the model's arguments."""
-        if not self._open_for_passes:
-            return
         given = {**_by_name(module, args), **kwargs} if args else kwargs
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = embeds if ids is None else ids

@@ -1,16 +1,16 @@
 """Which latents carry an instruction: one streamed pass over contrastive samples."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.generation import Completion, generate
@@ -19,7 +19,7 @@ from saesteer.sae.models import LanguageModel, as_language_model
 from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_right
 from saesteer.steering.checks import Verdict
 from saesteer.steering.plan import Plan, PlannedLatent, TaskIdentity, make_plan
-from saesteer.steering.tasks import Task, compose, load_task
+from saesteer.steering.tasks import Placement, Task, compose, load_task
 
 READS = ("last", "template", "span", "reply")
 """last token of the user's text; last prompt token; instruction tokens; the model's own reply."""
@@ -71,10 +71,13 @@ class RankConfig:
         for flag, count in (
             ("--rank-contents", self.contents),
             ("--reply-variants", self.reply_variants),
+            ("--max-new-tokens", self.max_new_tokens),
             ("--batch-size", self.batch_size),
         ):
             if count < 1:
                 raise UsageError(f"{flag} must be at least 1, got {count}")
+        if not self.max_norm_ratio > 1:
+            raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
 
     @property
     def resolved_by(self) -> str:
@@ -86,8 +89,8 @@ class Ranking:
     """Scores of every latent for one task, each `[d_sae]` float64.
 
     `mu` and `sigma` are over the positive samples where the latent is active, `highest` is the
-    largest activation seen there. `by_variant` holds the sensitivity for each wording alone; it is
-    empty when replies were read.
+    largest activation seen there. `by_variant` holds the sensitivity for each wording alone, in the
+    order of `task.select_variants`; it is empty when replies were read.
     """
 
     task: Task
@@ -162,20 +165,31 @@ def rank(
     - `rate`: share of positives minus share of negatives where the latent is on;
     - `meandiff`: mean activation over positives minus over negatives.
 
-    With `read="reply"` the model answers both kinds of sample, samples are the last prompt token
-    and every reply token, and only instructed replies that pass the task's check count.
+    With `read="span"` a positive sample is read at the tokens of the instruction and a negative one
+    at its last token. With `read="reply"` the model answers both kinds of text; samples are then
+    the last prompt token and every reply token, attention sinks left out, and only instructed
+    replies that pass the task's check count.
+
+    Args:
+        model: a name, folder or `.gguf` file, or a loaded `LanguageModel`.
+        sae: a folder or `RELEASE:ID`, or a loaded `SAE`.
+        task: a built-in name, a `task.yaml`, or a `Task`. Its dev and test contents and its
+            evaluation wordings are never read.
+        layer: where the SAE does not say what it reads; `site` likewise.
+        force: let an SAE of other weights pass.
 
     Raises:
-        UserError: SAE and model do not fit, no reply passes, or nothing can be told apart.
+        UserError: SAE and model do not fit, the task has no train contents, no reply passes.
+        NonFiniteError: the model's activations are NaN or infinite.
     """
     lm = as_language_model(model, device=device, dtype=dtype)
-    sae = sae if isinstance(sae, SAE) else load_sae(sae, device=lm.device)
+    sae = (sae if isinstance(sae, SAE) else load_sae(sae)).to(lm.device)
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
     task = task if isinstance(task, Task) else load_task(task)
-    reader = _Reader(lm, sae, point, config, progress)
     contents = list(task.contents.get("train", ()))[: config.contents]
     if not contents:
         raise UserError(f"task {task.name!r} has no contents in its train split to rank with")
+    reader = _Reader(lm, sae, point, config, progress)
     if config.read == "reply":
         return _rank_replies(reader, task, contents)
     return _rank_prompts(reader, task, contents)
@@ -225,6 +239,19 @@ class _Moments:
         return variance.clamp_min(0).sqrt()
 
 
+def _counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
+    """Start a stage; the function returned adds to what is done of it, up to the total."""
+    done = 0
+    progress(stage, 0, total, unit)
+
+    def add(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        progress(stage, done, total, unit)
+
+    return add
+
+
 class _Reader:
     """Reads latent activations at chosen positions of encoded texts."""
 
@@ -243,16 +270,22 @@ class _Reader:
         self.progress = progress
         self.chat = lm.has_chat_template if config.chat is None else config.chat
 
+    def instructed(self, content: str, wording: str) -> str:
+        """A positive sample."""
+        return compose(content, wording, cast(Placement, self.config.position))
+
     def encode(self, text: str) -> EncodedPrompt:
         return encode_prompt(self.lm, text, chat=self.chat)
 
     def residuals(
-        self, rows: Sequence[Sequence[int]], stage: str
+        self, rows: Sequence[Sequence[int]], count: Callable[[int], None]
     ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Bool[Tensor, " tokens"]]]:
-        """For each text: its number, its residuals, and which rows are no attention sinks."""
+        """For each text: its number, its residuals, and which rows are no attention sinks.
+
+        `count` is called with the number of texts of each batch when it has been read.
+        """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         size = self.config.batch_size
-        self.progress(stage, 0, len(rows), "samples")
         for first in range(0, len(order), size):
             chunk = order[first : first + size]
             ids, mask = pad_right(self.lm, [rows[i] for i in chunk])
@@ -260,12 +293,18 @@ class _Reader:
                 h = run_to(self.lm, [self.point], input_ids=ids, attention_mask=mask)
             values = h[self.point.key].float()
             norms = values.norm(dim=-1)
-            median = norms[mask.bool()].median()
+            real = norms[mask.bool()]
+            if not bool(torch.isfinite(real).all()):
+                raise NonFiniteError(
+                    f"{self.lm.name} gave NaN or infinite activations at layer "
+                    f"{self.point.layer}: try --dtype float32"
+                )
+            median = real.median()
             near = norms <= self.config.max_norm_ratio * median
             for place, i in enumerate(chunk):
                 length = len(rows[i])
                 yield i, values[place, :length], near[place, :length]
-            self.progress(stage, min(first + size, len(rows)), len(rows), "samples")
+            count(len(chunk))
 
     def latents(self, z: Float[Tensor, "samples d_model"]) -> Float[Tensor, "samples d_sae"]:
         with torch.inference_mode():
@@ -276,57 +315,71 @@ def _rank_prompts(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
     """Samples read at one position each, positives and negatives in pairs."""
     config, d_sae = reader.config, reader.sae.spec.d_sae
     variants = task.select_variants
-    plain = _read_samples(reader, contents, [None] * len(contents), "rank: plain")
+    samples = len(contents) * (1 + len(variants))
+    count = _counter(reader.progress, "rank: read prompts", samples, "samples")
+    plain = _read_samples(reader, contents, None, count)
     plain_on = plain > 0
     positive, negative = _Moments(d_sae), _Moments(d_sae)
     negative.add(plain)
+    # Whole numbers, divided once at the end: latents that tie have the very same score.
     on_off = torch.zeros(len(variants), d_sae, dtype=torch.float64)
     for number, variant in enumerate(variants):
-        texts = [compose(content, variant.text, config.position) for content in contents]
-        stage = f"rank: wording {number + 1} of {len(variants)}"
-        acts = _read_samples(reader, texts, [variant.text] * len(texts), stage)
+        texts = [reader.instructed(content, variant.text) for content in contents]
+        acts = _read_samples(reader, texts, variant.text, count)
         positive.add(acts)
-        on_off[number] = ((acts > 0) & ~plain_on).double().mean(dim=0)
+        on_off[number] = ((acts > 0) & ~plain_on).sum(dim=0)
     score = {
-        "saif": on_off.mean(dim=0),
-        "rate": positive.rate - negative.rate,
+        "saif": on_off.sum(dim=0) / positive.count,
+        "rate": _rate_difference(positive, negative),
         "meandiff": positive.mean - negative.mean,
     }[config.resolved_by]
-    return _ranking(reader, task, score, positive, negative, on_off)
+    return _ranking(reader, task, score, positive, negative, on_off / len(contents))
+
+
+def _rate_difference(positive: _Moments, negative: _Moments) -> Float[Tensor, " d_sae"]:
+    """Firing rate of the positives minus that of the negatives, rounded once, so that ties hold."""
+    crossed = positive.on * negative.count - negative.on * positive.count
+    return crossed / max(positive.count * negative.count, 1)
 
 
 def _read_samples(
-    reader: _Reader, texts: list[str], instructions: Sequence[str | None], stage: str
+    reader: _Reader, texts: list[str], instruction: str | None, count: Callable[[int], None]
 ) -> Float[Tensor, "samples d_sae"]:
     """Latents of each text at the read position, in order, on the CPU."""
+    config = reader.config
     prompts = [reader.encode(text) for text in texts]
-    pooled: list[Tensor | None] = [None] * len(texts)
-    rows = [prompt.token_ids for prompt in prompts]
-    for i, z, _ in reader.residuals(rows, stage):
-        start, end = _span(prompts[i], instructions[i], reader.config.read)
+    pooled = torch.zeros(len(texts), reader.sae.spec.d_sae, dtype=reader.sae.W_enc.dtype)
+    for i, z, _ in reader.residuals([prompt.token_ids for prompt in prompts], count):
+        start, end = _span(prompts[i], instruction, config)
         acts = reader.latents(z[start:end])
-        together = acts.amax(dim=0) if reader.config.pool == "max" else acts.mean(dim=0)
-        pooled[i] = together.cpu()
-    return torch.stack([p for p in pooled if p is not None])
+        pooled[i] = acts.amax(dim=0) if config.pool == "max" else acts.mean(dim=0)
+    return pooled
 
 
-def _span(prompt: EncodedPrompt, instruction: str | None, read: str) -> tuple[int, int]:
+def _span(prompt: EncodedPrompt, instruction: str | None, config: RankConfig) -> tuple[int, int]:
     """Tokens that a sample is read at. A text without an instruction is read at its last token."""
-    if read == "template":
+    if config.read == "template":
         return len(prompt) - 1, len(prompt)
     last = prompt.user_span[1]
-    if read == "last" or instruction is None:
+    if config.read == "last" or instruction is None:
         return last - 1, last
-    start = prompt.text.index(instruction.strip())
-    return prompt.token_span(start, start + len(instruction.strip()))
+    length = len(instruction.strip())
+    # By its place and not by search: a content may hold the words of the instruction too.
+    start = 0 if config.position == "pre" else len(prompt.text) - length
+    return prompt.token_span(start, start + length)
 
 
 def _rank_replies(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
     """Samples are the positions of replies that the model itself gives."""
     config, d_sae = reader.config, reader.sae.spec.d_sae
+    if task.check_name is None and not config.all_replies:
+        raise UsageError(
+            f"--read reply counts replies that pass the task's check and {task.name!r} has none: "
+            "give --all-replies, or --task with a file that names a check"
+        )
     wordings = task.select_variants[: config.reply_variants]
     instructed = [
-        (content, compose(content, wording.text, config.position))
+        (content, reader.instructed(content, wording.text))
         for wording in wordings
         for content in contents
     ]
@@ -349,30 +402,26 @@ def _rank_replies(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
         (negative, plain, "rank: read plain"),
     ):
         rows = [prompt.token_ids + reply.token_ids for prompt, reply in pairs]
-        for i, z, near in reader.residuals(rows, stage):
+        count = _counter(reader.progress, stage, len(rows), "replies")
+        for i, z, near in reader.residuals(rows, count):
             start = len(pairs[i][0]) - 1
             moments.add(reader.latents(z[start:][near[start:]]))
     score = {
-        "rate": positive.rate - negative.rate,
+        "rate": _rate_difference(positive, negative),
         "meandiff": positive.mean - negative.mean,
     }[config.resolved_by]
-    ranking = _ranking(reader, task, score, positive, negative, torch.zeros(0, d_sae))
+    no_variants = torch.zeros(0, d_sae, dtype=torch.float64)
+    ranking = _ranking(reader, task, score, positive, negative, no_variants)
     return replace(ranking, replies_used=(len(passing), len(answered)))
 
 
 def _answer(
     reader: _Reader, texts: list[str], stage: str
 ) -> list[tuple[EncodedPrompt, Completion]]:
+    """The model's replies to texts, in order."""
     config = reader.config
     prompts = [reader.encode(text) for text in texts]
-    done, expected = 0, len(texts) * config.max_new_tokens
-
-    def on_batch(new_tokens: int) -> None:
-        nonlocal done
-        done += new_tokens
-        reader.progress(stage, min(done, expected), expected, "new tokens")
-
-    on_batch(0)
+    count = _counter(reader.progress, stage, len(texts), "replies")
     replies = generate(
         reader.lm,
         prompts,
@@ -381,9 +430,8 @@ def _answer(
         top_p=config.top_p,
         seed=config.seed,
         batch_size=config.batch_size,
-        progress=on_batch,
+        progress=lambda new_tokens: count(config.batch_size),
     )
-    on_batch(expected)
     return list(zip(prompts, replies, strict=True))
 
 
@@ -415,11 +463,14 @@ def _ranking(
 def lens_tokens(lm: LanguageModel, direction: Float[Tensor, " d_model"], k: int = 6) -> list[str]:
     """The tokens whose logits a direction raises most: the top of W_U norm(d) (logit lens)."""
     with torch.inference_mode():
-        d = direction.to(lm.unembed.weight.device, lm.unembed.weight.dtype)[None]
+        weight = next(lm.unembed.parameters())
+        d = direction.to(weight.device, weight.dtype)[None]
         # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
         d = d * (math.sqrt(d.shape[1]) / d.float().norm().clamp_min(1e-12)).to(d.dtype)
         logits = lm.unembed(lm.final_norm(d) if lm.final_norm is not None else d)[0]
-        return [lm.tokenizer.decode([i]) for i in logits.float().topk(k).indices.tolist()]
+        # Padded vocabularies have rows behind the last token; nothing ever trained those.
+        logits = logits[: len(lm.tokenizer)].float()
+        return [lm.tokenizer.decode([i]) for i in logits.topk(k).indices.tolist()]
 
 
 def plan_from_ranking(

@@ -98,7 +98,7 @@ def test_no_content_is_an_instruction_or_names_one() -> None:
         assert not named.search(text), text
 
 
-def test_the_issue_asks_for_these_tasks() -> None:
+def test_these_tasks_are_built_in() -> None:
     assert set(builtin_tasks()) == {
         "bullets",
         "french",

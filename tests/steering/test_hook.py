@@ -412,17 +412,21 @@ def test_beams_score_their_sequences_as_the_reference_does(
         assert row.positions.tolist() == list(range(P - 1, P + STEPS - 1))
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_sampled_sequences_score_as_the_reference_does(cached: bool, lm: LanguageModel) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}],
+    ids=str,
+)
+def test_sampled_sequences_score_as_the_reference_does(
+    options: dict[str, Any], lm: LanguageModel
+) -> None:
     sae = make_sae(lm)
     plan = ranked_plan(lm, sae)
     edit = reference_edit(sae, plan)
     prompts = prompts_of(lm)
     torch.manual_seed(0)
     with steer(lm, plan) as report:
-        tokens, logits = generate(
-            lm, prompts, do_sample=True, num_return_sequences=2, use_cache=cached
-        )
+        tokens, logits = generate(lm, prompts, do_sample=True, num_return_sequences=2, **options)
     assert len(report.rows) == len(tokens) == 2 * len(prompts)
     assert tokens[0].tolist() != tokens[1].tolist()
     for i, new in enumerate(tokens.tolist()):
@@ -675,6 +679,26 @@ def test_a_failed_pass_does_not_confuse_the_next(lm: LanguageModel) -> None:
         assert torch.equal(generate(lm, prompts)[1], wanted)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_context_may_see_every_kind_of_pass(fails: bool, lm: LanguageModel) -> None:
+    plan = ranked_plan(lm, make_sae(lm))
+    prompts = prompts_of(lm)
+    last = resolve_site(lm, -1)
+    with torch.no_grad(), steer(lm, plan) as report:
+        generate(lm, prompts[:1])
+        if fails:
+            with pytest.raises(IndexError):
+                lm.model(input_ids=torch.tensor([[5, 10**6]]))
+        run_to(lm, [last], input_ids=torch.tensor([[5, 6, 7]]))
+        lm.model(input_ids=torch.tensor([[8, 9]]))
+        generate(lm, prompts[1:])
+    first, second, third = (list(range(len(p) - 1, len(p) + STEPS - 1)) for p in prompts)
+    failed: list[list[int]] = [[]] if fails else []
+    assert [row.positions.tolist() for row in report.rows] == [
+        first, *failed, [2], [1], second, third
+    ]  # fmt: skip
+
+
 def test_a_generate_of_ones_own_is_put_back(lm: LanguageModel) -> None:
     plan = ranked_plan(lm, make_sae(lm))
     calls = []
@@ -713,6 +737,10 @@ def test_a_compiled_forward_pass_is_steered_and_then_no_more(lm: LanguageModel) 
         with steer(lm, plan) as report:
             assert torch.equal(compiled(input_ids=ids).logits, wanted)
         assert torch.equal(compiled(input_ids=ids).logits, before)
+        # What was compiled without the hooks never calls them: that must not pass for steering.
+        with pytest.raises(UserError, match="compiled and run before cannot be steered"):
+            with steer(lm, plan):
+                compiled(input_ids=ids)
     assert report.rows[0].positions.tolist() == [ids.shape[1] - 1]
 
 

@@ -1,0 +1,112 @@
+"""`saesteer rank` on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from saesteer.steering import load_plan
+
+from .conftest import Cli
+
+SMALL = ("--by", "rate", "--read", "span", "--dtype", "float32", "-q")
+
+
+def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
+    outcome = cli("rank", "--model", model, "--sae", sae, "--task", task, *SMALL, "--top", 3)
+    assert outcome.status == 0, outcome.err
+    what, header, *rows = outcome.out.splitlines()
+    assert what.startswith("late at layer 1 (resid_post), by rate, read span, ")
+    assert header.split() == ["rank", "latent", "score", "on+", "on-", "mu", "sigma", "lens"]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3"]
+    scores = [float(row.split()[2]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert "'" in rows[0]  # lens tokens, their blanks visible
+
+
+def test_plan_files_and_json(cli: Cli, model: Path, sae: Path, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan"
+    words = ("rank", "--model", model, "--sae", sae, "--task", task, *SMALL, "-o", out)
+    dose = ("--top", 2, "--scale", 1.5, "--beta", -0.5, "--scope", "first:3")
+    found = cli(*words, *dose, "--json").json()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "plan.safetensors", "plan.yaml", "ranking.json", "run.json"
+    ]  # fmt: skip
+    assert found == json.loads((out / "ranking.json").read_text())
+    assert found["plan"] == str(out / "plan.yaml")
+    plan = load_plan(out)
+    assert (plan.scale, plan.beta, plan.scope, plan.layer) == (1.5, -0.5, "first:3", 1)
+    assert [row["id"] for row in found["latents"]] == list(plan.ids)
+    assert yaml.safe_load((out / "plan.yaml").read_text())["task"]["name"] == "late"
+    assert f"--out {out} exists and is not empty" in cli(*words).error(2)
+    assert cli(*words, "--force", "--top", 1).status == 0
+    assert len(load_plan(out).latents) == 1
+
+
+def test_reads_replies(cli: Cli, model: Path, sae: Path, task: Path) -> None:
+    found = cli("rank", "--sae", sae, "--task", task, "--read", "reply", "--max-new-tokens", 4,
+                "--all-replies", "--dtype", "float32", "-q", "--json").json()  # fmt: skip
+    assert (found["by"], found["read"]) == ("rate", "reply")
+    passed, answered = found["replies_used"]
+    assert passed == answered == 8  # four train contents, two wordings
+
+
+def test_an_instruction_in_own_words(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> None:
+    contents = tmp_path / "contents.txt"
+    contents.write_text("\n".join(f"The {i} trains were late." for i in range(2, 9)))
+    found = cli("rank", "--sae", sae, "--instruction", "Answer in French.", "--contents", contents,
+                *SMALL, "--rank-contents", 2, "--json").json()  # fmt: skip
+    assert found["task"]["name"] == "custom"
+    assert found["positives"] == 2
+
+
+def test_explain(cli: Cli, sae: Path, task: Path) -> None:
+    words = ("rank", "--sae", sae, "--task", task, *SMALL, "--top", 1)
+    text = cli(*words, "--explain", "3,0").out
+    header, *rows = text.split("\n\n")[1].splitlines()
+    assert header.split() == [
+        "id", "score", "rate_positive", "rate_negative", "mean_difference", "mu", "sigma", "max",
+        "variant_min", "variant_std", "lens",
+    ]  # fmt: skip
+    assert [row.split()[0] for row in rows] == ["3", "0"]
+    found = cli(*words, "--explain", "--json").json()
+    assert [row["id"] for row in found["explain"]] == [found["latents"][0]["id"]]
+    assert "--explain 64 is out of range" in cli(*words, "--explain", 64).error(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ([], 2, "--task NAME, or --instruction TEXT with --contents FILE: give one, got neither"),
+        (["--task", "french", "--instruction", "x"], 2, "got both"),
+        (["--instruction", "x"], 2, "--instruction and --contents belong together"),
+        (["--task", "french", "--contents", "x"], 2, "belong together"),
+        (["--task", "klingon"], 2, "unknown task 'klingon': --task takes a built-in name (bullets"),
+        (["--task", "none.yaml"], 1, "no such file: none.yaml"),
+        (["--instruction", "x", "--contents", "none.txt"], 1, "--contents: no such file"),
+        (["--task", "french", "--by", "luck"], 2, "--by must be one of saif, rate, meandiff"),
+        (["--task", "french", "--read", "first"], 2, "--read must be one of last, template"),
+        (["--task", "french", "--position", "mid"], 2, "--position must be one of post, pre"),
+        (["--task", "french", "--by", "saif", "--read", "reply"], 2, "--by saif compares"),
+        (["--task", "french", "--rank-contents", "0"], 2, "--rank-contents must be at least 1"),
+        (["--task", "french", "--top", "0"], 2, "--top must be at least 1, got 0"),
+        (["--task", "french", "--method", "push"], 2, "--method must be one of add, set"),
+        (["--task", "french", "--unit", "volt"], 2, "--unit must be one of raw, sigma"),
+        (["--task", "french", "--scope", "some"], 2, "--scope must be one of generation"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    cli: Cli, sae: Path, tmp_path: Path, words: list[str], status: int, says: str
+) -> None:
+    line = cli("rank", "--model", "no-such/model", "--sae", sae, "-q", "-o", tmp_path / "plan",
+               *words).error(status)  # fmt: skip
+    assert says in line
+    assert not (tmp_path / "plan").exists()
+
+
+def test_sae_is_needed_and_has_to_fit(cli: Cli, model: Path, task: Path, sae: Path) -> None:
+    assert "--sae is missing" in cli("rank", "--task", task, "-q").error(2)
+    line = cli("rank", "--sae", sae, "--model", model, "--task", task, *SMALL,
+               "--layer", 3).error(1)  # fmt: skip
+    assert "--layer 3 conflicts with --sae" in line

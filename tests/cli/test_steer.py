@@ -1,0 +1,166 @@
+"""`saesteer steer` on a tiny model."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Cli
+
+SMALL = ("--max-new-tokens", 5, "--dtype", "float32", "-q")
+
+
+def rows_of(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_blocks_for_people(cli: Cli, model: Path, plan: Path) -> None:
+    outcome = cli("steer", "--model", model, "--plan", plan, "-p", "The bus.\nIt is late.",
+                  "-p", "- a list", "--baseline", *SMALL)  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    first, second = outcome.out.strip().split("\n\n")
+    assert first.startswith("prompt     The bus.\n           It is late.\nunsteered  ")
+    assert "\nsteered    " in first
+    assert "tokens touched, relative dose " in first
+    assert second.startswith("prompt     - a list\n")
+
+
+def test_json_lines_in_input_order(cli: Cli, model: Path, plan: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    texts = ["A long prompt that goes on for a while, longer than the next.", "Short.", "Then."]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    out = tmp_path / "results"
+    words = ("steer", "--model", model, "--plan", plan / "plan.yaml", "--prompts", prompts)
+    how = ("--scale", 2, "--batch-size", 2, "--baseline", "--json", "-o", out)
+    outcome = cli(*words, *how, *SMALL)
+    assert outcome.status == 0, outcome.err
+    rows = rows_of(outcome.out)
+    assert [row["prompt"] for row in rows] == texts
+    for row in rows:
+        assert set(row) == {
+            "prompt", "completion", "baseline", "tokens_touched", "relative_dose"
+        }  # fmt: skip
+        assert row["tokens_touched"] >= 1
+        assert row["relative_dose"] > 0
+        assert "<|im" not in str(row["completion"])
+    assert rows_of((out / "results.jsonl").read_text()) == rows
+    assert json.loads((out / "run.json").read_text())["arguments"]["scale"] == 2
+
+
+def test_without_baseline_there_is_none(cli: Cli, plan: Path) -> None:
+    """The plan names its model."""
+    (row,) = rows_of(cli("steer", "--plan", plan, "-p", "Hello", "--json", *SMALL).out)
+    assert "baseline" not in row
+
+
+def test_latents_by_number(cli: Cli, model: Path, sae: Path) -> None:
+    words = ("steer", "--model", model, "--sae", sae, "-p", "Hello", "--json", *SMALL)
+    (once,) = rows_of(cli(*words, "--latents", "3:2.5,9:-1").out)
+    (twice,) = rows_of(cli(*words, "--latents", "3:5,9:-2", "--layer", 1).out)
+    (scaled,) = rows_of(cli(*words, "--latents", "3:2.5,9:-1", "--alpha", 2).out)
+    assert twice == scaled
+    assert scaled["relative_dose"] > once["relative_dose"]
+    (gone,) = rows_of(cli(*words, "--latents", "3,9", "--method", "ablate", "--scope", "all").out)
+    assert gone["tokens_touched"] > 0
+
+
+def test_prompts_from_stdin(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("One.\nTwo.\n"))
+    rows = rows_of(cli("steer", "--plan", plan, "--prompts", "-", "--json", *SMALL).out)
+    assert [row["prompt"] for row in rows] == ["One.", "Two."]
+
+
+def test_baseline_alone_is_the_unsteered_model(cli: Cli, model: Path, plan: Path) -> None:
+    words = ("steer", "--model", model, "-p", "Hello", "--baseline", "--json", *SMALL)
+    (alone,) = rows_of(cli(*words).out)
+    (beside,) = rows_of(cli(*words, "--plan", plan).out)
+    assert alone["completion"] == alone["baseline"] == beside["baseline"]
+    assert alone["tokens_touched"] == 0
+    assert "steered" not in cli(*words[:-4], *SMALL).out.replace("unsteered", "")
+
+
+def test_chat_and_sampling(cli: Cli, plan: Path) -> None:
+    words = ("steer", "--plan", plan, "-p", "Hello", "--json", *SMALL)
+    (chat,), (plain,) = rows_of(cli(*words).out), rows_of(cli(*words, "--no-chat").out)
+    assert chat["completion"] != plain["completion"]
+    hot = (*words, "--temperature", 1.5, "--top-p", 0.9)
+    (one,), (same,) = rows_of(cli(*hot, "--seed", 1).out), rows_of(cli(*hot, "--seed", 1).out)
+    assert one == same
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-p", "x"], "nothing to steer with: give --plan FILE, or --sae DIR --latents ID:VALUE"),
+        (["-p", "x", "--baseline", "--scale", "2"], "--scale needs --plan, or --sae"),
+        (["-p", "x", "--plan", "a", "--sae", "b", "--latents", "3:1"], "exclude each other"),
+        (["-p", "x", "--sae", "b"], "--sae and --latents belong together"),
+        (["-p", "x", "--latents", "3:1"], "--sae and --latents belong together"),
+        (["-p", "x", "--plan", "a", "--scale", "0"], "--scale 0 would steer nothing"),
+        (["-p", "x", "--sae", "b", "--latents", "3:1", "--beta", "1"], "--beta needs a plan's mu"),
+        (["-p", "x", "--plan", "a", "--site", "mlp_out"], "--site is for --sae"),
+        (["--plan", "a"], "no prompt: give -p TEXT, or --prompts FILE"),
+    ],
+)
+def test_wrong_usage(cli: Cli, words: list[str], says: str) -> None:
+    assert says in cli("steer", "-q", *words).error(2)
+
+
+def test_settings_that_mean_nothing(cli: Cli, model: Path, plan: Path, sae: Path) -> None:
+    words = ("steer", "--model", model, "-p", "x", *SMALL)
+    planned = (*words, "--plan", plan)
+    assert "--scope must be one of" in cli(*planned, "--scope", "here").error(2)
+    assert "--method must be one of" in cli(*planned, "--method", "push").error(2)
+    assert "--unit must be one of" in cli(*planned, "--unit", "volt").error(2)
+    assert "--layer 2 conflicts with --plan" in cli(*planned, "--layer", 2).error(2)
+    assert "--temperature must be 0" in cli(*planned, "--temperature", -1).error(2)
+    assert "--max-new-tokens must be at least 1" in cli(*planned, "--max-new-tokens", 0).error(2)
+    by_hand = (*words, "--sae", sae)
+    assert "--latents must be ID:VALUE" in cli(*by_hand, "--latents", "x:1").error(2)
+    assert "--latents 3 has no value" in cli(*by_hand, "--latents", "3").error(2)
+    assert "latent 64 is out of range" in cli(*by_hand, "--latents", "64:1").error(2)
+    line = cli(*by_hand, "--latents", "3:1", "--layer", 2).error(1)
+    assert "--layer 2 conflicts with --sae" in line
+
+
+def test_a_plan_that_cannot_be_read(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    line = cli("steer", "--plan", tmp_path / "none", "-p", "x", "-q").error(1)
+    assert f"--plan {tmp_path / 'none'}" in line
+    for name in ("plan.yaml", "plan.safetensors"):
+        content = (plan / name).read_bytes()
+        (tmp_path / name).write_bytes(content if name == "plan.yaml" else content[:-16])
+    line = cli("steer", "--plan", tmp_path, "-p", "x", "-q").error(1)
+    assert f"--plan {tmp_path}" in line
+    assert "damaged or cut short" in line
+
+
+def test_a_plan_for_another_model(
+    cli: Cli, plan: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    words = ("steer", "--plan", plan, "--model", tiny_model_dir("llama", seed=1), "-p", "x", *SMALL)
+    line = cli(*words).error(1)
+    assert "--plan was made for" in line
+    assert "--force" in line
+    assert cli(*words, "--force").status == 0
+
+
+def test_an_sae_of_another_model(cli: Cli, sae: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    words = ("steer", "--sae", sae, "--latents", "3:1", "--model",
+             tiny_model_dir("llama", seed=1), "-p", "x", *SMALL)  # fmt: skip
+    line = cli(*words).error(1)
+    assert "was trained on" in line
+    assert cli(*words, "--force").status == 0
+
+
+def test_touching_no_token_is_an_error(cli: Cli, plan: Path) -> None:
+    """A prompt of one token has no position that the scope `prompt` covers but position 0."""
+    line = cli("steer", "--plan", plan, "-p", "a", "--no-chat", "--scope", "prompt", *SMALL).error(
+        1
+    )
+    assert "touched no token" in line
+    assert "--scope" in line

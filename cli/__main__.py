@@ -20,13 +20,20 @@ VERBS = {
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
 }
 _INTERRUPTED = 130
+_NO_MEMORY = (
+    "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
+)
+# An unexpected error can quote half a program.
+_LONGEST_MESSAGE = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process when None) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     _set_encodings()
-    if not words or words[0] in ("-h", "--help", "help"):
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
     if words[0] == "--version":
@@ -36,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verbose = "-v" in words or "--verbose" in words
     try:
-        return _run(words[0], words[1:])
+        status = _run(words[0], words[1:])
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         # Whoever read our output has enough of it (`saesteer rank | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, error.exit_status, verbose)
     except Exception as error:
-        message = one_line(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return _fail(_NO_MEMORY, 1, verbose)
+        message = one_line(error)[:_LONGEST_MESSAGE]
         what = f"unexpected {type(error).__name__}: {message}" if message else repr(error)
         hint = "" if verbose else " (run with -v for the traceback)"
         return _fail(f"{what}{hint}", 1, verbose)

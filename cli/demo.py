@@ -128,7 +128,9 @@ class Demo:
     args: Namespace
     out: Path
     progress: Report
-    document: dict[str, Any] = field(default_factory=lambda: {"schema_version": 1, "complete": False, "stages": {}})
+    document: dict[str, Any] = field(
+        default_factory=lambda: {"schema_version": 1, "complete": False, "stages": {}}
+    )
 
     def __post_init__(self) -> None:
         self.size = QUICK if self.args.quick else FULL
@@ -176,8 +178,8 @@ class Demo:
             facts.update(model_facts(self.lm))
             where = f"{facts['dtype']} on {self.lm.device}"
             self.say(
-                f"   {self.lm.name}: {self.lm.n_layers} blocks, d_model {self.lm.d_model}, {where}, "
-                f"weights {self.lm.fingerprint}"
+                f"   {self.lm.name}: {self.lm.n_layers} blocks, d_model {self.lm.d_model}, "
+                f"{where}, weights {self.lm.fingerprint}"
             )
         # Two thirds of the way up: late enough to act on words, early enough to be read again.
         self.middle, self.last = 2 * self.lm.n_layers // 3, self.lm.n_layers - 1
@@ -196,8 +198,8 @@ class Demo:
             seed=self.seed,
         )
         what = (
-            f"the model answers {len(prompts)} prompts ({', '.join(tasks)}, plain); replies and the "
-            f"Python reference go through it once, layers {self.middle} and {self.last} are kept"
+            f"the model answers {len(prompts)} prompts ({', '.join(tasks)}, plain); replies and "
+            f"the Python reference go through it once; layers {self.middle} and {self.last} stay"
         )
         with self.stage("harvest", what) as facts:
             manifest = harvest(
@@ -222,8 +224,8 @@ class Demo:
                 reply_prompts=len(prompts),
             )
             self.say(
-                f"   {amount(manifest['tokens'])} activations per layer at {amount(rate)} tokens/s; "
-                f"left out: {amount(excluded['special'])} special tokens, "
+                f"   {amount(manifest['tokens'])} activations per layer at {amount(rate)} "
+                f"tokens/s; left out: {amount(excluded['special'])} special tokens, "
                 f"{amount(excluded['sinks'])} attention sinks"
             )
 

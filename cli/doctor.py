@@ -54,7 +54,7 @@ def add_flags(parser: VerbParser) -> None:
 
 def run(args: Namespace) -> int:
     """Examine, print the findings, and fail when a check does."""
-    with reserved(args, sae=args.sae), reporting(args) as report:
+    with reserved(args, model=args.model, sae=args.sae), reporting(args) as report:
         from saesteer.sae import doctor
 
         sae = None if args.sae is None else open_sae(args, report)

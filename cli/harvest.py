@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, config)
     need(args, "--out", "the folder for the shards")
-    with reserved(args, data=args.data), reporting(args) as report:
+    with reserved(args, model=args.model, data=args.data), reporting(args) as report:
         check_data(args)
         replies = reply_texts(args)
         from saesteer.sae import harvest

@@ -59,7 +59,7 @@ def run(args: Namespace) -> int:
     """Measure, and print a table."""
     config = MetricsConfig(text=TextConfig(**given(args, TextConfig)), **given(args, MetricsConfig))
     need(args, "--sae", "the SAE to measure, a folder or RELEASE:ID")
-    with reserved(args, sae=args.sae, data=args.data), reporting(args) as report:
+    with reserved(args, model=args.model, sae=args.sae, data=args.data), reporting(args) as report:
         from saesteer.sae import metrics
 
         check_data(args)

@@ -165,12 +165,13 @@ class Bars(Report):
         super().__init__(stream, clock)
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskID, TextColumn
+        from rich.table import Column
 
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[info]}", markup=False),
+            TextColumn("{task.fields[info]}", markup=False, table_column=Column(no_wrap=True)),
             console=console or Console(file=stream),
             # stdout is where results go; a bar must not paint over them.
             redirect_stdout=False,
@@ -181,15 +182,14 @@ class Bars(Report):
 
     def on_start(self, stage: Stage) -> None:
         self._task = self._bars.add_task(
-            stage.name, total=stage.total, completed=stage.done, info=f"{amount(stage.total)}"
+            stage.name, total=stage.total, completed=stage.done, info=f"0 {stage.unit}"
         )
 
     def on_move(self, stage: Stage, now: float) -> None:
         extra = f", {stage.extra}" if stage.extra else ""
         self._show(
             stage,
-            f"{amount(stage.done)}/{amount(stage.total)} {stage.unit}{stage.speed(now)}"
-            f"{stage.left(now)}{extra}",
+            f"{amount(stage.done)} {stage.unit}{stage.speed(now)}{stage.left(now)}{extra}",
         )
 
     def on_end(self, stage: Stage, seconds: float) -> None:

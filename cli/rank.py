@@ -131,7 +131,7 @@ def run(args: Namespace) -> int:
     need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
     _check_task_flags(args)
     with (
-        reserved(args, sae=args.sae, contents=args.contents, task=args.task),
+        reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,
     ):
         from saesteer.steering import save_plan

@@ -109,7 +109,7 @@ def run(args: Namespace) -> int:
     _check_flags(args)
     texts = read_prompts(args)
     with (
-        reserved(args, plan=args.plan, sae=args.sae, prompts=args.prompts),
+        reserved(args, model=args.model, plan=args.plan, sae=args.sae, prompts=args.prompts),
         reporting(args) as report,
     ):
         lm, plan, sae = _open(args, report)

@@ -17,7 +17,16 @@ from saesteer.sae.config import TextConfig, TrainConfig
 EXAMPLE = "saesteer train --model smollm2-135m-instruct --layer 20 --replies french -o runs/sae"
 
 # Flags that say what text goes through a model: shards went through one already.
-_LIVE_ONLY = ("data", "replies", "replies_share", "context", "batch_size", "epochs", "lm_dtype")
+_LIVE_ONLY = (
+    "data",
+    "replies",
+    "replies_share",
+    "context",
+    "batch_size",
+    "epochs",
+    "lm_dtype",
+    "blocks",
+)
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -128,7 +137,7 @@ def run(args: Namespace) -> int:
         raise UsageError("--layer is missing: the block to train on, such as --layer 20")
     need(args, "--out", "the folder for the SAE")
     with (
-        reserved(args, activations=args.activations, data=args.data),
+        reserved(args, model=args.model, activations=args.activations, data=args.data),
         reporting(args) as report,
     ):
         check_data(args)

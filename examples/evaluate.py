@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{arm.name:10} loose {arm.loose}  strict {arm.strict}  degenerate {arm.degenerate}")
 
     save_plan(plan, args.out / "plan")
-    report = {
-        arm.name: {**arm.summary(), "answers": [a.row() for a in arm.answers]} for arm in arms
-    }
+    report = [{**arm.summary(), "answers": [a.row() for a in arm.answers]} for arm in arms]
     text = json.dumps(report, ensure_ascii=False, indent=1)
     (args.out / "report.json").write_text(text, encoding="utf-8")
     print(f"plan and every answer: {args.out}")

@@ -1,6 +1,6 @@
 """Run text through a model once and keep the activations of one block on disk.
 
-    python examples/harvest.py --layer 20 --tokens 100000
+    python examples/harvest.py --layer 20 --tokens 100000 --replies french
 
 `examples/train.py --activations runs/example/activations` then trains on them as often as you like,
 without the model. The shards are plain safetensors files: any tool can read them.
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from saesteer.sae import HarvestConfig, harvest
 from saesteer.sae.config import TextConfig
+from saesteer.steering import reply_prompts
 
 
 def show(stage: str, done: int, total: int, note: str) -> None:
@@ -27,12 +28,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--layer", type=int, default=-1, help="negative counts from the end")
     parser.add_argument("--data", default="python-docs", help="file, folder or hf:DATASET")
+    parser.add_argument("--replies", nargs="*", default=[], metavar="TASK")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/example/activations"))
     parser.add_argument("--force", action="store_true", help="replace an earlier harvest in --out")
     args = parser.parse_args(argv)
 
+    # With --replies the model answers these texts first, and what it says joins the corpus.
+    prompts = [prompt.text for prompt in reply_prompts(args.replies)]
     manifest = harvest(
         args.model,
         args.out,
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens=args.tokens,
             text=TextConfig(data=(args.data,), context=args.context),
         ),
+        replies=prompts,
         force=args.force,
         progress=show,
     )

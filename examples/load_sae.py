@@ -2,8 +2,9 @@
 
     python examples/load_sae.py --sae runs/example/sae -p "The bridge is closed on Monday."
 
-`--sae` takes a folder in SAELens format, or RELEASE:ID for the pretrained SAEs that SAELens lists,
-such as `--model google/gemma-2-2b --sae gemma-scope-2b-pt-res-canonical:layer_25/width_16k/canonical`.
+`--sae` takes a folder in SAELens format, or RELEASE:ID for the pretrained SAEs that SAELens lists:
+
+    --model google/gemma-2-2b --sae gemma-scope-2b-pt-res-canonical:layer_25/width_16k/canonical
 """
 
 import argparse

@@ -14,12 +14,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--sae", default="runs/example/sae", help="folder or RELEASE:ID")
-    parser.add_argument("--data", default="python-docs", help="text it was not trained on")
+    parser.add_argument("--data", default="python-docs", help="for figures to quote: unseen text")
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--context", type=int, default=256)
     args = parser.parse_args(argv)
 
-    # Another seed than in training reads the corpus in another order.
+    # Another seed than that of training draws other documents first.
     text = TextConfig(data=(args.data,), context=args.context, seed=1)
     found = metrics(args.sae, args.model, MetricsConfig(tokens=args.tokens, text=text))
 
@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("kl", "KL(model || model with reconstruction), nats per token"),
     ):
         figure = found[name]  # with its 95 % bootstrap interval over documents
-        print(
-            f"{name:13} {figure['value']:8.3f} [{figure['low']:.3f}, {figure['high']:.3f}]  {meaning}"
-        )
+        interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
+        print(f"{name:13} {figure['value']:8.3f} {interval}  {meaning}")
     print(f"dead          {found['dead_fraction']:8.3f}  share of latents that never fired here")
 
 

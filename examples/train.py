@@ -4,8 +4,8 @@
     python examples/train.py --activations runs/example/activations
 
 An SAE that never saw the model follow an instruction has no latent for it. So `--replies` lets the
-model answer prompts with that instruction (and without) first, and trains on the answers too; shards
-hold whatever they were harvested from.
+model answer prompts with that instruction (and without) first, and trains on the answers too.
+Shards hold what they were harvested from: give `--replies` to `examples/harvest.py` then.
 """
 
 import argparse
@@ -72,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in runs:
         sae, final = run["sae"], run["final"]
         print(f"layer {sae['layer']}, {sae['d_sae']} latents, k {sae['k']}: {run['folder']}")
-        print(
-            f"FVU {final['fvu']:.3f}, L0 {final['l0']:.1f}, dead {100 * final['dead_fraction']:.1f} %"
-        )
+        dead = f"{100 * final['dead_fraction']:.1f} %"
+        print(f"FVU {final['fvu']:.3f}, L0 {final['l0']:.1f}, dead {dead}")
 
 
 if __name__ == "__main__":

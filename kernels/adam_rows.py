@@ -254,7 +254,8 @@ def adam_rows_op(
         and not (unit_rows and param.shape[1] > MAX_WIDTH)
     )
     run = adam_rows_triton if fits else adam_rows_torch
-    run(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows)
+    with torch.cuda.device_of(param):  # Triton launches on the current device
+        run(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows)
 
 
 @adam_rows_op.register_fake

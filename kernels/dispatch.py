@@ -112,3 +112,18 @@ def check_indices(indices: Tensor, d_sae: int) -> None:
         raise IndexError(
             f"latent_indices must be in 0..{d_sae - 1} (d_sae), got {low if low < 0 else high}"
         )
+
+
+def column_block(d_model: int, widest: int) -> int:
+    """Columns per Triton tile: the power of two up to ``widest`` that pads ``d_model`` least.
+
+    At least 128 where ``d_model`` is that wide, and the widest of equals: 576 takes 5 tiles of 128,
+    1024 takes 2 of 512.
+    """
+    block = 16
+    while block < min(d_model, widest):
+        block *= 2
+    if block <= 128:
+        return block
+    sizes = [size for size in (128, 256, 512) if size <= widest]
+    return min(sizes, key=lambda size: (-(-d_model // size) * size, -size))

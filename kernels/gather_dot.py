@@ -17,6 +17,7 @@ from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     accumulator_dtype,
     check_indices,
+    column_block,
     unit_stride,
     use_triton,
 )
@@ -119,7 +120,7 @@ def gather_dot_triton(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tenso
         matrix.stride(0),
         indices.stride(0),
         BLOCK_K=block_k,
-        BLOCK_D=min(256, max(16, triton.next_power_of_2(d_model))),
+        BLOCK_D=column_block(d_model, 256),
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
     )
     return out
@@ -130,7 +131,8 @@ def gather_dot_op(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
     """Dots [batch, k] of ``vectors`` [batch, d_model] with rows of ``matrix`` [d_sae, d_model]."""
     check_indices(indices, matrix.shape[0])
     run = gather_dot_triton if use_triton(matrix) else gather_dot_torch
-    return run(vectors, matrix, indices)
+    with torch.cuda.device_of(matrix):  # Triton launches on the current device
+        return run(vectors, matrix, indices)
 
 
 @gather_dot_op.register_fake

@@ -15,6 +15,7 @@ from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     accumulator_dtype,
     check_indices,
+    column_block,
     unit_stride,
     use_triton,
 )
@@ -104,7 +105,7 @@ def sparse_decode_triton(
     out = W_dec.new_empty((batch, d_model), dtype=_result_dtype(latent_acts, W_dec))
     if out.numel() == 0:
         return out
-    block_d = min(512, max(16, triton.next_power_of_2(d_model)))
+    block_d = column_block(d_model, 512)
     sparse_decode_kernel[(batch, triton.cdiv(d_model, block_d))](
         latent_acts,
         latent_indices,
@@ -131,7 +132,8 @@ def sparse_decode_op(
     """Decoded [batch, d_model], in the promoted dtype of ``latent_acts`` and ``W_dec``."""
     check_indices(latent_indices, W_dec.shape[0])
     run = sparse_decode_triton if use_triton(W_dec) else sparse_decode_torch
-    return run(latent_acts, latent_indices, W_dec, b_dec)
+    with torch.cuda.device_of(W_dec):  # Triton launches on the current device
+        return run(latent_acts, latent_indices, W_dec, b_dec)
 
 
 @sparse_decode_op.register_fake

@@ -18,6 +18,7 @@ from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     accumulator_dtype,
     check_indices,
+    column_block,
     unit_stride,
     use_triton,
 )
@@ -213,7 +214,7 @@ def sparse_row_grads_triton(
     partial_grads = grads.new_empty((max_partials, d_model))
     partial_sums = sums.new_empty((max_partials,))
 
-    block_d = min(512, max(16, triton.next_power_of_2(d_model)))
+    block_d = column_block(d_model, 512)
     d_tiles = triton.cdiv(d_model, block_d)
     row_grads_kernel[(max_chunks, d_tiles)](
         weights,
@@ -276,7 +277,8 @@ def sparse_row_grads_op(
     torch.cumsum(weights.reshape(-1)[grouped.order] != 0, 0, out=nonzero[1:])
     counts = nonzero[grouped.starts].diff()
     run = sparse_row_grads_triton if use_triton(rows) else sparse_row_grads_torch
-    grads, sums = run(weights, rows, grouped)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        grads, sums = run(weights, rows, grouped)
     return grads, sums, counts
 
 

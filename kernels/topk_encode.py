@@ -345,7 +345,8 @@ def topk_encode_triton(
 def topk_encode_op(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Latent activations [batch, k] in the accumulator dtype, and indices [batch, k] int64."""
     if use_triton(x) and _group_size(W_enc_rows.shape[0], k)[1] <= MAX_CANDIDATES:
-        return topk_encode_triton(x, W_enc_rows, b_enc, k)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return topk_encode_triton(x, W_enc_rows, b_enc, k)
     return topk_encode_torch(x, W_enc_rows, b_enc, k)
 
 

@@ -138,7 +138,7 @@ class TrainConfig:
                 if d_sae < k:
                     raise UsageError(f"--d-sae must be at least --k ({k}), got {d_sae}")
         _at_least("--tokens", self.tokens, 1)
-        _at_least("--batch-tokens", self.batch_tokens, 1)
+        _at_least("--batch-tokens", self.batch_tokens, 2)  # one row alone has no variance
         if self.tokens < 2 * self.batch_tokens:
             raise UsageError(
                 f"--tokens must be at least twice --batch-tokens ({self.batch_tokens}), "
@@ -178,9 +178,9 @@ class TrainConfig:
 def default_lr(d_sae: int, steps: int) -> float:
     """Peak learning rate when none is given.
 
-    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). A run of
-    a few hundred steps ends long before that rate has moved the weights; there the rate grows with
-    1/sqrt(steps), up to four times.
+    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). A run
+    of a few hundred steps ends long before that rate has moved the weights; there the rate grows
+    with 1/sqrt(steps), up to four times.
     """
     short_run = min(4.0, max(1.0, (20_000 / max(1, steps)) ** 0.5))
     return float(2e-4 * (2**14 / d_sae) ** 0.5 * short_run)

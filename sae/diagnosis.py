@@ -88,6 +88,9 @@ def _run_check(check: Check, lm: LanguageModel, point: HookPoint, ids: Ids) -> d
             detail = check(lm, point, ids)
     except (_Failed, UserError) as failure:
         return {"name": name, "ok": False, "detail": str(failure)}
+    except Exception as failure:  # a model that breaks under a hook is a finding, too
+        reason = " ".join(str(failure).split())[:200]
+        return {"name": name, "ok": False, "detail": f"{type(failure).__name__}: {reason}"}
     return {"name": name, "ok": True, "detail": detail}
 
 
@@ -137,28 +140,37 @@ def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
     direction = (direction / direction.norm()).to(lm.device)
     below = [resolve_site(lm, layer) for layer in range(point.layer)]
-    with capture(below) as seen:
+    # What the next block gets is another module's input: it proves that the edit is passed on.
+    after = [resolve_site(lm, point.layer + 1, "resid_pre")] if _feeds_a_block(lm, point) else []
+    with capture([*below, point]) as seen:
         before = _logits(lm, ids)
         lower = dict(seen)
-    plain: list[Tensor] = []
-    edited: list[Tensor] = []
+    plain = lower.pop(point.key)
+    # Longer than the residual's rounding error, also in bfloat16.
+    step = direction * plain.float().norm(dim=-1, keepdim=True).mean()
+    edited = (plain.float() + step).to(plain.dtype)
 
-    def edit(h: Tensor) -> Tensor:
-        # Longer than the residual's rounding error, also in bfloat16.
-        step = direction * h.float().norm(dim=-1, keepdim=True).mean()
-        plain.append(h.clone())
-        edited.append((h.float() + step).to(h.dtype))
-        return edited[-1]
-
-    with capture(below) as seen, hooked(point, edit):
-        after = _logits(lm, ids)
-        moved = [key for key in lower if not torch.equal(lower[key], seen[key])]
+    # Hooks run in the order in which they were opened: the second one sees what the first passed.
+    with (
+        hooked(point, lambda h: (h.float() + step).to(h.dtype)),
+        capture([*below, *after, point]) as seen,
+    ):
+        logits = _logits(lm, ids)
+    moved = [key for key in lower if not torch.equal(lower[key], seen[key])]
     if moved:
         raise _Failed(f"blocks below the edit changed: {moved}")
-    if torch.equal(before, after):
+    for where in (point, *after):
+        if not torch.equal(seen[where.key], edited):
+            off = float((seen[where.key].float() - edited.float()).abs().max())
+            raise _Failed(f"{where.side} of {where.module_path} is off by up to {off:.3g}")
+    if torch.equal(before, logits):
         raise _Failed("the logits did not change: the edit never reached the model")
-    delta = (edited[0].float() - plain[0].float()) @ direction
-    return f"moved by {float(delta.mean()):.3g} along the vector; {len(below)} blocks below are equal"
+    delta = (seen[point.key].float() - plain.float()) @ direction
+    return f"moved by {float(delta.mean()):.3g} along the vector; {len(below)} blocks below equal"
+
+
+def _feeds_a_block(lm: LanguageModel, point: HookPoint) -> bool:
+    return point.site == "resid_post" and point.layer + 1 < lm.n_layers
 
 
 def _cache_agrees(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
@@ -201,9 +213,7 @@ _CHECKS: tuple[Check, ...] = (
 )
 
 
-def _check_sae(
-    lm: LanguageModel, sae: SAE, point: HookPoint, progress: Progress
-) -> dict[str, Any]:
+def _check_sae(lm: LanguageModel, sae: SAE, point: HookPoint, progress: Progress) -> dict[str, Any]:
     name = "The SAE reconstructs this site"
     config = MetricsConfig(tokens=_SAE_TOKENS, bootstrap=100)
     try:

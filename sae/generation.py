@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def generate(
         raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Completion | None] = [None] * len(prompts)
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         # top_k 0 switches off the library's hidden default of 50.
         sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
@@ -73,10 +74,11 @@ def generate(
                 pad_token_id=lm.pad_id,
                 **sampling,
             )
-        for i, row in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            completions[i] = _finish(lm, row)
+        made = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
+        for i, completion in zip(rows, made, strict=True):
+            completions[i] = completion
         if progress is not None:
-            progress(sum(len(completions[i].token_ids) for i in rows))  # type: ignore[union-attr]
+            progress(sum(len(completion.token_ids) for completion in made))
     return [c for c in completions if c is not None]
 
 

@@ -213,6 +213,7 @@ def harvest(
     default = torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
     store_dtype = DTYPES[config.store_dtype] if config.store_dtype else default
     layers = [point.layer for point in points]
+    read: list[ActivationBatch | None] = []
     if resume and (folder / MANIFEST).exists():
         stored = {"layers": layers, "dtype": str(store_dtype).removeprefix("torch.")}
         writer, cursor = ShardWriter.resume(folder)
@@ -222,6 +223,8 @@ def harvest(
         if cursor:
             stream.load_state_dict(cursor)
     else:
+        # Text that cannot be read shows here, and leaves nothing behind.
+        read.append(stream.next_batch())
         writer = ShardWriter(
             folder,
             layers=layers,
@@ -236,7 +239,7 @@ def harvest(
     progress("harvest", done, config.tokens, "tokens")
     with stop_requests() as stop:
         while done < config.tokens:
-            batch = stream.next_batch()
+            batch = read.pop() if read else stream.next_batch()
             if batch is None:
                 warn(
                     f"the corpus ended after {done} of {config.tokens} --tokens: give more --data "

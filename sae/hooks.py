@@ -101,6 +101,7 @@ def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, st
     With norms after the sub-layers (Gemma 2 and 3, OLMo 2) the contribution to the residual is the
     post-norm's output, not the sub-layer's.
     """
+    names: tuple[str, ...]
     post_norms = hasattr(block, "post_feedforward_layernorm")
     if site == "attn_out":
         names = ("post_attention_layernorm",) if post_norms else _ATTENTION
@@ -116,9 +117,7 @@ def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, st
     return _first_child(lm, block, site, names), "input"
 
 
-def _first_child(
-    lm: LanguageModel, block: nn.Module, site: str, names: Sequence[str]
-) -> str:
+def _first_child(lm: LanguageModel, block: nn.Module, site: str, names: Sequence[str]) -> str:
     for name in names:
         if isinstance(getattr(block, name, None), nn.Module):
             return name

@@ -22,7 +22,7 @@ from saesteer.sae.text import ContextBatch, open_contexts
 def metrics(
     sae: str | SAE,
     model: str | LanguageModel,
-    config: MetricsConfig = MetricsConfig(),
+    config: MetricsConfig | None = None,
     *,
     layer: int | None = None,
     site: str | None = None,
@@ -31,9 +31,10 @@ def metrics(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Measure an SAE on text it was not trained on.
+    """Measure an SAE on text, which should be text that it was not trained on.
 
-    - `fvu`: sum ||x - x^||^2 / sum ||x - mean(x)||^2 over kept rows.
+    - `fvu`: sum ||x - x^||^2 / sum ||x - mean(x)||^2 over the rows measured. For an SAE of centered
+      activations (see `SAESpec.centers_input`) x is without its mean over d_model in both sums.
     - `l0`: mean number of active latents per row; `dead_fraction`: share of latents that never
       fire on the rows measured (`tokens` says how many those are).
     - `ce_plain`, `ce_spliced`, `ce_ablated`: cross-entropy in nats per token of the model as it
@@ -41,15 +42,18 @@ def metrics(
       `ce_recovered` = (ce_ablated - ce_spliced) / (ce_ablated - ce_plain).
     - `kl`: KL(plain || spliced) in nats per token.
 
-    Attention sinks and special tokens are left out of every figure and stay as they are in the
-    spliced runs. Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over
-    documents (contexts, where a document fills several).
+    Rows measured are those with a next token to predict. Attention sinks and special tokens are
+    left out of every figure and stay as they are in the spliced runs. Figures of the form {"value",
+    "low", "high"} carry a 95 % bootstrap interval over documents (over contexts, where there are
+    fewer than ten documents). `seen_in_training` says whether the SAE was trained on one of these
+    texts, as far as its file tells (else it is None).
 
     Raises:
         UserError: the SAE does not fit the model, or the text is too short.
     """
+    config = config or MetricsConfig()
     lm = as_language_model(model, device=device, dtype=dtype)
-    sae = sae if isinstance(sae, SAE) else load_sae(sae, device=lm.device)
+    sae = (sae if isinstance(sae, SAE) else load_sae(sae)).to(lm.device)
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
     contexts = open_contexts(lm, config.text)
     batches: list[ContextBatch] = []
@@ -75,7 +79,7 @@ def metrics(
     fired = torch.zeros(sae.spec.d_sae, dtype=torch.bool, device=lm.device)
     done = 0
     progress("metrics: splice", 0, total.count, "tokens")
-    for batch, keep in _pieces(batches, kept, lm):
+    for batch, keep in _pieces(batches, kept, max(_vocabulary(lm), sae.spec.d_sae)):
         done += _measure(lm, sae, point, batch, keep.to(lm.device), mean, tally, fired)
         progress("metrics: splice", done, total.count, "tokens")
     progress("metrics: splice", total.count, total.count, "tokens")
@@ -85,8 +89,9 @@ def metrics(
         "layer": point.layer,
         "site": point.site,
         "tokens": done,
-        "documents": len(tally.documents),
+        "documents": tally.documents,
         "excluded": excluded,
+        "seen_in_training": _seen_in_training(sae, contexts.identity()),
         "dead_fraction": 1 - float(fired.float().mean()),
         **tally.summary(config.bootstrap, config.text.seed),
     }
@@ -127,25 +132,54 @@ def _read(
         return h[keep], keep.cpu()
 
 
+# Fewer documents than this say little about their spread: contexts are resampled instead.
+_FEW_DOCUMENTS = 10
+
+
 class _Tally:
-    """Sums of each figure by document, from which ratios and their intervals are made."""
+    """Sums of each figure by document and context; ratios and intervals are made from them."""
 
     names = ("error", "variance", "rows", "active", "ce_plain", "ce_spliced", "ce_ablated", "kl")
 
     def __init__(self) -> None:
-        self.documents: dict[int, dict[str, float]] = {}
+        self._sums: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._contexts = 0
 
-    def add(self, owners: Int[Tensor, " rows"], values: dict[str, Tensor]) -> None:
-        """Add per-row values to the documents that own the rows."""
-        for document in owners.unique().tolist():
-            mine = owners == document
-            sums = self.documents.setdefault(document, dict.fromkeys(self.names, 0.0))
-            for name, value in values.items():
-                sums[name] += float(value[mine].double().sum())
+    @property
+    def documents(self) -> int:
+        """How many documents have a row."""
+        return len({document for document, _ in self._sums})
+
+    def add(
+        self,
+        owners: Int[Tensor, "rows context"],
+        scored: Bool[Tensor, "rows context"],
+        values: dict[str, Float[Tensor, "rows context"]],
+    ) -> None:
+        """Add the values at the scored positions of some contexts to the documents they are of."""
+        numbers = self._contexts + torch.arange(len(owners))[:, None].expand_as(owners)
+        self._contexts += len(owners)
+        keys, inverse = torch.stack([owners[scored], numbers[scored]], dim=1).unique(
+            dim=0, return_inverse=True
+        )
+        table = torch.stack([values[name][scored].double() for name in self.names], dim=1)
+        sums = torch.zeros(len(keys), len(self.names), dtype=torch.float64)
+        sums.index_add_(0, inverse, table)
+        for (document, number), row in zip(keys.tolist(), sums.numpy(), strict=True):
+            self._sums[document, number] = row
+
+    def _table(self) -> NDArray[np.float64]:
+        """Sums of what is resampled as a whole, `[units, figures]`."""
+        if self.documents < _FEW_DOCUMENTS:
+            return np.stack(list(self._sums.values()))
+        units: dict[int, NDArray[np.float64]] = {}
+        for (document, _), row in self._sums.items():
+            units[document] = units.get(document, np.zeros(len(self.names))) + row
+        return np.stack(list(units.values()))
 
     def summary(self, resamples: int, seed: int) -> dict[str, Any]:
         """Every figure with its interval."""
-        table = np.array([[d[name] for name in self.names] for d in self.documents.values()])
+        table = self._table()
         draws = np.random.default_rng(seed).integers(len(table), size=(resamples, len(table)))
         resampled = np.stack([table[draw].sum(axis=0) for draw in draws])
         figures = self._figures(table.sum(axis=0)[None])
@@ -175,22 +209,42 @@ class _Tally:
         }
 
 
+def _seen_in_training(sae: SAE, text: list[dict[str, Any]]) -> bool | None:
+    trained_on = (sae.spec.metadata.get("saesteer") or {}).get("text")
+    if not isinstance(trained_on, list):
+        return None
+    return not set(_texts(trained_on)).isdisjoint(_texts(text))
+
+
+def _texts(identities: list[dict[str, Any]]) -> Iterator[str]:
+    """Hashes of the texts that a corpus' `identity` names, or its name where it has none."""
+    for identity in identities:
+        if "parts" in identity:
+            yield from _texts(identity["parts"])
+        else:
+            hashes = identity.get("sha256") or identity.get("name")
+            yield from hashes if isinstance(hashes, list) else [str(hashes)]
+
+
 # Three runs' log-probabilities over the vocabulary are held at once; this many of each.
 _LOG_PROBS = 2**25
 
 
+def _vocabulary(lm: LanguageModel) -> int:
+    weight = lm.unembed.weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
 def _pieces(
-    batches: list[ContextBatch], kept: list[Bool[Tensor, "rows context"]], lm: LanguageModel
+    batches: list[ContextBatch], kept: list[Bool[Tensor, "rows context"]], width: int
 ) -> Iterator[tuple[ContextBatch, Bool[Tensor, "rows context"]]]:
-    """The batches again, cut so small that log-probabilities of a piece fit in memory."""
-    vocabulary = lm.unembed.weight.shape[0]
+    """The batches again, cut so small that `width` numbers for each token fit in memory."""
     for batch, keep in zip(batches, kept, strict=True):
-        rows = max(1, _LOG_PROBS // (batch.token_ids.shape[1] * vocabulary))
+        rows = max(1, _LOG_PROBS // (batch.token_ids.shape[1] * width))
         for first in range(0, len(keep), rows):
             part = slice(first, first + rows)
-            piece = ContextBatch(
-                batch.token_ids[part], batch.keep[part], batch.document_ids[part]
-            )
+            piece = ContextBatch(batch.token_ids[part], batch.keep[part], batch.document_ids[part])
             yield piece, keep[part]
 
 
@@ -217,9 +271,14 @@ def _measure(
         x = h[keep].float()
         latents = sae.encode(x)
         reconstruction = sae.decode(latents).float()
+        deviation = x - mean.float()
+        if sae.spec.centers_input:
+            # It reads and gives back what is left without the row's mean, which stays as it is.
+            reconstruction = reconstruction + x.mean(dim=1, keepdim=True)
+            deviation = deviation - deviation.mean(dim=1, keepdim=True)
         fired.logical_or_((latents > 0).any(dim=0))
         values["error"] = _on_grid(keep, (x - reconstruction).square().sum(dim=1))
-        values["variance"] = _on_grid(keep, (x - mean.float()).square().sum(dim=1))
+        values["variance"] = _on_grid(keep, deviation.square().sum(dim=1))
         values["active"] = _on_grid(keep, (latents > 0).sum(dim=1).float())
         return _replaced(h, keep, reconstruction)
 
@@ -238,8 +297,8 @@ def _measure(
             values[f"ce_{name}"] = torch.nn.functional.pad(nats, (0, 1))
         values["kl"] = (plain.exp() * (plain - spliced)).sum(dim=2)
     values["rows"] = scored.float()
-    owners = batch.document_ids.to(lm.device)[scored]
-    tally.add(owners.cpu(), {name: value[scored].cpu() for name, value in values.items()})
+    on_cpu = {name: value.cpu() for name, value in values.items()}
+    tally.add(batch.document_ids, scored.cpu(), on_cpu)
     return int(scored.sum())
 
 

@@ -78,7 +78,8 @@ class LanguageModel:
     def text_model(self) -> nn.Module:
         """The module that owns the blocks: running it computes no logits."""
         parent = self.blocks_path.rpartition(".")[0]
-        return self.model.get_submodule(parent) if parent else self.model
+        module: nn.Module = self.model.get_submodule(parent) if parent else self.model
+        return module
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -125,7 +126,7 @@ def pick_device(device: str) -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run on the device's own instructions."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # ATen exposes these two probes without a public name (checked with torch 2.8 to 2.13).
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -238,9 +239,7 @@ def load_model(
         # float16 can hold fewer weights exactly than bfloat16: identify the file's own first.
         first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
         model = _from_pretrained(resolved.path_or_repo, first, offline)
-        return model, AutoTokenizer.from_pretrained(
-            resolved.path_or_repo, local_files_only=offline
-        )
+        return model, AutoTokenizer.from_pretrained(resolved.path_or_repo, local_files_only=offline)
 
     if offline:
         try:

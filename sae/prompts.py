@@ -97,7 +97,7 @@ Padded = tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
 
 
 def pad_left(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Padded:
-    """Token ids and attention mask, padded on the left as generation needs, on the model's device."""
+    """Token ids and attention mask on the model's device, padded on the left for generation."""
     return _pad(lm, rows, left=True)
 
 

@@ -39,8 +39,8 @@ def sample_replies(
     """Let the model answer `prompts` and return a JSONL corpus of prompts and replies.
 
     The file lies in `folder` under a name made from the model's weights and chat template, the
-    prompts and the settings; when it is already there it is used as it is. Replies of a chat model are `messages`
-    rows, those of a base model `text` rows.
+    prompts and the settings; when it is already there it is used as it is. Replies of a chat model
+    are `messages` rows, those of a base model `text` rows.
 
     Raises UserError when there is nothing to answer or the model says nothing.
     """

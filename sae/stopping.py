@@ -1,4 +1,4 @@
-"""Ctrl-C as a question: long work asks after each step whether to stop, and saves before it does."""
+"""Ctrl-C as a question: long work asks after each step whether to stop, and saves first."""
 
 import contextlib
 import signal
@@ -28,5 +28,5 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for which, handler in previous.items():
+            signal.signal(which, handler)

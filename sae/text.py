@@ -65,9 +65,9 @@ class FileCorpus:
                 for start, end in _document_spans(path)
             ]
         except OSError as error:
-            raise UserError(f"--data {name} cannot be read ({error}): check its permissions") from error
+            raise UserError(f"--data {name} cannot be read: {error}; check its path") from error
         if not index:
-            raise UserError(f"--data {name} holds no text: give a corpus with at least one document")
+            raise UserError(f"--data {name} holds no text: give at least one document")
         self.index = np.array(index, dtype=np.int64)
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
@@ -92,11 +92,7 @@ class FileCorpus:
         return text
 
     def identity(self) -> dict[str, Any]:
-        # Without the folder: the same files elsewhere are the same text.
-        return {
-            "name": Path(self.name).name,
-            "sha256": [sha256_file(path) for path in self.files],
-        }
+        return {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
 
 
 def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
@@ -132,7 +128,7 @@ def _json_document(line: str, source: str) -> Document:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"--data {source} has a line that is not JSON ({error.msg}): give one JSON object a line"
+            f"--data {source} has a line that is not JSON ({error.msg}): give one object a line"
         ) from None
     return _row_document(row, source)
 
@@ -350,7 +346,8 @@ class ContextStream:
         Raises UserError when all the text together fills no context.
         """
         body = self.context - len(self._prefix)
-        ids, owners = [], []
+        ids: list[list[int]] = []
+        owners: list[list[int]] = []
         while len(ids) < rows:
             while len(self._tokens) < body and self._read_document():
                 pass
@@ -515,12 +512,10 @@ def open_contexts(
         raise UsageError(
             f"--context must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )
-    stream = ContextStream(
-        open_corpus(config.data), lm, config.context, config.seed, config.epochs
-    )
+    stream = ContextStream(open_corpus(config.data), lm, config.context, config.seed, config.epochs)
     if replies_file is None:
         return stream
-    replies = ContextStream(
-        open_corpus([str(replies_file)]), lm, config.context, config.seed, _ENDLESS
-    )
+    # Named without its folder: an output folder that was moved, replies and all, can be resumed.
+    corpus = FileCorpus(replies_file.name, [replies_file])
+    replies = ContextStream(corpus, lm, config.context, config.seed, _ENDLESS)
     return MixedStream(stream, replies, config.replies_share)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saesteer.kernels.ops import encode_topk, sparse_decode
 
-
 # Pre-activations of the auxiliary loss: at most so many at once (64 MiB).
 _AUX_ELEMENTS = 2**24
 

@@ -1,5 +1,6 @@
 """Training of sparse autoencoders: `train` prepares, `fit` loops, `SAETrainer` makes one step."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,18 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
-from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError
+from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json, writing
 from saesteer.checkpoints.provenance import git_revision, versions
 from saesteer.checkpoints.run_state import has_state, load_state, save_state
 from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
-from saesteer.checkpoints.shards import ShardReader
+from saesteer.checkpoints.shards import ShardReader, folder_name
 from saesteer.kernels.ops import adam_rows_
 from saesteer.sae.config import Progress, TrainConfig, default_lr, no_progress
-from saesteer.sae.harvester import model_facts, open_activations, stop_requests
+from saesteer.sae.harvester import check_same_run, model_facts, open_activations
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
 from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
+from saesteer.sae.stopping import stop_requests
 from saesteer.sae.topk import InputScale, TopKLoss, canonical, initialise, topk_loss
 
 _BETAS = (0.9, 0.999)
@@ -43,8 +45,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        layer, site = self.place
-        where = f"layer-{layer}" if site == "resid_post" else f"layer-{layer}-{site}"
+        where = folder_name(*self.place)
         return f"{where}_dsae-{self.d_sae}_k-{self.k}_seed-{self.init_seed}"
 
 
@@ -101,7 +102,6 @@ class SAETrainer:
                 f"before it was kept; lower --lr (now {self.peak_lr:.2g}) or look at the data there"
             )
         torch.autograd.backward(loss.total)
-        self._log_batch(x, loss)
         return loss
 
     def update(self, loss: TopKLoss) -> None:
@@ -123,6 +123,7 @@ class SAETrainer:
                 unit_rows=name == "W_dec",
             )
             parameter.grad = None
+        self._log_batch(loss)
         self.tokens_since_fired += len(loss.latent_acts)
         self.tokens_since_fired[loss.latent_indices[loss.latent_acts > 0]] = 0
 
@@ -130,11 +131,11 @@ class SAETrainer:
         self._error = self._variance = self._active = 0.0
         self._rows = 0
 
-    def _log_batch(self, x: Float[Tensor, "batch d_model"], loss: TopKLoss) -> None:
+    def _log_batch(self, loss: TopKLoss) -> None:
         self._error += loss.squared_error.item()
-        self._variance += (x - x.mean(dim=0)).square().sum().item()
+        self._variance += loss.squared_deviation.item()
         self._active += (loss.latent_acts > 0).sum().item()
-        self._rows += len(x)
+        self._rows += len(loss.latent_acts)
 
     def take_log(self) -> dict[str, float]:
         """FVU, L0 and the dead fraction of the batches since the last call."""
@@ -156,7 +157,7 @@ class SAETrainer:
             d_model=len(self.scale.mean),
             d_sae=self.variant.d_sae,
             k=self.variant.k,
-            hook_name=hook_name_for(layer, site),
+            hook_name=hook_name_for(layer, site.replace("{layer}", str(layer))),
             hf_hook_name=facts["hf_hook_names"].get(self.variant.place, ""),
             model_name=facts["model"].get("name", ""),
             metadata={
@@ -166,7 +167,8 @@ class SAETrainer:
                     "model": facts["model"],
                     "layer": layer,
                     "site": site,
-                    "tokens": self.config.tokens,
+                    "tokens": self.config.steps * self.config.batch_tokens,
+                    "text": facts["text"],
                     "input_scale": self.scale.factor,
                 },
             },
@@ -231,7 +233,9 @@ def train(
         raise UsageError("train needs either --model (live) or --activations (shards), not both")
     if activations is not None and replies:
         raise UsageError("--replies needs --model: shards hold the replies they were made with")
-    folder = claim_output(Path(out), resume=resume, force=force)
+    folder = Path(out).expanduser()
+    if resume or not force:
+        claim_output(folder, resume=resume, force=force)
     compute = pick_device(device)
     if model is not None:
         lm = as_language_model(model, device=device, dtype=lm_dtype)
@@ -241,7 +245,9 @@ def train(
         assert activations is not None
         reader = ShardReader(activations)
         source, facts = _shard_source(reader, config)
-        d_model, dtype = reader.d_model, getattr(torch, reader.manifest["dtype"])
+        d_model, dtype = reader.d_model, reader.shard(0, *source.places[0])[0].dtype
+    if force:  # only now, when the source was found, may the folder be emptied
+        claim_output(folder, force=True)
     run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
     if resume and has_state(folder):
         run.load()
@@ -267,6 +273,7 @@ def _live_source(
     return LiveSource(stream), {
         "model": model_facts(lm),
         "data": stream.identity(),
+        "text": stream.identity(),
         "context": config.text.context,
         "prepend_bos": stream.prepend_bos,
         "hf_hook_names": {point.key: point.module_path for point in points},
@@ -276,24 +283,26 @@ def _live_source(
 def _shard_source(
     reader: ShardReader, config: TrainConfig
 ) -> tuple[ActivationSource, dict[str, Any]]:
-    site = config.site if config.site in reader.sites or len(reader.sites) > 1 else reader.sites[0]
-    if config.layers:
-        places = [reader.place(layer, site) for layer in config.layers]
-    else:
-        places = [(layer, site) for layer in reader.layers]
     manifest = reader.manifest
-    model = manifest["model"]
+    model = manifest["model"] if isinstance(manifest["model"], dict) else {}
+    # resid_post is also what stands there when no site was asked for.
+    asked = None if config.site == "resid_post" and len(reader.sites) == 1 else config.site
+    layers = config.layers or tuple(reader.layers)
+    if any(layer < 0 for layer in layers) and "n_layers" in model:
+        layers = tuple(layer % model["n_layers"] if layer < 0 else layer for layer in layers)
+    places = [reader.place(layer, asked) for layer in layers]
     text = manifest.get("config") or {}
     paths = manifest.get("hf_hook_names") or []
     if len(set(places)) != len(places):
         raise UsageError(f"--layer names a block twice: {','.join(map(str, config.layers))}")
-    named = zip(reader.layers, paths, strict=False)
+    named = dict(zip(reader.places, paths, strict=False))
     return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
-        "model": model if isinstance(model, dict) else {"name": str(model)},
+        "model": model or {"name": str(manifest["model"])},
         "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
+        "text": manifest.get("data") or [],
         "context": text.get("context", config.text.context),
         "prepend_bos": bool(manifest.get("prepend_bos", False)),
-        "hf_hook_names": {(layer, site): path for layer, path in named},
+        "hf_hook_names": named,
     }
 
 
@@ -328,9 +337,7 @@ class _Run:
         ]
         for variant in self.variants:
             if variant.d_sae < variant.k:
-                raise UsageError(
-                    f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}"
-                )
+                raise UsageError(f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}")
         self.batches = BatchStream(
             source,
             d_model,
@@ -356,7 +363,8 @@ class _Run:
             columns = slice(at * self.d_model, (at + 1) * self.d_model)
             trainer = SAETrainer(variant, self.config, columns, scales[at], self.device)
             self.trainers.append(trainer)
-            self.place_of(variant).mkdir(exist_ok=True)
+            with writing(self.place_of(variant)):
+                self.place_of(variant).mkdir(exist_ok=True)
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the end and write the SAEs."""
@@ -366,6 +374,10 @@ class _Run:
             for variant in self.variants:
                 # Lines of a run that was stopped before its first state.
                 self._metrics_file(variant).write_text("")
+                # By this file a run that was stopped is known as ours, and --force may replace it.
+                facts = {"model": self.facts["model"], "data": self.facts["data"]}
+                started = {"schema_version": 1, "verb": "train", "complete": False, **facts}
+                write_json(self.place_of(variant) / "run.json", started)
         config = self.config
         log_every = max(1, config.steps // _LOGS_PER_RUN)
         save_every = max(1, config.checkpoint_every // config.batch_tokens)
@@ -379,7 +391,8 @@ class _Run:
                 try:
                     losses = [trainer.backward(batch) for trainer in self.trainers]
                 except NonFiniteError:
-                    # No trainer has moved: the state is the one before this batch.
+                    # No trainer has moved: with the batch back, the state is the one before it.
+                    self.batches.put_back(batch)
                     self.save()
                     raise
                 for trainer, loss in zip(self.trainers, losses, strict=True):
@@ -426,6 +439,7 @@ class _Run:
             run = {
                 "schema_version": 1,
                 "verb": "train",
+                "complete": True,
                 "sae": {
                     "layer": layer,
                     "site": site,
@@ -457,7 +471,7 @@ class _Run:
             tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
             tensors[f"{i}/scale.mean"] = trainer.scale.mean
         meta = {
-            "config": self._fixed_config(),
+            **self._identity(),
             "stream": stream,
             "step": self.step,
             "seconds": self.seconds,
@@ -470,12 +484,7 @@ class _Run:
     def load(self) -> None:
         """Continue from the saved state. Raises UserError when it belongs to other settings."""
         tensors, meta = load_state(self.folder)
-        for key, value in self._fixed_config().items():
-            if meta["config"].get(key) != value:
-                raise UserError(
-                    f"--resume: {self.folder} was trained with {key} = {meta['config'].get(key)}, "
-                    f"now it is {value}: give the flags of the first run, or another --out"
-                )
+        check_same_run(meta, self._identity(), self.folder)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
@@ -489,7 +498,7 @@ class _Run:
             trainer.load_state_dict(parts[str(i)])
             # Lines written after the state was saved will be written again.
             with self._metrics_file(trainer.variant).open("r+b") as file:
-                file.truncate(meta["metrics_bytes"][i])
+                file.truncate(min(meta["metrics_bytes"][i], file.seek(0, os.SEEK_END)))
         self.batches.load_state_dict(parts["batches"], meta["stream"])
         self.step, self.seconds, self._last = meta["step"], meta["seconds"], meta["last"]
 
@@ -498,12 +507,19 @@ class _Run:
         path.touch()
         return path
 
-    def _fixed_config(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What a resumed run may not change."""
         config = plain(asdict(self.config))
         del config["checkpoint_every"]
-        config["model"] = self.facts["model"].get("hash")
-        return dict(config)
+        text = config.pop("text")
+        text["text seed"] = text.pop("seed")
+        data = self.facts["data"]
+        return {
+            "config": {**config, **text},
+            "model": self.facts["model"],
+            # The folder of shards may have moved.
+            "data": data["shards"] if isinstance(data, dict) else data,
+        }
 
 
 class _Clock:

@@ -152,6 +152,7 @@ def steer(
 
     The model's own `generate` and forward pass are used as they are, with any cache, padding,
     batch, beams or sampling. Contexts may be nested; each adds its own edit, the outer one first.
+    What was compiled with `torch.compile` runs uncompiled meanwhile.
 
     What `generate` is given is the prompt. When the model is called directly, the first row it is
     given is the prompt, and a later row that repeats it and appends to it goes on from there;
@@ -188,9 +189,7 @@ def steer(
     where = _resolve_scope(plan, prompts, instructions, include_first, include_template)
     point = resolve_site(lm, plan.layer, plan.site)
     tracker = PositionTracker(lm, prompts, prompt_lengths)
-    edit = _SteerHook(lm, Edit(plan, sae, force), where, point, tracker, report)
-    # The hook keeps books in Python; a compiled forward pass must step out to run it.
-    hook = torch.compiler.disable(edit)  # type: ignore[no-untyped-call]
+    hook = _SteerHook(lm, Edit(plan, sae, force), where, point, tracker, report)
     with tracker.listening(), hooked(point, hook):
         yield report
     _check(report, plan)
@@ -315,7 +314,7 @@ def _check(report: SteerReport, plan: Plan) -> None:
     if report.passes == 0:
         raise UserError(
             "the model did not run inside steer(...): run the model that was given to it, inside "
-            "the with block (one that was compiled and run before cannot be steered)"
+            "the with block"
         )
     if report.tokens_touched == 0:
         raise UserError(

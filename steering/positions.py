@@ -89,7 +89,8 @@ class PositionTracker:
         self.current: PassTokens | None = None
         self._lm = lm
         self._lengths = None if prompt_lengths is None else list(prompt_lengths)
-        self._known = prompts and {tuple(prompt.token_ids): prompt for prompt in prompts}
+        self._known = {tuple(prompt.token_ids): prompt for prompt in prompts or ()}
+        self._known_lengths = sorted({len(tokens) for tokens in self._known}, reverse=True)
         self._call: Call | None = None
         self._generating = False
         self._inside_outer = False
@@ -101,17 +102,15 @@ class PositionTracker:
             outer, text = self._lm.model, self._lm.text_model
             if hasattr(outer, "generate"):
                 stack.enter_context(_tapped(outer, self._generate_call))
-            # The hooks keep books in Python; a compiled forward pass must step out to run them.
-            on_outer, after_outer, on_text = map(
-                torch.compiler.disable, (self._on_outer, self._after_outer, self._on_text)
-            )
+            # Code that was compiled before the hooks were there would never run them.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             handles = [
-                outer.register_forward_pre_hook(on_outer, with_kwargs=True),
-                outer.register_forward_hook(after_outer, always_call=True),
+                outer.register_forward_pre_hook(self._on_outer, with_kwargs=True),
+                outer.register_forward_hook(self._after_outer, always_call=True),
             ]
             if text is not outer:
                 # For those who run the text tower alone (no logits), or through another wrapper.
-                handles.append(text.register_forward_pre_hook(on_text, with_kwargs=True))
+                handles.append(text.register_forward_pre_hook(self._on_text, with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
             yield
@@ -227,10 +226,9 @@ class PositionTracker:
 
     def _recognise(self, tokens: list[int], row: int) -> EncodedPrompt:
         """The longest of the known prompts that the row begins with."""
-        assert self._known
-        for length in sorted({len(key) for key in self._known}, reverse=True):
+        for length in self._known_lengths:
             prompt = self._known.get(tuple(tokens[:length]))
-            if prompt is not None and length <= len(tokens):
+            if prompt is not None:
                 return prompt
         raise UserError(
             f"row {row} given to the model begins with none of the {len(self._known)} prompts in "
@@ -302,15 +300,10 @@ class _Tap:
     def __init__(self, model: Any) -> None:
         self.original: Callable[..., Any] = model.generate
         self.before = vars(model).get("generate")
-        self.compiles = hasattr(model, "_valid_auto_compile_criteria")
         self.listeners: list[_Listener] = []
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.compiles:
-            # With a static cache on a GPU the library would run a compiled forward pass, perhaps
-            # one compiled before the hooks were there.
-            kwargs["disable_compile"] = True
         with contextlib.ExitStack() as stack:
             for listener in self.listeners:
                 stack.enter_context(listener(args, kwargs))

@@ -47,7 +47,8 @@ def test_flags_from_a_file(cli: Cli, model: Path, tmp_path: Path) -> None:
         f"out: {tmp_path / 'acts'}\njson: true\n"
     )
     found = cli("harvest", "-c", config, "--tokens", 50, "-q").json()
-    assert (found["tokens"], found["data"][0]["name"]) == (50, str(text))
+    assert found["tokens"] == 50
+    assert found["data"][0]["name"].endswith("text.jsonl")
 
 
 def test_a_corpus_that_ends_early_is_a_warning(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -223,13 +224,15 @@ def test_interrupted_harvest_keeps_its_tokens(
     step = ActivationStream.next_batch
 
     def interrupted(self: ActivationStream) -> object:
-        signal.raise_signal(signal.SIGINT)
+        if self.batches:  # the first one is read before there is anything to keep
+            signal.raise_signal(signal.SIGINT)
         return step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(ActivationStream, "next_batch", interrupted)
         line = cli(*words).error(130)
-    assert "stopped after 128 of 500 tokens" in line or "stopped after 127 of 500" in line
+    # Two batches of four contexts of 32, less a special token where a document ends.
+    assert "stopped after 256 of 500 tokens" in line or "stopped after 255 of 500" in line
     assert "--resume" in line
     found = cli(*words, "--resume", "--json").json()
     assert (found["tokens"], found["excluded"]) == (500, whole["excluded"])

@@ -24,7 +24,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def test_without_a_verb_help_is_shown(cli: Cli) -> None:
-    for words in ([], ["--help"], ["-h"]):
+    for words in ([], ["--help"], ["-h"], ["help"]):
         outcome = cli(*words)
         assert (outcome.status, outcome.err) == (0, "")
         for verb, summary in VERBS.items():
@@ -36,6 +36,7 @@ def test_every_verb_has_help(cli: Cli) -> None:
     for verb in VERBS:
         outcome = cli(verb, "--help")
         assert (outcome.status, outcome.err) == (0, "")
+        assert cli("help", verb) == outcome
         assert outcome.out.startswith(f"usage: saesteer {verb}")
 
 
@@ -67,6 +68,12 @@ def test_wrong_flag(cli: Cli) -> None:
             TypeError("a\nb"),
             1,
             "error: unexpected TypeError: a b (run with -v for the traceback)",
+        ),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory: lower --batch-size, --batch-tokens or --context, "
+            "or change --device",
         ),
         (KeyError(), 1, "error: KeyError() (run with -v for the traceback)"),
     ],

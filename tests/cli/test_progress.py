@@ -104,7 +104,7 @@ def test_bars_show_rate_and_time_left() -> None:
     report("harvest", 1000, 1000, "tokens")
     report.close()
     text = stream.getvalue()
-    assert "500/1,000 tokens, 250 tokens/s, 2.0 s left, more" in text
+    assert "500 tokens, 250 tokens/s, 2.0 s left, more" in text
     assert "1,000 tokens in 2.0 s, 500 tokens/s" in text
     assert "loading [model]" in text  # brackets are no markup
     assert "warning: look out" in text

@@ -189,13 +189,13 @@ def test_resume_with_other_settings(cli: Cli, acts: Path, sae: Path, tmp_path: P
     line = cli("train", "--activations", acts, "--layer", 1, *SMALL, "-o", copy, "--resume",
                "-q").error(1)  # fmt: skip
     assert "--resume" in line
-    assert "was trained with tokens = 6400, now it is 1280" in line
+    assert "6400, now it is 1280" in line
 
 
 def test_ctrl_c_saves_the_state_and_resume_finishes(cli: Cli, acts: Path, tmp_path: Path) -> None:
     out = tmp_path / "sae"
     words = ("train", "--activations", acts, "--layer", 1, "--d-sae", 64, "--k", 4,
-             "--tokens", 64 * 1000, "--batch-tokens", 64, "-o", out)  # fmt: skip
+             "--tokens", 64 * 400, "--batch-tokens", 64, "-o", out)  # fmt: skip
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "saesteer.cli", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -215,9 +215,9 @@ def test_ctrl_c_saves_the_state_and_resume_finishes(cli: Cli, acts: Path, tmp_pa
     assert "stopped at step" in errors[0] and "--resume" in errors[0]
     assert "Traceback" not in stderr
     state = json.loads((out / "state" / "latest.json").read_text())
-    assert 0 < state["meta"]["step"] < 1000
+    assert 0 < state["meta"]["step"] < 400
     assert not (out / "cfg.json").exists()
     assert cli(*words, "--resume", "-q").status == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(10, 1001, 10))
+    assert steps == list(range(4, 401, 4))
     assert load_sae(out).spec.d_sae == 64

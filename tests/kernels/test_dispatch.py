@@ -75,6 +75,15 @@ def test_cuda_tensors_use_triton_where_it_is_installed(
     assert use_triton(FakeCuda(dtype)) is expected
 
 
+@pytest.mark.parametrize(
+    ("d_model", "widest", "block"),
+    [(1, 512, 16), (41, 512, 64), (100, 512, 128), (576, 512, 128), (1000, 512, 512)]
+    + [(1024, 512, 512), (1024, 256, 256), (200, 512, 256), (768, 512, 256), (130, 64, 64)],
+)
+def test_tiles_pad_little(d_model: int, widest: int, block: int) -> None:
+    assert dispatch.column_block(d_model, widest) == block
+
+
 WITHOUT_TRITON = """
 import os, pkgutil, sys
 

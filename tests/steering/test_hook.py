@@ -17,7 +17,7 @@ from saesteer.sae.hooks import capture, resolve_site, run_to
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_left
 from saesteer.steering.hook import steer
-from saesteer.steering.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plan import Plan, PlannedLatent, TaskIdentity, make_plan
 
 LAYER = 1
 STEPS = 5
@@ -726,22 +726,19 @@ def test_multiplier_0_is_off_to_the_bit(lm: LanguageModel) -> None:
     assert report.relative_dose is None
 
 
-def test_a_compiled_forward_pass_is_steered_and_then_no_more(lm: LanguageModel) -> None:
+def test_a_model_that_was_compiled_before_is_steered_and_then_no_more(lm: LanguageModel) -> None:
     plan = ranked_plan(lm, make_sae(lm))
     ids = torch.tensor([prompts_of(lm)[0].token_ids])
     with torch.no_grad():
         before = lm.model(input_ids=ids).logits
         with steer(lm, plan):
             wanted = lm.model(input_ids=ids).logits
-        compiled = torch.compile(lm.model, backend="eager")
-        with steer(lm, plan) as report:
-            assert torch.equal(compiled(input_ids=ids).logits, wanted)
-        assert torch.equal(compiled(input_ids=ids).logits, before)
-        # What was compiled without the hooks never calls them: that must not pass for steering.
-        with pytest.raises(UserError, match="compiled and run before cannot be steered"):
-            with steer(lm, plan):
-                compiled(input_ids=ids)
-    assert report.rows[0].positions.tolist() == [ids.shape[1] - 1]
+        lm.model.forward = torch.compile(lm.model.forward, backend="eager")
+        for _ in range(2):
+            assert torch.equal(lm.model(input_ids=ids).logits, before)
+            with steer(lm, plan) as report:
+                assert torch.equal(lm.model(input_ids=ids).logits, wanted)
+            assert report.rows[0].positions.tolist() == [ids.shape[1] - 1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -983,3 +980,23 @@ def test_a_plan_may_be_given_by_its_path(lm: LanguageModel, tmp_path: Any) -> No
         wanted = generate(lm, prompts)[1]
     with steer(lm, tmp_path / "plan"):
         assert torch.equal(generate(lm, prompts)[1], wanted)
+
+
+def test_after_instruction_takes_the_wordings_of_the_plans_task(lm: LanguageModel) -> None:
+    from saesteer.steering.tasks import compose, load_task
+
+    task = load_task("french")
+    plan = ranked_plan(lm, make_sae(lm), task=TaskIdentity(task.name, task.hash))
+    prompts = [
+        encode_prompt(lm, compose("Names are bound.", text), chat=True)
+        for text in (task.instruction, task.variants[-1].text)
+    ]
+    with steer(lm, plan, scope="after-instruction", prompts=prompts) as report:
+        generate(lm, prompts)
+    for row, prompt in zip(report.rows, prompts, strict=True):
+        tail = list(range(prompt.user_span[1], len(prompt)))
+        assert row.positions[: len(tail)].tolist() == tail
+    unknown = dataclasses.replace(plan, task=TaskIdentity("mine", "0"))
+    with pytest.raises(UsageError, match="wordings of the plan's task, and mine is not built in"):
+        with steer(lm, unknown, scope="after-instruction", prompts=prompts):
+            pass

@@ -1,0 +1,53 @@
+"""Wrapped tiny models, shared by the tests of this room; tests never change them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from saesteer.sae.models import LanguageModel, wrap_model
+
+
+@pytest.fixture(scope="session")
+def shared_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., LanguageModel]:
+    """`shared_lm("llama")`: one wrapped model a family for the session. Leave it as it is."""
+    made: dict[tuple[str, bool], LanguageModel] = {}
+
+    def get(family: str = "llama", *, chat: bool = True) -> LanguageModel:
+        if (family, chat) not in made:
+            model, tokenizer = tiny_lm(family)
+            if not chat:
+                tokenizer.chat_template = None
+            made[family, chat] = wrap_model(model, tokenizer, f"tiny-{family}")
+        return made[family, chat]
+
+    return get
+
+
+@pytest.fixture
+def fresh_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., LanguageModel]:
+    """`fresh_lm("llama", seed=1)`: a wrapped model of the test's own, to do with as it likes."""
+
+    def make(family: str = "llama", **options: Any) -> LanguageModel:
+        return wrap_model(*tiny_lm(family, **options), f"tiny-{family}")
+
+    return make
+
+
+@pytest.fixture
+def stop_at() -> Callable[..., Callable[[str, int, int, str], None]]:
+    """`stop_at("train", 512)`: a progress that presses Ctrl-C once a stage has come so far."""
+    import signal
+
+    def make(stage: str, done: int) -> Callable[[str, int, int, str], None]:
+        pressed = False
+
+        def progress(name: str, now: int, total: int, note: str) -> None:
+            nonlocal pressed
+            if name == stage and now >= done and not pressed:
+                pressed = True
+                signal.raise_signal(signal.SIGINT)
+
+        return progress
+
+    return make

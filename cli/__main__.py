@@ -20,9 +20,7 @@ VERBS = {
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
 }
 _INTERRUPTED = 130
-_NO_MEMORY = (
-    "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
-)
+_NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
 # An unexpected error can quote half a program.
 _LONGEST_MESSAGE = 300
 

@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.files import claim_output, write_json
+from saesteer.checkpoints.model_files import WHEEL_ALIAS
 from saesteer.cli.flags import DEFAULT_MODEL, add_common
-from saesteer.cli.output import amount, duration, number, paint, print_json, print_table
+from saesteer.cli.output import (
+    amount,
+    duration,
+    number,
+    paint,
+    print_json,
+    print_table,
+    program,
+)
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 
@@ -53,10 +62,10 @@ FULL = Size(
     harvest_tokens=160_000,
     train_tokens=480_000,
     rank_contents=48,
-    latents=(1, 3, 5, 15),
+    latents=(1, 3, 5),
     scales=(1.0, 1.5, 2.0),
-    scopes=("generation", "first:12"),
-    rounds=((12, 4), (55, 1)),
+    scopes=("generation", "all"),
+    rounds=((10, 4), (55, 1)),
     greedy=True,
 )
 QUICK = Size(
@@ -339,7 +348,7 @@ class Demo:
             rows = [trial.row() for trial in trials]
             facts["trials"] = rows
             final = [row for row in rows if row["n"] == rows[-1]["n"]]
-            final.sort(key=lambda row: -row["loose"]["value"])
+            final.sort(key=lambda row: (-row["loose"]["value"], row["degenerate"]["value"]))
             self._table(
                 ["k", "scale", "scope", "||delta||/||h||", "loose", "degenerate", "contents"],
                 [
@@ -418,7 +427,10 @@ class Demo:
                 self.say(textwrap.indent(textwrap.fill(text, 92), "      "))
 
     def _print_rates(self, decoding: str, arms: "list[Arm]") -> None:
-        self.say(f"\n{paint('Rates', 'bold')}  ({decoding}; 95 % Wilson intervals)")
+        # Figures of de-quantised weights are not those of the original model.
+        weights = ", de-quantised 4-bit weights" if self.lm.name == WHEEL_ALIAS else ""
+        about = f"{self.lm.name}{weights}; {decoding}; 95 % Wilson intervals"
+        self.say(f"\n{paint('Rates', 'bold')}  ({about})")
         rows = [[arm.name, str(arm.loose), str(arm.strict), str(arm.degenerate)] for arm in arms]
         self._table(["arm", "loose", "strict", "degenerate"], rows, "arm")
 
@@ -439,6 +451,6 @@ class Demo:
         self.say(f"\nAll of it took {duration(seconds)}; every artefact is in {self.out}.")
         model = f" --model {self.args.model}" if self.args.model else ""
         self.say(
-            f"{paint('next:', 'cyan')} saesteer steer{model} --plan {self.out}/plan-layer-"
+            f"{paint('next:', 'cyan')} {program()} steer{model} --plan {self.out}/plan-layer-"
             f"{self.middle} -p 'The bridge was closed for the winter.' --baseline --temperature 0.7"
         )

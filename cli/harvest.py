@@ -107,7 +107,7 @@ def _print_summary(folder: Path, manifest: dict[str, Any], report: Report) -> No
     print(f"{len(shards)} shards, {size(filled)}, {manifest['dtype']}")
     if speed is not None:
         print(f"{amount(speed)} tokens/s, {duration(report.seconds['harvest'])}")
-    print_next("saesteer", "train", "--activations", folder, "-o", "runs/sae")
+    print_next("train", "--activations", folder, "-o", "runs/sae")
 
 
 def _dry_run(args: Namespace, config: HarvestConfig) -> int:

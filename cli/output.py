@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,9 +68,18 @@ def print_table(
         print(f"{' ' * indent}{line}", file=stream, flush=True)
 
 
-def print_next(*command: object) -> None:
-    """The command to type next."""
-    print(f"{paint('next:', 'cyan')} {shlex.join(str(word) for word in command)}")
+def program() -> str:
+    """What to type to run this tool again: its name, or its path where the name is not known."""
+    ran = sys.argv[0]
+    found = shutil.which("saesteer")
+    if os.path.basename(ran) != "saesteer" or (found and os.path.samefile(found, ran)):
+        return "saesteer"
+    return ran
+
+
+def print_next(*words: object) -> None:
+    """The command to type next: a verb of this tool and its flags."""
+    print(f"{paint('next:', 'cyan')} {shlex.join([program(), *map(str, words)])}")
 
 
 def amount(number: int | float) -> str:

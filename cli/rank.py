@@ -292,7 +292,7 @@ def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
     if args.out is not None:
         print(f"plan written to {document['plan']}")
         print_next(
-            "saesteer", "steer", "--model", document["model"]["name"], "--plan", args.out,
+            "steer", "--model", document["model"]["name"], "--plan", args.out,
             "-p", "TEXT", "--baseline",
         )  # fmt: skip
 

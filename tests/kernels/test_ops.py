@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer.kernels import ops
+from saesteer.kernels import ops, topk_encode
 from saesteer.kernels.sparse_decode import sparse_decode_reference
 from saesteer.kernels.topk_encode import topk_encode_reference
 
@@ -62,6 +62,21 @@ def test_one_latent_in_every_row() -> None:
             torch.testing.assert_close(mine, reference)
 
 
+def allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes of every allocation PyTorch made."""
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def test_the_encoder_holds_one_chunk_of_pre_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_encode, "CPU_CHUNK_BYTES", 0)
+    monkeypatch.setattr(topk_encode, "CPU_CHUNK_ROWS", 8)
+    W, b = parameters(4, 1024, torch.float32)[:2]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.encode_topk(torch.randn(128, 4), W, b, 16)
+    assert max(allocations(profile)) == 8 * 1024 * 4
+
+
 def test_no_dense_tensor_is_saved_and_none_is_made_for_the_gradient() -> None:
     batch, d_model, d_sae, k = 128, 64, 1024, 16
     # [d_sae, d_model] gradients are wanted; [batch, d_sae] and [batch, k, d_model] are not.
@@ -75,9 +90,7 @@ def test_no_dense_tensor_is_saved_and_none_is_made_for_the_gradient() -> None:
     assert saved and max(t.numel() for t in saved) <= wanted
     with torch.profiler.profile(profile_memory=True) as profile:
         loss.backward()
-    events = profile.profiler.kineto_results.events()
-    allocated = [event.nbytes() for event in events if event.name() == "[memory]"]
-    assert max(allocated) == 4 * wanted  # the weight gradients themselves, in float32
+    assert max(allocations(profile)) == 4 * wanted  # the weight gradients themselves, in float32
 
 
 COMPILED = """

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         latents = sae.encode(x)  # [tokens, d_sae], mostly zeros
         error = (x - sae.decode(latents)).norm(dim=1) / x.norm(dim=1)
 
+    # The first position is an attention sink in most models: its residual is far longer than the
+    # others, training left it out, and what the SAE says of it means nothing.
     for token, acts, missed in zip(ids[0].tolist(), latents, error.tolist(), strict=True):
         best = acts.topk(args.top)
         # A latent's direction, read through the unembedding, names the tokens that it promotes.

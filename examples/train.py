@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             k=(args.k,),
             tokens=args.tokens,
             batch_tokens=args.batch_tokens,
-            # Half of the contexts hold replies; a small corpus may be read more than once.
+            # Half of the contexts hold replies, which repeat as often as it takes.
             text=TextConfig(context=args.context, replies_share=0.5, epochs=8),
         )
         runs = train(

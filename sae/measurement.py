@@ -237,8 +237,8 @@ def _vocabulary(lm: LanguageModel) -> int:
 
 
 def _pieces(
-    batches: list[ContextBatch], kept: list[Bool[Tensor, "rows context"]], width: int
-) -> Iterator[tuple[ContextBatch, Bool[Tensor, "rows context"]]]:
+    batches: list[ContextBatch], kept: list[Bool[Tensor, "_ context"]], width: int
+) -> Iterator[tuple[ContextBatch, Bool[Tensor, "_ context"]]]:
     """The batches again, cut so small that `width` numbers for each token fit in memory."""
     for batch, keep in zip(batches, kept, strict=True):
         rows = max(1, _LOG_PROBS // (batch.token_ids.shape[1] * width))

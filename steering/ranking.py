@@ -352,7 +352,7 @@ def _read_samples(
     for i, z, _ in reader.residuals([prompt.token_ids for prompt in prompts], count):
         start, end = _span(prompts[i], instruction, config)
         acts = reader.latents(z[start:end])
-        pooled[i] = acts.amax(dim=0) if config.pool == "max" else acts.mean(dim=0)
+        pooled[i] = (acts.amax(dim=0) if config.pool == "max" else acts.mean(dim=0)).cpu()
     return pooled
 
 

@@ -183,9 +183,7 @@ def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> 
         sys.executable, EXAMPLES / "doctor.py", "--model", model, "--layer", "1",
         "--tokens", "500", "--context", "16", "--batch-size", "2",
     ]  # fmt: skip
-    ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 5
     assert "FAIL" not in ended.stdout

@@ -103,8 +103,6 @@ def test_order_and_reports(shared_lm: Shared) -> None:
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
     ],
 )
-def test_settings_out_of_range(
-    options: dict[str, float], message: str, shared_lm: Shared
-) -> None:
+def test_settings_out_of_range(options: dict[str, float], message: str, shared_lm: Shared) -> None:
     with pytest.raises(UsageError, match=message):
         generate(shared_lm(), [], **{"max_new_tokens": 1, **options})  # type: ignore[arg-type]

@@ -58,7 +58,9 @@ def slow_reference(lm: LanguageModel, config: HarvestConfig) -> dict[Any, Tensor
         for at in range(batch.token_ids.shape[0]):
             for position in range(batch.token_ids.shape[1]):
                 here = {layer: states[layer + 1][at, position] for layer in layers}
-                limits = {m: config.text.max_norm_ratio * sum(v) / len(v) for m, v in medians.items()}
+                limits = {
+                    m: config.text.max_norm_ratio * sum(v) / len(v) for m, v in medians.items()
+                }
                 sink = any(float(h.norm()) > limits[layer] for layer, h in here.items())
                 if not batch.keep[at, position] or sink:
                     continue

@@ -68,7 +68,9 @@ def test_every_site_of_every_family(family: str, shared_lm: Shared) -> None:
 
 @pytest.mark.parametrize("family", PARALLEL)
 def test_a_site_that_a_block_does_not_have(family: str, shared_lm: Shared) -> None:
-    with pytest.raises(UsageError, match="--site resid_mid does not exist in the .* use resid_post"):
+    with pytest.raises(
+        UsageError, match="--site resid_mid does not exist in the .* use resid_post"
+    ):
         resolve_site(shared_lm(family), 1, "resid_mid")
 
 
@@ -252,9 +254,7 @@ def test_stop_forward_belongs_to_the_caller(shared_lm: Shared) -> None:
 # --- the hook point of an SAE
 
 
-def sae_for(
-    lm: LanguageModel, hook_name: str = "blocks.1.hook_resid_post", **changes: Any
-) -> SAE:
+def sae_for(lm: LanguageModel, hook_name: str = "blocks.1.hook_resid_post", **changes: Any) -> SAE:
     d_model = changes.pop("d_model", lm.d_model)
     saesteer = {"model": {"hash": changes.pop("hash", lm.fingerprint)}}
     spec = SAESpec(

@@ -101,7 +101,9 @@ class _Ambiguous(nn.Module):
 
 @pytest.mark.parametrize(("lists", "candidates"), [(0, "none"), (2, "stack0, stack1")])
 def test_unclear_blocks_are_an_error_that_names_the_flag(lists: int, candidates: str) -> None:
-    with pytest.raises(UserError, match=rf"3 decoder blocks \(candidates: {candidates}\).*--blocks"):
+    with pytest.raises(
+        UserError, match=rf"3 decoder blocks \(candidates: {candidates}\).*--blocks"
+    ):
         find_blocks(_Ambiguous(lists))
 
 

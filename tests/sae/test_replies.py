@@ -115,9 +115,7 @@ def test_progress_ends_where_it_said(shared_lm: Shared, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_only_training_contents_are_answered(
-    chat: bool, shared_lm: Shared, tmp_path: Path
-) -> None:
+def test_only_training_contents_are_answered(chat: bool, shared_lm: Shared, tmp_path: Path) -> None:
     """Neither a development nor a test content of the task is in the text that SAEs train on."""
     lm = shared_lm(chat=chat)
     prompts = [prompt.text for prompt in reply_prompts(["french"], contents=4, plain=1, seed=0)]

@@ -148,7 +148,12 @@ def test_a_dataset_is_streamed(tmp_path: Path) -> None:
     assert all_texts(f"hf:{tmp_path}:test") == ["held out"]
     assert all_texts(f"hf:{tmp_path}::test") == ["held out"]
     assert corpus.identity()["name"] == f"hf:{tmp_path}"
-    for name in (f"hf:{tmp_path}:absent", f"hf:{tmp_path / 'absent'}", "hf:no/such", "hf:no/such:a:b"):
+    for name in (
+        f"hf:{tmp_path}:absent",
+        f"hf:{tmp_path / 'absent'}",
+        "hf:no/such",
+        "hf:no/such:a:b",
+    ):
         with pytest.raises(UserError, match=f"--data {name}") as caught:
             open_corpus([name])
         assert "\n" not in str(caught.value)
@@ -205,9 +210,7 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [1]}]}', "it has: messages"),
     ],
 )
-def test_files_that_are_no_corpus(
-    name: str, content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_files_that_are_no_corpus(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:

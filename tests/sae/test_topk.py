@@ -1,4 +1,4 @@
-"""The loss and every gradient against dense float64 mathematics, and the form SAEs are shared in."""
+"""The loss and every gradient against dense float64 mathematics; the form SAEs are shared in."""
 
 from pathlib import Path
 
@@ -21,9 +21,7 @@ def parameters_for(d_model: int, d_sae: int, seed: int = 0) -> TopKParameters:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64).requires_grad_()
 
-    return TopKParameters(
-        draw(d_sae, d_model), draw(d_sae, d_model), draw(d_sae), draw(d_model)
-    )
+    return TopKParameters(draw(d_sae, d_model), draw(d_sae, d_model), draw(d_sae), draw(d_model))
 
 
 def batch_for(rows: int, d_model: int, seed: int = 1) -> Tensor:
@@ -197,7 +195,9 @@ def test_initialisation_is_tied_normalised_and_seeded() -> None:
     assert p.W_enc_rows.data_ptr() != p.W_dec.data_ptr(), "tied at the start only"
     torch.testing.assert_close(p.W_dec.norm(dim=1), torch.ones(30))
     assert not p.b_enc.any() and not p.b_dec.any()
-    assert all(q.requires_grad and q.is_leaf and q.dtype == torch.float32 for q in p.named().values())
+    assert all(
+        q.requires_grad and q.is_leaf and q.dtype == torch.float32 for q in p.named().values()
+    )
     state = torch.get_rng_state()
     assert torch.equal(initialise(7, 30, 3, cpu).W_dec, p.W_dec)
     assert not torch.equal(initialise(7, 30, 4, cpu).W_dec, p.W_dec)

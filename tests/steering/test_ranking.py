@@ -542,6 +542,22 @@ def test_progress_counts_each_stage_to_its_end(
     }
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("read", ["span", "reply"])
+def test_an_sae_in_memory_goes_where_the_model_is(read: str, lm: LanguageModel) -> None:
+    sae = random_sae()
+    config = RankConfig(
+        read=read, by="meandiff", contents=2, all_replies=True, temperature=0.0, max_new_tokens=3
+    )
+    wanted = rank(lm, sae, TASK, config)
+    lm.model.to("cuda")
+    found = rank(lm, sae, TASK, config)
+    assert sae.W_enc.device.type == "cpu"
+    # Float32 products of another library, through two blocks; a latent at its threshold may flip.
+    torch.testing.assert_close(found.score, wanted.score, rtol=0, atol=0.05)
+    assert plan_from_ranking(lm, sae, found, top=3).directions.device.type == "cpu"
+
+
 # --- what cannot be ranked -----------------------------------------------------------------------
 
 

@@ -197,12 +197,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def claim_output(
-    path: str | Path, *, resume: bool = False, force: bool = False, flag: str = "--out"
+    path: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    flag: str = "--out",
+    can_resume: bool = False,
 ) -> Path:
     """Make `path` an output folder that this run may write to, and return it.
 
     A missing or empty folder is taken. A folder with something in it is refused unless `resume`
     (kept as it is) or `force` (emptied, but only when a file in it shows that saesteer wrote it).
+    `can_resume` says whether the caller has a `resume` that the refusal can advise.
 
     Raises:
         UsageError: the folder is in use; `resume` and `force` together; `force` on a folder that is
@@ -218,9 +224,10 @@ def claim_output(
         raise UsageError(f"{flag} {folder} is a file; a folder is needed: choose another name")
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         if not force:
+            to_continue = "--resume to continue it, " if can_resume else ""
             raise UsageError(
-                f"{flag} {folder} exists and is not empty: add --resume to continue it, --force to "
-                f"replace it, or choose another {flag}"
+                f"{flag} {folder} exists and is not empty: add {to_continue}--force to replace it, "
+                f"or choose another {flag}"
             )
         _empty(folder, flag)
     try:

@@ -6,6 +6,7 @@ that are whole, together with the caller's cursor (its place in the corpus) just
 token: a killed harvest goes on from there, and no token is lost or written twice.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,15 @@ REQUIRED_KEYS = (
 Place = tuple[int, str]
 """A layer (0-based block) and a site, such as (20, "resid_post")."""
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+# What each stored dtype is read as: torch computes nothing in float8, and bfloat16 holds all of it.
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16,
+    "F8_E5M2": torch.bfloat16,
+}
 _INTS = {"I64", "I32", "I16", "U16", "U32"}
 _SHARD = re.compile(r"shard-(\d+)\.safetensors")
 _ODD = re.compile(r"[^\w.-]")
@@ -257,7 +266,9 @@ class ShardReader:
     """Activation shards, read lazily: opening checks every header, and loads nothing.
 
     Any float dtype is accepted. Tensors that `shard` returns are mapped from the file, so that
-    picking random rows reads only those rows' pages.
+    picking random rows reads only those rows' pages; only where `dtype` is not the file's (float8
+    is read as bfloat16) are they copies. A file's SHA-256 is compared with the manifest's, where
+    that has one, when the file is first read.
     """
 
     def __init__(
@@ -280,7 +291,10 @@ class ShardReader:
         self.tokens: int = self.manifest["tokens"]
         """Tokens per layer and site."""
         self._files: dict[Place, list[Path]] = {place: [] for place in self.places}
-        self._entries: list[tuple[Path, str]] = []
+        self._sha256: dict[Path, str] = {}
+        self._verified: set[Path] = set()
+        self.dtype: torch.dtype = torch.float32
+        """Of the activations that `shard` and `rows` return, whatever the files hold."""
         self.shard_tokens: list[int] = []
         """Tokens of each shard, in order."""
         self._read_entries()
@@ -327,12 +341,18 @@ class ShardReader:
     def shard(
         self, index: int, layer: int | None = None, site: str | None = None
     ) -> tuple[Float[Tensor, "tokens d_model"], Int[Tensor, " tokens"]]:
-        """Activations and token ids of shard `index`, mapped from the file: never write to them."""
+        """Activations and token ids of shard `index`, mapped from the file: never write to them.
+
+        Raises:
+            UserError: the file is damaged, or is not the one that the manifest lists.
+        """
         from safetensors import safe_open
 
         path = self._files[self.place(layer, site)][index]
+        if path not in self._verified:
+            self._verify(path)
         with files.reading_tensors(path), safe_open(str(path), framework="pt") as file:
-            return file.get_tensor("activations"), file.get_tensor("token_ids")
+            return file.get_tensor("activations").to(self.dtype), file.get_tensor("token_ids")
 
     def iter_shards(
         self,
@@ -363,17 +383,22 @@ class ShardReader:
                 picked = rows.new_empty(len(indices), self.d_model)
             picked[chosen] = rows
         if picked is None:
-            return torch.empty(0, self.d_model)
+            return torch.empty(0, self.d_model, dtype=self.dtype)
         return picked
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest's; `UserError` if one differs."""
-        for path, sha256 in self._entries:
-            if files.sha256_file(path) != sha256:
-                raise UserError(
-                    f"{self._what}: {path} is not the file that the manifest lists (its SHA-256 "
-                    "differs); copy it again, or harvest again"
-                )
+        for path in self._sha256:
+            self._verify(path)
+
+    def _verify(self, path: Path) -> None:
+        listed = self._sha256[path]
+        if listed and files.sha256_file(path) != listed:
+            raise UserError(
+                f"{self._what}: {path} is not the file that the manifest lists (its SHA-256 "
+                "differs); copy it again, or harvest again"
+            )
+        self._verified.add(path)
 
     def _checked_manifest(self) -> dict[str, Any]:
         manifest = files.read_json(self.folder / MANIFEST)
@@ -407,16 +432,19 @@ class ShardReader:
     def _read_entries(self) -> None:
         """Match the manifest's files to layers, and check each file's header."""
         lengths: dict[Place, list[int]] = {place: [] for place in self.places}
+        dtypes: set[torch.dtype] = set()
         for entry in self.manifest["shards"]:
-            if not isinstance(entry, dict) or not {"file", "tokens", "sha256"} <= entry.keys():
+            if not isinstance(entry, dict) or not {"file", "tokens"} <= entry.keys():
                 raise UserError(
-                    f"{self._what}: an entry of shards lacks file, tokens or sha256; harvest again"
+                    f"{self._what}: an entry of shards lacks file or tokens; harvest again"
                 )
             for place, path in self._places_of(str(entry["file"])):
-                self._check_file(path, entry["tokens"])
+                dtypes.add(_FLOATS[self._check_file(path, entry["tokens"])])
                 self._files[place].append(path)
                 lengths[place].append(entry["tokens"])
-                self._entries.append((path, entry["sha256"]))
+                self._sha256[path] = str(entry.get("sha256") or "")
+        if dtypes:
+            self.dtype = functools.reduce(torch.promote_types, dtypes)
         self.shard_tokens = lengths[self.places[0]]
         for place, found in lengths.items():
             if sum(found) != self.tokens or found != self.shard_tokens:
@@ -443,7 +471,8 @@ class ShardReader:
             )
         return [(folders[listed.parts[0]], self.folder / listed)]
 
-    def _check_file(self, path: Path, tokens: int) -> None:
+    def _check_file(self, path: Path, tokens: int) -> str:
+        """Check a file's header and return the dtype of its activations, as safetensors names it."""
         if not path.is_file() or path.is_symlink():
             raise UserError(
                 f"{self._what}: {path.relative_to(self.folder)} is listed but missing (or a link); "
@@ -468,6 +497,7 @@ class ShardReader:
                 f"{[tokens, self.d_model]} of a float type and token_ids {[tokens]} of an integer "
                 f"type, got {found}; harvest again"
             )
+        return str(activations["dtype"])
 
 
 def _list(value: Any) -> list[Any]:

@@ -110,7 +110,7 @@ def _help() -> str:
             "",
             "examples:",
             "  saesteer demo --quick",
-            "  saesteer harvest --layer 20 --tokens 1000000 -o runs/activations",
+            "  saesteer harvest --layer 20 --tokens 200000 --epochs 2 -o runs/activations",
         ]
     )
 

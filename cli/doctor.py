@@ -48,7 +48,7 @@ def add_flags(parser: VerbParser) -> None:
     add_common(
         parser,
         out="folder for doctor.json (default: print only)",
-        force="replace results in --out",
+        force="try an SAE that was trained on other weights; replace results in --out",
     )
 
 
@@ -67,6 +67,7 @@ def run(args: Namespace) -> int:
             tokens=args.tokens,
             context=args.context,
             batch_size=args.batch_size,
+            force=args.force,
             progress=report,
         )
         if args.out is not None:

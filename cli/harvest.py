@@ -165,6 +165,7 @@ def _predict(lm: Any, config: HarvestConfig, report: Report, replies: int) -> di
             "--dry-run needs two batches of text to time: give more --data or a lower --batch-size"
         )
     speed = kept / max(time.monotonic() - started, 1e-9)
+    report("dry run", batches, batches, "batches")
     native = "float32" if lm.dtype == torch.float32 else "bfloat16"
     stored = config.store_dtype or native
     # Each token is d_model numbers and an int32 id, in the folder of every layer.

@@ -25,6 +25,11 @@ _FIGURES = {
 }
 
 
+_SEEN = (
+    "this text was in the SAE's training: give --data held-out text for an honest figure"
+)
+
+
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is measured")
@@ -41,7 +46,7 @@ def add_flags(parser: VerbParser) -> None:
     work = parser.add_argument_group("measurement")
     work.add_argument(
         "--tokens", type=count, metavar="N",
-        help=f"positions to measure on {default(MetricsConfig, 'tokens')}",
+        help=f"measure on at least N positions, whole batches {default(MetricsConfig, 'tokens')}",
     )  # fmt: skip
     work.add_argument(
         "--bootstrap", type=count, metavar="N",
@@ -69,6 +74,8 @@ def run(args: Namespace) -> int:
         found = metrics(
             sae, lm, config, layer=args.layer, site=args.site, force=args.force, progress=report
         )
+        if found["seen_in_training"]:
+            report.warn(_SEEN)
         if args.out is not None:
             _write(take_folder(args), args, found)
     if args.json:
@@ -102,5 +109,7 @@ def _print_table(found: dict[str, Any], out: Path | None) -> None:
         f"{amount(found['documents'])} documents; left out {amount(excluded['special'])} special "
         f"tokens and {amount(excluded['sinks'])} attention sinks"
     )
+    if found["seen_in_training"]:
+        print(_SEEN)
     if out is not None:
         print(f"written to {out / 'metrics.json'}")

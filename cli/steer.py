@@ -24,8 +24,10 @@ def add_flags(parser: VerbParser) -> None:
     add_model(what, "(default: the one the plan or the SAE names)")
     what.add_argument("--plan", metavar="FILE", help="a plan.yaml, or the folder that holds it")
     what.add_argument(
-        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens"
-    )
+        "--sae", metavar="DIR",
+        help="folder in SAELens format, or RELEASE:ID of sae_lens; with --plan: where the plan's "
+        "SAE lies now, for methods that read latents",
+    )  # fmt: skip
     what.add_argument(
         "--latents", type=latents, metavar="ID:V,...",
         help="latents by number, such as 9143:1.2,412:0.8; method add adds V * W_dec[ID] "
@@ -33,10 +35,10 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--layer", type=one_layer, metavar="L",
-        help="with --sae: the block it reads (default: the SAE's own)",
+        help="with --latents: the block it reads (default: the SAE's own)",
     )  # fmt: skip
     what.add_argument(
-        "--site", metavar="SITE", help=f"with --sae: {SITE_HELP} (default: the SAE's own)"
+        "--site", metavar="SITE", help=f"with --latents: {SITE_HELP} (default: the SAE's own)"
     )
     how = parser.add_argument_group("how; with --plan the defaults are the plan's")
     how.add_argument(
@@ -126,9 +128,11 @@ def run(args: Namespace) -> int:
 
 def _check_flags(args: Namespace) -> None:
     """Refuse what can never work, before anything is loaded."""
-    if args.plan is not None and (args.sae is not None or args.latents is not None):
-        raise UsageError("--plan and --sae with --latents exclude each other: give one of them")
-    if (args.sae is None) != (args.latents is None):
+    if args.plan is not None and args.latents is not None:
+        raise UsageError(
+            "--plan and --latents exclude each other: give --plan, or --sae with --latents"
+        )
+    if args.plan is None and (args.sae is None) != (args.latents is None):
         raise UsageError("--sae and --latents belong together: give both, or --plan")
     if args.plan is None and args.sae is None:
         if not args.baseline:
@@ -139,7 +143,7 @@ def _check_flags(args: Namespace) -> None:
         _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope",
                 reason="needs --plan, or --sae with --latents")  # fmt: skip
     if args.plan is not None:
-        _refuse(args, "site", reason="is for --sae: a plan says where it steers")
+        _refuse(args, "site", reason="is for --latents: a plan says where it steers")
     if args.latents is not None:
         _refuse(args, "beta", reason="needs a plan's mu and sigma; with --latents use --scale")
     if args.scale == 0:
@@ -177,7 +181,8 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
                 f"--layer {args.layer} conflicts with --plan {args.plan}, which steers layer "
                 f"{plan.layer}: leave --layer out"
             )
-        return open_model(args, report, name=plan.model.name), plan, None
+        sae = None if args.sae is None else open_sae(args, report)
+        return open_model(args, report, name=plan.model.name), plan, sae
     if args.sae is None:
         return open_model(args, report), None, None
     values = parse_latents(args.latents)
@@ -234,6 +239,12 @@ def _generate(
         if plan is not None and not answer.tokens_touched:
             report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
         rows.append(row)
+    touched = sum(answer.tokens_touched for answer in answers)
+    if touched and not any(answer.tokens_changed for answer in answers):
+        report.warn(
+            f"--method {plan.method} changed none of the {touched} tokens it touched (every "
+            "relative dose is 0): choose another --method, or other latents"
+        )
     return rows
 
 

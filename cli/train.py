@@ -14,7 +14,10 @@ from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, dtype, layers, number
 from saesteer.sae.config import TextConfig, TrainConfig
 
-EXAMPLE = "saesteer train --model smollm2-135m-instruct --layer 20 --replies french -o runs/sae"
+EXAMPLE = (
+    "saesteer train --model smollm2-135m-instruct --layer 20 --replies french --tokens 200000 "
+    "--epochs 2 -o runs/sae"
+)
 
 # Flags that say what text goes through a model: shards went through one already.
 _LIVE_ONLY = (

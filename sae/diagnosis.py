@@ -34,6 +34,7 @@ def doctor(
     batch_size: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Examine one hook point of a model and predict what harvesting and training would take.
@@ -41,7 +42,7 @@ def doctor(
     Checks: the hook reads what the model itself reports there; handing back the same values
     changes no logit; adding a unit vector changes the site by that vector, nothing below it, and
     the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when given,
-    fits and explains some text.
+    fits and explains some text (`force`: also one that was trained on other weights).
 
     Returns:
         `model`, `layer`, `site`, `checks` (`name`, `ok`, `detail`) and `predictions` (tokens per
@@ -50,7 +51,7 @@ def doctor(
     lm = as_language_model(model, device=device, dtype=dtype)
     if sae is not None:
         sae = sae if isinstance(sae, SAE) else load_sae(sae, device=lm.device)
-        point = sae_hook_point(sae, lm, layer=layer, site=site)
+        point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
     else:
         # The middle is where most SAEs are trained.
         chosen = lm.n_layers // 2 if layer is None else layer
@@ -58,7 +59,7 @@ def doctor(
     ids = _sample_ids(lm)
     checks = [_run_check(check, lm, point, ids) for check in _CHECKS]
     if sae is not None:
-        checks.append(_check_sae(lm, sae, point, progress))
+        checks.append(_check_sae(lm, sae, point, force, progress))
     return {
         "model": {**model_facts(lm), "blocks": lm.blocks_path, "device": str(lm.device)},
         "layer": point.layer,
@@ -213,11 +214,15 @@ _CHECKS: tuple[Check, ...] = (
 )
 
 
-def _check_sae(lm: LanguageModel, sae: SAE, point: HookPoint, progress: Progress) -> dict[str, Any]:
+def _check_sae(
+    lm: LanguageModel, sae: SAE, point: HookPoint, force: bool, progress: Progress
+) -> dict[str, Any]:
     name = "The SAE reconstructs this site"
     config = MetricsConfig(tokens=_SAE_TOKENS, bootstrap=100)
     try:
-        found = metrics(sae, lm, config, layer=point.layer, site=point.site, progress=progress)
+        found = metrics(
+            sae, lm, config, layer=point.layer, site=point.site, force=force, progress=progress
+        )
     except UserError as failure:
         return {"name": name, "ok": False, "detail": str(failure)}
     fvu, l0 = found["fvu"]["value"], found["l0"]["value"]

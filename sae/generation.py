@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.models import LanguageModel
+from saesteer.sae.models import LanguageModel, text_config
 from saesteer.sae.prompts import EncodedPrompt, pad_left
 
 
@@ -53,6 +53,13 @@ def generate(
         raise UsageError(f"--top-p must be in (0, 1], got {top_p}")
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    positions = position_limit(lm)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens} after a prompt of {longest} tokens is more than "
+            f"the {positions} positions of {lm.name}: at most {max(0, positions - longest)} fit"
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Completion | None] = [None] * len(prompts)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -80,6 +87,13 @@ def generate(
         if progress is not None:
             progress(sum(len(completion.token_ids) for completion in made))
     return [c for c in completions if c is not None]
+
+
+def position_limit(lm: LanguageModel) -> int | None:
+    """Most tokens a sequence may have, or None when the model's configuration does not say."""
+    config = text_config(lm.model)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
 
 
 def stop_ids(lm: LanguageModel) -> set[int]:

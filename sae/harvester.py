@@ -196,7 +196,7 @@ def harvest(
 
     folder = Path(out).expanduser()
     if resume or not force:
-        claim_output(folder, resume=resume, force=force)
+        claim_output(folder, resume=resume, force=force, can_resume=True)
     lm = as_language_model(model, device=device, dtype=dtype)
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     stream = open_activations(

@@ -137,38 +137,39 @@ def sae_hook_point(
 ) -> HookPoint:
     """Where an SAE reads and writes in a model, from its own names and from what was asked.
 
-    Raises UserError when the width differs, the SAE was trained on another model's weights (unless
-    `force`), names no layer, or names another one than asked.
+    Raises UserError when the SAE does not fit: another width, a layer that the model does not have,
+    or training on another model's weights (unless `force`). Raises UsageError when it names no
+    layer and none is asked for, or when it names another layer or site than asked.
     """
-    spec = sae.spec
+    spec, name = sae.spec, sae.source or "(in memory)"
     if spec.d_model != lm.d_model:
         raise UserError(
-            f"--sae {sae.source} has d_model {spec.d_model}, --model {lm.name} has {lm.d_model}: "
+            f"--sae {name} has d_model {spec.d_model}, --model {lm.name} has {lm.d_model}: "
             "use the model it was trained on"
         )
     trained_on = (spec.metadata.get("saesteer") or {}).get("model", {}).get("hash")
     if trained_on and trained_on != lm.fingerprint and not force:
         raise UserError(
-            f"--sae {sae.source} was trained on {spec.model_name} with weights {trained_on}, "
+            f"--sae {name} was trained on {spec.model_name} with weights {trained_on}, "
             f"--model {lm.name} has weights {lm.fingerprint}: use that model, or --force"
         )
     chosen = spec.layer if layer is None else layer_index(lm, layer)
     if chosen is None:
-        raise UsageError(f"--sae {sae.source} names no layer: give --layer")
+        raise UsageError(f"--sae {name} names no layer: give --layer")
     if spec.layer is not None and chosen != spec.layer:
-        raise UserError(
-            f"--layer {layer} conflicts with --sae {sae.source}, which reads layer {spec.layer}: "
+        raise UsageError(
+            f"--layer {layer} conflicts with --sae {name}, which reads layer {spec.layer}: "
             "leave --layer out"
         )
     if chosen >= lm.n_layers:
         raise UserError(
-            f"--sae {sae.source} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks"
+            f"--sae {name} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks: "
+            "use the model it was trained on"
         )
     wanted = None if site is None else site.replace("{layer}", str(chosen))
     if wanted is not None and spec.site is not None and wanted != spec.site:
-        raise UserError(
-            f"--site {site} conflicts with --sae {sae.source}, which reads {spec.site}: "
-            "leave --site out"
+        raise UsageError(
+            f"--site {site} conflicts with --sae {name}, which reads {spec.site}: leave --site out"
         )
     return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
 

@@ -55,10 +55,14 @@ class FileCorpus:
     Raises UserError for a file that is missing, empty, not UTF-8 or not the JSON expected.
     """
 
-    def __init__(self, name: str, files: Sequence[Path]) -> None:
+    def __init__(self, name: str, files: Sequence[Path], root: Path | None = None) -> None:
+        """Index `files`; `root` is the folder that they were found in, when there is one."""
         self.name = name
         self.files = list(files)
+        self.root = root
         try:
+            for path in self.files:
+                _check_json(path)
             index = [
                 (number, start, end)
                 for number, path in enumerate(self.files)
@@ -87,12 +91,36 @@ class FileCorpus:
                 f"--data {path} is not UTF-8 (byte {start + error.start}): convert it, "
                 "for example with iconv"
             ) from None
-        if path.suffix == ".jsonl":
+        if _is_json_lines(path):
             return _json_document(text, f"{path} (byte {start})")
         return text
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
+        hashes = {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
+        if self.root is None:
+            return hashes
+        return {**hashes, "files": [path.relative_to(self.root).as_posix() for path in self.files]}
+
+
+def _is_json_lines(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".json")
+
+
+def _check_json(path: Path) -> None:
+    """Refuse a `.json` file unless it is JSON lines under another name."""
+    if path.suffix.lower() != ".json":
+        return
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            try:
+                is_row = isinstance(json.loads(line.decode("utf-8-sig", "replace")), dict)
+            except (ValueError, RecursionError):
+                is_row = False
+            if not is_row:
+                raise UserError(
+                    f"--data {path} is a JSON file, not JSON lines: write one object with `text` "
+                    "or `messages` on each line (jq -c '.[]' does that to a list)"
+                )
 
 
 def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
@@ -101,19 +129,20 @@ def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = position = 0
+        by_line = _is_json_lines(path)
         while position < len(data):
             newline = data.find(b"\n", position)
             end = len(data) if newline < 0 else newline + 1
             blank = not data[position:end].strip()
             position = end
-            if path.suffix == ".jsonl":
+            if by_line:
                 if not blank:
                     yield start, end
                 start = end
             elif blank and end - start >= _DOCUMENT_BYTES:
                 yield start, end
                 start = end
-            while path.suffix != ".jsonl" and position - start > _LONGEST_DOCUMENT_BYTES:
+            while not by_line and position - start > _LONGEST_DOCUMENT_BYTES:
                 cut = start + _LONGEST_DOCUMENT_BYTES
                 # Not inside a character, which is at most four bytes long in UTF-8.
                 cut -= next((i for i in range(4) if data[cut - i] & 0xC0 != 0x80), 0)
@@ -269,15 +298,21 @@ def _open_one(spec: str) -> Corpus:
         return HubCorpus(spec)
     path = Path(spec)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES and p.is_file())
+        files = sorted(p for p in path.rglob("*") if _is_text_in(p, path))
         if not files:
             raise UserError(f"--data {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
-        return FileCorpus(spec, files)
+        return FileCorpus(spec, files, root=path)
     if not path.is_file():
         raise UserError(
             f"--data {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
         )
     return FileCorpus(spec, [path])
+
+
+def _is_text_in(file: Path, folder: Path) -> bool:
+    """Whether a file counts as text of the folder; hidden files and folders do not (.git, .venv)."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.suffix.lower() in _TEXT_SUFFIXES and file.is_file()
 
 
 @dataclass(frozen=True, eq=False)

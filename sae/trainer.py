@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json, writing
 from saesteer.checkpoints.provenance import git_revision, versions
 from saesteer.checkpoints.run_state import has_state, load_state, save_state
@@ -235,7 +235,7 @@ def train(
         raise UsageError("--replies needs --model: shards hold the replies they were made with")
     folder = Path(out).expanduser()
     if resume or not force:
-        claim_output(folder, resume=resume, force=force)
+        claim_output(folder, resume=resume, force=force, can_resume=True)
     compute = pick_device(device)
     if model is not None:
         lm = as_language_model(model, device=device, dtype=lm_dtype)
@@ -385,7 +385,15 @@ class _Run:
         with stop_requests() as stop:
             self.show()
             while self.step < config.steps:
-                batch = self.batches.next_batch()
+                try:
+                    batch = self.batches.next_batch()
+                except UserError as error:
+                    # Most often the corpus has ended: hours of training need not be lost with it.
+                    self.save()
+                    raise type(error)(
+                        f"{error}; the state is in {self.folder}: --resume goes on from step "
+                        f"{self.step}, with more --epochs too"
+                    ) from error
                 clock.got_batch()
                 assert batch is not None, "the stream holds exactly `steps` batches"
                 try:
@@ -476,6 +484,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "scales": [trainer.scale.factor for trainer in self.trainers],
+            "peak_lrs": [trainer.peak_lr for trainer in self.trainers],
             "last": self._last,
             "metrics_bytes": [self._metrics_file(t.variant).stat().st_size for t in self.trainers],
         }
@@ -496,6 +505,8 @@ class _Run:
         self._make_trainers([by_place[place] for place in self.source.places])
         for i, trainer in enumerate(self.trainers):
             trainer.load_state_dict(parts[str(i)])
+            if self.config.lr is None:  # left out, not changed
+                trainer.peak_lr = meta["peak_lrs"][i]
             # Lines written after the state was saved will be written again.
             with self._metrics_file(trainer.variant).open("r+b") as file:
                 file.truncate(min(meta["metrics_bytes"][i], file.seek(0, os.SEEK_END)))
@@ -510,8 +521,10 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a resumed run may not change."""
         config = plain(asdict(self.config))
-        del config["checkpoint_every"]
+        # What a person changes to get past the reason for the stop.
+        del config["checkpoint_every"], config["lr"]
         text = config.pop("text")
+        del text["epochs"]
         text["text seed"] = text.pop("seed")
         data = self.facts["data"]
         return {

@@ -27,6 +27,8 @@ class SteeredText:
     while other rows of the batch went on, does not count."""
     relative_dose: float | None = None
     """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
+    tokens_changed: int = 0
+    """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
 
 
 def generate_steered(
@@ -117,6 +119,7 @@ def generate_steered(
             baseline=None if plain is None else plain[i].text,
             tokens_touched=touched[i][0],
             relative_dose=touched[i][1],
+            tokens_changed=touched[i][2],
         )
         for i, done in enumerate(completions)
     ]
@@ -127,13 +130,14 @@ def _touched(
     batches: Sequence[Sequence[int]],
     prompts: Sequence[EncodedPrompt],
     completions: Sequence[Completion],
-) -> list[tuple[int, float | None]]:
-    """Edited positions and relative dose of each prompt, up to the end of its own text."""
-    found: list[tuple[int, float | None]] = [(0, None)] * len(prompts)
+) -> list[tuple[int, float | None, int]]:
+    """Edited positions, relative dose and changed positions of each prompt, up to its own end."""
+    found: list[tuple[int, float | None, int]] = [(0, None, 0)] * len(prompts)
     if report.passes == 0:  # switched off
         return found
     for call, indices in enumerate(batches):
         for row, i in zip(report.call_rows(call), indices, strict=True):
             kept = row.before(len(prompts[i]) + len(completions[i].token_ids))
-            found[i] = len(kept.positions), median([kept.relative_doses])
+            changed = int((kept.delta_norms > 0).sum())
+            found[i] = len(kept.positions), median([kept.relative_doses]), changed
     return found

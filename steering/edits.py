@@ -29,13 +29,13 @@ class Edit:
         directions = plan.directions.float()
         doses = torch.tensor(plan.doses(), dtype=torch.float64)
         tensors: dict[str, Tensor] = {"doses": doses.float(), "directions": directions}
+        if sae is not None or (plan.reads_latents and plan.sae.architecture == "topk"):
+            sae = _matching_sae(plan, sae, force)
         if plan.method == "add":
             tensors = {"vector": _sum(plan, doses)}
         elif plan.method == "project":
             tensors = {"basis": _basis(directions)}
         else:
-            if sae is not None or plan.sae.architecture == "topk":
-                sae = _matching_sae(plan, sae, force)
             if plan.sae.architecture == "topk":
                 assert sae is not None
                 self._sae = sae

@@ -293,20 +293,22 @@ def _resolve_scope(
     return scope
 
 
-def _task_texts(plan: Plan) -> list[str]:
+def _task_texts(plan: Plan) -> Sequence[str]:
     """The wordings of the instruction that the plan was ranked for."""
-    if plan.task is None:
-        return []
-    from saesteer.steering.tasks import load_task
+    if plan.task is None or plan.task.instructions:
+        return () if plan.task is None else plan.task.instructions
+    from saesteer.steering.tasks import builtin_tasks, load_task
 
-    try:
+    # An older plan: a built-in task of that name is the right one only when nothing else changed.
+    if plan.task.name in builtin_tasks():
         task = load_task(plan.task.name)
-    except UserError as error:
-        raise UsageError(
-            "--scope after-instruction needs the wordings of the plan's task, and "
-            f"{plan.task.name} is not built in: give instructions=..., or use another scope"
-        ) from error
-    return [task.instruction, *(variant.text for variant in task.variants)]
+        if task.hash == plan.task.hash:
+            return task.wordings
+    raise UsageError(
+        "--scope after-instruction needs the wordings of the plan's task, and this plan of "
+        f"{plan.task.name} does not hold them: make the plan again with rank, or use another "
+        "--scope"
+    )
 
 
 def _check(report: SteerReport, plan: Plan) -> None:

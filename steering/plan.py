@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
-from saesteer.sae.hooks import layer_index, resolve_site
+from saesteer.sae.hooks import sae_hook_point
 from saesteer.sae.models import LanguageModel
 from saesteer.steering.scope import parse_scope
 
@@ -79,6 +80,8 @@ class TaskIdentity:
 
     name: str
     hash: str
+    instructions: tuple[str, ...] = ()
+    """Every wording, for the scope `after-instruction`; older plans hold none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,7 +190,8 @@ class Plan:
         if self.scale == 0:
             return
         if self.method == "add" and not any(doses):
-            raise UsageError("every dose is 0, so nothing would be added: change --latents or beta")
+            change = "the values in --latents, or --scale" if any(by_hand) else "--beta"
+            raise UsageError(f"every dose is 0, so nothing would be added: change {change}")
         if self.method == "scale" and all(dose == 1 for dose in doses):
             raise UsageError(
                 "--method scale by a factor of 1 changes nothing: give factors with --latents "
@@ -332,9 +336,10 @@ def make_plan(
 
     Raises:
         UsageError: a latent that the SAE does not have, a layer or site that contradicts it.
-        UserError: an SAE for another width.
+        UserError: an SAE for another width or for a deeper model.
     """
-    where, place = sae_place(lm, sae, layer, site)
+    # Whether the weights are those that the SAE was trained on is for the caller to ask.
+    point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
     for latent in latents:
         if not 0 <= latent.id < sae.spec.d_sae:
             raise UsageError(
@@ -345,9 +350,9 @@ def make_plan(
     columns = encoder_columns(sae, ids)
     return Plan(
         model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity(sae.source, sae.sha256, sae.spec.architecture, sae.spec.k),
-        site=place,
-        layer=where,
+        sae=SAEIdentity(_lasting(sae.source), sae.sha256, sae.spec.architecture, sae.spec.k),
+        site=point.site,
+        layer=point.layer,
         latents=tuple(latents),
         directions=sae.W_dec[ids].detach().cpu().clone(),
         method=method,
@@ -361,6 +366,12 @@ def make_plan(
         b_enc=columns.get("b_enc"),
         threshold=columns.get("threshold"),
     )
+
+
+def _lasting(source: str) -> str:
+    """A local folder by its absolute path, so that the plan finds it from any folder."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if source and folder.is_dir() else source
 
 
 def plan_from_latents(
@@ -416,45 +427,6 @@ def parse_latents(text: str) -> dict[int, float | None]:
             raise UsageError(f"--latents names latent {latent} twice: name each latent once")
         values[latent] = chosen
     return values
-
-
-def sae_place(
-    lm: LanguageModel, sae: SAE, layer: int | None = None, site: str | None = None
-) -> tuple[int, str]:
-    """Layer and site that an SAE reads in a model: its own, or the ones given where it has none.
-
-    Raises UsageError when neither says, or when both say and differ; UserError when the SAE is for
-    another width or for a deeper model.
-    """
-    spec, name = sae.spec, sae.source or "the SAE"
-    if spec.d_model != lm.d_model:
-        raise UserError(
-            f"--sae {name} reads activations of width {spec.d_model} and {lm.name} has d_model "
-            f"{lm.d_model}: use an SAE trained on this model"
-        )
-    wanted = None if layer is None else layer_index(lm, layer)
-    if spec.layer is not None:
-        if spec.layer >= lm.n_layers:
-            raise UserError(
-                f"--sae {name} reads layer {spec.layer} and {lm.name} has layers "
-                f"0..{lm.n_layers - 1}: use an SAE trained on this model"
-            )
-        if wanted is not None and wanted != spec.layer:
-            raise UsageError(
-                f"--layer {layer} contradicts --sae {name}, which reads layer {spec.layer}: leave "
-                "--layer out or use an SAE of that layer"
-            )
-    elif wanted is None:
-        raise UsageError(f"--sae {name} does not say which layer it reads: give --layer")
-    if spec.site is not None and site is not None and site != spec.site:
-        raise UsageError(
-            f"--site {site} contradicts --sae {name}, which reads {spec.site}: leave --site out"
-        )
-    place = site or spec.site or "resid_post"
-    where = spec.layer if wanted is None else wanted
-    assert where is not None
-    resolve_site(lm, where, place)
-    return where, place
 
 
 def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
         "scale": plan.scale,
         "beta": plan.beta,
         "scope": plan.scope,
-        "task": None if plan.task is None else dataclasses.asdict(plan.task),
+        "task": None if plan.task is None else _task_row(plan.task),
         "metrics": plan.metrics,
     }
     # The ids tie the two files together, so that latents may be deleted from plan.yaml by hand.
@@ -72,6 +72,12 @@ def load_plan(path: str | Path) -> Plan:
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
         raise kind(f"--plan {path}: {error}") from error
+
+
+def _task_row(task: TaskIdentity) -> dict[str, Any]:
+    """What the file says of the task; wordings that are not known are left out."""
+    row = {"name": task.name, "hash": task.hash}
+    return {**row, "instructions": list(task.instructions)} if task.instructions else row
 
 
 def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
@@ -139,7 +145,6 @@ def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[i
             f"latent {absent[0]} is in {_YAML} and not in {_TENSORS}: make the plan again "
             "(latents can be deleted by hand, not added)"
         )
-    task = top["task"] and _fields("task", top["task"], {"name": str, "hash": str})
     whole = Plan(
         model=ModelIdentity(**model),
         sae=SAEIdentity(**{key: value for key, value in sae.items() if value is not None}),
@@ -147,7 +152,7 @@ def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[i
         layer=top["layer"],
         latents=tuple(PlannedLatent(id=i, value=1.0) for i in ids),
         metrics=top["metrics"] or {},
-        task=TaskIdentity(**task) if task else None,
+        task=_task_from(top["task"]) if top["task"] else None,
         directions=tensors["directions"],
         W_enc=tensors.get("W_enc"),
         b_enc=tensors.get("b_enc"),
@@ -158,6 +163,14 @@ def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[i
         kept, latents=latents, method=top["method"], unit=top["unit"], scale=top["scale"],
         beta=top["beta"], scope=top["scope"],
     )  # fmt: skip
+
+
+def _task_from(row: Any) -> TaskIdentity:
+    values = _fields("task", row, {"name": str, "hash": str}, {"instructions": list})
+    texts = values["instructions"] or []
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"task.instructions must be a list of texts, got {texts!r}")
+    return TaskIdentity(**{**values, "instructions": tuple(texts)})
 
 
 def _latent_from(row: Any, number: int) -> PlannedLatent:

@@ -220,8 +220,8 @@ def _instruction_end(prompt: EncodedPrompt, instructions: Sequence[str]) -> int:
     wanted = [text.strip() for text in instructions if text.strip()]
     if not wanted:
         raise UsageError(
-            "--scope after-instruction needs the texts of the instruction: use a plan made for a "
-            "task, or give instructions=..."
+            "--scope after-instruction needs the texts of the instruction: use a plan that rank "
+            "made, or another --scope"
         )
     places = [(prompt.text.rfind(text), len(text)) for text in wanted]
     ends = [(at + length, at) for at, length in places if at >= 0]

@@ -89,6 +89,11 @@ class Task:
         return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """The texts of every wording, whatever its use: the instruction first."""
+        return (self.instruction, *(variant.text for variant in self.variants))
+
+    @property
     def evaluate_variants(self) -> tuple[Variant, ...]:
         """Wordings kept for evaluation, English first; none of them is a selection wording."""
         chosen = [v for v in self.variants if v.use == "evaluate"]

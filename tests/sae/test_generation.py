@@ -106,3 +106,12 @@ def test_order_and_reports(shared_lm: Shared) -> None:
 def test_settings_out_of_range(options: dict[str, float], message: str, shared_lm: Shared) -> None:
     with pytest.raises(UsageError, match=message):
         generate(shared_lm(), [], **{"max_new_tokens": 1, **options})  # type: ignore[arg-type]
+
+
+def test_more_tokens_than_the_model_has_positions_is_refused(shared_lm: Shared) -> None:
+    lm = shared_lm("gpt2")
+    limit = lm.model.config.max_position_embeddings
+    prompt = encode_prompt(lm, "A short text.", chat=False)
+    room = limit - len(prompt)
+    with pytest.raises(UsageError, match=f"--max-new-tokens {room + 1} .* at most {room} fit"):
+        generate(lm, [prompt], max_new_tokens=room + 1)

@@ -393,7 +393,10 @@ def test_a_corpus_that_ends_is_an_error(shared_lm: Shared, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"the corpus ended after \d+ of 1024 --tokens.*--epochs"):
         train(tmp_path / "sae", config, model=shared_lm(), device="cpu")
     enough = replace(config, text=replace(config.text, epochs=9))
-    assert len(train(tmp_path / "two", enough, model=shared_lm(), device="cpu")) == 2
+    train(tmp_path / "two", enough, model=shared_lm(), device="cpu")
+    # What was trained before the end is kept, and more epochs lead to the same weights.
+    train(tmp_path / "sae", enough, model=shared_lm(), device="cpu", resume=True)
+    assert weights(tmp_path / "sae") == weights(tmp_path / "two")
 
 
 # --- bad input
@@ -529,7 +532,6 @@ def test_resume_with_other_settings_is_refused(
     cases: list[tuple[TrainConfig, Path, str]] = [
         (replace(CONFIG, k=(5,)), shards, r"--k \[4\], now it is \[5\]"),
         (replace(CONFIG, seed=1), shards, "--seed 0, now it is 1"),
-        (replace(CONFIG, lr=0.1), shards, "--lr None, now it is 0.1"),
         (replace(CONFIG, text=TextConfig(max_norm_ratio=9.0)), shards, "--max-norm-ratio 10.0"),
         (CONFIG, other, "was made from other text"),
     ]
@@ -537,8 +539,8 @@ def test_resume_with_other_settings_is_refused(
         with pytest.raises(UserError, match=message) as caught:
             train(out, config, activations=source, device="cpu", resume=True)
         assert "\n" not in str(caught.value)
-    # How often to save is nobody's result.
-    config = replace(CONFIG, checkpoint_every=64)
+    # How often to save is nobody's result, and a lower rate gets past a loss that blew up.
+    config = replace(CONFIG, checkpoint_every=64, lr=1e-4)
     train(out, config, activations=shards, device="cpu", resume=True)
 
 

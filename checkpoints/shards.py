@@ -472,7 +472,7 @@ class ShardReader:
         return [(folders[listed.parts[0]], self.folder / listed)]
 
     def _check_file(self, path: Path, tokens: int) -> str:
-        """Check a file's header and return the dtype of its activations, as safetensors names it."""
+        """Check a file's header; returns the dtype of its activations, in safetensors' words."""
         if not path.is_file() or path.is_symlink():
             raise UserError(
                 f"{self._what}: {path.relative_to(self.folder)} is listed but missing (or a link); "

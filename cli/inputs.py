@@ -133,9 +133,7 @@ def reserved(args: Namespace, **inputs: str | Path | Sequence[str] | None) -> It
     is_new = not folder.exists()
     resume = getattr(args, "resume", False)
     if resume or not args.force or not folder.is_dir():
-        claim_output(
-            folder, resume=resume, force=args.force, can_resume=hasattr(args, "resume")
-        )
+        claim_output(folder, resume=resume, force=args.force, can_resume=hasattr(args, "resume"))
     try:
         yield
     except BaseException:

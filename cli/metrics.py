@@ -25,9 +25,7 @@ _FIGURES = {
 }
 
 
-_SEEN = (
-    "this text was in the SAE's training: give --data held-out text for an honest figure"
-)
+_SEEN = "this text was in the SAE's training: give --data held-out text for an honest figure"
 
 
 def add_flags(parser: VerbParser) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.output import amount, print_json, print_next, print_table, write_run
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json, print_next, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, number, one_layer
@@ -17,6 +17,9 @@ EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
     "-o runs/plan"
 )
+
+FEW_CONTENTS = 10
+"""Fewer contents than these are worth a warning."""
 
 # Fields of RankConfig by the flag that sets them (that module needs torch; help must not).
 _RANK_FIELDS = {
@@ -52,7 +55,9 @@ def add_flags(parser: VerbParser) -> None:
     task.add_argument("--instruction", metavar="TEXT", help="an instruction in your own words")
     task.add_argument(
         "--contents", metavar="FILE",
-        help="what the instruction is applied to: .jsonl with `text`, or one a line",
+        help="what the instruction is applied to: .jsonl with `text` (and `split`), or one a "
+        "line; rows without `split` are dealt half to train, which alone is ranked with, 12 %% to "
+        "dev and 38 %% to test",
     )  # fmt: skip
     read = parser.add_argument_group("ranking")
     read.add_argument(
@@ -97,7 +102,7 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
-        help="with --read reply: leave out rows longer than X times the median (default: 10.0)",
+        help="leave out attention sinks: rows longer than X times the median (default: 10.0)",
     )  # fmt: skip
     read.add_argument(
         "--chat", action=argparse.BooleanOptionalAction,
@@ -154,6 +159,12 @@ def run(args: Namespace) -> int:
         )  # fmt: skip
         plan = plan_from_ranking(lm, sae, ranking, **top)
         document = _document(lm, sae, ranking, plan, args)
+        used, given_ = document["contents_used"]
+        if used < FEW_CONTENTS:
+            report.warn(
+                f"ranked with {used} of {given_} contents, which is few: {FEW_CONTENTS} or more "
+                "are better (of --contents without `split`, half are kept for dev and test)"
+            )
         if args.out is not None:
             folder = take_folder(args)
             document["plan"] = save_plan(plan, folder)
@@ -231,6 +242,11 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
         "positives": ranking.positives,
         "negatives": ranking.negatives,
         "replies_used": ranking.replies_used,
+        "contents_used": [
+            min(config.contents, len(ranking.task.contents["train"])),
+            sum(len(texts) for texts in ranking.task.contents.values()),
+        ],
+        "excluded": ranking.excluded,
         "latents": [
             {"rank": place, **ranking.explain(i), "lens": lens[i]}
             for place, i in enumerate(plan.ids, 1)
@@ -289,6 +305,11 @@ def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
         ]
         print()
         print_table([*keys, "lens"], rows, left="lens")
+    used, given = document["contents_used"]
+    print(
+        f"ranked with {used} of {given} contents (of the train split); "
+        f"{amount(document['excluded']['sinks'])} attention sinks left out"
+    )
     if args.out is not None:
         print(f"plan written to {document['plan']}")
         print_next(

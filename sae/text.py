@@ -310,7 +310,7 @@ def _open_one(spec: str) -> Corpus:
 
 
 def _is_text_in(file: Path, folder: Path) -> bool:
-    """Whether a file counts as text of the folder; hidden files and folders do not (.git, .venv)."""
+    """Whether a file is text of the folder; what is hidden (.git, .venv) is not."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return not hidden and file.suffix.lower() in _TEXT_SUFFIXES and file.is_file()
 

@@ -108,6 +108,8 @@ class Ranking:
     by_variant: Float[Tensor, "variants d_sae"]
     replies_used: tuple[int, int] | None = None
     """Instructed replies that passed the check, and all of them."""
+    excluded: dict[str, int] = field(default_factory=lambda: {"sinks": 0})
+    """Positions that would have been read and were left out, by reason."""
 
     def top(self, k: int) -> list[int]:
         """The best k latents: by score, ties by mu, then by number.
@@ -167,8 +169,11 @@ def rank(
 
     With `read="span"` a positive sample is read at the tokens of the instruction and a negative one
     at its last token. With `read="reply"` the model answers both kinds of text; samples are then
-    the last prompt token and every reply token, attention sinks left out, and only instructed
-    replies that pass the task's check count.
+    the last prompt token and every reply token, and only instructed replies that pass the task's
+    check count.
+
+    Attention sinks are left out everywhere. A text that is read at sinks alone is no sample, and
+    neither is the other one of its pair: a content that is in no pair any more counts nowhere.
 
     Args:
         model: a name, folder or `.gguf` file, or a loaded `LanguageModel`.
@@ -179,7 +184,9 @@ def rank(
         force: let an SAE of other weights pass.
 
     Raises:
-        UserError: SAE and model do not fit, the task has no train contents, no reply passes.
+        UserError: SAE and model do not fit, the task has no train contents, no reply passes, only
+            attention sinks would be read.
+        UsageError: a layer or site that contradicts the SAE.
         NonFiniteError: the model's activations are NaN or infinite.
     """
     lm = as_language_model(model, device=device, dtype=dtype)
@@ -268,6 +275,7 @@ class _Reader:
         self.point = point
         self.config = config
         self.progress = progress
+        self.sinks = 0
         self.chat = lm.has_chat_template if config.chat is None else config.chat
 
     def instructed(self, content: str, wording: str) -> str:
@@ -306,6 +314,13 @@ class _Reader:
                 yield i, values[place, :length], near[place, :length]
             count(len(chunk))
 
+    def without_sinks(
+        self, z: Float[Tensor, "tokens d_model"], near: Bool[Tensor, " tokens"]
+    ) -> Float[Tensor, "kept d_model"]:
+        """The rows that are no attention sinks; the others are counted."""
+        self.sinks += int((~near).sum())
+        return z[near]
+
     def latents(self, z: Float[Tensor, "samples d_model"]) -> Float[Tensor, "samples d_sae"]:
         with torch.inference_mode():
             return self.sae.encode(z)
@@ -317,23 +332,33 @@ def _rank_prompts(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
     variants = task.select_variants
     samples = len(contents) * (1 + len(variants))
     count = _counter(reader.progress, "rank: read prompts", samples, "samples")
-    plain = _read_samples(reader, contents, None, count)
+    plain, plain_kept = _read_samples(reader, contents, None, count)
     plain_on = plain > 0
     positive, negative = _Moments(d_sae), _Moments(d_sae)
-    negative.add(plain)
+    paired = torch.zeros(len(contents), dtype=torch.bool)
+    pairs = torch.zeros(len(variants), 1, dtype=torch.float64)
     # Whole numbers, divided once at the end: latents that tie have the very same score.
     on_off = torch.zeros(len(variants), d_sae, dtype=torch.float64)
     for number, variant in enumerate(variants):
         texts = [reader.instructed(content, variant.text) for content in contents]
-        acts = _read_samples(reader, texts, variant.text, count)
-        positive.add(acts)
-        on_off[number] = ((acts > 0) & ~plain_on).sum(dim=0)
+        acts, kept = _read_samples(reader, texts, variant.text, count)
+        kept = kept & plain_kept
+        paired |= kept
+        pairs[number] = kept.sum()
+        positive.add(acts[kept])
+        on_off[number] = ((acts > 0) & ~plain_on)[kept].sum(dim=0)
+    negative.add(plain[paired])
+    if not positive.count:
+        raise UserError(
+            f"--read {config.read} would read attention sinks alone: raise --max-norm-ratio "
+            f"({config.max_norm_ratio:g}) or choose another --read"
+        )
     score = {
         "saif": on_off.sum(dim=0) / positive.count,
         "rate": _rate_difference(positive, negative),
         "meandiff": positive.mean - negative.mean,
     }[config.resolved_by]
-    return _ranking(reader, task, score, positive, negative, on_off / len(contents))
+    return _ranking(reader, task, score, positive, negative, on_off / pairs.clamp_min(1))
 
 
 def _rate_difference(positive: _Moments, negative: _Moments) -> Float[Tensor, " d_sae"]:
@@ -344,16 +369,24 @@ def _rate_difference(positive: _Moments, negative: _Moments) -> Float[Tensor, " 
 
 def _read_samples(
     reader: _Reader, texts: list[str], instruction: str | None, count: Callable[[int], None]
-) -> Float[Tensor, "samples d_sae"]:
-    """Latents of each text at the read position, in order, on the CPU."""
+) -> tuple[Float[Tensor, "samples d_sae"], Bool[Tensor, " samples"]]:
+    """Latents of each text at the read position, in order, on the CPU, and which texts count.
+
+    Attention sinks are left out of what is pooled; a text with nothing left does not count.
+    """
     config = reader.config
     prompts = [reader.encode(text) for text in texts]
     pooled = torch.zeros(len(texts), reader.sae.spec.d_sae, dtype=reader.sae.W_enc.dtype)
-    for i, z, _ in reader.residuals([prompt.token_ids for prompt in prompts], count):
+    kept = torch.zeros(len(texts), dtype=torch.bool)
+    for i, z, near in reader.residuals([prompt.token_ids for prompt in prompts], count):
         start, end = _span(prompts[i], instruction, config)
-        acts = reader.latents(z[start:end])
+        rows = reader.without_sinks(z[start:end], near[start:end])
+        if not len(rows):
+            continue
+        acts = reader.latents(rows)
         pooled[i] = (acts.amax(dim=0) if config.pool == "max" else acts.mean(dim=0)).cpu()
-    return pooled
+        kept[i] = True
+    return pooled, kept
 
 
 def _span(prompt: EncodedPrompt, instruction: str | None, config: RankConfig) -> tuple[int, int]:
@@ -405,7 +438,7 @@ def _rank_replies(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
         count = _counter(reader.progress, stage, len(rows), "replies")
         for i, z, near in reader.residuals(rows, count):
             start = len(pairs[i][0]) - 1
-            moments.add(reader.latents(z[start:][near[start:]]))
+            moments.add(reader.latents(reader.without_sinks(z[start:], near[start:])))
     score = {
         "rate": _rate_difference(positive, negative),
         "meandiff": positive.mean - negative.mean,
@@ -457,6 +490,7 @@ def _ranking(
         positives=positive.count,
         negatives=negative.count,
         by_variant=by_variant,
+        excluded={"sinks": reader.sinks},
     )
 
 
@@ -510,7 +544,7 @@ def plan_from_ranking(
         scale=scale,
         beta=beta,
         scope=scope,
-        task=TaskIdentity(ranking.task.name, ranking.task.hash),
+        task=TaskIdentity(ranking.task.name, ranking.task.hash, ranking.task.wordings),
         metrics={
             "by": ranking.config.resolved_by,
             "read": ranking.config.read,

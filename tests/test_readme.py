@@ -1,17 +1,19 @@
-"""The command lines in README.md do what they say, on a tiny model and in small sizes."""
+"""The command lines in README.md and in the help run, on a tiny model and in small sizes."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from saesteer.cli.__main__ import main
+from saesteer.cli.__main__ import VERBS, _help, main
 
 README = Path(__file__).parent.parent / "README.md"
 
-# What makes a README line small enough for a tiny random model; the verb's other flags stay.
+# What makes a line small enough for a tiny random model; the verb's other flags stay.
 SMALLER = {
     "--tokens": "3000",
     "--d-sae": "64",
@@ -34,6 +36,27 @@ def readme_lines() -> list[list[str]]:
     text = "\n".join(blocks).replace("\\\n", " ")
     lines = [line.removeprefix("$ ").strip() for line in text.splitlines()]
     return [shlex.split(line)[1:] for line in lines if line.startswith("saesteer ")]
+
+
+def help_lines() -> list[list[str]]:
+    """The example of every verb's help, and then those of `saesteer --help`."""
+    lines = [import_module(f"saesteer.cli.{verb}").EXAMPLE for verb in VERBS]
+    lines += [line.strip() for line in _help().split("examples:")[1].splitlines() if line.strip()]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def run_all(lines: list[list[str]], model: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """Run the lines in order, small; returns how many ran."""
+    ran = 0
+    for words in lines:
+        if words[0] == "demo":  # needs a model that follows instructions: the slow suite runs it
+            continue
+        status = main(small(words, model))
+        out, err = capsys.readouterr()
+        assert status == 0, f"saesteer {shlex.join(words)} gave {status}: {err[-400:]}"
+        assert out.strip(), f"saesteer {shlex.join(words)} printed nothing"
+        ran += 1
+    return ran
 
 
 def small(words: list[str], model: Path) -> list[str]:
@@ -60,8 +83,6 @@ def few_replies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_readme_shows_every_verb() -> None:
-    from saesteer.cli.__main__ import VERBS
-
     assert {words[0] for words in readme_lines()} == set(VERBS)
 
 
@@ -72,15 +93,40 @@ def test_readme_lines_run_in_order(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = tiny_model_dir("llama")
     monkeypatch.chdir(tmp_path)
-    ran = []
-    for words in readme_lines():
-        if words[0] == "demo":  # needs a model that follows instructions: the slow suite runs it
+    assert run_all(readme_lines(), tiny_model_dir("llama"), capsys) >= 6
+
+
+@pytest.mark.usefixtures("few_replies")
+def test_help_examples_run_in_order(
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus.jsonl", "held-out.jsonl"):
+        rows = [{"text": f"{name}: the heron stood still on day {i}. " * 20} for i in range(40)]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verbs, more = help_lines()[: len(VERBS)], help_lines()[len(VERBS) :]
+    model = tiny_model_dir("llama")
+    assert run_all(verbs, model, capsys) == len(VERBS) - 1
+    again = tmp_path / "again"  # a folder name may come up in both
+    again.mkdir()
+    monkeypatch.chdir(again)
+    assert run_all(more, model, capsys) >= 1
+
+
+def test_help_examples_ask_for_no_more_than_the_built_in_corpus_has() -> None:
+    from pydoc_data.topics import topics
+
+    # SmolLM2 makes a token of 4.1 characters of this text; a little more leaves some room.
+    corpus = sum(map(len, topics.values())) / 4.5
+    checked = []
+    for words in help_lines():
+        if words[0] not in ("harvest", "train") or "--data" in words:
             continue
-        status = main(small(words, model))
-        out, err = capsys.readouterr()
-        assert status == 0, f"saesteer {shlex.join(words)} gave {status}: {err[-400:]}"
-        assert out.strip(), f"saesteer {shlex.join(words)} printed nothing"
-        ran.append(words[0])
-    assert len(ran) >= 6
+        flags = dict(zip(words, words[1:], strict=False))
+        assert int(flags["--tokens"]) <= corpus * int(flags.get("--epochs", 1)), words
+        checked.append(words[0])
+    assert set(checked) == {"harvest", "train"}

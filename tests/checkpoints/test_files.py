@@ -243,7 +243,13 @@ class TestClaimOutput:
         with pytest.raises(UsageError) as error:
             files.claim_output(tmp_path)
         text = one_line(error)
-        assert f"--out {tmp_path} exists" in text and "--resume" in text and "--force" in text
+        assert f"--out {tmp_path} exists" in text and "--force" in text
+        assert "--resume" not in text
+
+    def test_resume_is_advised_where_there_is_one(self, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_text("{}")
+        with pytest.raises(UsageError, match="--resume to continue it, --force to replace it"):
+            files.claim_output(tmp_path, can_resume=True)
 
     def test_the_flag_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")

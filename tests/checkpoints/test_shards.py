@@ -381,7 +381,7 @@ class TestReader:
             }
             files.write_json(tmp_path / "manifest.json", manifest)
             reader = ShardReader(tmp_path)
-            assert reader.shard(0)[0].dtype == dtype and reader.complete
+            assert reader.shard(0)[0].dtype == reader.dtype == dtype and reader.complete
             reader.verify()
 
     def test_no_manifest(self, tmp_path: Path) -> None:
@@ -428,8 +428,68 @@ class TestReader:
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        with pytest.raises(UserError, match="layer-5/shard-00001.safetensors.*SHA-256 differs"):
+        says = "layer-5/shard-00001.safetensors.*SHA-256 differs"
+        with pytest.raises(UserError, match=says):
             reader.verify()
+        with pytest.raises(UserError, match=says):
+            ShardReader(tmp_path).shard(1, 5, "resid_post")
+        ShardReader(tmp_path).shard(0, 5, "resid_post")  # the other files are as listed
+        for no_hash in (
+            lambda manifest: [entry.update(sha256="") for entry in manifest["shards"]],
+            lambda manifest: [entry.pop("sha256") for entry in manifest["shards"]],
+        ):
+            edit_manifest(tmp_path, no_hash)
+            unlisted = ShardReader(tmp_path)
+            unlisted.shard(1, 5, "resid_post")
+            unlisted.verify()
+
+    def test_a_shard_is_hashed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        reader = small_shards(tmp_path)
+        hashed: list[Path] = []
+        original = files.sha256_file
+
+        def spy(path: Path) -> str:
+            hashed.append(path)
+            return original(path)
+
+        monkeypatch.setattr(files, "sha256_file", spy)
+        for _ in range(3):
+            reader.rows(torch.arange(15), 2, "attn_out")
+        assert [path.name for path in hashed] == [f"shard-0000{i}.safetensors" for i in (0, 1)]
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_float8_is_read_as_bfloat16(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        (tmp_path / "layer-7").mkdir()
+        values = torch.tensor([[0.0, -1.5], [448.0, 2.0**-9], [0.875, -0.0625]])
+        tensors = {"activations": values.to(dtype), "token_ids": torch.arange(3).int()}
+        save_file(tensors, tmp_path / "layer-7" / "part.safetensors")
+        manifest = {
+            "schema_version": 1,
+            "model": "m",
+            "layers": [7],
+            "sites": ["resid_post"],
+            "d_model": 2,
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": 3,
+            "shards": [{"file": "part.safetensors", "tokens": 3}],
+        }
+        files.write_json(tmp_path / "manifest.json", manifest)
+        reader = ShardReader(tmp_path)
+        rows = reader.shard(0)[0]
+        assert reader.dtype == rows.dtype == torch.bfloat16
+        # Exactly: bfloat16 has more exponent and more mantissa than either.
+        assert torch.equal(rows.float(), values.to(dtype).float())
+        assert torch.equal(reader.rows(torch.tensor([2, 0])), rows[[2, 0]])
+
+    def test_files_of_several_dtypes(self, tmp_path: Path) -> None:
+        small_shards(tmp_path)
+        path = tmp_path / "layer-2" / "shard-00000.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, "activations": tensors["activations"].half()}, path)
+        edit_manifest(tmp_path, lambda m: [entry.pop("sha256") for entry in m["shards"]])
+        reader = ShardReader(tmp_path)
+        assert reader.dtype == torch.float32
+        check_all(reader, 15)
 
     @pytest.mark.parametrize(
         "tensors",

@@ -1,6 +1,7 @@
 """`saesteer doctor` on a tiny model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_failed_check_is_a_failure(
     assert outcome.err == (
         "error: 1 of 1 checks failed, first: A null edit changes no logit: logits moved\n"
     )
+
+
+def test_an_sae_of_other_weights(cli: Cli, sae: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    words = ("doctor", "--sae", sae, "--model", tiny_model_dir("llama", seed=1), *SMALL)
+    line = cli(*words).error(1)
+    assert "was trained on" in line and "--force" in line
+    found = cli(*words, "--force", "--json")
+    checks = {check["name"]: check for check in json.loads(found.out)["checks"]}
+    # It was tried; whether it explains another model's activations is not the point here.
+    assert checks["The SAE reconstructs this site"]["detail"].startswith("FVU ")
 
 
 def test_wrong_usage(cli: Cli, model: Path) -> None:

@@ -27,7 +27,7 @@ def other_sae(folder: Path, d_model: int = 32, layer: int = 1) -> Path:
 def test_table(cli: Cli, model: Path, sae: Path) -> None:
     outcome = cli("metrics", "--sae", sae, "--model", model, *SMALL)
     assert outcome.status == 0, outcome.err
-    header, *rows, place = outcome.out.splitlines()
+    header, *rows, place, seen = outcome.out.splitlines()
     assert header.split()[:2] == ["figure", "value"]
     assert [row.split()[0] for row in rows] == [
         "fvu", "l0", "dead_fraction", "ce_recovered", "ce_plain", "ce_spliced", "ce_ablated", "kl"
@@ -36,6 +36,17 @@ def test_table(cli: Cli, model: Path, sae: Path) -> None:
     assert len({line.index("fraction of variance") for line in rows if "fraction of" in line}) == 1
     assert "[" in rows[0]
     assert place.startswith("layer 1 (resid_post)")
+    # The SAE was trained on python-docs, which is also what metrics reads by default.
+    assert seen.startswith("this text was in the SAE's training: give --data")
+    assert outcome.err == f"warning: {seen}\n"
+
+
+def test_held_out_text_is_no_warning(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> None:
+    text = tmp_path / "held-out.txt"
+    text.write_text("\n\n".join(f"The heron stood still on day {i}." for i in range(100)))
+    outcome = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--data", text)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "training" not in outcome.out
 
 
 def test_json_and_file_agree(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> None:
@@ -47,8 +58,8 @@ def test_json_and_file_agree(cli: Cli, model: Path, sae: Path, tmp_path: Path) -
     assert found["fvu"]["low"] <= found["fvu"]["value"] <= found["fvu"]["high"]
     assert found["l0"]["value"] <= 4
     assert json.loads((out / "run.json").read_text())["verb"] == "metrics"
-    again = cli("metrics", "--sae", sae, "--model", model, *SMALL, "-o", out)
-    assert "is not empty" in again.error(2)
+    line = cli("metrics", "--sae", sae, "--model", model, *SMALL, "-o", out).error(2)
+    assert "is not empty: add --force to replace it" in line
     again = cli("metrics", "--sae", sae, "--model", model, *SMALL, "-o", out, "--force")
     assert again.status == 0, again.err
 
@@ -59,7 +70,7 @@ def test_the_sae_names_its_model(cli: Cli, sae: Path) -> None:
 
 def test_wrong_usage(cli: Cli, model: Path, sae: Path) -> None:
     assert "--sae is missing" in cli("metrics", "--model", model, "-q").error(2)
-    line = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--layer", 2).error(1)
+    line = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--layer", 2).error(2)
     assert "--layer 2 conflicts with --sae" in line
     line = cli("metrics", "--sae", sae, "--model", model, *SMALL, "-o", sae, "--force").error(2)
     assert "holds what --sae reads" in line

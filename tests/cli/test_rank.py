@@ -16,13 +16,15 @@ SMALL = ("--by", "rate", "--read", "span", "--dtype", "float32", "-q")
 def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
     outcome = cli("rank", "--model", model, "--sae", sae, "--task", task, *SMALL, "--top", 3)
     assert outcome.status == 0, outcome.err
-    what, header, *rows = outcome.out.splitlines()
+    what, header, *rows, used = outcome.out.splitlines()
     assert what.startswith("late at layer 1 (resid_post), by rate, read span, ")
     assert header.split() == ["rank", "latent", "score", "on+", "on-", "mu", "sigma", "lens"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3"]
     scores = [float(row.split()[2]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     assert "'" in rows[0]  # lens tokens, their blanks visible
+    assert used == "ranked with 4 of 6 contents (of the train split); 0 attention sinks left out"
+    assert outcome.err.startswith("warning: ranked with 4 of 6 contents, which is few")
 
 
 def test_plan_files_and_json(cli: Cli, model: Path, sae: Path, task: Path, tmp_path: Path) -> None:
@@ -59,12 +61,43 @@ def test_an_instruction_in_own_words(cli: Cli, model: Path, sae: Path, tmp_path:
                 *SMALL, "--rank-contents", 2, "--json").json()  # fmt: skip
     assert found["task"]["name"] == "custom"
     assert found["positives"] == 2
+    assert found["contents_used"] == [2, 7]
+    assert found["excluded"] == {"sinks": 0}
+
+
+def test_a_list_without_splits_is_said_to_be_half_used(cli: Cli, sae: Path, tmp_path: Path) -> None:
+    contents = tmp_path / "contents.txt"
+    words = ("rank", "--sae", sae, "--instruction", "Answer in French.", "--contents", contents)
+    for lines, used, few in ((19, 10, False), (18, 9, True)):
+        contents.write_text("\n".join(f"The {i} trains were late." for i in range(lines)))
+        outcome = cli(*words, *SMALL)
+        assert f"\nranked with {used} of {lines} contents (of the train split); " in outcome.out
+        warning = f"warning: ranked with {used} of {lines} contents, which is few"
+        assert (warning in outcome.err) == few
+        assert len(outcome.err.splitlines()) == few
+
+
+def test_a_task_of_ones_own_is_steered_after_its_instruction(
+    cli: Cli, sae: Path, task: Path, tmp_path: Path
+) -> None:
+    contents = tmp_path / "contents.txt"
+    contents.write_text("\n".join(f"The {i} trains were late." for i in range(8)))
+    own = ("--instruction", "Say it in French.", "--contents", contents)
+    for name, what, wording in (
+        ("own", own, "Say it in French."), ("file", ("--task", task), "Reply in French.")
+    ):  # fmt: skip
+        out = tmp_path / name
+        assert cli("rank", "--sae", sae, *what, *SMALL, "-o", out).status == 0
+        assert wording in yaml.safe_load((out / "plan.yaml").read_text())["task"]["instructions"]
+        steered = cli("steer", "--plan", out, "-p", f"A bus.\n{wording}", "--scope",
+                      "after-instruction", "--max-new-tokens", 3, "-q", "--json")  # fmt: skip
+        assert steered.json()["tokens_touched"] > 3  # the end of the turn too
 
 
 def test_explain(cli: Cli, sae: Path, task: Path) -> None:
     words = ("rank", "--sae", sae, "--task", task, *SMALL, "--top", 1)
     text = cli(*words, "--explain", "3,0").out
-    header, *rows = text.split("\n\n")[1].splitlines()
+    header, *rows, _ = text.split("\n\n")[1].splitlines()
     assert header.split() == [
         "id", "score", "rate_positive", "rate_negative", "mean_difference", "mu", "sigma", "max",
         "variant_min", "variant_std", "lens",
@@ -108,5 +141,5 @@ def test_refused_before_the_model_is_loaded(
 def test_sae_is_needed_and_has_to_fit(cli: Cli, model: Path, task: Path, sae: Path) -> None:
     assert "--sae is missing" in cli("rank", "--task", task, "-q").error(2)
     line = cli("rank", "--sae", sae, "--model", model, "--task", task, *SMALL,
-               "--layer", 3).error(1)  # fmt: skip
+               "--layer", 3).error(2)  # fmt: skip
     assert "--layer 3 conflicts with --sae" in line

@@ -2,12 +2,13 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Cli
+from .conftest import Cli, run_once
 
 SMALL = ("--max-new-tokens", 5, "--dtype", "float32", "-q")
 
@@ -66,6 +67,47 @@ def test_latents_by_number(cli: Cli, model: Path, sae: Path) -> None:
     assert gone["tokens_touched"] > 0
 
 
+def test_a_plan_reads_its_sae_from_any_folder(
+    cli: Cli, sae: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan was made with a relative --sae; what it names is found until it is moved."""
+    (tmp_path / "here").mkdir()
+    shutil.copytree(sae, tmp_path / "here" / "sae")
+    monkeypatch.chdir(tmp_path / "here")
+    ranked = cli("rank", "--sae", "sae", "--task", task, "--dtype", "float32", "-q", "-o", "plan",
+                 "--by", "rate", "--read", "span", "--top", 3)  # fmt: skip
+    assert ranked.status == 0, ranked.err
+    monkeypatch.chdir(tmp_path)
+    words = ("steer", "--plan", "here/plan", "-p", "Hello", "--method", "min", "--json", *SMALL)
+    (found,) = rows_of(cli(*words).out)
+    assert found["tokens_touched"] > 0
+    (tmp_path / "here" / "sae").rename(tmp_path / "moved")
+    assert "could not be opened" in (line := cli(*words).error(1)) and line.endswith("give --sae")
+    assert rows_of(cli(*words, "--sae", "moved").out) == [found]
+
+
+def test_another_sae_beside_a_plan_is_refused(
+    cli: Cli, acts: Path, plan: Path, tmp_path: Path
+) -> None:
+    run_once("train", "--activations", acts, "--layer", 1, "--d-sae", 64, "--k", 4, "--seed", 7,
+             "--tokens", 640, "--batch-tokens", 128, "-o", tmp_path / "other")  # fmt: skip
+    words = ("steer", "--plan", plan, "--sae", tmp_path / "other", "-p", "Hello", *SMALL)
+    for method in ("add", "set", "project"):
+        how = ("--method", method)
+        assert "is not the one the plan was made from" in cli(*words, *how).error(1)
+        assert cli(*words, *how, "--force").status == 0
+
+
+def test_an_edit_that_changes_nothing_is_a_warning(cli: Cli, model: Path, sae: Path) -> None:
+    """At most 1e9 is what every latent is anyway."""
+    words = ("steer", "--model", model, "--sae", sae, "-p", "Hello", *SMALL)
+    idle = cli(*words, "--latents", "3:1e9,9:1e9", "--method", "max")
+    assert idle.status == 0 and "relative dose 0" in idle.out
+    (line,) = idle.err.splitlines()
+    assert line.startswith("warning: --method max changed none of the ")
+    assert cli(*words, "--latents", "3:1", "--method", "set").err == ""
+
+
 def test_prompts_from_stdin(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("One.\nTwo.\n"))
     rows = rows_of(cli("steer", "--plan", plan, "--prompts", "-", "--json", *SMALL).out)
@@ -103,7 +145,7 @@ def test_chat_and_sampling(cli: Cli, plan: Path) -> None:
         (["-p", "x", "--latents", "3:1"], "--sae and --latents belong together"),
         (["-p", "x", "--plan", "a", "--scale", "0"], "--scale 0 would steer nothing"),
         (["-p", "x", "--sae", "b", "--latents", "3:1", "--beta", "1"], "--beta needs a plan's mu"),
-        (["-p", "x", "--plan", "a", "--site", "mlp_out"], "--site is for --sae"),
+        (["-p", "x", "--plan", "a", "--site", "mlp_out"], "--site is for --latents"),
         (["--plan", "a"], "no prompt: give -p TEXT, or --prompts FILE"),
     ],
 )
@@ -124,7 +166,9 @@ def test_settings_that_mean_nothing(cli: Cli, model: Path, plan: Path, sae: Path
     assert "--latents must be ID:VALUE" in cli(*by_hand, "--latents", "x:1").error(2)
     assert "--latents 3 has no value" in cli(*by_hand, "--latents", "3").error(2)
     assert "latent 64 is out of range" in cli(*by_hand, "--latents", "64:1").error(2)
-    line = cli(*by_hand, "--latents", "3:1", "--layer", 2).error(1)
+    line = cli(*by_hand, "--latents", "3:0").error(2)
+    assert "every dose is 0" in line and "change the values in --latents, or --scale" in line
+    line = cli(*by_hand, "--latents", "3:1", "--layer", 2).error(2)
     assert "--layer 2 conflicts with --sae" in line
 
 

@@ -291,6 +291,9 @@ def test_an_sae_that_does_not_fit(shared_lm: Shared) -> None:
     for sae, asked, message in cases:
         with pytest.raises(UserError, match=message) as caught:
             sae_hook_point(sae, lm, **asked)
+        # What the flags say is wrong usage; an SAE of something else is not.
+        flags = "layer" in asked or "site" in asked or "names no layer" in message
+        assert isinstance(caught.value, UsageError) == flags
         assert "\n" not in str(caught.value)
     assert sae_hook_point(sae_for(lm, hash="0" * 16), lm, force=True).layer == 1
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
+from saesteer.checkpoints.files import sha256_file
 from saesteer.checkpoints.shards import ShardReader, ShardWriter
 from saesteer.sae.config import HarvestConfig, TextConfig
 from saesteer.sae.harvester import harvest, open_activations
@@ -132,6 +133,16 @@ def test_nan_in_shards_is_an_error_not_a_sink(shards: Callable[..., ShardReader]
     tensors = load_file(path)
     tensors["activations"][3, 2] = torch.nan
     save_file(tensors, path)
+    # As another tool might have written them: whole, listed, and not finite.
+    manifest = json.loads((reader.folder / "manifest.json").read_text())
+    for entry in manifest["shards"]:
+        entry["sha256"] = sha256_file(reader.folder / entry["file"])
+    (reader.folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = reader.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for entry in content["shards"]:
+        entry["sha256"] = ""  # the file is not the one that was harvested
+    manifest.write_text(json.dumps(content))
     with pytest.raises(NonFiniteError, match="--activations .* in shard 1 of layer 6 resid_post"):
         draw(ShardSource(ShardReader(reader.folder), PLACES, 10.0, seed=4), 40)
 

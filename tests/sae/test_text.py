@@ -126,6 +126,42 @@ def test_a_folder_is_all_its_text_files(tmp_path: Path) -> None:
     assert sorted(map(str, texts)) == sorted(f"text of {name}" for name in names)
 
 
+def test_a_folder_of_a_project(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "corpus"  # a hidden folder above is none of the corpus
+    for name in (".git/a.txt", "inner/.venv/b.md", ".c.txt", "inner/D.TXT", "inner/e.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"text of {name}")
+    (folder / "F.JSONL").write_text('{"text": "text of F.JSONL"}\n')
+    names = ["F.JSONL", "inner/D.TXT", "inner/e.txt"]
+    assert sorted(map(str, all_texts(str(folder)))) == [f"text of {name}" for name in names]
+    identity = open_corpus([str(folder)]).identity()
+    assert identity["files"] == names and len(identity["sha256"]) == 3
+    (folder / "inner" / "e.txt").rename(folder / "inner" / "g.txt")
+    assert open_corpus([str(folder)]).identity() != identity
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('{"text": "one"}\n\n{"text": "two"}\n', ["one", "two"]),
+        ('[\n  {"text": "one"}\n]\n', None),
+        ('[{"text": "one"}]', None),
+        ('{\n  "text": "one"\n}', None),
+        ("not JSON at all", None),
+    ],
+)
+def test_a_json_file(tmp_path: Path, content: str, texts: list[str] | None) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    if texts is not None:
+        assert sorted(map(str, all_texts(str(path)))) == texts
+        return
+    with pytest.raises(UserError) as error:
+        open_corpus([str(path)])
+    assert f"--data {path} is a JSON file, not JSON lines" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_the_python_reference_is_always_there() -> None:
     from pydoc_data.topics import topics
 
@@ -290,16 +326,16 @@ def test_chats_go_through_the_template_or_are_joined(shared_lm: Shared) -> None:
 
 def test_every_epoch_has_an_order_of_its_own(shared_lm: Shared) -> None:
     lm = shared_lm()
-    once = everything(ContextStream(DOCUMENTS, lm, 16, seed=3, epochs=1), 8)
-    twice = everything(ContextStream(DOCUMENTS, lm, 16, seed=3, epochs=2), 8)
-    later = everything(ContextStream(DOCUMENTS, lm, 16, seed=4, epochs=1), 8)
+    once = everything(ContextStream(DOCUMENTS, lm, 16, seed=4, epochs=1), 8)
+    twice = everything(ContextStream(DOCUMENTS, lm, 16, seed=4, epochs=2), 8)
+    later = everything(ContextStream(DOCUMENTS, lm, 16, seed=5, epochs=1), 8)
     size = len(once.token_ids)
     assert 2 * size <= len(twice.token_ids) <= 2 * size + 1
     assert torch.equal(twice.token_ids[:size], once.token_ids)
     # The second epoch follows without a gap, in the order of the next seed.
     stream = twice.token_ids.flatten().tolist()
-    start = later.token_ids.flatten().tolist()[:48]
-    assert any(stream[at : at + 48] == start for at in range(16 * size, 16 * size + 16))
+    start = later.token_ids.flatten().tolist()[:96]
+    assert any(stream[at : at + 96] == start for at in range(16 * size, 16 * size + 16))
     # The same number in another epoch is another document.
     assert twice.document_ids[:size].max() < twice.document_ids[size + 1 :].min()
 

@@ -152,7 +152,7 @@ def test_decoder_rows_are_of_unit_length_after_every_step() -> None:
         norms = trainer.parameters.W_dec.norm(dim=1)
         # One rounding of each element in float32.
         torch.testing.assert_close(norms, torch.ones(48), rtol=0, atol=1e-6)
-    assert float((trainer.parameters.W_dec - start).norm()) > 1
+    assert float((trainer.parameters.W_dec.detach() - start).norm()) > 1
     assert trainer.parameters.W_enc_rows.norm(dim=1).max() > 1.1, "the encoder is free"
 
 
@@ -542,6 +542,23 @@ def test_resume_with_other_settings_is_refused(
     # How often to save is nobody's result, and a lower rate gets past a loss that blew up.
     config = replace(CONFIG, checkpoint_every=64, lr=1e-4)
     train(out, config, activations=shards, device="cpu", resume=True)
+
+
+def test_resume_with_another_learning_rate(
+    shards: Path, stop_at: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A rate that was too high stops runs, so it may change; leaving it out keeps it."""
+    config = replace(CONFIG, layers=(1,), lr=0.03)
+    for name, lr in (("kept", None), ("same", 0.03), ("new", 0.001)):
+        out = tmp_path / name
+        with pytest.raises(Interrupted):
+            train(out, config, activations=shards, device="cpu", progress=stop_at("train", 512))
+        later = replace(config, lr=lr)
+        (run,) = train(out, later, activations=shards, device="cpu", resume=True)
+        assert run["sae"]["peak_lr"] == (lr or 0.03)
+    assert weights(tmp_path / "kept") == weights(tmp_path / "same") != weights(tmp_path / "new")
+    rates = [row["lr"] for row in metrics_of(tmp_path / "new")]
+    assert rates[5] == 0.03 and rates[12] == 0.001
 
 
 def test_training_from_shards_loads_no_transformers(shards: Path, tmp_path: Path) -> None:

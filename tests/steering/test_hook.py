@@ -996,7 +996,15 @@ def test_after_instruction_takes_the_wordings_of_the_plans_task(lm: LanguageMode
     for row, prompt in zip(report.rows, prompts, strict=True):
         tail = list(range(prompt.user_span[1], len(prompt)))
         assert row.positions[: len(tail)].tolist() == tail
-    unknown = dataclasses.replace(plan, task=TaskIdentity("mine", "0"))
-    with pytest.raises(UsageError, match="wordings of the plan's task, and mine is not built in"):
-        with steer(lm, unknown, scope="after-instruction", prompts=prompts):
-            pass
+    for unknown in (TaskIdentity("mine", "0"), TaskIdentity("french", "0")):
+        old = dataclasses.replace(plan, task=unknown)
+        with pytest.raises(UsageError, match=f"this plan of {unknown.name} does not hold them"):
+            with steer(lm, old, scope="after-instruction", prompts=prompts):
+                pass
+    # The plan's own wordings come first, whatever the name says.
+    prompts = [encode_prompt(lm, "Names are bound. Go on as I said, please.", chat=True)]
+    own = dataclasses.replace(plan, task=TaskIdentity("french", "0", ("Go on",)))
+    with steer(lm, own, scope="after-instruction", prompts=prompts) as report:
+        generate(lm, prompts)
+    at = prompts[0].text.index("Go on")
+    assert report.rows[0].positions[0] == prompts[0].token_span(at, at + len("Go on"))[1]

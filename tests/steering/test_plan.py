@@ -167,10 +167,12 @@ def test_values_by_hand_have_no_statistics(
 
 
 def test_a_dose_of_zero_is_an_error_and_a_multiplier_of_zero_is_not(lm: LanguageModel) -> None:
-    with pytest.raises(UsageError, match="every dose is 0"):
+    with pytest.raises(UsageError, match="every dose is 0.*values in --latents, or --scale$"):
         plan_from_latents(lm, make_sae(), None, {9: 0.0})
     assert plan_from_latents(lm, make_sae(), None, {9: 1.0}, scale=0.0).doses() == [0.0]
     assert ranked(lm, method="ablate", scale=0.0).scale == 0
+    with pytest.raises(UsageError, match="every dose is 0.*change --beta$"):
+        ranked(lm, beta=-4.0)  # both have mu / sigma = 4
 
 
 @pytest.mark.parametrize("field", ["mu", "sigma"])
@@ -229,22 +231,22 @@ def test_layer_and_site_come_from_the_sae(lm: LanguageModel) -> None:
     plan = plan_from_latents(lm, other, None, values)
     assert (plan.layer, plan.site) == (2, "mlp_out")
     assert plan_from_latents(lm, other, -2, values).layer == 2
-    with pytest.raises(UsageError, match="--layer 1 contradicts --sae folder, which reads layer 2"):
+    with pytest.raises(UsageError, match="--layer 1 conflicts with --sae folder.*reads layer 2"):
         plan_from_latents(lm, other, 1, values)
-    with pytest.raises(UsageError, match="--site resid_post contradicts .*reads mlp_out"):
+    with pytest.raises(UsageError, match="--site resid_post conflicts .*reads mlp_out"):
         plan_from_latents(lm, other, None, values, site="resid_post")
     silent = make_sae(hook="")
     assert plan_from_latents(lm, silent, -1, values).layer == 3
-    with pytest.raises(UsageError, match="does not say which layer.*--layer"):
+    with pytest.raises(UsageError, match="names no layer: give --layer"):
         plan_from_latents(lm, silent, None, values)
     with pytest.raises(UsageError, match="--layer 7 is out of range"):
         plan_from_latents(lm, silent, 7, values)
 
 
 def test_an_sae_for_another_model_is_an_error(lm: LanguageModel) -> None:
-    with pytest.raises(UserError, match="width 16 and tiny has d_model 32"):
+    with pytest.raises(UserError, match="has d_model 16, --model tiny has 32"):
         plan_from_latents(lm, make_sae(d_model=16), None, {9: 1.0})
-    with pytest.raises(UserError, match=r"reads layer 9 and tiny has layers 0..3"):
+    with pytest.raises(UserError, match="reads layer 9, --model tiny has 4 blocks"):
         plan_from_latents(lm, make_sae(hook="blocks.9.hook_resid_post"), None, {9: 1.0})
 
 
@@ -361,7 +363,7 @@ def test_a_plan_reads_back_as_it_was_written(
         scale=1.5,
         beta=-0.25,
         scope="first:4",
-        task=TaskIdentity("french", "0123"),
+        task=TaskIdentity("french", "0123", ("En français", "In French")),
         metrics={"top_score": 0.95, "n": 200, "note": None},
     )
     file = save_plan(plan, tmp_path / "plan")
@@ -387,6 +389,27 @@ def test_plan_yaml_has_the_keys_that_other_tools_rely_on(lm: LanguageModel, tmp_
         "id": 9, "score": 0.95, "mu": 2.0, "sigma": 0.5, "lens": [" é", "à"], "max": 6.0
     }  # fmt: skip
     assert document["task"] is None
+
+
+def test_the_wordings_of_a_task_are_optional(lm: LanguageModel, tmp_path: Path) -> None:
+    task = TaskIdentity("french", "0123")
+    file = save_plan(ranked(lm, task=task), tmp_path)
+    assert yaml.safe_load(file.read_text())["task"] == {"name": "french", "hash": "0123"}
+    assert load_plan(file).task == task
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document["task"]["instructions"] = [1]
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match="task.instructions must be a list of texts, got"):
+        load_plan(file)
+
+
+def test_a_local_sae_is_named_by_its_absolute_path(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    assert ranked(lm).sae.source == "folder"  # no such folder: a release, or in memory
+    monkeypatch.chdir(tmp_path)
+    assert ranked(lm).sae.source == str(tmp_path / "folder")
 
 
 def test_a_plan_by_hand_reads_back(lm: LanguageModel, tmp_path: Path) -> None:

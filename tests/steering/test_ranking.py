@@ -124,6 +124,11 @@ def token_ids(lm: LanguageModel, text: str) -> list[int]:
     return list(lm.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
+def token_ids_plain(lm: LanguageModel, text: str) -> list[int]:
+    """Without the chat template."""
+    return list(lm.tokenizer(text)["input_ids"])
+
+
 def latents_of(lm: LanguageModel, sae: SAE, ids: Sequence[int]) -> Array:
     """Latents `[tokens, d_sae]` of one text, run alone through the whole model."""
     layer = sae.spec.layer
@@ -391,9 +396,74 @@ def test_attention_sinks_are_left_out_of_replies(
     positive = reply_positions(lm, sae, counted, left_out=[sink])
     check_columns(ranking, columns(positive, reply_positions(lm, sae, TRAIN)))
     assert ranking.positives == len(positive)
+    assert ranking.excluded == {"sinks": len(counted)}
     everything = rank(lm, sae, TASK, dataclasses.replace(config, max_norm_ratio=1e9))
     assert everything.positives == len(positive) + len(counted)
     assert ranking.highest.max() < everything.highest.max() / 10
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+@pytest.mark.parametrize("by", ["saif", "rate", "meandiff"])
+def test_attention_sinks_are_left_out_of_spans(by: str, pool: str, lm: LanguageModel) -> None:
+    sink = lm.tokenizer(WORDINGS[1])["input_ids"][0]
+    assert sink not in {i for w in WORDINGS[::2] for i in lm.tokenizer(w)["input_ids"]}
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[sink] *= 300
+    sae, config = random_sae(), RankConfig(by=by, pool=pool, read="span", contents=CONTENTS)
+    ranking = rank(lm, sae, TASK, config)
+
+    def pooled(text: str, wording: str | None) -> Array:
+        ids, positions = read_at(lm, text, wording, config)
+        acts = latents_of(lm, sae, ids)[[p for p in positions if ids[p] != sink]]
+        return acts.max(axis=0) if pool == "max" else acts.mean(axis=0)
+
+    plain = [pooled(content, None) for content in TRAIN]
+    positive = [pooled(f"{content}\n{w}", w) for w in WORDINGS for content in TRAIN]
+    check_columns(ranking, columns(positive, plain))
+    assert (ranking.positives, ranking.negatives) == (15, 5)
+    # The second wording's first token, in each of the five texts.
+    assert ranking.excluded == {"sinks": CONTENTS}
+
+
+def test_a_sample_read_at_a_sink_is_dropped_with_its_pair(lm: LanguageModel) -> None:
+    ends = [token_ids_plain(lm, text)[-1] for text in (*TRAIN, *WORDINGS)]
+    content, wording = 1, 2
+    for chosen in (content, len(TRAIN) + wording):
+        assert ends.count(ends[chosen]) == 1
+    with torch.no_grad():
+        for sink in (ends[content], ends[len(TRAIN) + wording]):
+            lm.model.get_input_embeddings().weight[sink] *= 300
+    sae = random_sae()
+    ranking = rank(lm, sae, TASK, RankConfig(contents=CONTENTS))
+    kept = [text for i, text in enumerate(TRAIN) if i != content]
+    config = RankConfig()
+    plain = [sample(lm, sae, text, None, config) for text in kept]
+    by_wording = [
+        [sample(lm, sae, f"{text}\n{w}", w, config) for text in kept] for w in WORDINGS[:wording]
+    ]
+    check_columns(ranking, columns([acts for group in by_wording for acts in group], plain))
+    assert (ranking.positives, ranking.negatives) == (8, 4)
+    assert ranking.excluded == {"sinks": 1 + CONTENTS}
+    wanted = [
+        [
+            np.mean([a[j] > 0 and not b[j] > 0 for a, b in zip(group, plain, strict=True)])
+            for j in range(D_SAE)
+        ]
+        for group in by_wording
+    ]
+    np.testing.assert_allclose(ranking.by_variant[:wording].numpy(), wanted, **CLOSE)
+    np.testing.assert_allclose(ranking.score.numpy(), np.mean(wanted, axis=0), **CLOSE)
+    assert not ranking.by_variant[wording].any()
+
+
+def test_sinks_alone_are_an_error(lm: LanguageModel) -> None:
+    """The last token of the only wording is one."""
+    task = dataclasses.replace(TASK, variants=())
+    with torch.no_grad():
+        sink = token_ids_plain(lm, WORDINGS[0])[-1]
+        lm.model.get_input_embeddings().weight[sink] *= 300
+    with pytest.raises(UserError, match="--read last would read attention sinks alone"):
+        rank(lm, random_sae(), task)
 
 
 def test_the_models_own_replies_are_read(lm: LanguageModel) -> None:
@@ -438,7 +508,9 @@ def test_a_planted_latent_is_found(by: str, lm: LanguageModel) -> None:
     sae.W_enc -= torch.outer(direction, direction @ sae.W_enc)  # no other latent reads it
     sae.W_enc[:, planted] = direction
     sae.b_enc[planted] = -30
-    ranking = rank(lm, sae, task, RankConfig(by=by, contents=CONTENTS))
+    # What is planted is as long as an attention sink, and is to be read here.
+    config = RankConfig(by=by, contents=CONTENTS, max_norm_ratio=1e9)
+    ranking = rank(lm, sae, task, config)
     assert ranking.top(3)[0] == planted
     assert ranking.rate_positive[planted] == 1
     assert ranking.rate_negative[planted] == 0
@@ -479,11 +551,11 @@ def test_scores_that_tie_are_equal_to_the_bit(
     plain, instructed = counts[by]
     left = [plain, *instructed]
 
-    def read(reader: Any, texts: list[str], instruction: str | None, count: Any) -> torch.Tensor:
+    def read(reader: Any, texts: list[str], instruction: str | None, count: Any) -> Any:
         acts = torch.zeros(10, D_SAE)
         for latent, fires in enumerate(left.pop(0)):
             acts[10 - fires :, latent] = 1.0 + latent
-        return acts
+        return acts, torch.ones(10, dtype=torch.bool)
 
     monkeypatch.setattr(ranking_module, "_read_samples", read)
     many = dataclasses.replace(TASK, contents={"train": tuple("abcdefghij")})
@@ -687,6 +759,7 @@ def test_a_plan_holds_the_best_latents(lm: LanguageModel) -> None:
     assert (plan.layer, plan.site, plan.scope) == (LAYER, "resid_post", "all")
     assert plan.task is not None
     assert (plan.task.name, plan.task.hash) == (TASK.name, TASK.hash)
+    assert set(plan.task.instructions) == {*WORDINGS, "Kept apart as items"}
     assert plan.metrics["by"] == "saif" and plan.metrics["positives"] == 15
 
 

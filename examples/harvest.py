@@ -13,8 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from saesteer.sae import HarvestConfig, harvest
-from saesteer.sae.config import TextConfig
+from saesteer.sae import HarvestConfig, TextConfig, harvest
 from saesteer.steering import reply_prompts
 
 

@@ -6,8 +6,7 @@ python examples/metrics.py --sae runs/example/sae
 import argparse
 from collections.abc import Sequence
 
-from saesteer.sae import MetricsConfig, metrics
-from saesteer.sae.config import TextConfig
+from saesteer.sae import MetricsConfig, TextConfig, metrics
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from saesteer.sae import TrainConfig, load_model, train
-from saesteer.sae.config import TextConfig
+from saesteer.sae import TextConfig, TrainConfig, load_model, train
 from saesteer.steering import reply_prompts
 
 

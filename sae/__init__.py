@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saesteer.sae.config import HarvestConfig as HarvestConfig
     from saesteer.sae.config import MetricsConfig as MetricsConfig
+    from saesteer.sae.config import TextConfig as TextConfig
     from saesteer.sae.config import TrainConfig as TrainConfig
     from saesteer.sae.diagnosis import doctor as doctor
     from saesteer.sae.generation import generate as generate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "HarvestConfig": "config",
     "MetricsConfig": "config",
+    "TextConfig": "config",
     "TrainConfig": "config",
     "doctor": "diagnosis",
     "generate": "generation",

@@ -70,15 +70,15 @@ FULL = Size(
 )
 QUICK = Size(
     reply_tasks=("json",),
-    reply_contents=32,
+    reply_contents=24,
     plain=2,
-    harvest_tokens=80_000,
-    train_tokens=240_000,
+    harvest_tokens=64_000,
+    train_tokens=192_000,
     rank_contents=24,
     latents=(1, 3, 5),
     scales=(1.0, 1.5, 2.0),
     scopes=("generation",),
-    rounds=((8, 3), (32, 1)),
+    rounds=((8, 3), (24, 1)),
     greedy=False,
 )
 TEST_CONTENTS = 40

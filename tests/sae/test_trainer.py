@@ -215,7 +215,10 @@ def test_the_log_is_of_the_batches_since_the_last_one() -> None:
         errors += float(loss.squared_error)
         variances += float((x - x.mean(dim=0)).pow(2).sum())
         trainer.update(loss)
+    other = trainer_for(rows + 1)
+    other.load_state_dict({name: t.clone() for name, t in trainer.state_dict().items()})
     log = trainer.take_log()
+    assert other.take_log() == log, "a resumed run logs the batches before it, too"
     assert log["fvu"] == pytest.approx(errors / variances)
     assert log["l0"] == pytest.approx(4.0) and log["dead_fraction"] == 0.0
     trainer.backward(rows[128:])  # not stepped: not logged
@@ -389,9 +392,14 @@ def test_live_training_with_replies(shared_lm: Shared, tmp_path: Path) -> None:
 def test_a_corpus_that_ends_is_an_error(shared_lm: Shared, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("a few words that fill some contexts. " * 40)
-    config = replace(LIVE, text=replace(LIVE.text, data=(str(path),)))
-    with pytest.raises(UserError, match=r"the corpus ended after \d+ of 1024 --tokens.*--epochs"):
+    text = replace(LIVE.text, data=(str(path),))
+    config = replace(LIVE, text=text, checkpoint_every=10**9)
+    with pytest.raises(
+        UserError, match=r"the corpus ended after \d+ of 1024 --tokens.*--epochs"
+    ) as caught:
         train(tmp_path / "sae", config, model=shared_lm(), device="cpu")
+    step = load_state(tmp_path / "sae")[1]["step"]
+    assert step > 0 and f"--resume goes on from step {step}" in str(caught.value)
     enough = replace(config, text=replace(config.text, epochs=9))
     train(tmp_path / "two", enough, model=shared_lm(), device="cpu")
     # What was trained before the end is kept, and more epochs lead to the same weights.

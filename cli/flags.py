@@ -6,7 +6,7 @@ from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.parser import Repeated, VerbParser
-from saesteer.cli.values import count, dtype, names, number, seed
+from saesteer.cli.values import count, dtype, names, number, one_layer, seed
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -82,6 +82,18 @@ def add_model(
         "--blocks", metavar="PATH",
         help="module path of the list of decoder blocks (default: found by structure)",
     )  # fmt: skip
+
+
+def add_sae(group: argparse._ArgumentGroup) -> None:
+    """`--sae`, the model it belongs to, and where it reads."""
+    group.add_argument(
+        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
+    )
+    add_model(group, "(default: the one the SAE names)")
+    group.add_argument(
+        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
+    )
+    group.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
 
 
 def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> None:

@@ -4,12 +4,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_text, default, given, need
+from saesteer.cli.flags import add_common, add_sae, add_text, default, given, need
 from saesteer.cli.inputs import check_data, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import amount, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, one_layer
+from saesteer.cli.values import count
 from saesteer.sae.config import MetricsConfig, TextConfig
 
 EXAMPLE = "saesteer metrics --sae runs/sae --model smollm2-135m-instruct --data held-out.jsonl"
@@ -31,14 +31,7 @@ _SEEN = "this text was in the SAE's training: give --data held-out text for an h
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
-    )
-    add_model(what, "(default: the one the SAE names)")
-    what.add_argument(
-        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
-    )
-    what.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
+    add_sae(what)
     text = parser.add_argument_group("held-out text")
     add_text(text, epochs=False, replies=False)
     work = parser.add_argument_group("measurement")

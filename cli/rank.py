@@ -5,13 +5,13 @@ from argparse import Namespace
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import SITE_HELP, add_common, add_model, need
+from saesteer.cli.flags import add_common, add_sae, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import amount, print_json, print_next, print_table, write_run
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, number, one_layer
+from saesteer.cli.values import count, counts, number
 
 EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
@@ -42,14 +42,7 @@ _RANK_FIELDS = {
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("model and SAE")
-    what.add_argument(
-        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
-    )
-    add_model(what, "(default: the one the SAE names)")
-    what.add_argument(
-        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
-    )
-    what.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
+    add_sae(what)
     task = parser.add_argument_group("instruction: --task, or --instruction with --contents")
     task.add_argument("--task", metavar="NAME/FILE", help="a built-in task, or a task.yaml")
     task.add_argument("--instruction", metavar="TEXT", help="an instruction in your own words")

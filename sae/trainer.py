@@ -245,7 +245,7 @@ def train(
         assert activations is not None
         reader = ShardReader(activations)
         source, facts = _shard_source(reader, config)
-        d_model, dtype = reader.d_model, reader.shard(0, *source.places[0])[0].dtype
+        d_model, dtype = reader.d_model, reader.dtype
     if force:  # only now, when the source was found, may the folder be emptied
         claim_output(folder, force=True)
     run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)

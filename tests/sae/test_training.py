@@ -21,7 +21,8 @@ from saesteer.sae import trainer as trainer_module
 from saesteer.sae.config import TextConfig, TrainConfig, default_lr
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.topk import InputScale
-from saesteer.sae.trainer import SAETrainer, Variant, train
+from saesteer.sae.trainer import SAETrainer, Variant
+from saesteer.sae.training import train
 
 Shared = Callable[..., LanguageModel]
 

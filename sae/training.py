@@ -1,0 +1,404 @@
+"""A whole training run: `train` prepares, `_Run.fit` loops over batches and SAEs."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json, writing
+from saesteer.checkpoints.provenance import git_revision, versions
+from saesteer.checkpoints.run_state import has_state, load_state, save_state
+from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae.config import Progress, TrainConfig, no_progress
+from saesteer.sae.harvester import check_same_run, model_facts, open_activations
+from saesteer.sae.hooks import resolve_site
+from saesteer.sae.models import LanguageModel, as_language_model, pick_device
+from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
+from saesteer.sae.stopping import stop_requests
+from saesteer.sae.topk import InputScale
+from saesteer.sae.trainer import SAETrainer, Variant
+
+_LOGS_PER_RUN = 100
+# Rows that mean and scale are measured on; more would not change the third digit.
+_SCALE_ROWS = 32_768
+
+
+def train(
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    model: str | LanguageModel | None = None,
+    activations: str | Path | None = None,
+    replies: Sequence[str] = (),
+    replies_folder: Path | None = None,
+    device: str = "auto",
+    lm_dtype: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> list[dict[str, Any]]:
+    """Train SAEs live from a model, or from shards.
+
+    One SAE is trained for every combination of the layers, widths, k and seeds in `config`, all
+    from one stream of activations. A single SAE is written to `out`, several to folders in it.
+
+    Args:
+        out: receives `cfg.json`, `sae_weights.safetensors`, `run.json`, `metrics.jsonl`, `state/`.
+        model: what to train on live; or
+        activations: a folder of shards; no model or tokenizer is then loaded.
+        replies: user texts that the model answers first (live only); see `harvest`.
+        resume: continue from the last saved state in `out`, or start when there is none.
+
+    Returns:
+        The `run.json` of each SAE, with its `folder`.
+
+    Raises:
+        UserError: something the message explains; Interrupted after Ctrl-C, with the state saved;
+        NonFiniteError when a loss is not finite, with the last good state saved.
+    """
+    if (model is None) == (activations is None):
+        raise UsageError("train needs either --model (live) or --activations (shards), not both")
+    if activations is not None and replies:
+        raise UsageError("--replies needs --model: shards hold the replies they were made with")
+    folder = Path(out).expanduser()
+    if resume or not force:
+        claim_output(folder, resume=resume, force=force, can_resume=True)
+    compute = pick_device(device)
+    if model is not None:
+        lm = as_language_model(model, device=device, dtype=lm_dtype)
+        source, facts = _live_source(lm, config, replies, replies_folder, progress)
+        d_model, dtype = lm.d_model, lm.dtype
+    else:
+        assert activations is not None
+        reader = ShardReader(activations)
+        source, facts = _shard_source(reader, config)
+        d_model, dtype = reader.d_model, reader.dtype
+    if force:  # only now, when the source was found, may the folder be emptied
+        claim_output(folder, force=True)
+    run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
+    if resume and has_state(folder):
+        run.load()
+    return run.fit()
+
+
+def _live_source(
+    lm: LanguageModel,
+    config: TrainConfig,
+    replies: Sequence[str],
+    replies_folder: Path | None,
+    progress: Progress,
+) -> tuple[ActivationSource, dict[str, Any]]:
+    from saesteer.checkpoints.model_files import cache_folder
+
+    if not config.layers:
+        raise UsageError("live training needs --layer: the block to read")
+    points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+    folder = replies_folder or cache_folder() / "replies"
+    stream = open_activations(
+        lm, points, config.text, replies=replies, replies_folder=folder, progress=progress
+    )
+    return LiveSource(stream), {
+        "model": model_facts(lm),
+        "data": stream.identity(),
+        "text": stream.identity(),
+        "context": config.text.context,
+        "prepend_bos": stream.prepend_bos,
+        "hf_hook_names": {point.key: point.module_path for point in points},
+    }
+
+
+def _shard_source(
+    reader: ShardReader, config: TrainConfig
+) -> tuple[ActivationSource, dict[str, Any]]:
+    manifest = reader.manifest
+    model = manifest["model"] if isinstance(manifest["model"], dict) else {}
+    # resid_post is also what stands there when no site was asked for.
+    asked = None if config.site == "resid_post" and len(reader.sites) == 1 else config.site
+    layers = config.layers or tuple(reader.layers)
+    if any(layer < 0 for layer in layers) and "n_layers" in model:
+        layers = tuple(layer % model["n_layers"] if layer < 0 else layer for layer in layers)
+    places = [reader.place(layer, asked) for layer in layers]
+    text = manifest.get("config") or {}
+    paths = manifest.get("hf_hook_names") or []
+    if len(set(places)) != len(places):
+        raise UsageError(f"--layer names a block twice: {','.join(map(str, config.layers))}")
+    named = dict(zip(reader.places, paths, strict=False))
+    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
+        "model": model or {"name": str(manifest["model"])},
+        "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
+        "text": manifest.get("data") or [],
+        "context": text.get("context", config.text.context),
+        "prepend_bos": bool(manifest.get("prepend_bos", False)),
+        "hf_hook_names": named,
+    }
+
+
+class _Run:
+    """A training run: its batches, its SAEs, its folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        source: ActivationSource,
+        facts: dict[str, Any],
+        d_model: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.facts = facts
+        self.d_model = d_model
+        self.device = device
+        self.progress = progress
+        self.source = source
+        widths = config.d_sae or (8 * d_model,)
+        self.variants = [
+            Variant(place, d_sae, k, seed)
+            for place in source.places
+            for d_sae in widths
+            for k in config.k
+            for seed in config.init_seed
+        ]
+        for variant in self.variants:
+            if variant.d_sae < variant.k:
+                raise UsageError(f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}")
+        self.batches = BatchStream(
+            source,
+            d_model,
+            tokens=config.tokens,
+            batch_tokens=config.batch_tokens,
+            buffer_tokens=config.buffer_tokens,
+            dtype=dtype,
+            seed=config.seed,
+            filling=lambda done, total: progress("fill buffer", done, total, "tokens"),
+        )
+        self.trainers: list[SAETrainer] = []
+        self.step = 0
+        self.seconds = 0.0
+        self._last: list[dict[str, Any]] = [{} for _ in self.variants]
+
+    def place_of(self, variant: Variant) -> Path:
+        return self.folder if len(self.variants) == 1 else self.folder / variant.folder
+
+    def _make_trainers(self, scales: list[InputScale]) -> None:
+        """One trainer per variant; `scales` are in the order of the source's places."""
+        for variant in self.variants:
+            at = self.source.places.index(variant.place)
+            columns = slice(at * self.d_model, (at + 1) * self.d_model)
+            trainer = SAETrainer(variant, self.config, columns, scales[at], self.device)
+            self.trainers.append(trainer)
+            with writing(self.place_of(variant)):
+                self.place_of(variant).mkdir(exist_ok=True)
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the end and write the SAEs."""
+        if not self.trainers:
+            sample = self.batches.fill()[:_SCALE_ROWS]
+            self._make_trainers([InputScale.of(x) for x in sample.split(self.d_model, dim=1)])
+            for variant in self.variants:
+                # Lines of a run that was stopped before its first state.
+                self._metrics_file(variant).write_text("")
+                # By this file a run that was stopped is known as ours, and --force may replace it.
+                facts = {"model": self.facts["model"], "data": self.facts["data"]}
+                started = {"schema_version": 1, "verb": "train", "complete": False, **facts}
+                write_json(self.place_of(variant) / "run.json", started)
+        config = self.config
+        log_every = max(1, config.steps // _LOGS_PER_RUN)
+        save_every = max(1, config.checkpoint_every // config.batch_tokens)
+        clock = _Clock()
+        with stop_requests() as stop:
+            self.show()
+            while self.step < config.steps:
+                try:
+                    batch = self.batches.next_batch()
+                except UserError as error:
+                    # Most often the corpus has ended: hours of training need not be lost with it.
+                    self.save()
+                    raise type(error)(
+                        f"{error}; the state is in {self.folder}: --resume goes on from step "
+                        f"{self.step}, with more --epochs too"
+                    ) from error
+                clock.got_batch()
+                assert batch is not None, "the stream holds exactly `steps` batches"
+                try:
+                    losses = [trainer.backward(batch) for trainer in self.trainers]
+                except NonFiniteError:
+                    # No trainer has moved: with the batch back, the state is the one before it.
+                    self.batches.put_back(batch)
+                    self.save()
+                    raise
+                for trainer, loss in zip(self.trainers, losses, strict=True):
+                    trainer.update(loss)
+                self.step += 1
+                clock.stepped(config.batch_tokens)
+                if self.step % log_every == 0 or self.step == config.steps:
+                    self.log(clock)
+                self.show()
+                if stop() and self.step < config.steps:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {config.steps}; the state is in "
+                        f"{self.folder}: run the same command with --resume to go on"
+                    )
+                if self.step % save_every == 0 and self.step < config.steps:
+                    self.save()
+        return self.finish()
+
+    def log(self, clock: "_Clock") -> None:
+        """One line per SAE in its metrics.jsonl."""
+        tokens = self.step * self.config.batch_tokens
+        speed = clock.take()
+        self.seconds += speed.pop("seconds")
+        for i, trainer in enumerate(self.trainers):
+            self._last[i] = {"step": self.step, "tokens": tokens, **trainer.take_log(), **speed}
+            append_jsonl(self.place_of(trainer.variant) / "metrics.jsonl", self._last[i])
+
+    def show(self) -> None:
+        """Tell the progress how far training is, with the FVU of the latest log line."""
+        last = self._last[0]
+        note = f"tokens, FVU {last['fvu']:.3f}" if last else "tokens"
+        tokens = self.step * self.config.batch_tokens
+        self.progress("train", tokens, self.batches.total, note)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write each SAE with its run.json, and the final state."""
+        self.save()
+        config = plain(asdict(self.config))
+        results = []
+        for trainer, last in zip(self.trainers, self._last, strict=True):
+            folder = self.place_of(trainer.variant)
+            layer, site = trainer.variant.place
+            run = {
+                "schema_version": 1,
+                "verb": "train",
+                "complete": True,
+                "sae": {
+                    "layer": layer,
+                    "site": site,
+                    "d_model": self.d_model,
+                    "d_sae": trainer.variant.d_sae,
+                    "k": trainer.variant.k,
+                    "init_seed": trainer.variant.init_seed,
+                    "peak_lr": trainer.peak_lr,
+                    "sha256": trainer.save(folder, self.facts),
+                },
+                "config": config,
+                "model": self.facts["model"],
+                "data": self.facts["data"],
+                "excluded": self.source.excluded,
+                "final": last,
+                "seconds": round(self.seconds, 3),
+                "versions": versions(),
+                "git_revision": git_revision(),
+            }
+            write_json(folder / "run.json", run)
+            results.append({"folder": str(folder), **run})
+        return results
+
+    def save(self) -> None:
+        """Save all that `load` needs to continue to the bit."""
+        tensors, stream = self.batches.state_dict()
+        tensors = {f"batches/{name}": tensor for name, tensor in tensors.items()}
+        for i, trainer in enumerate(self.trainers):
+            tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
+            tensors[f"{i}/scale.mean"] = trainer.scale.mean
+        meta = {
+            **self._identity(),
+            "stream": stream,
+            "step": self.step,
+            "seconds": self.seconds,
+            "scales": [trainer.scale.factor for trainer in self.trainers],
+            "peak_lrs": [trainer.peak_lr for trainer in self.trainers],
+            "last": self._last,
+            "metrics_bytes": [self._metrics_file(t.variant).stat().st_size for t in self.trainers],
+        }
+        save_state(self.folder, tensors, meta)
+
+    def load(self) -> None:
+        """Continue from the saved state. Raises UserError when it belongs to other settings."""
+        tensors, meta = load_state(self.folder)
+        check_same_run(meta, self._identity(), self.folder)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            parts.setdefault(group, {})[rest] = tensor
+        by_place = {
+            variant.place: InputScale(parts[str(i)]["scale.mean"], meta["scales"][i])
+            for i, variant in enumerate(self.variants)
+        }
+        self._make_trainers([by_place[place] for place in self.source.places])
+        for i, trainer in enumerate(self.trainers):
+            trainer.load_state_dict(parts[str(i)])
+            if self.config.lr is None:  # left out, not changed
+                trainer.peak_lr = meta["peak_lrs"][i]
+            # Lines written after the state was saved will be written again.
+            with self._metrics_file(trainer.variant).open("r+b") as file:
+                file.truncate(min(meta["metrics_bytes"][i], file.seek(0, os.SEEK_END)))
+        self.batches.load_state_dict(parts["batches"], meta["stream"])
+        self.step, self.seconds, self._last = meta["step"], meta["seconds"], meta["last"]
+
+    def _metrics_file(self, variant: Variant) -> Path:
+        path = self.place_of(variant) / "metrics.jsonl"
+        path.touch()
+        return path
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run may not change."""
+        config = plain(asdict(self.config))
+        # What a person changes to get past the reason for the stop.
+        del config["checkpoint_every"], config["lr"]
+        text = config.pop("text")
+        del text["epochs"]
+        text["text seed"] = text.pop("seed")
+        data = self.facts["data"]
+        return {
+            "config": {**config, **text},
+            "model": self.facts["model"],
+            # The folder of shards may have moved.
+            "data": data["shards"] if isinstance(data, dict) else data,
+        }
+
+
+class _Clock:
+    """Time since the last log line, split into waiting for data and training."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self._data = self._training = 0.0
+        self._tokens = 0
+
+    def got_batch(self) -> None:
+        now = time.monotonic()
+        self._data += now - self._mark
+        self._mark = now
+
+    def stepped(self, tokens: int) -> None:
+        now = time.monotonic()
+        self._training += now - self._mark
+        self._tokens += tokens
+        self._mark = now
+
+    def take(self) -> dict[str, float]:
+        """`stall_trainer`: share of time the trainer waited for data; `stall_model`: the reverse.
+
+        Harvest and training take turns, so the two shares add up to one.
+        """
+        seconds = max(self._data + self._training, 1e-9)
+        taken = {
+            "tokens_per_second": self._tokens / seconds,
+            "stall_model": self._training / seconds,
+            "stall_trainer": self._data / seconds,
+            "seconds": seconds,
+        }
+        self._data = self._training = 0.0
+        self._tokens = 0
+        return taken

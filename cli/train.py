@@ -88,6 +88,19 @@ def add_flags(parser: VerbParser) -> None:
         f"{default(TrainConfig, 'decay_share')}",
     )  # fmt: skip
     work.add_argument(
+        "--clip-norm", type=number, metavar="X",
+        help="largest norm of the whole gradient; costs a pass over it (default: no clipping)",
+    )  # fmt: skip
+    work.add_argument(
+        "--micro-batch-tokens", type=count, metavar="N",
+        help="activations per pass; gradients of a step's passes add up (default: one pass)",
+    )  # fmt: skip
+    work.add_argument(
+        "--moments", metavar="TYPE",
+        help="Adam's moments of the matrices: float32, or bfloat16 rounded at random "
+        f"{default(TrainConfig, 'moments')}",
+    )  # fmt: skip
+    work.add_argument(
         "--auxk", type=number, metavar="X",
         help="weight of the loss that revives dead latents, 0 is off "
         f"{default(TrainConfig, 'auxk')}",
@@ -112,7 +125,8 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder for the SAE, or for one folder per SAE when there are several (needed)",
         force="replace an earlier run in --out",
-        dtype_help="arithmetic of the SAE: auto or float32 (default: auto, which is float32); "
+        dtype_help="products of the SAE, whose weights stay float32: auto, float32 or bfloat16 "
+        "(default: auto, bfloat16 on a GPU, else float32); "
         "--lm-dtype is the language model's",
     )
 
@@ -124,10 +138,10 @@ def run(args: Namespace) -> int:
         raise UsageError(
             f"--model (live training) or --activations (shards): give one of them, got {came}"
         )
-    if args.dtype not in ("auto", "float32"):
+    if args.dtype not in ("auto", "float32", "bfloat16"):
         raise UsageError(
-            f"--dtype must be auto or float32 for train, got {args.dtype}: it is the SAE's "
-            "arithmetic; --lm-dtype is the language model's"
+            f"--dtype must be auto, float32 or bfloat16 for train, got {args.dtype}: it is the "
+            "SAE's arithmetic; --lm-dtype is the language model's"
         )
     config = TrainConfig(
         layers=args.layer or (),

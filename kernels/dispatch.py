@@ -1,10 +1,12 @@
-"""Which implementation an op runs on: the Triton kernel or its PyTorch twin.
+"""Which implementation an op runs on: the Triton kernel, a compiled CPU loop, or the PyTorch twin.
 
 The choice is made at every call, from the tensors it gets, so a CPU tensor works on a GPU machine.
 ``SAESTEER_KERNELS`` overrides it:
 
 ``auto`` (default)
-    Triton for CUDA tensors in float32, bfloat16 or float16 where Triton is installed, else PyTorch.
+    Triton for CUDA tensors in float32, bfloat16 or float16 where Triton is installed; compiled
+    loops for float32 on the CPU where numba is installed (`saesteer.kernels.native`); else PyTorch.
+    Where k is so large a share of d_sae that a dense product is cheaper, the dense product.
 ``torch``
     always the PyTorch twin.
 ``triton``
@@ -81,6 +83,21 @@ def use_triton(tensor: Tensor) -> bool:
         _log_missing_triton()
         return False
     return True
+
+
+DENSE_BELOW = {"cpu": 16, "cuda": 113}
+"""d_sae / k below which a dense product over all latents beats gathering k rows an example.
+
+On the CPU measured: a float32 product and the gathered pass take equally long there. For CUDA the
+ratio of arithmetic to cache bandwidth of an H200, a plan and not a measurement.
+"""
+
+
+def prefers_dense(W: Tensor, k: int) -> bool:
+    """Whether k latents of each example are so many that the dense product over all is cheaper."""
+    if kernel_choice() == "triton":
+        return False
+    return W.shape[0] < k * DENSE_BELOW.get(W.device.type, 0)
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:

@@ -1,28 +1,38 @@
 """The op layer: sparse autoencoder arithmetic on the k active latents of each example.
 
-Every op takes CPU and CUDA tensors, checks their shapes and picks the Triton kernel or its PyTorch
-twin by device and dtype (`saesteer.kernels.dispatch`). Both weight matrices are held latent-major,
-``[d_sae, d_model]``. Sums are accumulated in float32, or in float64 where an operand is float64.
-All are registered with PyTorch (``torch.ops.saesteer.*``), differentiate and compile.
+Every op takes CPU and CUDA tensors, checks their shapes and picks the Triton kernel, a compiled CPU
+loop or the PyTorch twin by device and dtype (`saesteer.kernels.dispatch`). Both weight matrices are
+held latent-major, ``[d_sae, d_model]``. Sums are accumulated in float32, or in float64 where an
+operand is float64. All are registered with PyTorch (``torch.ops.saesteer.*``) and compile; those
+that do not work in place differentiate.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from torch import Tensor
 
-from saesteer.kernels.adam_rows import adam_rows_op
+from saesteer.kernels.adam_rows import adam_rows_op, adam_schedule
+from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
+from saesteer.kernels.auxk import auxk_op
+from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.gather_dot import gather_dot_op
 from saesteer.kernels.sparse_decode import sparse_decode_op
+from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
 from saesteer.kernels.topk_encode import topk_encode_op
 
 __all__ = [
     "LatentOrder",
     "adam_rows_",
+    "adam_schedule",
+    "adam_sparse_rows_",
+    "auxk",
+    "decode_mse",
     "encode_topk",
     "gather_dot",
     "sort_indices",
     "sparse_decode",
+    "sparse_pair_grads",
     "sparse_row_grads",
 ]
 
@@ -154,39 +164,215 @@ def sparse_row_grads(
     return grads, counts
 
 
+def sparse_pair_grads(
+    weights_a: Float[Tensor, "batch k"],
+    rows_a: Float[Tensor, "batch d_model"],
+    weights_b: Float[Tensor, "batch k"],
+    rows_b: Float[Tensor, "batch d_model"],
+    latent_indices: Int[Tensor, "batch k"],
+    d_sae: int,
+    order: LatentOrder | None = None,
+) -> tuple[
+    Float[Tensor, "d_sae d_model"],
+    Float[Tensor, "d_sae d_model"],
+    Float[Tensor, " d_sae"],
+    Int[Tensor, " d_sae"],
+]:
+    """`sparse_row_grads` for two pairs of weights and rows that share their latents.
+
+    For a TopK SAE: (latent activations, errors) and (gradients of the pre-activations, inputs).
+
+    Returns:
+        the sums of a and of b, the sums of the weights b, and the nonzero weights a per latent.
+
+    Raises:
+        ValueError: shapes disagree.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    _check_slots(latent_indices)
+    batch, slots = latent_indices.shape[0], tuple(latent_indices.shape)
+    for name, weights, rows in (("a", weights_a, rows_a), ("b", weights_b, rows_b)):
+        _check(f"weights_{name}", weights, slots, "batch, k")
+        _check_matrix(f"rows_{name}", rows, "batch, d_model")
+        _check(f"rows_{name}", rows, (batch, rows_a.shape[1]), "batch, d_model")
+    entries, starts = (None, None) if order is None else order
+    grads_a, grads_b, sums_b, counts = sparse_pair_grads_op(
+        weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, entries, starts
+    )
+    return grads_a, grads_b, sums_b, counts
+
+
+def decode_mse(
+    latent_acts: Float[Tensor, "batch k"],
+    latent_indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+    target: Float[Tensor, "batch d_model"],
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"], Float[Tensor, "batch k"]]:
+    """Squared error of the decoded vectors, the error itself, and the slots' part of its gradient.
+
+    Returns:
+        ``|error|^2`` of each example; ``error = decoded - target``; and ``<error, W_dec[index]>``
+        for every slot, half the derivative of the squared error by that activation. The first two
+        are differentiable in latent_acts, W_dec, b_dec and target; the third is given for callers
+        that take the gradient themselves, and carries none. Accumulated and returned in float32
+        (float64 if an operand is).
+
+    Raises:
+        ValueError: shapes disagree.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    _check_matrix("W_dec", W_dec, "d_sae, d_model")
+    _check_slots(latent_indices)
+    _check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    _check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+    _check("target", target, (latent_indices.shape[0], W_dec.shape[1]), "batch, d_model")
+    squared_error, error, act_grads = decode_mse_op(
+        latent_acts, latent_indices, W_dec, b_dec, target
+    )
+    return squared_error, error, act_grads
+
+
+def auxk(
+    x: Float[Tensor, "batch d_model"],
+    residual: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    ids: Int[Tensor, " dead"],
+    k_aux: int,
+    alive: Bool[Tensor, " dead"] | None = None,
+) -> tuple[
+    Float[Tensor, ""],
+    Float[Tensor, "dead d_model"],
+    Float[Tensor, " dead"],
+    Float[Tensor, "dead d_model"],
+]:
+    """Auxiliary loss of the latents ``ids`` on ``residual``, and its gradients for those latents.
+
+    ``alive`` marks entries of ``ids`` that only fill the list: they take no part. x and residual
+    are data and get no gradient. See `saesteer.kernels.auxk` for the formula.
+
+    Returns:
+        the loss, and its gradients by ``W_enc_rows[ids]``, ``b_enc[ids]`` and ``W_dec[ids]``. The
+        loss is differentiable in the three parameters.
+
+    Raises:
+        ValueError: shapes disagree, or k_aux < 1.
+    """
+    _check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
+    d_sae, d_model = W_enc_rows.shape
+    _check("W_dec", W_dec, (d_sae, d_model), "d_sae, d_model")
+    _check("b_enc", b_enc, (d_sae,), "d_sae")
+    _check_matrix("x", x, "batch, d_model")
+    _check("residual", residual, tuple(x.shape), "batch, d_model")
+    if alive is not None:
+        _check("alive", alive, tuple(ids.shape), "dead")
+    if k_aux < 1:
+        raise ValueError(f"k_aux must be at least 1, got {k_aux}")
+    loss, W_enc_grads, b_enc_grads, W_dec_grads = auxk_op(
+        x, residual, W_enc_rows, b_enc, W_dec, ids, alive, k_aux
+    )
+    return loss, W_enc_grads, b_enc_grads, W_dec_grads
+
+
+def _check_state(
+    param: Tensor, moments: tuple[Tensor, Tensor], unit_rows: bool, schedule: Tensor
+) -> None:
+    if param.dim() not in (1, 2) or (unit_rows and param.dim() != 2):
+        wanted = "two axes with unit_rows" if unit_rows else "one or two axes"
+        raise ValueError(f"param must have {wanted}, got {list(param.shape)}")
+    _check("schedule", schedule, (3,), "rate, root, step")
+    first, second = moments
+    for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+        _check(name, moment, tuple(param.shape), "the shape of param")
+    half = param.dtype == torch.float32 and first.dtype == second.dtype == torch.bfloat16
+    if not half and not first.dtype == second.dtype == param.dtype:
+        raise ValueError(
+            f"exp_avg and exp_avg_sq must be {param.dtype} like param (or both bfloat16 with a "
+            f"float32 param), got {first.dtype} and {second.dtype}"
+        )
+
+
 def adam_rows_(
     param: Float[Tensor, "*shape"],
     grad: Float[Tensor, "*shape"],
     exp_avg: Float[Tensor, "*shape"],
     exp_avg_sq: Float[Tensor, "*shape"],
     *,
-    step: int,
-    lr: float,
+    schedule: Float[Tensor, " 3"],
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     unit_rows: bool = False,
+    grad_scale: Float[Tensor, ""] | None = None,
+    shadow: BFloat16[Tensor, "*shape"] | None = None,
 ) -> None:
     """One Adam step in place on param, exp_avg and exp_avg_sq (one or two axes); grad is only read.
 
-    ``step`` counts from 1. Without ``unit_rows`` this is torch.optim.Adam. With it, param is a
-    matrix of unit rows: the part of each row's gradient along the row is removed before the step
-    and the row is scaled back to length 1 after it. Rows of zeros stay zero.
+    ``schedule`` holds what `adam_schedule` gives for the step, on param's device; float64 keeps all
+    its digits. Without ``unit_rows`` this is torch.optim.Adam. With it, param is a matrix of unit
+    rows: the part of each row's gradient along the row is removed before the step and the row is
+    scaled back to length 1 after it. Rows of zeros stay zero. ``grad_scale`` multiplies the
+    gradient; where it is NaN the step is left out. ``shadow`` receives param, rounded to bfloat16.
+    bfloat16 moments (with a float32 param) are rounded at random, by bits that the element and the
+    step decide.
 
     Raises:
-        ValueError: shapes or dtypes disagree, step < 1, or unit_rows on a vector.
+        ValueError: shapes or dtypes disagree, or unit_rows on a vector.
     """
-    if param.dim() not in (1, 2) or (unit_rows and param.dim() != 2):
-        wanted = "two axes with unit_rows" if unit_rows else "one or two axes"
-        raise ValueError(f"param must have {wanted}, got {list(param.shape)}")
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _check(name, tensor, tuple(param.shape), "the shape of param")
-    if exp_avg.dtype != param.dtype or exp_avg_sq.dtype != param.dtype:
-        raise ValueError(
-            f"exp_avg and exp_avg_sq must be {param.dtype} like param, "
-            f"got {exp_avg.dtype} and {exp_avg_sq.dtype}"
-        )
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
+    _check("grad", grad, tuple(param.shape), "the shape of param")
+    if shadow is not None:
+        _check("shadow", shadow, tuple(param.shape), "the shape of param")
     with torch.no_grad():
-        adam_rows_op(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, unit_rows)
+        adam_rows_op(
+            param, grad, exp_avg, exp_avg_sq, shadow, schedule, grad_scale,
+            beta1, beta2, eps, unit_rows,
+        )  # fmt: skip
+
+
+def adam_sparse_rows_(
+    param: Float[Tensor, "d_sae d_model"],
+    exp_avg: Float[Tensor, "d_sae d_model"],
+    exp_avg_sq: Float[Tensor, "d_sae d_model"],
+    weights: Float[Tensor, "batch k"],
+    latent_indices: Int[Tensor, "batch k"],
+    rows: Float[Tensor, "batch d_model"],
+    order: LatentOrder,
+    *,
+    factor: float,
+    schedule: Float[Tensor, " 3"],
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    unit_rows: bool = False,
+    extra: Float[Tensor, "some d_model"] | None = None,
+    extra_ids: Int[Tensor, " some"] | None = None,
+) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
+    """`sparse_row_grads` times ``factor``, plus ``extra`` at rows ``extra_ids``, then `adam_rows_`.
+
+    ``order`` is `sort_indices(latent_indices, d_sae)`; ``extra_ids`` are distinct. On the CPU no
+    gradient of the size of param is made.
+
+    Returns:
+        per latent, ``factor`` times the sum of its weights, and how many of them are not 0.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    _check_matrix("param", param, "d_sae, d_model")
+    _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
+    _check_slots(latent_indices)
+    _check("weights", weights, tuple(latent_indices.shape), "batch, k")
+    _check("rows", rows, (latent_indices.shape[0], param.shape[1]), "batch, d_model")
+    _check("order.order", order.order, (latent_indices.numel(),), "batch * k")
+    _check("order.starts", order.starts, (param.shape[0] + 1,), "d_sae + 1")
+    if extra is not None and extra_ids is not None:
+        _check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
+    with torch.no_grad():
+        sums, counts = adam_sparse_rows_op(
+            param, exp_avg, exp_avg_sq, weights, latent_indices, rows, *order, factor, schedule,
+            beta1, beta2, eps, unit_rows, extra, extra_ids,
+        )  # fmt: skip
+    return sums, counts

@@ -185,8 +185,40 @@ if TRITON_INSTALLED:
             tl.store(sums + latent + tl.arange(0, 1), total)
 
 
+class WorkList(NamedTuple):
+    """Which Triton program sums what: made on the device, with sizes the host can know."""
+
+    chunk_latents: Tensor
+    chunk_counts: Tensor
+    chunk_ends: Tensor
+    partial_latents: Tensor
+    partial_ends: Tensor
+
+
+def work_list(order: LatentOrder) -> WorkList:
+    """Cut each latent's entries into chunks. Every latent has one, so that unused ones are zeroed.
+
+    Both lengths are upper bounds: the true ones would cost a wait for the device.
+    """
+    counts = order.starts.diff()
+    n_entries, d_sae = order.order.numel(), counts.numel()
+    chunk_counts = ((counts + CHUNK - 1) // CHUNK).clamp(min=1)
+    chunk_ends = chunk_counts.cumsum(0)
+    partial_ends = torch.where(chunk_counts > 1, chunk_counts, 0).cumsum(0)
+    max_chunks = d_sae + n_entries // CHUNK
+    max_partials = 2 * n_entries // CHUNK
+    slots = torch.arange(max(max_chunks, max_partials), device=counts.device)
+    return WorkList(
+        torch.searchsorted(chunk_ends, slots[:max_chunks], right=True),
+        chunk_counts,
+        chunk_ends,
+        torch.searchsorted(partial_ends, slots[:max_partials], right=True),
+        partial_ends,
+    )
+
+
 def sparse_row_grads_triton(
-    weights: Tensor, rows: Tensor, order: LatentOrder
+    weights: Tensor, rows: Tensor, order: LatentOrder, work: WorkList | None = None
 ) -> tuple[Tensor, Tensor]:
     """Triton kernel: row sums [d_sae, d_model] and weight sums [d_sae]."""
     entries, starts = order
@@ -198,19 +230,8 @@ def sparse_row_grads_triton(
     sums = rows.new_empty((d_sae,), dtype=dtype)
     if d_sae == 0 or d_model == 0:
         return grads, sums.zero_()
-
-    # Work list, made on the device. Every latent has a chunk, so that unused ones are zeroed.
-    # Both sizes are upper bounds: the true ones would cost a wait for the device.
-    n_entries = entries.numel()
-    counts = starts.diff()
-    chunk_counts = ((counts + CHUNK - 1) // CHUNK).clamp(min=1)
-    chunk_ends = chunk_counts.cumsum(0)
-    partial_ends = torch.where(chunk_counts > 1, chunk_counts, 0).cumsum(0)
-    max_chunks = d_sae + n_entries // CHUNK
-    max_partials = 2 * n_entries // CHUNK
-    slots = torch.arange(max(max_chunks, max_partials), device=rows.device)
-    chunk_latents = torch.searchsorted(chunk_ends, slots[:max_chunks], right=True)
-    partial_latents = torch.searchsorted(partial_ends, slots[:max_partials], right=True)
+    work = work or work_list(order)
+    max_chunks, max_partials = len(work.chunk_latents), len(work.partial_latents)
     partial_grads = grads.new_empty((max_partials, d_model))
     partial_sums = sums.new_empty((max_partials,))
 
@@ -221,10 +242,10 @@ def sparse_row_grads_triton(
         rows,
         entries,
         starts,
-        chunk_latents,
-        chunk_counts,
-        chunk_ends,
-        partial_ends,
+        work.chunk_latents,
+        work.chunk_counts,
+        work.chunk_ends,
+        work.partial_ends,
         grads,
         sums,
         partial_grads,
@@ -240,9 +261,9 @@ def sparse_row_grads_triton(
     )
     if max_partials:
         add_partials_kernel[(max_partials, d_tiles)](
-            partial_latents,
-            chunk_counts,
-            partial_ends,
+            work.partial_latents,
+            work.chunk_counts,
+            work.partial_ends,
             grads,
             sums,
             partial_grads,
@@ -253,6 +274,22 @@ def sparse_row_grads_triton(
             ACC=acc,
         )
     return grads, sums
+
+
+def count_nonzero(weights: Tensor, order: LatentOrder) -> Tensor:
+    """Per latent the number of its weights that are not 0, [d_sae] int64."""
+    nonzero = weights.new_zeros((weights.numel() + 1,), dtype=torch.int64)
+    torch.cumsum(weights.reshape(-1)[order.order] != 0, 0, out=nonzero[1:])
+    return nonzero[order.starts].diff()
+
+
+def grouped_by(
+    indices: Tensor, d_sae: int, order: Tensor | None, starts: Tensor | None
+) -> LatentOrder:
+    """What the caller has sorted already, or a sort of ``indices`` now."""
+    if order is None or starts is None:
+        return sort_indices(indices, d_sae)
+    return LatentOrder(order, starts)
 
 
 @torch.library.custom_op("saesteer::sparse_row_grads", mutates_args=())
@@ -269,17 +306,11 @@ def sparse_row_grads_op(
     ``order`` and ``starts``: what `sort_indices(indices, d_sae)` gave, where the caller has it.
     """
     check_indices(indices, d_sae)
-    if order is None or starts is None:
-        grouped = sort_indices(indices, d_sae)
-    else:
-        grouped = LatentOrder(order, starts)
-    nonzero = weights.new_zeros((weights.numel() + 1,), dtype=torch.int64)
-    torch.cumsum(weights.reshape(-1)[grouped.order] != 0, 0, out=nonzero[1:])
-    counts = nonzero[grouped.starts].diff()
+    grouped = grouped_by(indices, d_sae, order, starts)
     run = sparse_row_grads_triton if use_triton(rows) else sparse_row_grads_torch
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         grads, sums = run(weights, rows, grouped)
-    return grads, sums, counts
+    return grads, sums, count_nonzero(weights, grouped)
 
 
 @sparse_row_grads_op.register_fake

@@ -8,12 +8,14 @@ Both implementations select exactly the first k of that order and list them by a
 A chosen pre-activation that is not positive becomes an empty slot: value 0, gradient 0.
 """
 
+from functools import cache
 from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
+from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
 from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
@@ -29,6 +31,9 @@ MOST_CPU_CHUNK_BYTES = 64 * 2**20
 
 CUDA_CHUNK_BYTES = 256 * 2**20
 """The same on a GPU, where small products leave most of the device idle."""
+
+LEAST_CERTAIN_ROWS = 128
+"""Rows from which rounding both operands, to rule out latents in bfloat16, is worth it."""
 
 GROUP = 16
 """Columns per group of the PyTorch selection: of 8 to 64 the fastest for d_sae 4608 to 16384."""
@@ -131,6 +136,97 @@ def topk_encode_torch(
         torch.addmm(b_enc, x[part].to(dtype), W_enc, out=pre_acts)
         acts[part], indices[part] = select_topk_torch(pre_acts, k)
     return acts, indices
+
+
+@cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices many times as fast as float32 (AMX)."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(has_tiles()) and torch.backends.mkldnn.is_available()
+
+
+def topk_encode_native(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Compiled CPU loops, for float32."""
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    acts = x.new_empty((batch, k))
+    indices = x.new_empty((batch, k), dtype=torch.int64)
+    x, W_enc_rows, b_enc = x.contiguous(), W_enc_rows.contiguous(), b_enc.contiguous()
+    if fast_bfloat16() and batch >= LEAST_CERTAIN_ROWS and d_sae >= 16 * k and x.shape[1] >= 64:
+        undecided = _encode_certain(x, W_enc_rows, b_enc, k, acts, indices)
+        if len(undecided):
+            acts[undecided], indices[undecided] = _encode_rows(x[undecided], W_enc_rows, b_enc, k)
+        return acts, indices
+    return _encode_rows(x, W_enc_rows, b_enc, k)
+
+
+def _encode_rows(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """float32 product of a chunk of rows at a time, and compiled selection."""
+    from saesteer.kernels.topk_encode_cpu import SPAN, select_rows
+
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    acts = x.new_empty((batch, k))
+    indices = x.new_empty((batch, k), dtype=torch.int64)
+    if batch == 0:
+        return acts, indices
+    span = max(1, min(SPAN, d_sae // (4 * k)))
+    rows = _chunk_rows(batch, d_sae, torch.float32, x.device)
+    buffer = scratch((rows, d_sae), torch.float32)
+    for first in range(0, batch, rows):
+        part = slice(first, min(first + rows, batch))
+        pre_acts = buffer[: part.stop - first]
+        torch.mm(x[part], W_enc_rows.t(), out=pre_acts)
+        run_parts(
+            select_rows, even_bounds(len(pre_acts), parts_of(len(pre_acts), 8)),
+            pre_acts.numpy(), b_enc.numpy(), k, span, acts[part].numpy(), indices[part].numpy(),
+        )  # fmt: skip
+    return acts, indices
+
+
+def _encode_certain(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int, acts: Tensor, indices: Tensor
+) -> Tensor:
+    """Fill ``acts`` and ``indices`` from bfloat16 products and float32 ones of the latents left.
+
+    Returns the numbers of the rows that could not be decided so.
+    """
+    import numpy as np
+
+    from saesteer.kernels.topk_encode_cpu import SPAN, round_rows, select_certain_rows
+
+    def rounded(matrix: Tensor) -> tuple[Tensor, Any, Any]:
+        near = matrix.new_empty(matrix.shape, dtype=torch.bfloat16)
+        norms, losses = matrix.new_empty(len(matrix)).numpy(), matrix.new_empty(len(matrix)).numpy()
+        bounds = even_bounds(len(matrix), parts_of(len(matrix), 64))
+        bits = near.view(torch.uint16).numpy()
+        run_parts(round_rows, bounds, matrix.numpy(), bits, norms, losses)
+        return near, norms, losses
+
+    (batch, d_model), d_sae = x.shape, W_enc_rows.shape[0]
+    W_near, W_norms, W_losses = rounded(W_enc_rows)
+    x_near, x_norms, x_losses = rounded(x)
+    # |<x, w> - <x^, w^>| <= |dx| |w^| + |x| |dw| <= |x| (worst |w^| + |dw|), and what two sums of
+    # d_model products add in whatever order. The factors cover the rounding of these lines.
+    x_sizes = (x_norms + x_losses) * 1.001
+    worst = float(np.max(x_losses / np.maximum(x_sizes, 1e-30), initial=0.0))
+    sums = 2.2 * (d_model + 8) * 2.0**-24
+    unsure = ((worst + sums) * W_norms + (1 + sums) * W_losses) * 1.001
+    span = max(1, min(SPAN, d_sae // (4 * k)))
+    undecided = torch.zeros(batch, dtype=torch.bool)
+    rows = _chunk_rows(batch, d_sae, torch.bfloat16, x.device)
+    buffer = scratch((rows, d_sae), torch.bfloat16)
+    for first in range(0, batch, rows):
+        part = slice(first, min(first + rows, batch))
+        product = buffer[: part.stop - first]
+        torch.mm(x_near[part], W_near.t(), out=product)
+        run_parts(
+            select_certain_rows, even_bounds(len(product), parts_of(len(product), 8)),
+            product.view(torch.uint16).numpy(), x[part].numpy(), x_sizes[part],
+            W_enc_rows.numpy(), unsure, b_enc.numpy(), k, span, 8 * k,
+            acts[part].numpy(), indices[part].numpy(), undecided[part].numpy(),
+        )  # fmt: skip
+    return undecided.nonzero()[:, 0]
 
 
 if TRITON_INSTALLED:
@@ -347,6 +443,8 @@ def topk_encode_op(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tupl
     if use_triton(x) and _group_size(W_enc_rows.shape[0], k)[1] <= MAX_CANDIDATES:
         with torch.cuda.device_of(x):  # Triton launches on the current device
             return topk_encode_triton(x, W_enc_rows, b_enc, k)
+    if use_native(x, W_enc_rows, b_enc):
+        return topk_encode_native(x, W_enc_rows, b_enc, k)
     return topk_encode_torch(x, W_enc_rows, b_enc, k)
 
 

@@ -104,6 +104,15 @@ class TrainConfig:
     """Steps of linear warm-up; by default a twentieth of the run, at most 1000."""
     decay_share: float = 0.2
     """Share of the run, at its end, over which the learning rate falls to zero."""
+    dtype: str = "auto"
+    """Type of the SAE's matrices in products: `float32`, or `bfloat16` copies of float32 ones; by
+    default bfloat16 on a GPU. On a CPU float32 is the fast one."""
+    moments: str = "float32"
+    """Type of Adam's moments of the matrices; `bfloat16` halves them and rounds at random."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters together; by default no clipping."""
+    micro_batch_tokens: int | None = None
+    """Rows per pass; the gradients of a batch's passes are added up. By default one pass."""
     auxk: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
     dead_after_tokens: int | None = None
@@ -150,6 +159,14 @@ class TrainConfig:
             _at_least("--warmup-steps", self.warmup_steps, 0)
         if not 0 <= self.decay_share <= 1:
             raise UsageError(f"--decay-share must be in 0..1, got {self.decay_share}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f"--dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+        if self.moments not in ("float32", "bfloat16"):
+            raise UsageError(f"--moments must be float32 or bfloat16, got {self.moments!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")
+        if self.micro_batch_tokens is not None:
+            _at_least("--micro-batch-tokens", self.micro_batch_tokens, 2)
         _at_least("--auxk", self.auxk, 0)
         if self.dead_after_tokens is not None:
             _at_least("--dead-after-tokens", self.dead_after_tokens, 1)

@@ -71,7 +71,7 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
     [
         ([], "--model (live training) or --activations (shards): give one of them, got neither"),
         (["--model", "a", "--activations", "b"], "got both"),
-        (["--activations", "a", "--dtype", "bf16"], "--dtype must be auto or float32 for train"),
+        (["--activations", "a", "--dtype", "fp16"], "--dtype must be auto, float32 or bfloat16"),
         (["--activations", "a", "--data", "x.txt"], "--data needs --model"),
         (["--activations", "a", "--replies", "french"], "--replies needs --model"),
         (["--activations", "a", "--lm-dtype", "bf16"], "--lm-dtype needs --model"),

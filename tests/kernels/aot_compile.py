@@ -17,19 +17,28 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saesteer.kernels import adam_rows, gather_dot, sparse_decode, sparse_row_grads, topk_encode
+from saesteer.kernels import (
+    adam_rows,
+    decode_mse,
+    gather_dot,
+    sparse_decode,
+    sparse_row_grads,
+    topk_encode,
+)
 
-MODULES = (adam_rows, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
 
 POINTERS = {
     "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
     "chunk_ends partial_ends",
     "*i32": "group_keys group_ids",
     "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums partial_grads "
-    "partial_sums params exp_avgs exp_avg_sqs",
+    "partial_sums params exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "*bf16": "shadows",
+    "*fp64": "schedule",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
-TYPES |= dict.fromkeys(("rate", "decay1", "beta2", "decay2", "root", "eps"), "fp32")
+TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
 
@@ -41,6 +50,7 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         for bias in (True, False):
             decode = {**block, "BLOCK_D": 512, "HAS_BIAS": bias}
             yield sparse_decode.sparse_decode_kernel, 4, decode, {"W_dec": matrix}
+        yield decode_mse.decode_mse_kernel, 4, {**block, "BLOCK_D": 512}, {"W_dec": matrix}
         dots = {**block, "BLOCK_D": 256}
         yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix}
         sums = {"CHUNK": 64, "BLOCK_N": 8, "BLOCK_D": 512, "ACC": tl.float32}
@@ -52,9 +62,12 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
         latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
         yield topk_encode.select_latents_kernel, warps, latents, {}
-    yield adam_rows.adam_kernel, 4, {"BLOCK": 1024}, {}
-    for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
-        yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width}, {}
+    plain = dict.fromkeys(("SCALED", "SHADOW", "RANDOM"), False)
+    half = {"exp_avgs": "*bf16", "exp_avg_sqs": "*bf16"}
+    for flags, types in ((plain, {}), (dict.fromkeys(plain, True), half)):
+        yield adam_rows.adam_kernel, 4, {"BLOCK": 1024, **flags}, types
+        for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
+            yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width, **flags}, types
 
 
 def compile_kernel(

@@ -114,7 +114,8 @@ with warnings.catch_warnings():  # PyTorch's about sparse tensors come once per 
     ops.sparse_decode(acts, indices, W, torch.zeros(5)).square().sum().backward()
 before = W.detach().clone()
 moments = torch.zeros_like(before), torch.zeros_like(before)
-ops.adam_rows_(W.detach(), W.grad, *moments, step=1, lr=0.1)
+schedule = torch.tensor(ops.adam_schedule(1, 0.1, 0.9, 0.999), dtype=torch.float64)
+ops.adam_rows_(W.detach(), W.grad, *moments, schedule=schedule)
 assert W.isfinite().all() and not torch.equal(W.detach(), before)
 
 os.environ["SAESTEER_KERNELS"] = "triton"

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from torch import Tensor
 
-from saesteer.kernels import ops, topk_encode
+from saesteer.kernels import native, ops, topk_encode
 from saesteer.kernels.sparse_decode import sparse_decode_reference
 from saesteer.kernels.topk_encode import topk_encode_reference
 
@@ -71,6 +72,7 @@ def allocations(profile: torch.profiler.profile) -> list[int]:
 def test_the_encoder_holds_one_chunk_of_pre_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk_encode, "CPU_CHUNK_BYTES", 0)
     monkeypatch.setattr(topk_encode, "CPU_CHUNK_ROWS", 8)
+    monkeypatch.setattr(native, "_kept", threading.local())
     W, b = parameters(4, 1024, torch.float32)[:2]
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.encode_topk(torch.randn(128, 4), W, b, 16)

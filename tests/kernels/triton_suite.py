@@ -13,10 +13,12 @@ from torch import Tensor
 
 os.environ["SAESTEER_KERNELS"] = "triton"
 
+from saesteer.kernels import adam_rows, ops, sparse_decode, sparse_row_grads, topk_encode
 from saesteer.kernels import gather_dot as dots
-from saesteer.kernels import ops, sparse_decode, sparse_row_grads, topk_encode
-from saesteer.kernels.adam_rows import adam_rows_reference
+from saesteer.kernels.adam_rows import adam_rows_reference, adam_rows_torch, adam_schedule
+from saesteer.kernels.decode_mse import decode_mse_reference
 from saesteer.kernels.dispatch import INTERPRETED
+from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -180,6 +182,58 @@ def test_pre_activations_beyond_32_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), SHAPES + WIDE)
+def test_decode_mse(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    acts, indices = normal(batch, k).relu(), integers(d_sae, batch, k)
+    operands = [acts, indices, normal(d_sae, d_model, seed=1, dtype=dtype)]
+    operands += [normal(d_model, seed=2, dtype=dtype), normal(batch, d_model, seed=3, dtype=dtype)]
+    wide = [t if t.dtype == torch.int64 else t.double() for t in operands]
+    for ours, dense in zip(ops.decode_mse(*operands), decode_mse_reference(*wide), strict=True):
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        # Sums of up to 1000 squares of size 30.
+        torch.testing.assert_close(ours.double(), dense, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), SHAPES + WIDE)
+def test_pair_grads(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
+    operands = [normal(batch, k).relu(), normal(batch, d_model, seed=1, dtype=dtype)]
+    operands += [normal(batch, k, seed=2), normal(batch, d_model, seed=3, dtype=dtype)]
+    indices = integers(d_sae, batch, k)
+    wide = sparse_pair_grads_reference(*(t.double() for t in operands), indices, d_sae)
+    found = ops.sparse_pair_grads(*operands, indices, d_sae)
+    for ours, dense in zip(found[:3], wide[:3], strict=True):
+        torch.testing.assert_close(ours.double(), dense, rtol=1e-4, atol=1e-3)
+    assert torch.equal(found[3], wide[3])
+
+
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_adam_with_a_scale_a_shadow_and_half_moments(unit_rows: bool) -> None:
+    """Against the PyTorch twin, whose random bits are the same."""
+    states = []
+    for run in (adam_rows.adam_rows_triton, adam_rows_torch):
+        param = torch.nn.functional.normalize(normal(5, 41), dim=1)
+        shadow = torch.zeros_like(param, dtype=torch.bfloat16)
+        moments = [torch.zeros_like(shadow), torch.zeros_like(shadow)]
+        scale = torch.tensor(0.25, device=DEVICE)
+        for step in range(1, 6):
+            schedule = torch.tensor(adam_schedule(step, 3e-3, 0.9, 0.99)).to(DEVICE)
+            grad = normal(5, 41, seed=step)
+            run(param, grad, *moments, shadow, schedule, scale, 0.9, 0.99, 1e-8, unit_rows)
+        assert torch.equal(shadow, param.bfloat16())
+        before = param.clone()
+        nan = torch.tensor(torch.nan, device=DEVICE)
+        run(param, grad, *moments, shadow, schedule, nan, 0.9, 0.99, 1e-8, unit_rows)
+        assert torch.equal(param, before)
+        states.append((param, *(m.float() for m in moments)))
+    # A float32 rounding before a random one may carry a moment to the other neighbour.
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3)
+    for ours, theirs in list(zip(*states, strict=True))[1:]:
+        assert (ours == theirs).float().mean() > 0.9, "the same random bits"
+
+
 @pytest.mark.parametrize("unit_rows", [False, True])
 @pytest.mark.parametrize("shape", [(5, 41), (2, 1000), (1, 1), (0, 4)])
 def test_adam(shape: tuple[int, int], unit_rows: bool) -> None:
@@ -193,8 +247,9 @@ def test_adam(shape: tuple[int, int], unit_rows: bool) -> None:
     moments = torch.zeros_like(param), torch.zeros_like(param)
     for step in range(1, 21):
         grad = normal(*param.shape, seed=step)
+        schedule = torch.tensor(adam_schedule(step, 3e-3, 0.9, 0.99)).to(DEVICE)
         ops.adam_rows_(
-            param, grad, *moments, step=step, lr=3e-3, beta1=0.9, beta2=0.99, unit_rows=unit_rows
+            param, grad, *moments, schedule=schedule, beta1=0.9, beta2=0.99, unit_rows=unit_rows
         )
         adam_rows_reference(reference, grad.double(), adam, unit_rows)
     # 20 steps, each of which rounds a parameter of size 1 at 6e-8.

@@ -1,5 +1,6 @@
 """The loss and every gradient against dense float64 mathematics; the form SAEs are shared in."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
+from saesteer.kernels import native, topk_encode
 from saesteer.kernels.ops import encode_topk, sparse_decode
 from saesteer.sae import topk
-from saesteer.sae.topk import InputScale, TopKParameters, canonical, initialise, topk_loss
+from saesteer.sae.topk import (
+    InputScale,
+    TopKParameters,
+    TopKPass,
+    canonical,
+    initialise,
+    topk_pass,
+)
 
 
 def parameters_for(d_model: int, d_sae: int, seed: int = 0) -> TopKParameters:
@@ -60,13 +69,25 @@ def dense_loss(
     return total
 
 
+def run(
+    p: TopKParameters, x: Tensor, k: int, dead: Tensor | None = None, auxk: float = 0.0
+) -> TopKPass:
+    ids = None if dead is None else dead.nonzero()[:, 0]
+    return topk_pass(p, x, k, dead_ids=ids, auxk=auxk)
+
+
 def gradients(p: TopKParameters, total: Tensor) -> dict[str, Tensor]:
+    """What autograd makes of a dense loss."""
     named = p.named()
     found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return {
         name: torch.zeros_like(q) if g is None else g
         for (name, q), g in zip(named.items(), found, strict=True)
     }
+
+
+def own_gradients(p: TopKParameters, done: TopKPass) -> dict[str, Tensor]:
+    return topk.gradients(done, len(p.b_enc))[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,18 +108,22 @@ def test_loss_and_every_gradient(
     p.b_enc.data += bias
     x = batch_for(rows, d_model)
     dead = torch.rand(d_sae, generator=torch.Generator().manual_seed(2)) < dead_share
-    loss = topk_loss(p, x, k, dead, auxk=0.25)
+    loss = run(p, x, k, dead, auxk=0.25)
     expected = dense_loss(p, x, k, dead, 0.25)
     # float64: only the order of additions differs.
     torch.testing.assert_close(loss.total, expected, rtol=1e-10, atol=1e-12)
-    found, wanted = gradients(p, loss.total), gradients(p, expected)
+    (found, counts), wanted = topk.gradients(loss, d_sae), gradients(p, expected)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=1e-10, msg=name)
     assert loss.latent_acts.shape == loss.latent_indices.shape == (rows, k)
     error = dense_loss(p, x, k, None, 0.0) * x.numel()
     torch.testing.assert_close(loss.squared_error, error)
     torch.testing.assert_close(loss.squared_deviation, (x - x.mean(dim=0)).pow(2).sum())
-    assert not loss.squared_error.requires_grad and not loss.latent_acts.requires_grad
+    fired = torch.zeros(d_sae, dtype=torch.int64)
+    fired.index_add_(
+        0, loss.latent_indices.flatten(), (loss.latent_acts > 0).flatten().to(torch.int64)
+    )
+    assert torch.equal(counts, fired)
 
 
 def test_auxk_teaches_dead_latents_through_the_encoder() -> None:
@@ -108,8 +133,8 @@ def test_auxk_teaches_dead_latents_through_the_encoder() -> None:
         dead = torch.zeros(20, dtype=torch.bool)
         dead[[3, 8, 11]] = True
         p.b_enc[~dead] += 20.0  # the others are always among the 3 best
-    plain = gradients(p, topk_loss(p, x, 3, dead, auxk=0.0).total)
-    with_aux = gradients(p, topk_loss(p, x, 3, dead, auxk=0.5).total)
+    plain = own_gradients(p, run(p, x, 3, dead, auxk=0.0))
+    with_aux = own_gradients(p, run(p, x, 3, dead, auxk=0.5))
     aux = {name: with_aux[name] - plain[name] for name in plain}
     # The residual is held constant: b_dec and living latents feel nothing of the auxiliary loss.
     for name in ("W_enc_rows", "W_dec", "b_enc"):
@@ -128,7 +153,7 @@ def test_auxk_reads_at_most_512_dead_latents() -> None:
     dead = torch.ones(530, dtype=torch.bool)
     with torch.no_grad():
         p.b_enc += 20.0  # all of them would be active
-    loss = topk_loss(p, x, 1, dead, auxk=1.0)
+    loss = run(p, x, 1, dead, auxk=1.0)
     torch.testing.assert_close(loss.total, dense_loss(p, x, 1, dead, 1.0))
     other = dense_loss(p, x, 1, dead, 1.0, k_aux=530)
     assert not torch.isclose(loss.total, other)
@@ -137,9 +162,9 @@ def test_auxk_reads_at_most_512_dead_latents() -> None:
 def test_auxk_off_or_without_the_dead() -> None:
     p = parameters_for(4, 9)
     x = batch_for(5, 4)
-    plain = topk_loss(p, x, 2).total
-    assert plain == topk_loss(p, x, 2, torch.zeros(9, dtype=torch.bool), 0.5).total
-    assert plain == topk_loss(p, x, 2, torch.ones(9, dtype=torch.bool), 0.0).total
+    plain = run(p, x, 2).total
+    assert plain == run(p, x, 2, torch.zeros(9, dtype=torch.bool), 0.5).total
+    assert plain == run(p, x, 2, torch.ones(9, dtype=torch.bool), 0.0).total
 
 
 def test_auxk_of_very_many_dead_latents_takes_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +172,7 @@ def test_auxk_of_very_many_dead_latents_takes_some_rows(monkeypatch: pytest.Monk
     x = batch_for(40, 4)
     dead = torch.arange(30) < 20
     monkeypatch.setattr(topk, "_AUX_ELEMENTS", 20 * 14)
-    total = topk_loss(p, x, 2, dead, 0.5).total
+    total = run(p, x, 2, dead, 0.5).total
     # Rows 0, 3, 6, ... stand for all: 14 rows of 20 pre-activations.
     residual = x - sparse_decode(*encode_topk(x, p.W_enc_rows, p.b_enc, 2), p.W_dec, p.b_dec)
     part, x_part = residual.detach()[::3], x[::3]
@@ -157,32 +182,40 @@ def test_auxk_of_very_many_dead_latents_takes_some_rows(monkeypatch: pytest.Monk
     torch.testing.assert_close(total, residual.pow(2).mean() + 0.5 * expected)
 
 
-def test_no_dense_gradient_or_saved_tensor() -> None:
-    """Nothing of [batch, d_sae] is kept for the backward pass, and nothing of it is made there."""
+def test_filling_among_the_dead_takes_no_part() -> None:
+    """A list whose length the host chose gives what the list of the dead alone gives."""
+    p, x = parameters_for(6, 20), batch_for(12, 6)
+    exact = topk_pass(p, x, 3, dead_ids=torch.tensor([3, 8, 11]), auxk=0.5)
+    ids = torch.tensor([8, 0, 3, 19, 11])
+    padded = topk_pass(p, x, 3, dead_ids=ids, alive=(ids == 0) | (ids == 19), auxk=0.5)
+    torch.testing.assert_close(padded.total, exact.total)
+    ours, wanted = own_gradients(p, padded), own_gradients(p, exact)
+    for name in wanted:
+        torch.testing.assert_close(ours[name], wanted[name])
+
+
+def test_nothing_of_batch_times_d_sae_is_made() -> None:
+    """Neither dense activations nor their gradients, beyond a chunk of rows in the encoder."""
     rows, d_model, d_sae, k = 256, 8, 1024, 4
     p = parameters_for(d_model, d_sae)
-    x = batch_for(rows, d_model)
+    p = TopKParameters(*(q.detach().float() for q in p.named().values()))
+    x = batch_for(rows, d_model).float()
     dead = torch.arange(d_sae) < 16
-    dense = rows * d_sae
-    saved: list[int] = []
+    dense = 4 * rows * d_sae
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = topk_loss(p, x, k, dead, auxk=0.5)
-    # The largest things kept are the weights and the 16 dead latents' pre-activations.
-    assert 0 < max(saved) <= d_sae * d_model < dense / 16
-
-    def largest(run: object) -> int:
+    def largest(work: object) -> int:
         with torch.profiler.profile(profile_memory=True) as profile:
-            run()  # type: ignore[operator]
+            work()  # type: ignore[operator]
         return max(event.self_cpu_memory_usage for event in profile.events())
 
-    assert largest(lambda: torch.empty(rows, d_sae, dtype=torch.float64)) >= 8 * dense
-    assert largest(lambda: torch.autograd.backward(loss.total)) < 8 * dense / 8
-    assert p.W_enc_rows.grad is not None and p.W_enc_rows.grad.shape == (d_sae, d_model)
+    assert largest(lambda: torch.empty(rows, d_sae)) >= dense
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk_encode, "CPU_CHUNK_BYTES", 0)
+        patch.setattr(topk_encode, "CPU_CHUNK_ROWS", 16)
+        patch.setattr(native, "_kept", threading.local())
+        done = run(p, x, k, dead, auxk=0.5)
+        assert largest(lambda: run(p, x, k, dead, auxk=0.5)) <= dense / 8
+    assert largest(lambda: topk.gradients(done, d_sae)) <= 4 * 2 * d_sae * d_model
 
 
 # --- start and scale
@@ -195,9 +228,7 @@ def test_initialisation_is_tied_normalised_and_seeded() -> None:
     assert p.W_enc_rows.data_ptr() != p.W_dec.data_ptr(), "tied at the start only"
     torch.testing.assert_close(p.W_dec.norm(dim=1), torch.ones(30))
     assert not p.b_enc.any() and not p.b_dec.any()
-    assert all(
-        q.requires_grad and q.is_leaf and q.dtype == torch.float32 for q in p.named().values()
-    )
+    assert all(q.dtype == torch.float32 for q in p.named().values())
     state = torch.get_rng_state()
     assert torch.equal(initialise(7, 30, 3, cpu).W_dec, p.W_dec)
     assert not torch.equal(initialise(7, 30, 4, cpu).W_dec, p.W_dec)

@@ -18,10 +18,8 @@ from saesteer.checkpoints.run_state import has_state, load_state
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shards import ShardReader, ShardWriter
 from saesteer.sae import trainer as trainer_module
-from saesteer.sae.config import TextConfig, TrainConfig, default_lr
+from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.models import LanguageModel
-from saesteer.sae.topk import InputScale
-from saesteer.sae.trainer import SAETrainer, Variant
 from saesteer.sae.training import train
 
 Shared = Callable[..., LanguageModel]
@@ -101,129 +99,6 @@ def dies_at(done: int) -> Callable[[str, int, int, str], None]:
             raise RuntimeError("killed")
 
     return progress
-
-
-# --- one SAE, step by step
-
-
-def trainer_for(rows: Tensor, device: str = "cpu", **changes: Any) -> SAETrainer:
-    config = replace(CONFIG, **{"dead_after_tokens": 10**6, **changes})
-    variant = Variant((1, "resid_post"), config.d_sae[0], config.k[0], 0)
-    scale = InputScale.of(rows)
-    return SAETrainer(variant, config, slice(0, D_MODEL), scale, torch.device(device))
-
-
-def test_steps_equal_dense_pytorch() -> None:
-    """The same loss curve as dense matrices, autograd and torch.optim.Adam give."""
-    rows = sparse_data(1280, 3)
-    trainer = trainer_for(rows, tokens=1280, auxk=0.0)
-    own = {name: p.detach().clone().requires_grad_() for name, p in
-           trainer.parameters.named().items()}  # fmt: skip
-    adam = torch.optim.Adam(own.values(), betas=(0.9, 0.999), eps=6.25e-10)
-    for step, batch in enumerate(rows.split(64)):
-        x = trainer.scale.apply(batch)
-        pre_acts = x @ own["W_enc_rows"].T + own["b_enc"]
-        best, chosen = pre_acts.topk(4, dim=1)
-        acts = torch.zeros_like(pre_acts).scatter(1, chosen, best.relu())
-        expected = (x - acts @ own["W_dec"] - own["b_dec"]).pow(2).mean()
-        for group in adam.param_groups:
-            group["lr"] = trainer.lr()
-        adam.zero_grad()
-        expected.backward()
-        with torch.no_grad():
-            W_dec, grad = own["W_dec"], own["W_dec"].grad
-            assert grad is not None
-            grad -= (grad * W_dec).sum(dim=1, keepdim=True) * W_dec
-            adam.step()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-        loss = trainer.backward(batch)
-        trainer.update(loss)
-        # float32 rounding, which training amplifies from step to step.
-        assert loss.total.item() == pytest.approx(expected.item(), rel=1e-4), step
-    for name, p in trainer.parameters.named().items():
-        torch.testing.assert_close(p.detach(), own[name].detach(), rtol=1e-2, atol=1e-3)
-
-
-def test_decoder_rows_are_of_unit_length_after_every_step() -> None:
-    rows = sparse_data(640, 3)
-    trainer = trainer_for(rows, lr=0.05, auxk=0.5, dead_after_tokens=64)
-    start = trainer.parameters.W_dec.detach().clone()
-    for batch in rows.split(64):
-        trainer.update(trainer.backward(batch))
-        norms = trainer.parameters.W_dec.norm(dim=1)
-        # One rounding of each element in float32.
-        torch.testing.assert_close(norms, torch.ones(48), rtol=0, atol=1e-6)
-    assert float((trainer.parameters.W_dec.detach() - start).norm()) > 1
-    assert trainer.parameters.W_enc_rows.norm(dim=1).max() > 1.1, "the encoder is free"
-
-
-@pytest.mark.parametrize("batch_tokens", [32, 64, 100])
-def test_death_is_counted_in_tokens(batch_tokens: int) -> None:
-    rows = sparse_data(1000, 3)
-    trainer = trainer_for(rows, dead_after_tokens=200, tokens=1000, batch_tokens=batch_tokens)
-    with torch.no_grad():
-        trainer.parameters.b_enc[7] = -1e4
-    for batch in rows.split(batch_tokens):
-        seen = trainer.step * batch_tokens
-        assert bool(trainer.dead[7]) == (seen >= 200), seen
-        loss = trainer.backward(batch)
-        fired = loss.latent_indices[loss.latent_acts > 0].unique()
-        trainer.update(loss)
-        assert not trainer.dead[fired].any() and not trainer.tokens_since_fired[fired].any()
-        with torch.no_grad():
-            trainer.parameters.b_enc[7] = -1e4  # AuxK would bring it back
-        if len(batch) < batch_tokens:
-            break
-    # It fires once and lives.
-    with torch.no_grad():
-        trainer.parameters.b_enc[7] = 1e4
-    trainer.update(trainer.backward(rows[:batch_tokens]))
-    assert not trainer.dead[7]
-
-
-def test_an_empty_slot_is_no_firing() -> None:
-    """With fewer than k positive latents the rest of the k indices are named but do not fire."""
-    rows = sparse_data(64, 3)
-    trainer = trainer_for(rows)
-    with torch.no_grad():
-        trainer.parameters.b_enc.fill_(-1e4)
-        trainer.parameters.b_enc[5] = 1e4
-    trainer.update(trainer.backward(rows))
-    silent = torch.arange(48) != 5
-    assert (trainer.tokens_since_fired[silent] == 64).all() and trainer.tokens_since_fired[5] == 0
-    assert trainer.take_log()["l0"] == 1.0
-
-
-def test_learning_rate_rises_stays_and_falls() -> None:
-    trainer = trainer_for(sparse_data(64, 3), lr=0.1, warmup_steps=4, tokens=64 * 20)
-    rates = []
-    for trainer.step in range(20):
-        rates.append(trainer.lr())
-    decay = [0.1 * left / 4 for left in (4, 3, 2, 1)]
-    assert rates == pytest.approx([0.025, 0.05, 0.075, *[0.1] * 13, *decay])
-    flat = trainer_for(sparse_data(64, 3), lr=0.1, warmup_steps=0, decay_share=0.0)
-    assert {flat.lr() for flat.step in range(32)} == {0.1}
-    assert trainer_for(sparse_data(64, 3)).peak_lr == default_lr(48, 32)
-
-
-def test_the_log_is_of_the_batches_since_the_last_one() -> None:
-    rows = sparse_data(192, 3)
-    trainer = trainer_for(rows)
-    errors = variances = 0.0
-    for batch in rows.split(64)[:2]:
-        x = trainer.scale.apply(batch)
-        loss = trainer.backward(batch)
-        errors += float(loss.squared_error)
-        variances += float((x - x.mean(dim=0)).pow(2).sum())
-        trainer.update(loss)
-    other = trainer_for(rows + 1)
-    other.load_state_dict({name: t.clone() for name, t in trainer.state_dict().items()})
-    log = trainer.take_log()
-    assert other.take_log() == log, "a resumed run logs the batches before it, too"
-    assert log["fvu"] == pytest.approx(errors / variances)
-    assert log["l0"] == pytest.approx(4.0) and log["dead_fraction"] == 0.0
-    trainer.backward(rows[128:])  # not stepped: not logged
-    assert trainer.take_log()["l0"] == 0.0
 
 
 # --- a whole run
@@ -445,20 +320,20 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(
 ) -> None:
     config = replace(CONFIG, init_seed=(0, 1), layers=(1,))
     train(tmp_path / "whole", config, activations=shards, device="cpu")
-    original = trainer_module.topk_loss
+    original = trainer_module.topk_pass
     calls = 0
 
-    def poisoned(*args: Any) -> Any:
+    def poisoned(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = original(*args)
+        loss = original(*args, **options)
         if calls == 2 * 11 + 2:  # the second SAE, at the twelfth step
             loss.total = loss.total * torch.nan
         return loss
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "topk_loss", poisoned)
+        patch.setattr(trainer_module, "topk_pass", poisoned)
         with pytest.raises(
             NonFiniteError, match="the loss of layer-1_dsae-48_k-4_seed-1 .* at step 11: the state"
         ):

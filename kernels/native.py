@@ -1,0 +1,148 @@
+"""Loops compiled for the CPU, where numba is installed, and the threads that run them.
+
+A TopK step is a few short loops over gathered rows. Written with PyTorch's operations each of them
+reads or writes whole matrices more often than the arithmetic needs; compiled as loops they keep a
+row in the cache from its first use to its last. The loops stand in the ``*_cpu.py`` files beside
+their ops, which import numba and are imported on first use. Their PyTorch twins stay in charge in
+float64, under ``SAESTEER_KERNELS=torch``, and where numba is not installed.
+
+The loops release Python's lock. `run_parts` gives every thread a range of rows or latents; each row
+is worked out by one thread alone and in one order, so results do not depend on how many there are.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saesteer.kernels.dispatch import kernel_choice
+
+_log = logging.getLogger(__name__)
+
+_workers: ThreadPoolExecutor | None = None
+
+
+@cache
+def numba_installed() -> bool:
+    """Whether the compiled loops can be had. Looks, and imports nothing."""
+    try:
+        return find_spec("numba") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@cache
+def _log_missing_numba() -> None:
+    _log.warning("numba is not installed: training on the CPU uses slower PyTorch operations")
+
+
+def use_native(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors runs its compiled CPU loop: all float32 and on the CPU.
+
+    Raises:
+        ValueError: ``SAESTEER_KERNELS`` holds an unknown value.
+    """
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return False
+    if kernel_choice() != "auto":
+        return False
+    if not numba_installed():
+        _log_missing_numba()
+        return False
+    return True
+
+
+def loop(*, reorder: bool = False) -> Callable[[Any], Any]:
+    """Compile a function of numpy arrays, on its first call and once per machine.
+
+    ``reorder`` lets sums be taken in vector lanes; it never assumes that values are finite.
+    """
+    import numba
+
+    fastmath: Any = {"reassoc", "contract", "nsz"} if reorder else False
+
+    def decorate(function: Any) -> Any:
+        options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep the compiled code in
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+def _forget_workers() -> None:
+    global _workers
+    _workers = None  # a forked child has none of its parent's threads
+
+
+os.register_at_fork(after_in_child=_forget_workers)
+
+
+def even_bounds(count: int, parts: int) -> list[int]:
+    """``parts + 1`` bounds that cut ``range(count)`` into ranges of nearly equal size."""
+    return [count * part // parts for part in range(parts + 1)]
+
+
+def parts_of(work: int, least: int) -> int:
+    """How many parts to cut ``work`` items into: several a thread, ``least`` items each at least.
+
+    Several, so that a thread that starts late (PyTorch's own threads keep a core busy for a moment
+    after a product) does not hold up the others with its share.
+    """
+    n_threads = torch.get_num_threads()
+    return max(1, min(4 * n_threads if n_threads > 1 else 1, work // max(1, least)))
+
+
+def run_parts(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None:
+    """Call ``function(*args, first, last)`` for every range between neighbouring bounds.
+
+    The ranges are taken one after the other by as many threads as PyTorch uses, the caller's among
+    them.
+    """
+    global _workers
+    ranges = iter([(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a])
+
+    def work() -> None:
+        for first, last in ranges:  # handing out the next is atomic: Python's lock is held
+            function(*args, first, last)
+
+    others = []
+    n_threads = min(torch.get_num_threads(), len(bounds) - 1)
+    if n_threads > 1:
+        if _workers is None:
+            _workers = ThreadPoolExecutor(os.cpu_count() or 1, "saesteer-loop")
+        others = [_workers.submit(work) for _ in range(n_threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+_kept = threading.local()
+
+_MOST_KEPT = 64 * 2**20
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory that this thread's next call may get again.
+
+    A block of tens of megabytes that is given back after every call is fresh from the system at the
+    next one, and its pages cost more than the loop that fills them. Up to 64 MiB stay with a
+    thread; larger ones come and go.
+    """
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    block: Tensor | None = getattr(_kept, "block", None)
+    if block is None or block.numel() < size:
+        block = torch.empty(size, dtype=torch.uint8)
+        if size <= _MOST_KEPT:
+            _kept.block = block
+    return block[:size].view(dtype).view(shape)

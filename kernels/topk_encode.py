@@ -209,7 +209,9 @@ def _encode_certain(
     # |<x, w> - <x^, w^>| <= |dx| |w^| + |x| |dw| <= |x| (worst |w^| + |dw|), and what two sums of
     # d_model products add in whatever order. The factors cover the rounding of these lines.
     x_sizes = (x_norms + x_losses) * 1.001
-    worst = float(np.max(x_losses / np.maximum(x_sizes, 1e-30), initial=0.0))
+    with np.errstate(invalid="ignore"):  # rows that are not finite will be left undecided
+        lost = x_losses / np.maximum(x_sizes, 1e-30)
+    worst = float(np.max(lost, initial=0.0, where=np.isfinite(lost)))
     sums = 2.2 * (d_model + 8) * 2.0**-24
     unsure = ((worst + sums) * W_norms + (1 + sums) * W_losses) * 1.001
     span = max(1, min(SPAN, d_sae // (4 * k)))

@@ -146,19 +146,19 @@ def test_non_finite_loss_keeps_the_last_good_state(
 
     out = tmp_path / "sae"
     words = ("train", "--activations", acts, "--layer", 1, *SMALL, "-o", out, "-q")
-    loss = trainer.topk_loss
+    loss = trainer.topk_pass
     calls = 0
 
-    def broken(*args: object) -> object:
+    def broken(*args: object, **options: object) -> object:
         nonlocal calls
         calls += 1
-        found = loss(*args)
+        found = loss(*args, **options)
         if calls == 8:
             found.total = found.total * torch.nan
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "topk_loss", broken)
+        patch.setattr(trainer, "topk_pass", broken)
         line = cli(*words).error(1)
     assert "is not finite at step 7" in line
     assert "--lr" in line

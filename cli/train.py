@@ -101,6 +101,10 @@ def add_flags(parser: VerbParser) -> None:
         f"{default(TrainConfig, 'moments')}",
     )  # fmt: skip
     work.add_argument(
+        "--cuda-graph", action="store_true", default=None,
+        help="on a GPU, record a step once and replay it: for narrow SAEs",
+    )  # fmt: skip
+    work.add_argument(
         "--auxk", type=number, metavar="X",
         help="weight of the loss that revives dead latents, 0 is off "
         f"{default(TrainConfig, 'auxk')}",

@@ -10,6 +10,7 @@ The loops release Python's lock. `run_parts` gives every thread a range of rows 
 is worked out by one thread alone and in one order, so results do not depend on how many there are.
 """
 
+import ctypes
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from torch import Tensor
 from saesteer.kernels.dispatch import kernel_choice
 
 _log = logging.getLogger(__name__)
+
+_TORCH = Path(torch.__file__).parent.parent
 
 _workers: ThreadPoolExecutor | None = None
 
@@ -101,28 +105,69 @@ def parts_of(work: int, least: int) -> int:
     return max(1, min(4 * n_threads if n_threads > 1 else 1, work // max(1, least)))
 
 
+@cache
+def _openmp_team() -> Callable[[Any, int], None] | None:
+    """A call that runs a function once on every thread of PyTorch's own OpenMP team, if it has one.
+
+    After a product PyTorch's threads wait for the next one with eyes open, for ten milliseconds or
+    so, and keep their cores busy. Loops on other threads would share those cores with them. The
+    team is reached through the OpenMP library that PyTorch has loaded.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        found = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+        mine = [path for path in found if Path(path).parent.is_relative_to(_TORCH)]
+        if len(mine) != 1:
+            return None
+        parallel = ctypes.CDLL(mine[0]).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    parallel.argtypes = (kind, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+
+    def run(function: Callable[[], None], n_threads: int) -> None:
+        parallel(kind(lambda _: function()), None, n_threads, 0)
+
+    return run
+
+
 def run_parts(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None:
     """Call ``function(*args, first, last)`` for every range between neighbouring bounds.
 
     The ranges are taken one after the other by as many threads as PyTorch uses, the caller's among
-    them.
+    them. An exception in one is raised here once all are done.
     """
     global _workers
     ranges = iter([(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a])
+    failed: list[BaseException] = []
 
     def work() -> None:
-        for first, last in ranges:  # handing out the next is atomic: Python's lock is held
-            function(*args, first, last)
+        try:
+            for first, last in ranges:  # handing out the next is atomic: Python's lock is held
+                function(*args, first, last)
+        except BaseException as error:
+            failed.append(error)
 
-    others = []
+    if not getattr(function, "signatures", True):  # compiled where the stack is the caller's
+        for first, last in ranges:
+            function(*args, first, last)
+            break
     n_threads = min(torch.get_num_threads(), len(bounds) - 1)
-    if n_threads > 1:
+    team = _openmp_team()
+    if n_threads <= 1:
+        work()
+    elif team is not None:
+        team(work, n_threads)
+    else:
         if _workers is None:
             _workers = ThreadPoolExecutor(os.cpu_count() or 1, "saesteer-loop")
         others = [_workers.submit(work) for _ in range(n_threads - 1)]
-    work()
-    for other in others:
-        other.result()
+        work()
+        for other in others:
+            other.result()
+    if failed:
+        raise failed[0]
 
 
 _kept = threading.local()

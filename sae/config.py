@@ -113,6 +113,8 @@ class TrainConfig:
     """Largest norm of the gradient of all parameters together; by default no clipping."""
     micro_batch_tokens: int | None = None
     """Rows per pass; the gradients of a batch's passes are added up. By default one pass."""
+    cuda_graph: bool = False
+    """Record a step on a GPU once and replay it: for narrow SAEs, whose steps are launches."""
     auxk: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
     dead_after_tokens: int | None = None

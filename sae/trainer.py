@@ -14,6 +14,7 @@ from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import folder_name
 from saesteer.kernels.ops import adam_rows_, adam_schedule, adam_sparse_rows_
 from saesteer.sae.config import TrainConfig, default_lr
+from saesteer.sae.graphed import GraphedStep
 from saesteer.sae.topk import (
     InputScale,
     TopKPass,
@@ -83,6 +84,17 @@ class SAETrainer:
         self._dead_capacity = 0
         # Squared error, squared deviation, active latents, rows.
         self._log = torch.zeros(4, dtype=torch.float64, device=device)
+        self._input = InputScale(scale.mean.to(device), scale.factor)
+        self._graphed = GraphedStep(self) if config.cuda_graph and device.type == "cuda" else None
+
+    def dead_list_length(self) -> int | None:
+        """What decides the shapes of the coming step: room for the dead, None without AuxK."""
+        seen = self.step * self.config.batch_tokens
+        if not self.config.auxk or seen < self.config.resolved_dead_after_tokens:
+            return None
+        if self._dead_capacity == 0 and self.device.type != "cpu":
+            self._set_dead_capacity()
+        return self._dead_capacity
 
     def _make_shadows(self) -> dict[str, Tensor]:
         """bfloat16 copies of the matrices, for the products; empty with float32 products."""
@@ -115,11 +127,17 @@ class SAETrainer:
         has moved since).
         """
         rows = batch[:, self.columns].to(self.device, non_blocking=True)
+        if self._graphed is not None:
+            return self._graphed.take(rows)
+        return self.forward(rows)
+
+    def forward(self, rows: Float[Tensor, "batch d_model"]) -> list[TopKPass]:
+        """`backward` on rows that lie on the device already, in raw units."""
         dead_ids, alive = self._dead_latents()
         parameters = replace(self.parameters, **self.shadows)
         passes = []
         for part in rows.split(self.config.micro_batch_tokens or max(1, len(rows))):
-            x = self.scale.apply(part).to(parameters.W_enc_rows.dtype)
+            x = self._input.apply(part).to(parameters.W_enc_rows.dtype)
             done = topk_pass(
                 parameters, x, self.variant.k,
                 dead_ids=dead_ids, alive=alive, auxk=self.config.auxk,
@@ -135,6 +153,13 @@ class SAETrainer:
         for at, value in enumerate(schedule):
             self._schedule[at] = value
         self.step += 1
+        if self._graphed is not None:
+            self._graphed.replay()
+        else:
+            self.apply(passes)
+
+    def apply(self, passes: list[TopKPass]) -> None:
+        """The part of `update` that the device does; what the host decides stands in tensors."""
         if self._steps_from_entries(passes):
             counts = self._move_from_entries(passes[0])
         else:
@@ -219,14 +244,12 @@ class SAETrainer:
         On a GPU the list has a length that the host set at the last log line: the number of dead
         latents then, with room to double. The longest silent stand in it first.
         """
-        seen = self.step * self.config.batch_tokens
-        if not self.config.auxk or seen < self.config.resolved_dead_after_tokens:
+        length = self.dead_list_length()
+        if length is None:
             return None, None
         if self.device.type == "cpu":
             return self.dead.nonzero()[:, 0], None
-        if self._dead_capacity == 0:
-            self._set_dead_capacity()
-        ids = self.tokens_since_fired.topk(self._dead_capacity).indices
+        ids = self.tokens_since_fired.topk(length).indices
         return ids, ~self.dead[ids]
 
     def _set_dead_capacity(self) -> None:

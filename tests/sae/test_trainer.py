@@ -175,6 +175,24 @@ def test_a_step_after_a_loss_that_is_not_finite_moves_nothing() -> None:
         trainer.take_log()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recorded_step_equals_the_step(dtype: str) -> None:
+    rows = sparse_data(640, 3).cuda()
+    found = []
+    for graph in (False, True):
+        trainer = trainer_for(
+            rows, "cuda", auxk=0.5, dead_after_tokens=128, cuda_graph=graph, dtype=dtype
+        )
+        trainer.parameters.b_enc[:20] = -50.0
+        for batch in rows.split(64):
+            trainer.update(trainer.backward(batch))
+        found.append((trainer.parameters.named(), trainer.take_log()))
+    assert found[0][1] == pytest.approx(found[1][1])
+    for name, p in found[1][0].items():
+        assert torch.equal(p, found[0][0][name]), name
+
+
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"micro_batch_tokens": 20}])
 def test_the_step_never_asks_the_device(options: dict[str, Any]) -> None:
     """On tensors without contents, of which the host can read nothing, every call but one works."""

@@ -17,11 +17,12 @@ CODE := $(ROOMS) tests benchmarks examples
 BIN := $(VENV)/bin
 # -P keeps the top-level folders off sys.path: the code is imported as saesteer, as installed.
 RUN := $(BIN)/python -P -m
+RESULTS := --csv benchmarks/results --page docs/performance.md
 
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types format bench typecheck-links env-run env-dev \
+.PHONY: help demo test test-slow check lint types format bench peers typecheck-links env-run env-dev \
 	clean distclean
 
 help:
@@ -30,7 +31,8 @@ help:
 	@echo 'make check            format, lint, types and the fast tests'
 	@echo 'make format           rewrite the code in our format'
 	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
-	@echo 'make bench            every script in benchmarks/'
+	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
+	@echo 'make peers            the other projects that the benchmarks compare with'
 	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
 	@echo 'make clean            remove caches and build products (distclean: .venv too)'
 
@@ -57,9 +59,15 @@ format: env-dev
 	@$(RUN) ruff format .
 
 bench: env-dev
-	@set -e; for script in benchmarks/*.py; do \
-		echo "== $$script" >&2; $(BIN)/python $$script $(ARGS); \
-	done
+	@$(BIN)/python benchmarks/train_step.py --device cpu $(RESULTS) $(ARGS)
+	@$(BIN)/python benchmarks/train_step.py --device cpu --auxk $(RESULTS) $(ARGS)
+	@$(BIN)/python benchmarks/kernels.py --device cpu $(RESULTS) $(ARGS)
+
+# dictionary_learning asks for an old nnsight, torchvision, diffusers and more, which its trainers do
+# not use and which can break the transformers that is here: it comes without them.
+peers: env-dev
+	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-build-isolation -e '.[peers]'
+	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-deps 'dictionary-learning>=0.1,<0.2'
 
 typecheck-links:
 	@mkdir -p .typecheck/saesteer

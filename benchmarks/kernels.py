@@ -1,0 +1,197 @@
+"""Each op of saesteer.kernels.ops against plain PyTorch and against the roofline of its device.
+
+    python benchmarks/kernels.py                       # CPU: d_model 576, d_sae 9216, k 32
+    python benchmarks/kernels.py --size S1,S2          # CUDA: the two reference sizes
+    python benchmarks/kernels.py --only encode_topk --rounds 31
+
+First the rate of the matrix product and of copies is measured on the same device. The roofline of
+an op is the time its arithmetic takes at that rate, or its bytes at that bandwidth, whichever is
+longer. Bytes are counted as if nothing stayed in a cache: an operand once, and a matrix row each
+time an example names it. An op whose matrix fits into a cache can therefore exceed 100 %.
+
+Latents are drawn uniformly, and by Zipf's law (the n-th most frequent with a weight of 1/n), where
+a few hot latents take part in most examples.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from op_cases import MAKERS, Case, make_operands
+from side_by_side import (
+    Contender,
+    add_flags,
+    choose_device,
+    deliver,
+    facts,
+    leave_folder,
+    say,
+    take_turns,
+)
+
+from saesteer.kernels import ops
+
+SIZES = {
+    "laptop": (576, 9216, 32, 2048),
+    "S1": (576, 16384, 32, 8192),
+    "S2": (4096, 131072, 64, 8192),
+}
+"""d_model, d_sae, k, batch."""
+NOT_TIMED = {"LatentOrder", "adam_schedule"}
+"""Public names of `ops` that do no work on a tensor."""
+_COPY_BYTES = 256 * 2**20
+
+
+def public_ops() -> list[str]:
+    """What `ops` offers: its functions that work on tensors."""
+    return [name for name in ops.__all__ if name not in NOT_TIMED]
+
+
+def cases(
+    size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, only: set[str]
+) -> Iterator[Case]:
+    """Uniform latents for every op, Zipf for those whose time depends on them."""
+    for latents in ("uniform", "zipf"):
+        operands = make_operands(size, latents, dtype, device)
+        for name, make in MAKERS.items():
+            if name in only and hasattr(ops, name):
+                for case in make(operands):
+                    if latents == "uniform" or case.latents != "any":
+                        yield case
+
+
+def gemm_flops_per_second(
+    size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
+) -> float:
+    """Of the encoder's own product, `[batch, d_model] @ [d_model, d_sae]`."""
+    d_model, d_sae, _, batch = size
+    a = torch.randn(batch, d_model, device=device, dtype=dtype)
+    b = torch.randn(d_model, d_sae, device=device, dtype=dtype)
+    out = torch.empty(batch, d_sae, device=device, dtype=dtype)
+    contender = Contender(lambda _: torch.mm(a, b, out=out), "")
+    timing = take_turns({"": contender}, device, rounds=rounds, warmup=2, flush=True)[""]
+    return 2 * batch * d_model * d_sae / timing.median
+
+
+def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
+    """Bytes read plus bytes written by a copy between two buffers that fit into no cache."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    contender = Contender(lambda _: target.copy_(source), "")
+    timing = take_turns({"": contender}, device, rounds=rounds, warmup=2, flush=True)[""]
+    return 2 * _COPY_BYTES / timing.median
+
+
+def measure(
+    name: str, dtype: torch.dtype, device: torch.device, only: set[str], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    size = SIZES[name] if name in SIZES else tuple(int(part) for part in name.split("x"))
+    assert len(size) == 4
+    gemm = gemm_flops_per_second(size, dtype, device, args.rounds)
+    copied = copied_bytes_per_second(device, args.rounds)
+    say(f"{name}: product {gemm / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.3g} GB/s")
+    rows = []
+    for case in cases(size, dtype, device, only):
+        say(f"timing {case.op}, latents {case.latents}, against {case.counterpart}")
+        pair = {
+            "ours": Contender(lambda _, case=case: case.ours(), ""),
+            "torch": Contender(lambda _, case=case: case.torch(), ""),
+        }
+        timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
+        arithmetic, traffic = case.flops / gemm, case.bytes / copied
+        roofline = max(arithmetic, traffic)
+        ratio = timings["torch"].over(timings["ours"])
+        rows.append(
+            {
+                "op": case.op,
+                "size": name,
+                **dict(zip(("d_model", "d_sae", "k", "batch"), size, strict=True)),
+                "dtype": str(dtype).removeprefix("torch."),
+                "latents": case.latents,
+                **timings["ours"].columns(),
+                "counterpart": case.counterpart,
+                **{f"torch_{k}": v for k, v in timings["torch"].columns().items()},
+                "times_as_fast": ratio["ratio"],
+                "times_as_fast_p20": ratio["ratio_p20"],
+                "times_as_fast_p80": ratio["ratio_p80"],
+                "gemm_tflops_per_second": gemm / 1e12,
+                "copy_gb_per_second": copied / 1e9,
+                "bound": "product" if arithmetic > traffic else "memory",
+                "roofline_ms": 1e3 * roofline,
+                "share_of_roofline": roofline / timings["ours"].median,
+            }
+        )
+    return rows
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "op": lambda row: row["op"],
+    "size": lambda row: row["size"],
+    "latents": lambda row: row["latents"],
+    "ms (p20 to p80)": lambda row: (
+        f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
+    ),
+    "plain PyTorch": lambda row: f"{row['counterpart']}: {row['torch_median_ms']:.2f} ms",
+    "saesteer is (p20 to p80)": lambda row: (
+        f"{row['times_as_fast']:.2f} x "
+        f"({row['times_as_fast_p20']:.2f} to {row['times_as_fast_p80']:.2f})"
+    ),
+    "roofline": lambda row: f"{row['roofline_ms']:.2f} ms ({row['bound']})",
+    "reached": lambda row: f"{100 * row['share_of_roofline']:.0f} %",
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in SIZES.items())
+    parser.add_argument(
+        "--size",
+        help="comma-separated names or d_model x d_sae x k x batch, such as 64x512x8x128; "
+        f"named: {sizes} (default: laptop on a CPU, S1,S2 on CUDA)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of activations and weights (default: float32 on a CPU, bfloat16 on CUDA)",
+    )
+    parser.add_argument("--only", help=f"comma-separated ops, of {', '.join(MAKERS)}")
+    add_flags(parser, rounds=15)
+    args = parser.parse_args(argv)
+    if args.only and (unknown := set(args.only.split(",")) - set(MAKERS)):
+        parser.error(f"--only takes {', '.join(MAKERS)}, got {', '.join(sorted(unknown))}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    leave_folder()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    on_cuda = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
+    names = (args.size or ("S1,S2" if on_cuda else "laptop")).split(",")
+    only = set(args.only.split(",")) if args.only else set(MAKERS)
+    for name in sorted(set(public_ops()) - set(MAKERS)):
+        say(f"not measured: {name} has no case in this script")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows += measure(name, dtype, device, only, args)
+    described = {
+        "sizes": "; ".join(
+            f"{row['size']} d_model {row['d_model']} d_sae {row['d_sae']} k {row['k']} "
+            f"batch {row['batch']}, product {row['gemm_tflops_per_second']:.3g} TFLOP/s, "
+            f"copy {row['copy_gb_per_second']:.3g} GB/s"
+            for row in {row["size"]: row for row in rows}.values()
+        ),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    found = {**facts(device, {}), **described, "rounds": args.rounds}
+    deliver(args, f"kernels-{device.type}", found, rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

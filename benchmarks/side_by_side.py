@@ -1,0 +1,336 @@
+"""What the scripts of this folder share: contenders timed in turns, and the forms of a result.
+
+A machine whose speed drifts slows every contender of a round alike, so what to quote is a ratio:
+of the medians, with the 20th and 80th percentile of the ratios inside single rounds as its spread.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+# Larger than any last-level cache of a GPU; written before each timing of a single op there.
+_FLUSH_BYTES = 256 * 2**20
+
+
+def leave_folder() -> None:
+    """Take this folder off the path, where running one of its scripts has put it.
+
+    It holds a kernels.py, and transformers looks for Hugging Face's package of that name.
+    """
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != HERE]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time, ready to run."""
+
+    step: Callable[[int], object]
+    """Called with the number of the round; what is timed."""
+    given: str
+    """Version, dtype and options: what this contender was given."""
+    before: Callable[[], object] = lambda: None
+    """Called before each step, not timed."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender, one entry a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def p20(self) -> float:
+        return percentile(self.seconds, 0.2)
+
+    @property
+    def p80(self) -> float:
+        return percentile(self.seconds, 0.8)
+
+    @property
+    def slowest_over_fastest(self) -> float:
+        return max(self.seconds) / min(self.seconds)
+
+    def over(self, other: "Timing") -> dict[str, float]:
+        """How many times as long this takes as the other: of medians, and p20, p80 of rounds."""
+        rounds = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
+        return {
+            "ratio": self.median / other.median,
+            "ratio_p20": percentile(rounds, 0.2),
+            "ratio_p80": percentile(rounds, 0.8),
+        }
+
+    def columns(self) -> dict[str, float]:
+        return {
+            "rounds": len(self.seconds),
+            "median_ms": 1e3 * self.median,
+            "p20_ms": 1e3 * self.p20,
+            "p80_ms": 1e3 * self.p80,
+            "min_ms": 1e3 * min(self.seconds),
+            "max_ms": 1e3 * max(self.seconds),
+            "slowest_over_fastest": self.slowest_over_fastest,
+        }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between the two nearest ranks."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def take_turns(
+    contenders: Mapping[str, Contender],
+    device: torch.device,
+    *,
+    rounds: int,
+    warmup: int,
+    flush: bool = False,
+) -> dict[str, Timing]:
+    """Run every contender once a round, in order, and keep the rounds after the first `warmup`.
+
+    Wall time, from an idle device to an idle device: a training step waits for its host too. With
+    `flush` on CUDA, time between two events on a device that has just overwritten its cache: what
+    a single op costs inside a larger program.
+    """
+    clock = _event_clock(device) if flush and device.type == "cuda" else _wall_clock(device)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, contender in contenders.items():
+            contender.before()
+            elapsed = clock(contender.step, number)
+            if number >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _wall_clock(device: torch.device) -> Callable[[Callable[[int], object], int], float]:
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def clock(step: Callable[[int], object], number: int) -> float:
+        synchronise()
+        started = time.perf_counter()
+        step(number)
+        synchronise()
+        return time.perf_counter() - started
+
+    return clock
+
+
+def _event_clock(device: torch.device) -> Callable[[Callable[[int], object], int], float]:
+    cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(step: Callable[[int], object], number: int) -> float:
+        torch.cuda.synchronize(device)
+        cache.zero_()  # also keeps the device busy while the host launches the step
+        start.record()
+        step(number)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def facts(device: torch.device, shape: Mapping[str, int]) -> dict[str, Any]:
+    """Where and on what a table was measured."""
+    found: dict[str, Any] = dict(shape)
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+    else:
+        found |= {"device": _cpu_name(), "threads": torch.get_num_threads()}
+    found["python"] = platform.python_version()
+    found |= {name: _version(name) for name in ("torch", "triton")}
+    found["revision"] = _revision()
+    found["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except ImportError:
+        return "not installed"
+
+
+def _revision() -> str:
+    """The commit this runs from; `+` says that tracked code differs from it."""
+
+    def git(*words: str) -> str:
+        # The results themselves do not count: the first script of a run has just rewritten them.
+        return subprocess.run(
+            ["git", *words], cwd=HERE.parent, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":!docs", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def one_line(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def markdown(
+    found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]
+) -> str:
+    """A table under a line that says where it was measured.
+
+    Columns map a heading to a function of the row, which returns the text of the cell.
+    """
+    lines = [one_line(found), "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for row in rows:
+        cells = [str(cell(row)).replace("|", "\\|") for cell in columns.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> str:
+    """The same for a terminal: the first column to the left, the others to the right.
+
+    The column `given` is too long for a terminal; it follows below the table.
+    """
+    name = next(iter(columns.values()))
+    given = [f"  {name(row)}: {row['given']}" for row in rows if row.get("given")]
+    columns = {heading: cell for heading, cell in columns.items() if heading != "given"}
+    cells = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines + (["given"] if given else []) + given)
+
+
+def write_files(
+    folder: Path, name: str, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], page: str
+) -> None:
+    """`NAME.csv`, every row with all facts, and `NAME.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    full = [{**row, **found} for row in rows]
+    fields = list(dict.fromkeys(field for row in full for field in row))
+    with _replacing(folder / f"{name}.csv") as path:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: _short(v) for k, v in row.items()} for row in full)
+    with _replacing(folder / f"{name}.md") as path:
+        path.write_text(page, encoding="utf-8")
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_page(page: Path, name: str, table: str) -> None:
+    """Put the table between `<!-- begin NAME -->` and `<!-- end NAME -->` of a page.
+
+    Raises:
+        SystemExit: the page lacks one of the two lines.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    text = page.read_text(encoding="utf-8")
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise SystemExit(f"--page {page}: needs the lines '{begin}' and '{end}' around the table")
+    with _replacing(page) as path:
+        path.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
+
+
+class _replacing:
+    """A temporary path that becomes the real one when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def deliver(
+    args: Any,
+    name: str,
+    found: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Any],
+) -> None:
+    """Print the result, and write the files that --csv and --page ask for."""
+    table = markdown(found, rows, columns)
+    if args.csv is not None:
+        write_files(args.csv, name, found, rows, table)
+    if args.page is not None:
+        write_page(args.page, name, table)
+    if args.json:
+        print(json.dumps({"facts": found, "rows": rows}, indent=2))
+    else:
+        print(f"{one_line(found)}\n{text_table(rows, columns)}")
+
+
+def add_flags(parser: Any, *, rounds: int) -> None:
+    """The flags that every script takes."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"timed (default {rounds})")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before (default 2)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="write a CSV and a Markdown table")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="put the Markdown table into this page"
+    )
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

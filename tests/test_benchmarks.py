@@ -1,0 +1,333 @@
+"""The scripts in benchmarks/ run, list every contender, and compare like with like."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+STEP = "--d-model 24 --d-sae 96 --k 4 --batch 48 --rounds 1 --warmup 0 --device cpu".split()
+OPS = "--size 24x96x4x48 --rounds 1 --warmup 0 --device cpu".split()
+RIVALS = {
+    "SAELens SAETrainer.step": "sae_lens",
+    "dictionary_learning TopKTrainer.update": "dictionary_learning",
+    "sparsify coder step, Adam": "sparsify",
+}
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Import a script as running it would: with its folder on the path, until it leaves it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        # Not under its own name: a module called `kernels` would meet Hugging Face's.
+        spec = importlib.util.spec_from_file_location(
+            f"benchmarks_{name}", BENCHMARKS / f"{name}.py"
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # dataclasses look their module up while the class is made.
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    with torch.random.fork_rng(devices=[]):
+        yield load
+    # The rivals' script enters this package without executing it: not for other tests to find.
+    for name in [name for name in sys.modules if name.split(".")[0] == "dictionary_learning"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """A copy of the page that the scripts rewrite."""
+    copy = tmp_path / "performance.md"
+    copy.write_text((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"))
+    return copy
+
+
+def between(text: str, name: str) -> str:
+    return text.split(f"<!-- begin {name} -->\n")[1].split(f"<!-- end {name} -->")[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# what the scripts share
+
+
+def test_contenders_take_turns_and_the_warm_up_does_not_count(load: Load) -> None:
+    shared = load("side_by_side")
+    calls: list[str] = []
+
+    def contender(name: str) -> Any:
+        return shared.Contender(
+            lambda number: calls.append(f"{name}{number}"), "", lambda: calls.append("-")
+        )
+
+    timings = shared.take_turns(
+        {"a": contender("a"), "b": contender("b")}, torch.device("cpu"), rounds=2, warmup=1
+    )
+    assert calls == ["-", "a0", "-", "b0", "-", "a1", "-", "b1", "-", "a2", "-", "b2"]
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 2, "b": 2}
+
+
+def test_medians_percentiles_and_ratios(load: Load) -> None:
+    shared = load("side_by_side")
+    slow = shared.Timing((4.0, 8.0, 6.0, 10.0, 2.0))
+    fast = shared.Timing((2.0, 2.0, 2.0, 2.0, 2.0))
+    assert slow.median == 6.0
+    assert slow.p20 == pytest.approx(3.6)  # 0.2 of the way through 4 intervals: 2 + 0.8 * 2
+    assert slow.p80 == pytest.approx(8.4)
+    assert slow.slowest_over_fastest == 5.0
+    assert slow.over(fast) == pytest.approx({"ratio": 3.0, "ratio_p20": 1.8, "ratio_p80": 4.2})
+    assert shared.percentile([7.0], 0.8) == 7.0
+
+
+def test_only_the_part_between_the_marks_of_a_page_changes(load: Load, tmp_path: Path) -> None:
+    shared = load("side_by_side")
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n<!-- begin y -->\n")
+    shared.write_page(page, "x", "new\n")
+    shared.write_page(page, "x", "newer\n")
+    text = "a\n<!-- begin x -->\nnewer\n<!-- end x -->\nb\n<!-- begin y -->\n"
+    assert page.read_text() == text
+    with pytest.raises(SystemExit, match="needs the lines '<!-- begin y -->' and"):
+        shared.write_page(page, "y", "new\n")
+    assert page.read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+def test_a_script_leaves_its_folder(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers would take kernels.py there for Hugging Face's package of that name.
+    shared = load("side_by_side")
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), "", "/elsewhere"])
+    shared.leave_folder()
+    assert sys.path == ["", "/elsewhere"]
+
+
+# ---------------------------------------------------------------------------------------------
+# train_step.py
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def test_a_training_step_beside_its_rivals(
+    load: Load, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--json", "--csv", str(tmp_path / "results"), "--page", str(page)]
+    load("train_step").main([*STEP, *flags])
+    document = json.loads(capsys.readouterr().out)
+    facts, rows = document["facts"], {row["contender"]: row for row in document["rows"]}
+    assert {"device", "threads", "torch", "revision", "d_model", "batch"} <= set(facts)
+    assert list(rows) == ["saesteer step", *RIVALS, "x @ W_enc alone", "encode_topk alone"]
+    for name, row in rows.items():
+        if not installed(RIVALS.get(name, "torch")):
+            assert row == {"contender": name, "status": "not installed", "given": ""}
+            continue
+        assert row["status"] == "ok", name
+        assert row["tokens_per_second"] == pytest.approx(48e3 / row["median_ms"])
+        ours = rows["saesteer step"]["median_ms"]
+        assert row["saesteer_times_as_fast"] == pytest.approx(row["median_ms"] / ours)
+        assert "float32" in row["given"]
+        if "alone" not in name:
+            assert "AuxK off" in row["given"]
+
+    with (tmp_path / "results" / "train_step-cpu.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["contender"] for row in written] == list(rows)
+    assert {(row["d_sae"], row["revision"]) for row in written} == {("96", facts["revision"])}
+    table = (tmp_path / "results" / "train_step-cpu.md").read_text()
+    assert between(page.read_text(), "train_step-cpu") == table
+    assert table.count("\n|") == 2 + len(rows)
+
+
+def test_every_step_finds_the_same_number_of_dead_latents(load: Load) -> None:
+    train_step = load("train_step")
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(48, 24, generator=generator) for _ in range(2)]
+    seen: list[int] = []
+
+    class Watched(train_step.SAETrainer):  # type: ignore[misc, name-defined]
+        def backward(self, batch: torch.Tensor) -> Any:
+            seen.append(int(self.dead.sum()))
+            return super().backward(batch)
+
+    train_step.SAETrainer = Watched
+    contender = train_step.ours(train_step.Job(24, 96, 4, batches, dead=10))
+    seen.clear()
+    for number in range(3):
+        contender.before()
+        contender.step(number)
+    assert seen == [10, 10, 10]
+    assert "10 dead" in contender.given
+
+
+def test_the_dead_are_the_most_silent(load: Load) -> None:
+    rivals = load("rivals")
+    counter = torch.zeros(6)
+    noise = torch.tensor([0.0, 3.0, 1.0, 5.0, 0.0, 2.0])
+    restore = rivals.keep_dead(counter, 2, 9.0, lambda number: counter.add_(noise))
+    counter.fill_(7.0)
+    restore()
+    assert counter.tolist() == [0.0, 9.0, 0.0, 9.0, 0.0, 0.0]
+    untouched = torch.ones(3)
+    rivals.keep_dead(untouched, 0, 9.0, lambda number: untouched.zero_())()
+    assert untouched.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_with_auxk_every_contender_gets_dead_latents(
+    load: Load, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("train_step").main([*STEP, "--auxk", "--dead", "0.25", "--json"])
+    rows = {row["contender"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    for name in ("saesteer step", *RIVALS):
+        if rows[name]["status"] == "ok":
+            assert "24 dead" in rows[name]["given"], name
+    assert rows["saesteer step"]["status"] == "ok"
+
+
+def test_a_rival_that_is_missing_or_broken_is_listed(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step = load("train_step")
+
+    def broken(job: object) -> None:
+        raise RuntimeError("operator does not exist")
+
+    monkeypatch.setitem(sys.modules, "sparsify", None)
+    monkeypatch.setattr(train_step, "sae_lens", broken)
+    monkeypatch.setattr(train_step, "dictionary_learning", lambda job: train_step.product(job))
+    train_step.main(STEP)
+    out = capsys.readouterr().out.splitlines()
+    lines = {line.split("  ")[0]: line for line in out}
+    assert lines["sparsify coder step, Adam"].split()[4:6] == ["not", "installed"]
+    assert "failed: RuntimeError" in lines["SAELens SAETrainer.step"]
+    assert " x (" in lines["dictionary_learning TopKTrainer.update"]
+
+
+def test_our_own_failure_is_no_row(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = load("train_step")
+
+    def broken(job: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(train_step, "ours", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        train_step.main(STEP)
+
+
+# ---------------------------------------------------------------------------------------------
+# kernels.py
+
+
+def test_every_op_beside_plain_pytorch(
+    load: Load, page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = load("kernels")
+    kernels.main([*OPS, "--json", "--csv", str(tmp_path), "--page", str(page)])
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)["rows"]
+    measured = {row["op"].split(",")[0] for row in rows}
+    left_out = {
+        line.split()[2] for line in captured.err.splitlines() if line.startswith("not measured")
+    }
+    on_cuda_only = {"encode_topk_fused"}
+    assert measured | left_out | on_cuda_only >= set(kernels.public_ops())
+    assert "encode_topk" in measured and not measured & left_out
+    assert {row["latents"] for row in rows if row["op"] == "sparse_decode"} == {"uniform", "zipf"}
+    for row in rows:
+        roofline = row["share_of_roofline"] * row["median_ms"]
+        assert row["roofline_ms"] == pytest.approx(roofline) and roofline > 0
+        assert row["times_as_fast"] == pytest.approx(row["torch_median_ms"] / row["median_ms"])
+    assert between(page.read_text(), "kernels-cpu") == (tmp_path / "kernels-cpu.md").read_text()
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize("latents", ["uniform", "zipf"])
+@pytest.mark.parametrize(
+    ("op", "compared"),
+    [
+        ("sparse_decode", 1),
+        ("decode_mse", 3),
+        ("gather_dot", 1),
+        ("sort_indices", 2),
+        ("sparse_row_grads", 1),
+        ("sparse_pair_grads", 2),
+    ],
+)
+def test_an_op_and_its_counterpart_do_the_same(
+    load: Load, op: str, compared: int, latents: str
+) -> None:
+    op_cases = load("op_cases")
+    if not hasattr(op_cases.ops, op):
+        pytest.skip(f"saesteer.kernels.ops has no {op}")
+    operands = op_cases.make_operands((24, 96, 4, 48), latents, torch.float32, torch.device("cpu"))
+    cases = list(op_cases.MAKERS[op](operands))
+    assert cases
+    for case in cases:
+        pairs = zip(flat(case.ours()), flat(case.torch()), strict=False)
+        for _, (ours, theirs) in zip(range(compared), pairs, strict=False):
+            # Sums of a few float32 products, taken in another order.
+            torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_drawn_latents_are_distinct_and_zipf_is_uneven(load: Load) -> None:
+    op_cases = load("op_cases")
+    most = {}
+    for zipf in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        drawn = op_cases.draw_latents(200, 96, 4, zipf=zipf, generator=generator)
+        assert drawn.shape == (200, 4) and drawn.min() >= 0 and drawn.max() < 96
+        assert bool((drawn.diff(dim=1) > 0).all())
+        most[zipf] = int(drawn.flatten().bincount(minlength=96).max())
+    # 800 draws of 96: about 8 each when even; the most frequent of Zipf's takes part in most rows.
+    assert most[False] < 40 and most[True] > 80
+
+
+def test_unknown_ops_are_named(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load("kernels").main(["--only", "sparse_decode,nonsense"])
+    assert "got nonsense" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# as programs
+
+
+@pytest.mark.parametrize("script", ["train_step.py", "kernels.py"])
+def test_the_scripts_start(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--csv DIR" in done.stdout
+
+
+def test_make_bench_writes_every_table_of_the_page() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = makefile.split("\nbench: env-dev\n")[1].split("\n\n")[0]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for name, command in {
+        "train_step-cpu": "train_step.py --device cpu $(RESULTS)",
+        "train_step_auxk-cpu": "train_step.py --device cpu --auxk $(RESULTS)",
+        "kernels-cpu": "kernels.py --device cpu $(RESULTS)",
+    }.items():
+        assert command in recipe
+        assert between(text, name) is not None
+    assert text.count("<!-- begin ") == 3

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for sm_90 without a GPU. Run by test_triton.py in its own process.
 
 The interpreter accepts code that the compiler rejects, and says nothing about registers. Prints one
-line per kernel and exits with 1 if one spills registers to memory.
+line per kernel and exits with 1 if one spills registers to memory, takes so much shared memory that
+two programs do not fit on a multiprocessor, or does without the hardware that copies tiles.
 """
 
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aot_fused_steer as fused_steer
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -27,6 +29,7 @@ from saesteer.kernels import (
 )
 
 MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+MODULES += fused_steer.MODULES
 
 POINTERS = {
     "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
@@ -38,9 +41,15 @@ POINTERS = {
     "*fp64": "schedule",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
+TYPES |= {name: kind for kind, names in fused_steer.TYPES.items() for name in names.split()}
 TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
+
+UNHINTED = ("k", "n_chosen", *fused_steer.UNHINTED)
+
+MOST_SHARED = 113 * 1024
+"""Bytes of shared memory with which two programs fit on one multiprocessor."""
 
 
 def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
@@ -68,6 +77,7 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         yield adam_rows.adam_kernel, 4, {"BLOCK": 1024, **flags}, types
         for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
             yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width, **flags}, types
+    yield from fused_steer.variants()
 
 
 def compile_kernel(
@@ -80,7 +90,7 @@ def compile_kernel(
     for place, name in enumerate(names):
         kind = "constexpr" if name in constants else types.get(name, TYPES.get(name, "i32"))
         signature[name] = kind
-        if kind.startswith("*") or (kind == "i32" and name not in ("k", "n_chosen")):
+        if kind.startswith("*") or (kind == "i32" and name not in UNHINTED):
             hints[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel, signature, {(names.index(name),): v for name, v in constants.items()}, hints
@@ -115,19 +125,24 @@ def main() -> int:
         for name, value in vars(module).items()
         if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
     }
-    spilled = False
+    print(f"triton {triton.__version__}")
+    wrong = False
     for kernel, warps, constants, types in variants():
         compiled = compile_kernel(kernel, warps, constants, types)
         facts = registers(compiled.asm["ptx"])
-        spilled |= bool(facts) and not facts.endswith(" 0 bytes spilled")
+        wrong |= bool(facts) and not facts.endswith(" 0 bytes spilled")
         shared = compiled.metadata.shared
+        wrong |= shared > MOST_SHARED
+        if any(kind.startswith("tensordesc") for kind in types.values()):
+            # Descriptors are read by the hardware that copies tiles, not element by element.
+            wrong |= "cp.async.bulk.tensor" not in compiled.asm["ptx"]
         print(
             f"{kernel.__name__}: {warps} warps, {shared} bytes shared, {facts or 'not assembled'}"
         )
         left.discard(kernel.__name__)
     if left:
         print(f"not compiled: {', '.join(sorted(left))}")
-    return 1 if left or spilled else 0
+    return 1 if left or wrong else 0
 
 
 if __name__ == "__main__":

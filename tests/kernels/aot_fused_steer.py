@@ -34,20 +34,22 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         how |= fused.product_options(dtype)
         warps = how.pop("num_warps")
         assert how.pop("num_stages") == 3  # what the compiler takes by itself
-        for block_b in (128, 16):
+        kept = sorted({kept_per_tile(d_sae, k) for _, d_sae, k in SIZES})
+        for block_b in (128, 16) if kind == "bf16" else (128,):
             how["BLOCK_B"] = block_b
             x = f"tensordesc<{kind}[{block_b},{how['BLOCK_D']}]>"
             flat = {"x": x, "W_enc": f"tensordesc<{kind}[{TILE},{how['BLOCK_D']}]>"}
             deep = {"x": x, "W_enc": f"tensordesc<{kind}[{TILE},1,{how['BLOCK_D']}]>"}
-            kept = {kept_per_tile(d_sae, k) for _, d_sae, k in SIZES}
-            for n in sorted(kept) if block_b == 128 else [4]:
+            for n in kept if (kind, block_b) == ("bf16", 128) else kept[:1]:
                 yield fused.candidates_kernel, warps, {**how, "KEPT": n, "STRIDED": False}, flat
-            yield fused.candidates_kernel, warps, {**how, "KEPT": 4, "STRIDED": True}, deep
-            yield fused.redo_product_kernel, warps, how, flat
+            if block_b == 128:
+                yield fused.redo_product_kernel, warps, how, flat
+        if kind == "bf16":
+            how["BLOCK_B"], deep["x"] = 128, f"tensordesc<{kind}[128,{how['BLOCK_D']}]>"
+            yield fused.candidates_kernel, warps, {**how, "KEPT": kept[-1], "STRIDED": True}, deep
     for _, d_sae, k in SIZES:
-        kept = kept_per_tile(d_sae, k)
-        block = triton.next_power_of_2(tile_count(d_sae) * kept)
-        merge = {"KEPT": kept, "TILE": TILE, "BLOCK": block, "BLOCK_K": k}
+        block = triton.next_power_of_2(tile_count(d_sae) * kept_per_tile(d_sae, k))
+        merge = {"KEPT": kept_per_tile(d_sae, k), "TILE": TILE, "BLOCK": block, "BLOCK_K": k}
         for strided in (False, True):
             warps = max(4, block // 1024)
             yield fused.merge_kernel, warps, {**merge, "STRIDED": strided}, {}

@@ -78,8 +78,7 @@ def test_fused_encoding(
     assert torch.equal(acts.double(), expected)
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize(("kept", "strided"), [(1, True), (2, False)])
 def test_flagged_rows_are_redone(kept: int, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two launches for the rows to redo; some tiles of rows lie beyond the end of the list.
     monkeypatch.setattr(topk_encode_fused, "REDO_BYTES", 16 * 300 * 4)
@@ -100,13 +99,13 @@ def test_flagged_rows_are_redone(kept: int, strided: bool, monkeypatch: pytest.M
     assert torch.equal(acts, expected)
 
 
-@pytest.mark.parametrize("kept", [2, 4])
+@pytest.mark.parametrize("kept", [2])
 def test_the_certificate_is_the_twins(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[Tensor] = []
     monkeypatch.setattr(
         topk_encode_fused, "_redo", lambda x, latents, bias, k, flag, *rest: flags.append(flag)
     )
-    x, W, b = whole_numbers(16, 6, 260, torch.float32)
+    x, W, b = whole_numbers(8, 6, 260, torch.float32)
     acts, indices = topk_encode_fused.encode_topk_fused_triton(x, W, b, 5, kept, False)
     values, expected, flagged = select_certified(x @ W.t() + b, 5, kept, False)
     assert torch.equal(flags[0] > 0, flagged) and flagged.any()

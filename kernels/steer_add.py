@@ -107,7 +107,7 @@ def steer_add_triton_(
     d_model = h.shape[1]
     latent_ids, alphas, W_dec = unit_stride(latent_ids), unit_stride(alphas), unit_stride(W_dec)
     double = accumulator_dtype(h, alphas, W_dec) == torch.float64
-    block_d = column_block(d_model, 512)
+    block_d = column_block(d_model, 256)
     steer_add_kernel[(positions.shape[0], triton.cdiv(d_model, block_d))](
         h,
         positions.contiguous(),

@@ -58,7 +58,7 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         select["BLOCK_N"] = triton.next_power_of_2(triton.cdiv(d_sae, group))
         yield fused.redo_select_kernel, max(4, widest // 1024), select, {}
     for matrix in ("*fp32", "*bf16"):
-        block = {"BLOCK_D": 512, "BLOCK_K": 8, "ACC": tl.float32}
+        block = {"BLOCK_D": 256, "BLOCK_K": 8, "ACC": tl.float32}
         yield steer_add.steer_add_kernel, 4, block, {"h": matrix, "W_dec": matrix}
         wide = {"MODE": "set", "BLOCK_M": 8, "BLOCK_D": 256, "ACC": tl.float32}
         types = {**dict.fromkeys(("h", "W_enc", "W_dec", "out"), matrix), "b_enc": "*fp32"}

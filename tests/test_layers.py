@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 """Room -> the other rooms it may import. Nothing may import cli."""
 
-KERNELS_MAY_IMPORT = {"torch", "triton", "jaxtyping"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "jaxtyping", "numba", "numpy"}
 """Besides the standard library: the ops stay usable without the rest of the house."""
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "accelerate", "pandas", "scipy"}

@@ -61,6 +61,10 @@ def cases(
                         yield case
 
 
+def contender(run: Callable[[], object]) -> Contender:
+    return Contender(lambda _: run(), "")
+
+
 def gemm_flops_per_second(
     size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> float:
@@ -69,8 +73,8 @@ def gemm_flops_per_second(
     a = torch.randn(batch, d_model, device=device, dtype=dtype)
     b = torch.randn(d_model, d_sae, device=device, dtype=dtype)
     out = torch.empty(batch, d_sae, device=device, dtype=dtype)
-    contender = Contender(lambda _: torch.mm(a, b, out=out), "")
-    timing = take_turns({"": contender}, device, rounds=rounds, warmup=2, flush=True)[""]
+    product = contender(lambda: torch.mm(a, b, out=out))
+    timing = take_turns({"": product}, device, rounds=rounds, warmup=2, flush=True)[""]
     return 2 * batch * d_model * d_sae / timing.median
 
 
@@ -78,8 +82,8 @@ def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
     """Bytes read plus bytes written by a copy between two buffers that fit into no cache."""
     source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    contender = Contender(lambda _: target.copy_(source), "")
-    timing = take_turns({"": contender}, device, rounds=rounds, warmup=2, flush=True)[""]
+    copy = contender(lambda: target.copy_(source))
+    timing = take_turns({"": copy}, device, rounds=rounds, warmup=2, flush=True)[""]
     return 2 * _COPY_BYTES / timing.median
 
 
@@ -94,10 +98,7 @@ def measure(
     rows = []
     for case in cases(size, dtype, device, only):
         say(f"timing {case.op}, latents {case.latents}, against {case.counterpart}")
-        pair = {
-            "ours": Contender(lambda _, case=case: case.ours(), ""),
-            "torch": Contender(lambda _, case=case: case.torch(), ""),
-        }
+        pair = {"ours": contender(case.ours), "torch": contender(case.torch)}
         timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
         arithmetic, traffic = case.flops / gemm, case.bytes / copied
         roofline = max(arithmetic, traffic)

@@ -158,7 +158,7 @@ def test_top_level_holds_only_what_the_layout_names() -> None:
         ("sae", "from ..kernels import ops", "leaves the room"),
         ("sae", "import kernels.ops", "write saesteer.kernels"),
         ("sae", "from checkpoints.files import write_json", "write saesteer.checkpoints"),
-        ("kernels", "import pandas", "1: kernels may not import pandas"),
+        ("kernels", "import yaml", "1: kernels may not import yaml"),
         ("cli", "try:\n    import torch\nexcept ImportError:\n    pass", "2: 'torch' is heavy"),
         ("cli", "class C:\n    from transformers import AutoConfig", "2: 'transformers' is heavy"),
     ],

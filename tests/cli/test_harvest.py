@@ -87,7 +87,7 @@ def test_dry_run_writes_nothing(cli: Cli, model: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_ends(cli: Cli, model: Path, tmp_path: Path) -> None:
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "--dry-run")
-    assert "dry run: done, 4 batches in" in cli(*words).err
+    assert "dry run: done, 5 batches in" in cli(*words).err
     text = tmp_path / "text.txt"  # two batches of 4 contexts of 32 tokens, and no more
     text.write_text("\n\n".join(["heron stood still " * 20] * 4))
     outcome = cli(*words, "--data", text, "--context", 16, "--batch-size", 2)
@@ -226,7 +226,7 @@ def test_interrupted_harvest_keeps_its_tokens(
     """Ctrl-C between two batches: what was read is written, and --resume goes on from there."""
     import signal
 
-    from saesteer.sae.harvester import ActivationStream
+    from saesteer.sae.stream import ActivationStream
 
     out = tmp_path / "acts"
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "-o", out, "-q")

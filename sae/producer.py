@@ -74,6 +74,11 @@ class Producer:
             batch.record_stream(torch.cuda.current_stream(batch.device))
         return batch
 
+    @property
+    def ahead(self) -> int:
+        """Batches that wait for the trainer."""
+        return len(self._ahead)
+
     def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
         """Make `batch`, which was not used after all, the next one again."""
         with self._changed:

@@ -25,6 +25,7 @@ import contextlib
 import io
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -60,6 +61,7 @@ class Bench:
         self.layer = self.point.layer
         self.text = TextConfig(batch_size=batch_size, context=context, epochs=1000)
         self.folder = Path(tempfile.mkdtemp(prefix="harvest-benchmark-"))
+        self.cleanup = contextlib.ExitStack()
         self.documents = [str(d) for d in open_corpus_texts()]
 
     def stream(self) -> ActivationStream:
@@ -108,17 +110,18 @@ def to_shards(bench: Bench) -> Round:
     writer = ShardWriter(
         bench.folder / "shards", layers=[bench.layer], sites=["resid_post"],
         d_model=bench.lm.d_model, dtype=bench.lm.dtype, facts={"model": bench.lm.name},
-        shard_tokens=16_384,
+        shard_tokens=8000,
     )  # fmt: skip
-    background = BackgroundWriter(writer, 16_384)
+    background = BackgroundWriter(writer, 8000)
 
     def run() -> int:
         tokens = 0
-        for _ in range(2):
+        for _ in range(4):
             batch = stream.next_batch()
             assert batch is not None
             background.add(batch.activations, batch.token_ids, stream.state_dict())
             tokens += len(batch.token_ids)
+        background.checkpoint()  # nothing of its work falls into the others' turns
         return tokens
 
     return run
@@ -148,6 +151,9 @@ def live_train(bench: Bench) -> Round:
     producer.__enter__()
     held = contextlib.ExitStack()
     held.enter_context(producer.paused())  # while the others have their turn
+
+    bench.cleanup.callback(producer.__exit__, None, None, None)
+    bench.cleanup.callback(held.close)
 
     def run() -> int:
         before = producer.ahead
@@ -392,7 +398,10 @@ def main() -> None:
     if not args.json:
         print(", ".join(f"{name} {value}" for name, value in facts.items()))
     for layer in layers:
-        result = measure(Bench(lm, layer, args.batch_size, args.context), names, args.rounds)
+        bench = Bench(lm, layer, args.batch_size, args.context)
+        with bench.cleanup:
+            result = measure(bench, names, args.rounds)
+        shutil.rmtree(bench.folder)
         found.append(result)
         if args.json:
             continue

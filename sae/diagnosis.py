@@ -253,7 +253,8 @@ def _predict(
     training = training_memory(
         lm.d_model,
         [d_sae],
-        batch_tokens=defaults.batch_tokens,
+        defaults,
+        lm.device,
         buffer_tokens=min(defaults.buffer_tokens, max(1, tokens // 2)),
         row_bytes=lm.d_model * lm.dtype.itemsize,
         batches_ahead=BATCHES_AHEAD,
@@ -266,6 +267,6 @@ def _predict(
         "shard_bytes": plan["bytes"],
         "model_bytes": model_bytes(lm),
         "d_sae": d_sae,
-        "training_bytes": training.saes,
+        "training_bytes": training.saes + training.step,
         "training_buffer_bytes": training.buffer,
     }

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.sae.config import TextConfig
+from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.models import LanguageModel, text_config
 
-# float32 weights, a gradient, two moments.
-_BYTES_PER_PARAMETER = 16
 # Latents of one chunk of a batch that a step holds densely (float32), and what it keeps of them.
 _DENSE_ROWS = 1024
 # A batch of more tokens than this runs no faster: the products are large enough.
@@ -88,9 +86,9 @@ class TrainingMemory:
     """Bytes that training needs beside the language model."""
 
     saes: int
-    """Weights, gradients and moments of every SAE."""
+    """Weights and moments of every SAE."""
     step: int
-    """What one step holds for a moment, of the widest SAE."""
+    """What one step holds for a moment, of the widest SAE; its gradient where one is made."""
     buffer: int
     """The shuffle buffer and the batches on their way."""
 
@@ -102,8 +100,9 @@ class TrainingMemory:
 def training_memory(
     d_model: int,
     widths: list[int],
+    config: TrainConfig,
+    device: torch.device,
     *,
-    batch_tokens: int,
     buffer_tokens: int,
     row_bytes: int,
     batches_ahead: int,
@@ -112,12 +111,19 @@ def training_memory(
 
     `row_bytes` is one row of the buffer, which holds all hook points side by side.
     """
-    parameters = sum(2 * width * d_model + width + d_model for width in widths)
-    rows = min(batch_tokens, _DENSE_ROWS)
-    step = 4 * (2 * rows * max(widths) + 6 * batch_tokens * d_model)
-    batches = (batches_ahead + 2) * batch_tokens
+    # float32 weights, and two moments of theirs.
+    each = 4 + 2 * (2 if config.moments == "bfloat16" else 4)
+    if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
+        each += 2  # the copies that products use
+    parameters = [2 * width * d_model + width + d_model for width in widths]
+    # On a CPU a plain step sums each row's gradient and uses it at once.
+    plain = config.clip_norm is None and config.micro_batch_tokens is None
+    gradient = 0 if device.type == "cpu" and plain else 4 * max(parameters)
+    rows = min(config.batch_tokens, _DENSE_ROWS)
+    step = 4 * (2 * rows * max(widths) + 6 * config.batch_tokens * d_model) + gradient
+    batches = (batches_ahead + 2) * config.batch_tokens
     return TrainingMemory(
-        saes=parameters * _BYTES_PER_PARAMETER,
+        saes=sum(parameters) * each,
         step=step,
         buffer=(buffer_tokens + batches) * row_bytes,
     )

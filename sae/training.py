@@ -215,7 +215,8 @@ class _Run:
         need = training_memory(
             self.d_model,
             [variant.d_sae for variant in self.variants],
-            batch_tokens=self.config.batch_tokens,
+            self.config,
+            self.device,
             buffer_tokens=self.batches.buffer_tokens,
             row_bytes=self.d_model * len(self.source.places) * self.dtype.itemsize,
             batches_ahead=BATCHES_AHEAD,

@@ -371,3 +371,54 @@ def test_streams_resume_at_any_batch(shared_lm: Shared, tmp_path: Path) -> None:
         assert torch.equal(found.token_ids, batch.token_ids)
     assert stream.state_dict() == whole.state_dict()
     assert 0.05 < whole.excluded["sinks"] / (6 * 4 * 24) < 0.5
+
+
+def test_an_automatic_batch_size_is_kept_on_resume(
+    shared_lm: Shared, stop_at: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saesteer.sae import harvester
+
+    lm, config = shared_lm(), replace(CONFIG, text=replace(TEXT, batch_size=0))
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 3)
+    with pytest.raises(Interrupted):
+        harvest(lm, tmp_path / "out", config, progress=stop_at("harvest", 100))
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 9)
+    found = harvest(lm, tmp_path / "out", config, resume=True)
+    assert found["config"]["batch_size"] == 3
+    harvest(lm, tmp_path / "whole", replace(config, text=replace(TEXT, batch_size=3)))
+    assert equal(stored(tmp_path / "out"), stored(tmp_path / "whole"))
+
+
+def test_a_model_given_by_name_keeps_only_what_it_needs(
+    fresh_lm: Shared, shared_lm: Shared, tmp_path: Path
+) -> None:
+    lm = fresh_lm()
+    config = replace(CONFIG, layers=(0, 1), tokens=200)
+    harvest(lm, tmp_path / "a", config, consume_model=True)
+    assert all(p.is_meta for p in lm.blocks[2].parameters()) and lm.unembed.weight.is_meta
+    # Another site needs its own block alone; a path outside the blocks needs them all.
+    harvest(shared_lm(), tmp_path / "b", config)
+    assert equal(stored(tmp_path / "a"), stored(tmp_path / "b"))
+    assert not shared_lm().unembed.weight.is_meta, "a loaded model is left whole unless asked"
+    whole = fresh_lm()
+    outside = replace(config, layers=(1,), site="model.norm")
+    harvest(whole, tmp_path / "c", outside, consume_model=True)
+    assert not any(p.is_meta for p in whole.blocks.parameters())
+
+
+def test_positions_are_stored_when_asked(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    harvest(lm, tmp_path / "plain", CONFIG)
+    assert set(ShardReader(tmp_path / "plain").columns(0)) == {"token_ids"}
+    harvest(lm, tmp_path / "out", replace(CONFIG, keep_positions=True, shuffle=True))
+    reader = ShardReader(tmp_path / "out")
+    contexts = open_contexts(lm, TEXT).next_batch(40)
+    assert contexts is not None
+    seen = set()
+    for index in range(len(reader)):
+        columns = reader.columns(index)
+        where = columns["contexts"], columns["positions"].long()
+        assert torch.equal(contexts.token_ids[where].int(), columns["token_ids"])
+        seen |= set(zip(*(values.tolist() for values in where), strict=True))
+    assert len(seen) == 500, "each place once"
+    assert reader.manifest["shuffle_seed"] == 5

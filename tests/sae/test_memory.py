@@ -8,7 +8,7 @@ import torch
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae import memory
-from saesteer.sae.config import TextConfig
+from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.memory import (
     automatic_batch_size,
     forward_bytes,
@@ -18,6 +18,8 @@ from saesteer.sae.memory import (
     training_memory,
 )
 from saesteer.sae.models import LanguageModel
+from saesteer.sae.topk import InputScale
+from saesteer.sae.trainer import SAETrainer, Variant
 
 Shared = Callable[..., LanguageModel]
 CPU = torch.device("cpu")
@@ -50,28 +52,49 @@ def test_the_batch_size_fits_the_memory(shared_lm: Shared, monkeypatch: pytest.M
     assert automatic_batch_size(lm, text) == 16
 
 
+SHAPE: dict[str, int] = {"buffer_tokens": 1000, "row_bytes": 40, "batches_ahead": 4}
+
+
 def test_training_is_counted() -> None:
-    need = training_memory(
-        10, [40, 80], batch_tokens=100, buffer_tokens=1000, row_bytes=40, batches_ahead=4
-    )
-    # Two matrices and two biases, four numbers of four bytes for each of their elements.
-    assert need.saes == 16 * (2 * 10 * 120 + 120 + 2 * 10)
+    config = TrainConfig(tokens=10**6, batch_tokens=100, buffer_tokens=1000)
+    need = training_memory(10, [40, 80], config, CPU, **SHAPE)
+    parameters = 2 * 10 * 120 + 120 + 2 * 10
+    # Weights and two moments of four bytes; on a CPU no gradient is ever whole.
+    assert need.saes == 12 * parameters
     assert need.buffer == (1000 + 6 * 100) * 40
     assert need.total == need.saes + need.step + need.buffer
+    halves = replace(config, moments="bfloat16")
+    assert training_memory(10, [40, 80], halves, CPU, **SHAPE).saes == 8 * parameters
+    # Products in bfloat16 need copies, and a clipped gradient is there as a whole.
+    gpu = training_memory(10, [40, 80], config, torch.device("cuda"), **SHAPE)
+    assert gpu.saes == 14 * parameters and gpu.step > need.step
+    clipped = training_memory(10, [40, 80], replace(config, clip_norm=1.0), CPU, **SHAPE)
+    assert clipped.step - need.step == 4 * (2 * 10 * 80 + 80 + 10)
+
+
+def test_a_trainer_takes_what_was_predicted() -> None:
+    config = TrainConfig(d_sae=(48,), tokens=10**6, k=(4,))
+    scale = InputScale(torch.zeros(16, dtype=torch.float64), 1.0)
+    trainer = SAETrainer(Variant((0, "a"), 48, 4, 0), config, slice(0, 16), scale, CPU)
+    held = [*trainer.parameters.named().values(), *trainer.exp_avg.values(),
+            *trainer.exp_avg_sq.values(), *trainer.shadows.values()]  # fmt: skip
+    need = training_memory(16, [48], config, CPU, **SHAPE)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == need.saes
 
 
 def test_what_cannot_fit_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(tokens=10**7, batch_tokens=100)
     need = training_memory(
-        1000, [50_000] * 9, batch_tokens=100, buffer_tokens=10**6, row_bytes=4000, batches_ahead=4
+        1000, [50_000] * 9, config, CPU, buffer_tokens=10**6, row_bytes=4000, batches_ahead=4
     )
     monkeypatch.setattr(memory, "free_bytes", lambda device: need.total + 1)
     refuse_what_cannot_fit(need, 9, CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: need.total - 1)
-    with pytest.raises(UserError, match=r"9 SAEs .* need 18\.\d GB of memory .*--buffer-tokens"):
+    with pytest.raises(UserError, match=r"9 SAEs .* need 14\.\d GB of memory .*--buffer-tokens"):
         refuse_what_cannot_fit(need, 9, CPU)
     # On a GPU the SAEs lie there and the buffer does not.
     gpu = torch.device("cuda")
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 15 * GIGABYTE)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 13 * GIGABYTE)
     refuse_what_cannot_fit(need, 9, gpu)
     monkeypatch.setattr(
         memory, "free_bytes", lambda device: (2 if device.type == "cuda" else 99) * GIGABYTE

@@ -285,6 +285,76 @@ def test_a_corpus_that_ends_is_an_error(shared_lm: Shared, tmp_path: Path) -> No
     assert weights(tmp_path / "sae") == weights(tmp_path / "two")
 
 
+def test_a_product_live_is_each_alone(shared_lm: Shared, tmp_path: Path) -> None:
+    """One pass of the model, many SAEs; the others change nothing."""
+    many = replace(LIVE, d_sae=(24, 48), k=(2, 4), init_seed=(0, 1), tokens=512)
+    runs = train(tmp_path / "saes", many, model=shared_lm(), device="cpu")
+    assert len(runs) == 16 == len(weights(tmp_path / "saes"))
+    few = replace(many, d_sae=(48,), k=(2,), init_seed=(1,))
+    train(tmp_path / "few", few, model=shared_lm(), device="cpu")
+    for name, content in weights(tmp_path / "few").items():
+        assert weights(tmp_path / "saes")[name] == content
+
+
+def test_memory_is_said_first_and_refused(
+    shared_lm: Shared, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    few = replace(CONFIG, tokens=256, init_seed=(0, 1))
+    train(tmp_path / "a", few, activations=shards, device="cpu", say=said.append)
+    # At most half of the run is in the buffer; two layers and two seeds.
+    assert len(said) == 1 and "a shuffle buffer of 128 tokens" in said[0] and "4 SAEs" in said[0]
+    monkeypatch.setattr("saesteer.sae.memory.free_bytes", lambda device: 10_000)
+    sources = (({"activations": shards}, (1, 5)), ({"model": shared_lm()}, (0, 1)))
+    for source, layers in sources:
+        config = replace(LIVE, layers=layers, tokens=256)
+        with pytest.raises(UserError, match="2 SAEs .* are free: give fewer --layer") as caught:
+            train(tmp_path / "b", config, device="cpu", **source)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+        assert not weights(tmp_path / "b")
+
+
+def test_an_automatic_batch_size_is_kept_on_resume(
+    shared_lm: Shared, stop_at: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saesteer.sae import harvester
+
+    config = replace(LIVE, text=replace(LIVE.text, batch_size=0))
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 3)
+    train(tmp_path / "whole", config, model=shared_lm(), device="cpu")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "out", config, model=shared_lm(), device="cpu",
+              progress=stop_at("train", 300))  # fmt: skip
+    # Less is free now: the size stays the one that the run began with.
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 7)
+    (run, _) = train(tmp_path / "out", config, model=shared_lm(), device="cpu", resume=True)
+    assert run["config"]["text"]["batch_size"] == 3
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_text_with_nan_stops_with_the_batch_named_and_the_state_before_it(
+    fresh_lm: Shared, tmp_path: Path
+) -> None:
+    lm = fresh_lm()
+    train(tmp_path / "whole", LIVE, model=lm, device="cpu")
+    weight = lm.model.get_input_embeddings().weight
+    original = weight.clone()
+    calls = 0
+
+    def poison(module: Any, args: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return output * torch.nan if calls == 9 else output
+
+    handle = lm.blocks[0].register_forward_hook(poison)
+    with pytest.raises(NonFiniteError, match="at layer 0 in batch 8.*--resume goes on from step"):
+        train(tmp_path / "out", LIVE, model=lm, device="cpu")
+    handle.remove()
+    assert torch.equal(weight, original)
+    train(tmp_path / "out", LIVE, model=lm, device="cpu", resume=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole"), "no batch was skipped"
+
+
 # --- bad input
 
 

@@ -1,7 +1,6 @@
 """Runs text through a language model once and writes its activations to shards."""
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_man
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
 from saesteer.sae.hooks import HookPoint, last_block, resolve_site
-from saesteer.sae.memory import automatic_batch_size
+from saesteer.sae.memory import automatic_batch_size, peak_bytes
 from saesteer.sae.models import DTYPES, LanguageModel, as_language_model, compile_blocks
 from saesteer.sae.ranks import ALONE, Ranks, join_ranks
 from saesteer.sae.stopping import stop_requests
@@ -224,8 +223,7 @@ class _Job:
             extra = {
                 "excluded": self._sum(self.stream.excluded),
                 "seconds": round(time.monotonic() - started, 3),
-                # Linux counts in kilobytes.
-                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_memory_bytes": peak_bytes(),
             }
             writer.close(extra)
         return self._merged(extra)

@@ -1,6 +1,7 @@
 """What a job will take of the memory, said before it starts."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,25 @@ def free_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def held_bytes() -> int:
+    """The memory that this process holds now; its peak where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return peak_bytes()
 
 
 def _cgroup_room() -> int:

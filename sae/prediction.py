@@ -1,7 +1,6 @@
 """What a harvest will take: a few real batches timed, bytes counted."""
 
 import math
-import resource
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import HarvestConfig, Progress, no_progress
 from saesteer.sae.harvester import resolved_text
 from saesteer.sae.hooks import last_block, resolve_site
-from saesteer.sae.memory import model_bytes
+from saesteer.sae.memory import held_bytes, model_bytes, peak_bytes
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.stream import open_activations
 
@@ -89,10 +88,4 @@ def _peak_bytes(config: HarvestConfig, row: int, layer_row: int, tokens: int) ->
     # One shard fills while as many tokens may wait; one layer's file is put together (and shuffled)
     # when it is written.
     waiting = min(2 * shard, tokens) * row + (1 + config.shuffle) * shard * layer_row
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    try:
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        now = peak
-    return max(peak, now + waiting)
+    return max(peak_bytes(), held_bytes() + waiting)

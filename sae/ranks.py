@@ -85,8 +85,7 @@ ALONE = Ranks()
 
 def join_ranks(timeout: int) -> Ranks:
     """The processes that torchrun started together, connected over gloo; alone without torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    if world == 1:
+    if not _is_started_with_others():
         return ALONE
     import torch.distributed as dist
 
@@ -97,4 +96,9 @@ def join_ranks(timeout: int) -> Ranks:
 
 def is_first() -> bool:
     """Whether this process speaks for all: rank 0 of torchrun, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not _is_started_with_others() or int(os.environ["RANK"]) == 0
+
+
+def _is_started_with_others() -> bool:
+    # Schedulers set WORLD_SIZE for purposes of their own; torchrun sets both.
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -1,6 +1,5 @@
 """What is predicted comes true: bytes exactly, the rest as far as a machine is steady."""
 
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae import prediction
 from saesteer.sae.config import HarvestConfig, TextConfig
 from saesteer.sae.harvester import harvest
+from saesteer.sae.memory import held_bytes
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.prediction import predict_harvest
 
@@ -43,7 +43,7 @@ def test_disk(keep_positions: bool, shared_lm: Shared, tmp_path: Path) -> None:
 
 def test_memory_counts_shards_on_their_way(shared_lm: Shared) -> None:
     lm = shared_lm()
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    now = held_bytes()
     small = predict_harvest(lm, CONFIG)["memory_bytes"]
     row = 2 * (32 * 4 + 4)
     large = replace(CONFIG, tokens=10**9, shard_tokens=10**8)

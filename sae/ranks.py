@@ -85,7 +85,7 @@ ALONE = Ranks()
 
 def join_ranks(timeout: int) -> Ranks:
     """The processes that torchrun started together, connected over gloo; alone without torchrun."""
-    if not _is_started_with_others():
+    if not is_one_of_many():
         return ALONE
     import torch.distributed as dist
 
@@ -96,9 +96,10 @@ def join_ranks(timeout: int) -> Ranks:
 
 def is_first() -> bool:
     """Whether this process speaks for all: rank 0 of torchrun, or the only one."""
-    return not _is_started_with_others() or int(os.environ["RANK"]) == 0
+    return not is_one_of_many() or int(os.environ["RANK"]) == 0
 
 
-def _is_started_with_others() -> bool:
+def is_one_of_many() -> bool:
+    """Whether torchrun started this process together with others."""
     # Schedulers set WORLD_SIZE for purposes of their own; torchrun sets both.
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -29,6 +29,7 @@ from saesteer.sae.hooks import resolve_site
 from saesteer.sae.memory import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
 from saesteer.sae.producer import BATCHES_AHEAD, Producer
+from saesteer.sae.ranks import is_one_of_many
 from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
 from saesteer.sae.stopping import stop_requests
 from saesteer.sae.stream import open_activations
@@ -83,6 +84,10 @@ def train(
         raise UsageError("train needs either --model (live) or --activations (shards), not both")
     if activations is not None and replies:
         raise UsageError("--replies needs --model: shards hold the replies they were made with")
+    if is_one_of_many():
+        raise UsageError(
+            "train runs in one process: start it without torchrun (harvest can share a corpus out)"
+        )
     folder = Path(out).expanduser()
     if resume or not force:
         claim_output(folder, resume=resume, force=force, can_resume=True)

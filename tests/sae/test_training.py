@@ -373,6 +373,17 @@ def test_sources_that_cannot_be(shards: Path, shared_lm: Shared, tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
+def test_training_is_one_process(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would write one folder."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="train runs in one process: start it without torchrun"):
+        train(tmp_path / "sae", CONFIG, activations=shards, device="cpu")
+    assert not (tmp_path / "sae").exists()
+
+
 def test_a_folder_in_use(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "sae"
     config = replace(CONFIG, layers=(1,), tokens=128)

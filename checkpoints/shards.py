@@ -1,15 +1,17 @@
 """Activation shards: a folder of safetensors files with a manifest that is always true.
 
 `DIR/layer-20/shard-00000.safetensors` (`layer-20-attn_out/` for a site other than resid_post) holds
-`activations [tokens, d_model]` and `token_ids [tokens]` int32. `DIR/manifest.json` lists only files
-that are whole, together with the caller's cursor (its place in the corpus) just after their last
-token: a killed harvest goes on from there, and no token is lost or written twice.
+`activations [tokens, d_model]` and `token_ids [tokens]` int32, and where they were asked for
+`positions` (int32) and `contexts` (int64) of each row. `DIR/manifest.json` lists only files that
+are whole, together with the caller's cursor (its place in the corpus) just after their last token:
+a killed harvest goes on from there, and no token is lost or written twice.
 """
 
+import contextlib
 import functools
-import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints import files
-from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -39,227 +41,12 @@ _FLOATS = {
     "F8_E5M2": torch.bfloat16,
 }
 _INTS = {"I64", "I32", "I16", "U16", "U32"}
-_SHARD = re.compile(r"shard-(\d+)\.safetensors")
 _ODD = re.compile(r"[^\w.-]")
-
-_log = logging.getLogger(__name__)
 
 
 def folder_name(layer: int, site: str = "resid_post") -> str:
     """The sub-folder of a layer's shards: "layer-20", or "layer-20-attn_out" for another site."""
     return f"layer-{layer}" + ("" if site == "resid_post" else f"-{_ODD.sub('_', site)}")
-
-
-class ShardWriter:
-    """Writes activations of one or more layers as shards of about `shard_tokens` tokens.
-
-    Only whole `add` calls go into a shard, so shards can be a little longer than asked for.
-    Nothing is written until a shard is full; then its files appear and the manifest follows.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        layers: Sequence[int],
-        sites: Sequence[str],
-        d_model: int,
-        dtype: torch.dtype,
-        shard_tokens: int = 65536,
-        facts: Mapping[str, Any],
-    ) -> None:
-        """Start an empty set of shards in `folder` (made if missing).
-
-        `layers` are 0-based blocks; every layer is stored at every site. `dtype` is the float dtype
-        on disk. `facts` goes into the manifest as it is and must name the `model`.
-        """
-        if not layers or not sites or d_model < 1 or shard_tokens < 1:
-            raise UsageError(
-                f"shards need a layer, a site, and positive d_model and shard_tokens; got "
-                f"{list(layers)}, {list(sites)}, {d_model}, {shard_tokens}"
-            )
-        if not dtype.is_floating_point:
-            raise UsageError(f"--store-dtype must be a float type, got {dtype}")
-        if "model" not in facts:
-            raise ValueError("facts must name the model")
-        self.folder = Path(folder)
-        self.manifest: dict[str, Any] = {
-            **facts,
-            "schema_version": SCHEMA_VERSION,
-            "layers": [int(layer) for layer in layers],
-            "sites": [str(site) for site in sites],
-            "d_model": int(d_model),
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": 0,
-            "shards": [],
-            "complete": False,
-            "shard_tokens": int(shard_tokens),
-            "cursor": {},
-        }
-        self._start_buffers()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for place in self.places:
-            (self.folder / folder_name(*place)).mkdir(exist_ok=True)
-        files.write_json(self.folder / MANIFEST, self.manifest)
-
-    @classmethod
-    def resume(
-        cls, folder: str | Path, *, expect: Mapping[str, Any] | None = None
-    ) -> tuple["ShardWriter", dict[str, Any]]:
-        """Go on with the shards in `folder`: a writer, and the cursor just after its last token.
-
-        Files that the manifest does not list (of a shard that a kill cut short) are deleted. The
-        cursor is `{}` when no shard was finished. `expect` maps manifest keys to the values that
-        this run would write.
-
-        Raises:
-            UserError: no manifest, a listed file is missing or cut short, or `expect` differs.
-        """
-        reader = ShardReader(folder, flag="--out", allow_empty=True)
-        manifest = reader.manifest
-        for key, value in (expect or {}).items():
-            if manifest.get(key) != files.plain(value):
-                raise UserError(
-                    f"--resume: the shards in {folder} were made with {key} {manifest.get(key)!r}, "
-                    f"this run has {files.plain(value)!r}; use the same settings, or --force to "
-                    "start again"
-                )
-        writer = cls.__new__(cls)
-        writer.folder = Path(folder)
-        writer.manifest = {"complete": False, "shard_tokens": 65536, "cursor": {}, **manifest}
-        writer._start_buffers()
-        listed = {entry["file"] for entry in manifest["shards"]}
-        files.remove_leftovers(writer.folder)
-        for place in writer.places:
-            below = writer.folder / folder_name(*place)
-            below.mkdir(exist_ok=True)
-            files.remove_leftovers(below)
-            for path in below.iterdir():
-                if _SHARD.fullmatch(path.name) and f"{below.name}/{path.name}" not in listed:
-                    path.unlink()
-        return writer, dict(writer.manifest["cursor"] or {})
-
-    @property
-    def places(self) -> list[Place]:
-        """Every (layer, site) that `add` wants."""
-        return [(layer, s) for layer in self.manifest["layers"] for s in self.manifest["sites"]]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens added so far, those not yet on disk included."""
-        return int(self.manifest["tokens"]) + self._buffered
-
-    @property
-    def tokens_saved(self) -> int:
-        """Tokens in finished shards."""
-        return int(self.manifest["tokens"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether `close` was called on these shards (before a resume, perhaps)."""
-        return bool(self.manifest["complete"])
-
-    def add(
-        self,
-        acts: Mapping[Place, Float[Tensor, "tokens d_model"]],
-        token_ids: Int[Tensor, " tokens"],
-        cursor: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Add the activations of some tokens, for every (layer, site); a copy is taken.
-
-        `cursor` is whatever the caller needs to go on just after these tokens (JSON values only).
-
-        Raises:
-            NonFiniteError: a value is NaN or infinite in the stored dtype.
-            UserError: the disk is full; the tokens stay in memory and the manifest stays true.
-        """
-        tokens, d_model = len(token_ids), self.manifest["d_model"]
-        if set(acts) != set(self.places):
-            raise ValueError(f"activations are for {sorted(acts)}, shards want {self.places}")
-        rows = {}
-        for place in self.places:
-            if tuple(acts[place].shape) != (tokens, d_model):
-                raise ValueError(
-                    f"activations of {place} have shape {list(acts[place].shape)}, expected "
-                    f"{[tokens, d_model]}"
-                )
-            row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=True)
-            if not bool(torch.isfinite(row).all()):
-                raise NonFiniteError(
-                    f"layer {place[0]} {place[1]} has activations that are NaN or infinite in "
-                    f"{self.manifest['dtype']}: use --store-dtype bfloat16 or float32, or another "
-                    "--dtype for the model"
-                )
-            rows[place] = row
-        for place, row in rows.items():
-            self._rows[place].append(row)
-        self._token_ids.append(token_ids.detach().to(device="cpu", dtype=torch.int32, copy=True))
-        self._buffered += tokens
-        self._move(cursor)
-        if self._buffered >= self.manifest["shard_tokens"]:
-            self._flush()
-
-    def checkpoint(self, cursor: Mapping[str, Any] | None = None) -> None:
-        """Write what is in memory now, as a short shard, so that a stop loses nothing.
-
-        `cursor` replaces the one that came with the last `add`.
-        """
-        self._move(cursor)
-        self._flush()
-
-    def close(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the rest, add `extra` to the manifest and mark it complete."""
-        self._flush(extra={**(extra or {}), "complete": True})
-
-    def _start_buffers(self) -> None:
-        self._dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
-        self._rows: dict[Place, list[Tensor]] = {place: [] for place in self.places}
-        self._token_ids: list[Tensor] = []
-        self._buffered = 0
-        self._cursor: Any = self.manifest["cursor"] or {}
-
-    def _move(self, cursor: Mapping[str, Any] | None) -> None:
-        if cursor is not None:
-            self._cursor = files.plain(cursor)
-
-    def _flush(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the buffered tokens and then the manifest; on failure leave no trace of them."""
-        entries = []
-        number = 0
-        for entry in self.manifest["shards"]:
-            found = _SHARD.fullmatch(PurePosixPath(entry["file"]).name)
-            number = max(number, int(found.group(1)) + 1 if found else 0)
-        try:
-            if self._buffered:
-                token_ids = torch.cat(self._token_ids)
-                for place, rows in self._rows.items():
-                    name = f"{folder_name(*place)}/shard-{number:05d}.safetensors"
-                    entries.append({"file": name, "tokens": self._buffered, "sha256": ""})
-                    tensors = {"activations": torch.cat(rows), "token_ids": token_ids}
-                    files.write_tensors(self.folder / name, tensors)
-                    entries[-1]["sha256"] = files.sha256_file(self.folder / name)
-            manifest = {
-                **self.manifest,
-                "complete": False,
-                **files.plain(extra or {}),
-                "tokens": self.manifest["tokens"] + self._buffered,
-                "shards": [*self.manifest["shards"], *entries],
-                "cursor": self._cursor,
-            }
-            files.write_json(self.folder / MANIFEST, manifest)
-        except BaseException:
-            # Ctrl-C may come just after the manifest was replaced: then its files must stay.
-            if entries and files.read_json(self.folder / MANIFEST)["shards"][-1:] == entries[-1:]:
-                self._take(manifest)
-            else:
-                for entry in entries:
-                    (self.folder / str(entry["file"])).unlink(missing_ok=True)
-            raise
-        self._take(manifest)
-
-    def _take(self, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self._start_buffers()
 
 
 class ShardReader:
@@ -272,7 +59,12 @@ class ShardReader:
     """
 
     def __init__(
-        self, folder: str | Path, *, flag: str = "--activations", allow_empty: bool = False
+        self,
+        folder: str | Path,
+        *,
+        flag: str = "--activations",
+        allow_empty: bool = False,
+        manifest: str = MANIFEST,
     ) -> None:
         """Open and check the shards in `folder`; `flag` is what errors call it.
 
@@ -282,7 +74,8 @@ class ShardReader:
         """
         self.folder = Path(folder)
         self._what = f"{flag} {folder}"
-        if not (self.folder / MANIFEST).is_file():
+        self._manifest_name = manifest
+        if not (self.folder / manifest).is_file():
             raise UserError(f"{self._what} holds no {MANIFEST}: give a folder made by harvest")
         self.manifest: dict[str, Any] = self._checked_manifest()
         self.layers: list[int] = self.manifest["layers"]
@@ -354,6 +147,26 @@ class ShardReader:
         with files.reading_tensors(path), safe_open(str(path), framework="pt") as file:
             return file.get_tensor("activations").to(self.dtype), file.get_tensor("token_ids")
 
+    def columns(self, index: int) -> dict[str, Int[Tensor, " tokens"]]:
+        """What shard `index` stores about its rows beside the activations, by name.
+
+        `token_ids` always; `positions` and `contexts` when the harvest was asked to keep them.
+        """
+        from safetensors import safe_open
+
+        path = self._files[self.places[0]][index]
+        with files.reading_tensors(path), safe_open(str(path), framework="pt") as file:
+            names = [name for name in file.keys() if name != "activations"]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
+
+    def read_ahead(self, index: int, places: Sequence[Place]) -> None:
+        """Ask the operating system to bring a shard into memory, without waiting for it."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for place in places:
+            with contextlib.suppress(OSError), open(self._files[place][index], "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def iter_shards(
         self,
         order: Sequence[int] | None = None,
@@ -401,7 +214,7 @@ class ShardReader:
         self._verified.add(path)
 
     def _checked_manifest(self) -> dict[str, Any]:
-        manifest = files.read_json(self.folder / MANIFEST)
+        manifest = files.read_json(self.folder / self._manifest_name)
         if not isinstance(manifest, dict):
             raise UserError(f"{self._what}: {MANIFEST} is not a JSON object; restore it")
         absent = [key for key in REQUIRED_KEYS if key not in manifest]

@@ -6,7 +6,7 @@ from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.parser import Repeated, VerbParser
-from saesteer.cli.values import count, dtype, names, number, one_layer, seed
+from saesteer.cli.values import count, count_or_auto, dtype, names, number, one_layer, seed
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -119,8 +119,10 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         help=f"tokens per sequence {default(TextConfig, 'context')}",
     )  # fmt: skip
     group.add_argument(
-        "--batch-size", type=count, metavar="N",
-        help=f"sequences through the language model at once {default(TextConfig, 'batch_size')}",
+        "--batch-size", type=count_or_auto if epochs else count, metavar="N",
+        help="sequences through the language model at once"
+        f"{', auto: as many as fit its memory' if epochs else ''} "
+        f"{default(TextConfig, 'batch_size')}",
     )  # fmt: skip
     group.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
@@ -132,6 +134,33 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             "--epochs", type=count, metavar="N",
             help=f"how often the corpus may be read {default(TextConfig, 'epochs')}",
         )  # fmt: skip
+
+
+def add_reading(group: argparse._ArgumentGroup) -> None:
+    """How `harvest` and live `train` put text through the model."""
+    from saesteer.sae.config import TextConfig
+
+    group.add_argument(
+        "--isolate-documents", action="store_true",
+        help="keep attention inside each document; slower, and every document begins with a sink "
+        f"{default(TextConfig, 'isolate_documents')}",
+    )  # fmt: skip
+    group.add_argument(
+        "--exclude-template", action="store_true",
+        help="leave out what the chat template writes around messages "
+        f"{default(TextConfig, 'exclude_template')}",
+    )  # fmt: skip
+    group.add_argument(
+        "--device-map", choices=("auto",), metavar="auto",
+        help="spread a large model over all devices with accelerate (default: --device alone)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", choices=("8bit", "4bit"), metavar="BITS",
+        help="8bit or 4bit weights for the language model, with bitsandbytes (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="run the model's blocks through torch.compile"
+    )  # fmt: skip
 
 
 SITE_HELP = (

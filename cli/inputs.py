@@ -28,6 +28,8 @@ def open_model(
         dtype=args.dtype if dtype is None else dtype,
         blocks_path=args.blocks,
         progress=report.say,
+        device_map=getattr(args, "device_map", None),
+        quantize=getattr(args, "quantize", None),
     )
     kind = str(lm.dtype).removeprefix("torch.")
     report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")
@@ -50,7 +52,7 @@ def check_data(args: Namespace) -> None:
         if not spec.startswith("hf:") and spec != "python-docs" and not Path(spec).exists()
     ]
     if missing:
-        from saesteer.sae.text import open_corpus
+        from saesteer.sae.corpora import open_corpus
 
         open_corpus(missing[:1])  # raises, in the words of every other place that reads text
 

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_text, default, given, need
+from saesteer.cli.flags import (
+    SITE_HELP,
+    add_common,
+    add_model,
+    add_reading,
+    add_text,
+    default,
+    given,
+    need,
+)
 from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
 from saesteer.cli.output import amount, duration, print_json, print_next, print_table
 from saesteer.cli.output import number as figure
@@ -29,6 +38,11 @@ _LIVE_ONLY = (
     "epochs",
     "lm_dtype",
     "blocks",
+    "isolate_documents",
+    "exclude_template",
+    "device_map",
+    "quantize",
+    "compile",
 )
 
 
@@ -51,6 +65,7 @@ def add_flags(parser: VerbParser) -> None:
     )
     text = parser.add_argument_group("text, with --model")
     add_text(text, epochs=True, replies=True)
+    add_reading(text)
     shape = parser.add_argument_group("the SAE; several values train every combination")
     shape.add_argument("--arch", metavar="NAME", help=f"topk {default(TrainConfig, 'arch')}")
     shape.add_argument(
@@ -177,7 +192,10 @@ def run(args: Namespace) -> int:
             device=args.device,
             resume=args.resume,
             force=args.force,
+            consume_model=True,
+            compile_model=args.compile,
             progress=report,
+            say=report.say,
         )
     if args.json:
         print_json({"runs": runs})
@@ -188,7 +206,7 @@ def run(args: Namespace) -> int:
 
 def _refuse_live_flags(args: Namespace) -> None:
     for name in _LIVE_ONLY:
-        if getattr(args, name) is not None:
+        if getattr(args, name) not in (None, False):
             raise UsageError(
                 f"--{name.replace('_', '-')} needs --model: the shards of --activations hold the "
                 "text they were made from"

@@ -28,6 +28,16 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
 
 
+def count_or_auto(text: str) -> int:
+    """A whole number, or 0 for `auto`."""
+    if text.strip().lower() == "auto":
+        return 0
+    value = count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or auto, got {text!r}")
+    return value
+
+
 def number(text: str) -> float:
     """A finite number."""
     try:

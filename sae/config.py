@@ -27,13 +27,17 @@ class TextConfig:
     context: int = 256
     """Tokens per sequence; documents are packed, nothing is padded."""
     batch_size: int = 16
-    """Sequences per forward pass of the language model."""
+    """Sequences per forward pass of the language model; 0 takes what fits the memory."""
     replies_share: float = 0.5
     """Share of the contexts that hold the model's own replies, when there are any."""
     epochs: int = 1
     """How often the corpus may be read."""
     max_norm_ratio: float = 10.0
     """Rows longer than this multiple of the running median norm (attention sinks) are left out."""
+    isolate_documents: bool = False
+    """Let attention see only the document that a token belongs to, not what is packed before it."""
+    exclude_template: bool = False
+    """Leave out what the chat template writes around the messages of a chat."""
     seed: int = 0
     """Orders the documents."""
 
@@ -41,7 +45,8 @@ class TextConfig:
         if not self.data:
             raise UsageError("--data needs at least one corpus, got none: try python-docs")
         _at_least("--context", self.context, 2)
-        _at_least("--batch-size", self.batch_size, 1)
+        if self.batch_size < 0:
+            raise UsageError(f"--batch-size must be at least 1, or auto, got {self.batch_size}")
         _at_least("--epochs", self.epochs, 1)
         if not 0 < self.replies_share < 1:
             raise UsageError(
@@ -66,6 +71,12 @@ class HarvestConfig:
     """`bfloat16`, `float16`, `float32`; by default bfloat16, or float32 with a float32 model."""
     shard_tokens: int = 65_536
     """Activations per shard file."""
+    shuffle: bool = False
+    """Write the rows of each shard in a random order drawn from the seed."""
+    keep_positions: bool = False
+    """Store each row's position in its context, and the number of the context, too."""
+    rank_timeout: int = 600
+    """Seconds after which the processes of torchrun give each other up."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -74,6 +85,7 @@ class HarvestConfig:
             raise UsageError(f"--layer names a block twice: {','.join(map(str, self.layers))}")
         _at_least("--tokens", self.tokens, 1)
         _at_least("--shard-tokens", self.shard_tokens, 1)
+        _at_least("--rank-timeout", self.rank_timeout, 1)
         if self.store_dtype not in (None, "bfloat16", "float16", "float32"):
             raise UsageError(
                 f"--store-dtype must be bfloat16, float16 or float32, got {self.store_dtype!r}"

@@ -1,6 +1,5 @@
 """Proof that hooks read and write where they say on this model, and what a job would cost."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +9,24 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.sae.config import MetricsConfig, Progress, TextConfig, no_progress
-from saesteer.sae.harvester import ActivationStream, model_facts
+from saesteer.sae.config import (
+    HarvestConfig,
+    MetricsConfig,
+    Progress,
+    TextConfig,
+    TrainConfig,
+    no_progress,
+)
+from saesteer.sae.harvester import model_facts
 from saesteer.sae.hooks import HookPoint, capture, hooked, resolve_site, run_to, sae_hook_point
 from saesteer.sae.measurement import metrics
+from saesteer.sae.memory import model_bytes, training_memory
 from saesteer.sae.models import LanguageModel, as_language_model
-from saesteer.sae.text import open_contexts
+from saesteer.sae.prediction import predict_harvest
+from saesteer.sae.producer import BATCHES_AHEAD
 
 # Enough text for an SAE's FVU to two digits, in seconds.
 _SAE_TOKENS = 4096
-# Training keeps float32 weights, two moments and a gradient.
-_BYTES_PER_PARAMETER = 16
 
 
 def doctor(
@@ -241,26 +247,26 @@ def _predict(
 ) -> dict[str, Any]:
     """Time a few batches and scale up; count bytes."""
     text = TextConfig(context=context, batch_size=batch_size)
-    stream = ActivationStream(lm, [point], open_contexts(lm, text), text)
-    stream.next_batch()  # warm up
-    rows, started = 0, time.monotonic()
-    for done in range(3):
-        progress("doctor: speed", done, 3, "batches")
-        batch = stream.next_batch()
-        if batch is None:
-            break
-        rows += len(batch.token_ids)
-    progress("doctor: speed", 3, 3, "batches")
-    seconds = max(time.monotonic() - started, 1e-9)
-    speed = rows / seconds
-    stored = 4 if lm.dtype == torch.float32 else 2
-    d_sae = 8 * lm.d_model
+    job = HarvestConfig(layers=(point.layer,), site=point.site, tokens=tokens, text=text)
+    plan = predict_harvest(lm, job, progress)
+    d_sae, defaults = 8 * lm.d_model, TrainConfig()
+    training = training_memory(
+        lm.d_model,
+        [d_sae],
+        defaults,
+        lm.device,
+        buffer_tokens=min(defaults.buffer_tokens, max(1, tokens // 2)),
+        row_bytes=lm.d_model * lm.dtype.itemsize,
+        batches_ahead=BATCHES_AHEAD,
+    )
     return {
         "tokens": tokens,
-        "harvest_tokens_per_second": round(speed, 1),
-        "harvest_seconds": round(tokens / max(speed, 1e-9), 1),
-        "shard_bytes": tokens * (lm.d_model * stored + 4),
-        "model_bytes": sum(p.numel() * p.element_size() for p in lm.model.parameters()),
+        "harvest_tokens_per_second": round(plan["tokens_per_second"], 1),
+        "harvest_seconds": round(plan["seconds"], 1),
+        "harvest_memory_bytes": plan["memory_bytes"],
+        "shard_bytes": plan["bytes"],
+        "model_bytes": model_bytes(lm),
         "d_sae": d_sae,
-        "training_bytes": (2 * d_sae * lm.d_model + d_sae + lm.d_model) * _BYTES_PER_PARAMETER,
+        "training_bytes": training.saes + training.step,
+        "training_buffer_bytes": training.buffer,
     }

@@ -1,162 +1,28 @@
-"""Streams activations out of a language model, and writes them to shards."""
+"""Runs text through a language model once and writes its activations to shards."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
-from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
+from saesteer.checkpoints import files
+from saesteer.checkpoints.background import BackgroundWriter
+from saesteer.checkpoints.errors import Interrupted, UserError
 from saesteer.checkpoints.files import claim_output, plain
 from saesteer.checkpoints.provenance import versions
+from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
+from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
-from saesteer.sae.hooks import HookPoint, resolve_site, run_to
-from saesteer.sae.models import DTYPES, LanguageModel, as_language_model
-from saesteer.sae.replies import ReplyConfig, sample_replies
+from saesteer.sae.hooks import HookPoint, last_block, resolve_site
+from saesteer.sae.memory import automatic_batch_size, peak_bytes
+from saesteer.sae.models import DTYPES, LanguageModel, as_language_model, compile_blocks
+from saesteer.sae.ranks import ALONE, Ranks, join_ranks
 from saesteer.sae.stopping import stop_requests
-from saesteer.sae.text import Contexts, open_contexts
-
-
-@dataclass(frozen=True, eq=False)
-class ActivationBatch:
-    """Kept activations of one forward pass, by `HookPoint.key`, and the tokens they stand on."""
-
-    activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
-    token_ids: Int[Tensor, " tokens"]
-
-
-class SinkFilter:
-    """Leaves out attention sinks: rows far longer than the median row.
-
-    In SmolLM2 two rows of 512 hold 98 % of the variance; scale, b_dec and FVU would describe them
-    alone. The median is taken over each batch and averaged over the batches seen so far, for each
-    hook point.
-    """
-
-    def __init__(self, max_norm_ratio: float) -> None:
-        self.max_norm_ratio = max_norm_ratio
-        self.sums: dict[str, float] = {}
-        self.batches = 0
-
-    def keep(
-        self, activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
-    ) -> Bool[Tensor, " tokens"]:
-        """True for rows that are no sink at any hook point. Updates the running median."""
-        if not any(len(rows) for rows in activations.values()):
-            # The median of nothing is NaN, and would make a sink of every later row.
-            return torch.ones(0, dtype=torch.bool, device=next(iter(activations.values())).device)
-        self.batches += 1
-        keep: Tensor | None = None
-        for (layer, site), rows in activations.items():
-            norms = rows.float().norm(dim=-1)
-            name = f"{layer}/{site}"
-            self.sums[name] = self.sums.get(name, 0.0) + norms.median().item()
-            near = norms <= self.max_norm_ratio * self.sums[name] / self.batches
-            keep = near if keep is None else keep & near
-        assert keep is not None, "a harvest has at least one hook point"
-        return keep
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "batches": self.batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.batches = dict(state["sums"]), state["batches"]
-
-
-class ActivationStream:
-    """Contexts in, kept activations out, one batch of contexts per forward pass."""
-
-    def __init__(
-        self, lm: LanguageModel, points: Sequence[HookPoint], contexts: Contexts, config: TextConfig
-    ) -> None:
-        self.lm = lm
-        self.points = list(points)
-        self.contexts = contexts
-        self.batch_size = config.batch_size
-        self.sinks = SinkFilter(config.max_norm_ratio)
-        self.excluded = {"special": 0, "sinks": 0}
-        self.batches = 0
-
-    def __iter__(self) -> Iterator[ActivationBatch]:
-        while (batch := self.next_batch()) is not None:
-            yield batch
-
-    def next_batch(self) -> ActivationBatch | None:
-        """Run the next contexts through the model; None when the text has ended."""
-        contexts = self.contexts.next_batch(self.batch_size)
-        if contexts is None:
-            return None
-        with torch.inference_mode():
-            seen = run_to(self.lm, self.points, input_ids=contexts.token_ids.to(self.lm.device))
-            text = contexts.keep.to(self.lm.device)
-            rows = {point.key: seen[point.key][text] for point in self.points}
-            for key, values in rows.items():
-                if values.shape[-1] != self.lm.d_model:
-                    raise UsageError(
-                        f"--site {key[1]} has width {values.shape[-1]}, the residual stream of "
-                        f"{self.lm.name} has {self.lm.d_model}: give a site of that width"
-                    )
-                if not torch.isfinite(values).all():
-                    raise NonFiniteError(
-                        f"{self.lm.name} gave NaN or infinite activations at layer {key[0]} in "
-                        f"batch {self.batches}: try --dtype float32, or look at the text there"
-                    )
-            keep = self.sinks.keep(rows)
-            self.excluded["special"] += int((~text).sum())
-            self.excluded["sinks"] += int((~keep).sum())
-            self.batches += 1
-            return ActivationBatch(
-                {key: values[keep] for key, values in rows.items()},
-                contexts.token_ids[contexts.keep][keep.cpu()].to(torch.int32),
-            )
-
-    @property
-    def prepend_bos(self) -> bool:
-        """Whether every context starts with the beginning-of-text token."""
-        return self.contexts.prepend_bos
-
-    def identity(self) -> list[dict[str, Any]]:
-        """What text was read."""
-        return self.contexts.identity()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; JSON-ready."""
-        return {
-            "contexts": self.contexts.state_dict(),
-            "sinks": self.sinks.state_dict(),
-            "excluded": dict(self.excluded),
-            "batches": self.batches,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.contexts.load_state_dict(state["contexts"])
-        self.sinks.load_state_dict(state["sinks"])
-        self.excluded, self.batches = dict(state["excluded"]), state["batches"]
-
-
-def open_activations(
-    lm: LanguageModel,
-    points: Sequence[HookPoint],
-    config: TextConfig,
-    *,
-    replies: Sequence[str] = (),
-    replies_folder: Path,
-    progress: Progress = no_progress,
-) -> ActivationStream:
-    """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
-    if len({point.key for point in points}) != len(points):
-        named = ",".join(str(point.layer) for point in points)
-        raise UsageError(f"--layer names a block twice: {named}")
-    replies_file = None
-    if replies:
-        settings = ReplyConfig(seed=config.seed)
-        replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
-    contexts = open_contexts(lm, config, replies_file)
-    return ActivationStream(lm, points, contexts, config)
+from saesteer.sae.stream import ActivationBatch, ActivationStream, open_activations
 
 
 def harvest(
@@ -170,10 +36,15 @@ def harvest(
     dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
+    consume_model: bool = False,
+    compile_model: bool = False,
     progress: Progress = no_progress,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Run text through a model once and write the activations of some layers to shards.
+
+    Under torchrun every process calls this: context i is read by process i mod world, each writes
+    shards of its own into `out`, and one manifest lists them all.
 
     Args:
         model: a name, folder or `.gguf` file, or a loaded `LanguageModel`.
@@ -182,6 +53,9 @@ def harvest(
             with the share `config.text.replies_share`.
         replies_folder: where replies are kept; by default the cache folder.
         resume: continue after the last whole shard of an interrupted harvest.
+        consume_model: free the weights of `model` that are not needed (later blocks, the output
+            embedding); it can do nothing else afterwards. A model given by name always is freed.
+        compile_model: run the blocks through `torch.compile`.
         warn: called with one line when the corpus ends before `config.tokens`.
 
     Returns:
@@ -192,13 +66,15 @@ def harvest(
         Interrupted: after Ctrl-C, with the tokens so far written.
     """
     from saesteer.checkpoints.model_files import cache_folder
-    from saesteer.checkpoints.shards import MANIFEST, ShardWriter
 
     folder = Path(out).expanduser()
-    if resume or not force:
+    ranks = join_ranks(config.rank_timeout)
+    if (resume or not force) and not ranks.rank:
         claim_output(folder, resume=resume, force=force, can_resume=True)
     lm = as_language_model(model, device=device, dtype=dtype)
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+    before = _batch_size_before(folder) if resume else None
+    config = replace(config, text=resolved_text(lm, config.text, before, ranks))
     stream = open_activations(
         lm,
         points,
@@ -206,63 +82,217 @@ def harvest(
         replies=replies,
         replies_folder=replies_folder or cache_folder() / "replies",
         progress=progress,
+        ranks=ranks,
     )
-    if force:  # only now, when model and text were found, may the folder be emptied
+    ranks.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
+    if force and not ranks.rank:  # only now, when model and text were found, may it be emptied
         claim_output(folder, force=True)
-    facts = _facts(lm, points, config, stream)
-    default = torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
-    store_dtype = DTYPES[config.store_dtype] if config.store_dtype else default
-    layers = [point.layer for point in points]
-    read: list[ActivationBatch | None] = []
-    if resume and (folder / MANIFEST).exists():
-        stored = {"layers": layers, "dtype": str(store_dtype).removeprefix("torch.")}
-        writer, cursor = ShardWriter.resume(folder)
-        check_same_run(writer.manifest, {**facts, **stored}, folder)
-        if writer.complete:
-            return writer.manifest
-        if cursor:
-            stream.load_state_dict(cursor)
-    else:
+    ranks.wait_for_first()
+    job = _Job(folder, config, lm, points, stream, ranks, progress, warn)
+    finished = job.open(resume)
+    if finished is not None:
+        return finished
+    prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
+    return job.run()
+
+
+def prepare(lm: LanguageModel, points: Sequence[HookPoint], consume: bool, compiled: bool) -> None:
+    """Free what a pass up to the last point does not need, and compile the rest, if asked."""
+    last = last_block(lm, points)
+    if consume and last is not None:
+        lm.keep_only(last)
+    if compiled:
+        compile_blocks(lm)
+
+
+class _Job:
+    """One harvest: a stream, a writer, and how far it has come."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: HarvestConfig,
+        lm: LanguageModel,
+        points: Sequence[HookPoint],
+        stream: ActivationStream,
+        ranks: Ranks,
+        progress: Progress,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.lm = lm
+        self.points = points
+        self.stream = stream
+        self.ranks = ranks
+        self.progress = progress
+        self.warn = warn
+        self.done = 0
+        """Rows stored by all processes together."""
+        self.waiting = [0] * ranks.world
+        """Rows of each process since its last shard."""
+        self._first: list[ActivationBatch | None] = []
+
+    def open(self, resume: bool) -> dict[str, Any] | None:
+        """Start the shards, or go on with those that are there; the manifest when all is done."""
+        default = torch.float32 if self.lm.dtype == torch.float32 else torch.bfloat16
+        named = self.config.store_dtype
+        dtype = DTYPES[named] if named else default
+        layers = [point.layer for point in self.points]
+        facts = _facts(self.lm, self.points, self.config, self.stream)
+        part = (self.ranks.rank, self.ranks.world)
+        if resume and (self.folder / MANIFEST).exists():
+            shared = files.read_json(self.folder / MANIFEST)
+            stored = {"layers": layers, "dtype": str(dtype).removeprefix("torch.")}
+            check_same_run(shared, {**facts, **stored}, self.folder)
+            if shared.get("complete"):
+                return dict(shared)
+            if shared.get("processes", 1) != self.ranks.world:
+                raise UserError(
+                    f"--resume: {self.folder} was begun with {shared.get('processes', 1)} "
+                    f"processes, now there are {self.ranks.world}: start as many, or give another "
+                    "--out"
+                )
+        if resume and self._everybody((self.folder / part_manifest(part)).exists()):
+            self.writer, cursor = ShardWriter.resume(self.folder, part=part)
+            if self.ranks.world > 1:
+                cursor = self._common_place(cursor)
+            self._continue(cursor)
+            return None
         # Text that cannot be read shows here, and leaves nothing behind.
-        read.append(stream.next_batch())
-        writer = ShardWriter(
-            folder,
-            layers=layers,
-            sites=[config.site],
-            d_model=lm.d_model,
-            dtype=store_dtype,
-            shard_tokens=config.shard_tokens,
-            facts=facts,
+        self._first.append(self.stream.next_batch())
+        options: dict[str, Any] = {
+            "layers": layers,
+            "sites": [self.config.site],
+            "d_model": self.lm.d_model,
+            "dtype": dtype,
+            # Several processes cut their shards together: see _store.
+            "shard_tokens": self.config.shard_tokens if self.ranks.world == 1 else 1 << 60,
+            "shuffle_seed": self.config.text.seed if self.config.shuffle else None,
+        }
+        if self.ranks.world > 1 and not self.ranks.rank:
+            # Whoever looks into the folder before the end finds a manifest that is true.
+            ShardWriter(self.folder, facts={**facts, "processes": self.ranks.world}, **options)
+        self.ranks.wait_for_first()
+        self.writer = ShardWriter(self.folder, facts=facts, part=part, **options)
+        return None
+
+    def _everybody(self, here: bool) -> bool:
+        return all(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+
+    def _common_place(self, cursor: dict[str, Any]) -> dict[str, Any]:
+        """The last place that every process has saved."""
+        own = self.writer.rounds("batches")
+        longest = max(int(n) for n in self.ranks.gather(torch.tensor([len(own)])))
+        padded = torch.tensor(own + [0] * (longest - len(own)))
+        saved = [set(rounds.tolist()) for rounds in self.ranks.gather(padded)]
+        common = max(set.intersection(*saved))
+        return self.writer.go_back("batches", common) if own[-1] != common else cursor
+
+    def _continue(self, cursor: dict[str, Any]) -> None:
+        """Go on at a cursor; `{}` is the start."""
+        if cursor:
+            self.stream.load_state_dict(cursor)
+        self.done = int(sum(self.ranks.gather(torch.tensor([self.writer.tokens]))))
+
+    def run(self) -> dict[str, Any]:
+        """Read, store and finish."""
+        total = self.config.tokens
+        started = time.monotonic()
+        self.progress("harvest", self.done, total, "tokens")
+        with (
+            stop_requests() as stop,
+            BackgroundWriter(self.writer, self.config.shard_tokens) as writer,
+        ):
+            while self.done < total:
+                batch = self._first.pop() if self._first else self.stream.next_batch()
+                if batch is None:
+                    self.warn(
+                        f"the corpus ended after {self.done} of {total} --tokens: give more "
+                        "--data or --epochs"
+                    )
+                    break
+                self._store(writer, batch)
+                self.progress("harvest", self.done, total, "tokens")
+                if self._anybody(stop()) and self.done < total:
+                    writer.checkpoint()
+                    raise Interrupted(
+                        f"stopped after {self.done} of {total} tokens, which are in "
+                        f"{self.folder}: run the same command with --resume to go on"
+                    )
+            extra = {
+                "excluded": self._sum(self.stream.excluded),
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": peak_bytes(),
+            }
+            writer.close(extra)
+        return self._merged(extra)
+
+    def _store(self, writer: BackgroundWriter, batch: ActivationBatch) -> None:
+        """Hand over this process's part of the rows that are still wanted.
+
+        Rows are counted in the order of the contexts over all processes, so that the same ones are
+        stored however many processes there are.
+        """
+        rank, world = self.ranks.rank, self.ranks.world
+        left = self.config.tokens - self.done
+        before = batch.kept.cumsum(0) - batch.kept
+        fresh = (left - before).clamp(min=0).minimum(batch.kept)
+        self.done += int(fresh.sum())
+        batch = batch.first(int(fresh[rank::world].sum()))
+        columns = {"positions": batch.positions, "contexts": batch.contexts}
+        cursor = self.stream.state_dict()
+        writer.add(
+            batch.activations,
+            batch.token_ids,
+            cursor,
+            columns if self.config.keep_positions else None,
         )
-    done = writer.tokens
-    started = time.monotonic()
-    progress("harvest", done, config.tokens, "tokens")
-    with stop_requests() as stop:
-        while done < config.tokens:
-            batch = read.pop() if read else stream.next_batch()
-            if batch is None:
-                warn(
-                    f"the corpus ended after {done} of {config.tokens} --tokens: give more --data "
-                    "or --epochs"
-                )
-                break
-            fresh = min(len(batch.token_ids), config.tokens - done)
-            writer.add(
-                {key: rows[:fresh] for key, rows in batch.activations.items()},
-                batch.token_ids[:fresh],
-                cursor=stream.state_dict(),
+        if world > 1:
+            # All cut their shards after the same batch: there every one of them can resume.
+            self.waiting = [
+                waiting + int(fresh[r::world].sum()) for r, waiting in enumerate(self.waiting)
+            ]
+            if max(self.waiting) >= self.config.shard_tokens:
+                self.waiting = [0] * world
+                writer.flush(cursor)
+
+    def _anybody(self, here: bool) -> bool:
+        return any(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+
+    def _sum(self, counts: Mapping[str, int]) -> dict[str, int]:
+        gathered = self.ranks.gather(torch.tensor(list(counts.values())))
+        return dict(zip(counts, torch.stack(gathered).sum(dim=0).tolist(), strict=True))
+
+    def _merged(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest of the whole harvest."""
+        if self.ranks.world == 1:
+            return self.writer.manifest
+        self.ranks.wait_for_first()
+        if not self.ranks.rank:
+            merge_parts(
+                self.folder,
+                self.ranks.world,
+                {**extra, "shard_tokens": self.config.shard_tokens},
             )
-            done += fresh
-            progress("harvest", done, config.tokens, "tokens")
-            if stop() and done < config.tokens:
-                writer.checkpoint()
-                raise Interrupted(
-                    f"stopped after {done} of {config.tokens} tokens, which are in {folder}: run "
-                    "the same command with --resume to go on"
-                )
-    seconds = time.monotonic() - started
-    writer.close({"excluded": stream.excluded, "seconds": round(seconds, 3)})
-    return writer.manifest
+        self.ranks.wait_for_first()
+        return dict(files.read_json(self.folder / MANIFEST))
+
+
+def resolved_text(
+    lm: LanguageModel, text: TextConfig, before: int | None, ranks: Ranks = ALONE
+) -> TextConfig:
+    """The text with a batch size: the one asked for, the one of the run to resume, or what fits."""
+    if text.batch_size:
+        return text
+    fitting = before or automatic_batch_size(lm, text)
+    return replace(text, batch_size=int(min(ranks.gather(torch.tensor([fitting])))))
+
+
+def _batch_size_before(folder: Path) -> int | None:
+    with contextlib.suppress(UserError, AttributeError):
+        return (files.read_json(folder / MANIFEST).get("config") or {}).get("batch_size")
+    return None
 
 
 def _facts(
@@ -275,7 +305,15 @@ def _facts(
         "hf_hook_names": [point.module_path for point in points],
         "prepend_bos": stream.prepend_bos,
         "data": stream.identity(),
-        "config": plain({**asdict(config.text), "site": config.site, "tokens": config.tokens}),
+        "config": plain(
+            {
+                **asdict(config.text),
+                "site": config.site,
+                "tokens": config.tokens,
+                "shuffle": config.shuffle,
+                "keep_positions": config.keep_positions,
+            }
+        ),
         "versions": versions(),
     }
 

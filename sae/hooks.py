@@ -95,6 +95,13 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     return HookPoint(layer, site, module, wanted, "output")
 
 
+def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
+    """The last block that a pass up to all `points` runs; None for a point outside the blocks."""
+    inside = re.compile(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)")
+    found = [inside.match(point.module_path) for point in points]
+    return None if None in found else max(int(match[1]) for match in found if match)
+
+
 def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:
     """Name of the child module and the side of it that is a site inside the block.
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import MetricsConfig, Progress, no_progress
-from saesteer.sae.harvester import SinkFilter, model_facts
+from saesteer.sae.harvester import model_facts
 from saesteer.sae.hooks import HookPoint, hooked, run_to, sae_hook_point
 from saesteer.sae.models import LanguageModel, as_language_model
+from saesteer.sae.sinks import SinkFilter
 from saesteer.sae.text import ContextBatch, open_contexts
 
 
@@ -244,8 +245,7 @@ def _pieces(
         rows = max(1, _LOG_PROBS // (batch.token_ids.shape[1] * width))
         for first in range(0, len(keep), rows):
             part = slice(first, first + rows)
-            piece = ContextBatch(batch.token_ids[part], batch.keep[part], batch.document_ids[part])
-            yield piece, keep[part]
+            yield batch[part], keep[part]
 
 
 def _measure(

@@ -1,6 +1,8 @@
 """Any Hugging Face causal language model, with its decoder blocks found by structure."""
 
 import hashlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,10 +44,21 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.blocks.parameters()).device
+        """Where the first block computes."""
+        held = next(self.blocks.parameters()).device
+        if held.type != "meta":
+            return held
+        # accelerate keeps the weights elsewhere and brings them when they are needed.
+        hooks = (getattr(module, "_hf_hook", None) for module in self.blocks.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((place for place in places if place is not None), "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the residual stream is computed in; quantised weights are stored in integers."""
+        for parameter in self.blocks.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
         return next(self.blocks.parameters()).dtype
 
     @property
@@ -90,6 +103,21 @@ class LanguageModel:
                 return module
         return None
 
+    def keep_only(self, last: int) -> None:
+        """Free every weight that a pass up to block `last` does not need: later blocks, the output
+        embedding, other towers.
+
+        Afterwards the model can be read up to that block and do nothing else.
+        """
+        if getattr(self.model, "hf_device_map", None):
+            return  # accelerate moves these weights around itself
+        for block in self.blocks[last + 1 :]:
+            block.to("meta")
+        used = {id(module) for module in self.text_model.modules()}
+        for module in self.model.modules():
+            if id(module) not in used and not any(id(child) in used for child in module.modules()):
+                module.to("meta")  # a head tied to the input embedding lets go of its own handle
+
     @property
     def unembed(self) -> nn.Module:
         head = self.model.get_output_embeddings()
@@ -106,7 +134,11 @@ def text_config(model: Any) -> Any:
 def pick_device(device: str) -> torch.device:
     """`auto` is the first accelerator, else the CPU. Raises UsageError for an unknown name."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Each process of torchrun takes a GPU of its own.
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", local) if local else torch.device("cuda")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -151,13 +183,25 @@ def weight_fingerprint(model: nn.Module, sample: int = 65536) -> str:
     any size takes a moment. Two models that differ only in values that were not sampled collide.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        flat = _values(model, name, parameter).detach().reshape(-1)
         stride = max(1, -(-flat.numel() // sample))
         values = flat[::stride].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _values(model: nn.Module, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's values, also where accelerate keeps them off the device."""
+    if not parameter.is_meta:
+        return parameter
+    from accelerate.utils import align_module_device
+
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module, "cpu"):
+        return getattr(module, own_name).detach().clone()  # type: ignore[no-any-return]
 
 
 def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -213,6 +257,8 @@ def load_model(
     dtype: str = "auto",
     blocks_path: str | None = None,
     progress: Callable[[str], None] | None = None,
+    device_map: str | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -222,6 +268,10 @@ def load_model(
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         blocks_path: module path of the list of decoder blocks when it cannot be found.
         progress: called with one line before a step that takes a while (fetching, converting).
+        device_map: `auto` spreads the blocks over all devices with accelerate, and what does not
+            fit over memory and disk; `device` is then not used.
+        quantize: `8bit` or `4bit` with bitsandbytes while loading. The fingerprint is then of the
+            quantised weights.
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
@@ -230,6 +280,7 @@ def load_model(
 
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
+    placed = _placement(device_map, quantize, target, chosen_dtype)
     resolved = resolve_model(name, progress)
     offline = resolved.local_files_only
 
@@ -238,7 +289,7 @@ def load_model(
 
         # float16 can hold fewer weights exactly than bfloat16: identify the file's own first.
         first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
-        model = _from_pretrained(resolved.path_or_repo, first, offline)
+        model = _from_pretrained(resolved.path_or_repo, first, offline, placed)
         return model, AutoTokenizer.from_pretrained(resolved.path_or_repo, local_files_only=offline)
 
     if offline:
@@ -259,8 +310,41 @@ def load_model(
     for parameter in model.parameters():
         if parameter.is_floating_point() and chosen_dtype == torch.float16:
             parameter.data = parameter.data.to(chosen_dtype)
-    model.to(target)
+    if not placed:
+        model.to(target)
     return lm
+
+
+def _placement(
+    device_map: str | None, quantize: str | None, target: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that place or quantise the weights while they are read."""
+    if device_map not in (None, "auto"):
+        raise UsageError(f"--device-map must be auto, got {device_map!r}")
+    if quantize not in (None, "8bit", "4bit"):
+        raise UsageError(f"--quantize must be 8bit or 4bit, got {quantize!r}")
+    if quantize is None:
+        return {} if device_map is None else {"device_map": device_map}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--quantize {quantize} needs bitsandbytes, which is not installed: "
+            "pip install 'saesteer[quant]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    wanted = BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+    )
+    return {"device_map": device_map or {"": target}, "quantization_config": wanted}
+
+
+def compile_blocks(lm: LanguageModel) -> None:
+    """Compile every block with `torch.compile`; hooks stay outside and work as before."""
+    for block in lm.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def as_language_model(
@@ -272,11 +356,13 @@ def as_language_model(
     return load_model(model, device=device, dtype=dtype)
 
 
-def _from_pretrained(path: str, dtype: torch.dtype | str, offline: bool) -> Any:
+def _from_pretrained(
+    path: str, dtype: torch.dtype | str, offline: bool, placed: dict[str, Any]
+) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {
-        "dtype": dtype, "local_files_only": offline, "output_loading_info": True
+        "dtype": dtype, "local_files_only": offline, "output_loading_info": True, **placed
     }  # fmt: skip
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)

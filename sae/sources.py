@@ -1,6 +1,7 @@
 """Where training batches come from: a model that runs, or shards on disk. Both look the same."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.buffer import ShuffleBuffer
-from saesteer.sae.harvester import ActivationStream, SinkFilter
+from saesteer.sae.sinks import NotFinite, SinkFilter
+from saesteer.sae.stream import ActivationStream
 
 _CHUNK_ROWS = 8192
 
@@ -45,7 +47,9 @@ class LiveSource:
         batch = self.stream.next_batch()
         if batch is None:
             return None
-        return torch.cat([batch.activations[place] for place in self.places], dim=1).cpu()
+        # Blocks of a large model may lie on several devices.
+        rows = [batch.activations[place].cpu() for place in self.places]
+        return torch.cat(rows, dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()
@@ -88,17 +92,22 @@ class ShardSource:
         tokens = self.reader.shard_tokens[index]
         mixed = np.random.default_rng([self.seed, self.epoch, index]).permutation(tokens)
         chosen = torch.from_numpy(mixed[self.row : self.row + _CHUNK_ROWS])
+        if self.row == 0:
+            following = order[self.shard + 1 : self.shard + 2].tolist()
+            for later in following:
+                self.reader.read_ahead(later, self.places)
         rows = {place: self.reader.shard(index, *place)[0][chosen] for place in self.places}
-        for (layer, site), values in rows.items():
-            if not torch.isfinite(values).all():
-                raise NonFiniteError(
-                    f"--activations {self.reader.folder} holds NaN or infinity in shard {index} of "
-                    f"layer {layer} {site}: harvest again"
-                )
+        try:
+            keep = self.sinks.keep(rows)
+        except NotFinite as error:
+            layer, site = error.place
+            raise NonFiniteError(
+                f"--activations {self.reader.folder} holds NaN or infinity in shard {index} of "
+                f"layer {layer} {site}: harvest again"
+            ) from None
         self.row += len(chosen)
         if self.row >= tokens:
             self.shard, self.row = self.shard + 1, 0
-        keep = self.sinks.keep(rows)
         self._excluded["sinks"] += int((~keep).sum())
         self.kept += int(keep.sum())
         return torch.cat([values[keep] for values in rows.values()], dim=1)
@@ -145,11 +154,16 @@ class BatchStream:
         self.source = source
         self.total = tokens // batch_tokens * batch_tokens
         held = min(buffer_tokens, max(tokens // 2, batch_tokens)) // batch_tokens * batch_tokens
-        width = d_model * len(source.places)
-        self.buffer = ShuffleBuffer(held, width, batch_tokens, dtype, seed)
+        self.buffer_tokens = held
+        self._options = (held, d_model * len(source.places), batch_tokens, dtype, seed)
         self.drawn = 0
         self._pending: list[Tensor] = []
         self._filling = filling
+
+    @cached_property
+    def buffer(self) -> ShuffleBuffer:
+        """The shuffle buffer, which takes its memory when it is first used."""
+        return ShuffleBuffer(*self._options)
 
     def fill(self) -> Float[Tensor, "rows width"]:
         """Fill the buffer and return what it holds: a sample of the data to measure."""
@@ -185,9 +199,12 @@ class BatchStream:
         self.drawn += len(rows)
         return rows
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values; `load_state_dict` continues from them to the bit."""
-        pending = torch.cat([self.buffer.rows[:0], *self._pending])
+    def state_dict(self, ahead: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values; `load_state_dict` continues from them to the bit.
+
+        `ahead` are batches that were taken out and not used yet: they will come first again.
+        """
+        pending = torch.cat([self.buffer.rows[:0], *ahead, *self._pending])
         tensors = {**self.buffer.state_dict(), "pending": pending}
         return tensors, {"drawn": self.drawn, "source": self.source.state_dict()}
 

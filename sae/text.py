@@ -1,318 +1,20 @@
 """From corpora to packed contexts of token ids, in a seeded and resumable order."""
 
-import hashlib
-import json
-import mmap
-import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.files import sha256_file
 from saesteer.sae.config import TextConfig
+from saesteer.sae.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
 from saesteer.sae.models import LanguageModel, text_config
-
-Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat."""
-
-# Paragraphs are put together until a document of a plain-text file has this many bytes.
-_DOCUMENT_BYTES = 2000
-# Where a text has no blank lines, it is cut after this many.
-_LONGEST_DOCUMENT_BYTES = 65_536
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
-_HUB_SHUFFLE_ROWS = 10_000
-
-
-@runtime_checkable
-class Corpus(Protocol):
-    """Documents in a fixed order that a seed permutes."""
-
-    name: str
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        """The documents of one pass in the order of `seed`, without the first `start`."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What was read, precisely enough to tell whether it is the same text again."""
-        ...
-
-
-class FileCorpus:
-    """Text and JSONL files, indexed once, read by offset.
-
-    A document is a JSON line with `text` or `messages`, or consecutive paragraphs (separated by
-    blank lines) of a text file, about 2,000 bytes of them and never more than 64 KiB.
-
-    Raises UserError for a file that is missing, empty, not UTF-8 or not the JSON expected.
-    """
-
-    def __init__(self, name: str, files: Sequence[Path], root: Path | None = None) -> None:
-        """Index `files`; `root` is the folder that they were found in, when there is one."""
-        self.name = name
-        self.files = list(files)
-        self.root = root
-        try:
-            for path in self.files:
-                _check_json(path)
-            index = [
-                (number, start, end)
-                for number, path in enumerate(self.files)
-                for start, end in _document_spans(path)
-            ]
-        except OSError as error:
-            raise UserError(f"--data {name} cannot be read: {error}; check its path") from error
-        if not index:
-            raise UserError(f"--data {name} holds no text: give at least one document")
-        self.index = np.array(index, dtype=np.int64)
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        order = np.random.default_rng(seed).permutation(len(self.index))
-        for number, low, high in self.index[order[start:]]:
-            yield self._read(self.files[number], int(low), int(high))
-
-    def _read(self, path: Path, start: int, end: int) -> Document:
-        with path.open("rb") as file:
-            file.seek(start)
-            raw = file.read(end - start)
-        try:
-            # Some editors begin a file with a byte-order mark, which is no text.
-            text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--data {path} is not UTF-8 (byte {start + error.start}): convert it, "
-                "for example with iconv"
-            ) from None
-        if _is_json_lines(path):
-            return _json_document(text, f"{path} (byte {start})")
-        return text
-
-    def identity(self) -> dict[str, Any]:
-        hashes = {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
-        if self.root is None:
-            return hashes
-        return {**hashes, "files": [path.relative_to(self.root).as_posix() for path in self.files]}
-
-
-def _is_json_lines(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".json")
-
-
-def _check_json(path: Path) -> None:
-    """Refuse a `.json` file unless it is JSON lines under another name."""
-    if path.suffix.lower() != ".json":
-        return
-    with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
-            try:
-                is_row = isinstance(json.loads(line.decode("utf-8-sig", "replace")), dict)
-            except (ValueError, RecursionError):
-                is_row = False
-            if not is_row:
-                raise UserError(
-                    f"--data {path} is a JSON file, not JSON lines: write one object with `text` "
-                    "or `messages` on each line (jq -c '.[]' does that to a list)"
-                )
-
-
-def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the documents in one file, which is mapped and never read whole."""
-    if path.stat().st_size == 0:
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = position = 0
-        by_line = _is_json_lines(path)
-        while position < len(data):
-            newline = data.find(b"\n", position)
-            end = len(data) if newline < 0 else newline + 1
-            blank = not data[position:end].strip()
-            position = end
-            if by_line:
-                if not blank:
-                    yield start, end
-                start = end
-            elif blank and end - start >= _DOCUMENT_BYTES:
-                yield start, end
-                start = end
-            while not by_line and position - start > _LONGEST_DOCUMENT_BYTES:
-                cut = start + _LONGEST_DOCUMENT_BYTES
-                # Not inside a character, which is at most four bytes long in UTF-8.
-                cut -= next((i for i in range(4) if data[cut - i] & 0xC0 != 0x80), 0)
-                yield start, cut
-                start = cut
-        if data[start:].strip():
-            yield start, len(data)
-
-
-def _json_document(line: str, source: str) -> Document:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"--data {source} has a line that is not JSON ({error.msg}): give one object a line"
-        ) from None
-    return _row_document(row, source)
-
-
-def _row_document(row: Any, source: str) -> Document:
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return str(row["text"])
-        messages = row.get("messages")
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            return [{"role": m["role"], "content": m["content"]} for m in messages]
-    keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-    raise UserError(
-        f"--data {source} has a row with neither `text` (a string) nor `messages` (a list of role "
-        f"and content); it has: {keys}"
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
-
-
-class PythonDocs:
-    """The language reference that every CPython carries as the help texts of `pydoc`."""
-
-    name = "python-docs"
-
-    def __init__(self) -> None:
-        from pydoc_data.topics import topics
-
-        self.topics = [topics[key] for key in sorted(topics)]
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        order = np.random.default_rng(seed).permutation(len(self.topics))
-        for i in order[start:]:
-            yield self.topics[i]
-
-    def identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256("\0".join(self.topics).encode()).hexdigest()
-        return {"name": self.name, "python": sys.version.split()[0], "sha256": digest}
-
-
-class HubCorpus:
-    """A dataset of the Hugging Face Hub, or a local folder of one, streamed.
-
-    Written `hf:DATASET[:config][:split]`; the split is `train` unless given. Rows have `text` or
-    `messages`. Raises UserError when it cannot be opened or breaks off.
-    """
-
-    def __init__(self, name: str) -> None:
-        from saesteer.checkpoints.model_files import hub_call
-
-        self.name = name
-        dataset, *rest = name.removeprefix("hf:").split(":")
-        if not dataset or len(rest) > 2:
-            raise UserError(f"--data {name} must read hf:DATASET[:config][:split]")
-        config = rest[0] or None if len(rest) == 2 else None
-        split = (rest[-1] if rest else "") or "train"
-
-        def load() -> Any:
-            from datasets import load_dataset
-
-            return load_dataset(dataset, config, split=split, streaming=True)
-
-        if Path(dataset).is_dir():
-            try:
-                self.rows = load()
-            except Exception as error:  # the library raises a dozen unrelated types
-                raise UserError(
-                    f"--data {name} could not be opened ({_reason(error)}): check the folder, the "
-                    "config and the split"
-                ) from error
-        else:
-            todo = "check the name, the config and the split, or give a file or python-docs"
-            self.rows = hub_call(load, f"--data {name}", todo)
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        rows = iter(self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS).skip(start))
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise UserError(
-                    f"--data {self.name} broke off ({_reason(error)}): try again, with --resume if "
-                    "something was saved"
-                ) from error
-            yield _row_document(row, self.name)
-
-    def identity(self) -> dict[str, Any]:
-        info = self.rows.info
-        return {"name": self.name, "builder": info.builder_name, "version": str(info.version)}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-class JoinedCorpus:
-    """Several corpora, each in its own seeded order, taking turns document by document.
-
-    When one has ended the others go on, so every corpus is read however few tokens are wanted.
-    """
-
-    def __init__(self, parts: Sequence[Corpus]) -> None:
-        self.parts = list(parts)
-        self.name = ",".join(part.name for part in parts)
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        turns = [part.documents(seed, 0) for part in self.parts]
-        while turns:
-            for turn in list(turns):
-                document = next(turn, None)
-                if document is None:
-                    turns.remove(turn)
-                elif start > 0:
-                    start -= 1
-                else:
-                    yield document
-
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "parts": [part.identity() for part in self.parts]}
-
-
-def open_corpus(specs: Sequence[str]) -> Corpus:
-    """Open the corpora that `--data` names. Raises UserError for one that cannot be opened."""
-    parts = [_open_one(spec) for spec in specs]
-    return parts[0] if len(parts) == 1 else JoinedCorpus(parts)
-
-
-def _open_one(spec: str) -> Corpus:
-    if spec == PythonDocs.name:
-        return PythonDocs()
-    if spec.startswith("hf:"):
-        return HubCorpus(spec)
-    path = Path(spec)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _is_text_in(p, path))
-        if not files:
-            raise UserError(f"--data {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
-        return FileCorpus(spec, files, root=path)
-    if not path.is_file():
-        raise UserError(
-            f"--data {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
-        )
-    return FileCorpus(spec, [path])
-
-
-def _is_text_in(file: Path, folder: Path) -> bool:
-    """Whether a file is text of the folder; what is hidden (.git, .venv) is not."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and file.suffix.lower() in _TEXT_SUFFIXES and file.is_file()
+from saesteer.sae.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,6 +24,13 @@ class ContextBatch:
     token_ids: Int[Tensor, "rows context"]
     keep: Bool[Tensor, "rows context"]
     document_ids: Int[Tensor, "rows context"]
+    numbers: Int[Tensor, " rows"]
+    """Which contexts of the corpus these are, counted from 0."""
+
+    def __getitem__(self, rows: slice) -> "ContextBatch":
+        """Some of the contexts."""
+        fields = (self.token_ids, self.keep, self.document_ids, self.numbers)
+        return ContextBatch(*(field[rows] for field in fields))
 
 
 @dataclass
@@ -343,11 +52,20 @@ class ContextStream:
     """Documents packed end to end into contexts of a fixed length, without padding.
 
     Documents are separated by the end-of-text token; where the tokenizer puts a beginning-of-text
-    token in front of a text, every context starts with one. Special tokens are marked not to keep.
-    What is left at the end of the last epoch and fills no context is dropped.
+    token in front of a text, every context starts with one. Special tokens are marked not to keep,
+    and without `keep_template` also what the chat template adds to the messages of a chat. What is
+    left at the end of the last epoch and fills no context is dropped.
     """
 
-    def __init__(self, corpus: Corpus, lm: LanguageModel, context: int, seed: int, epochs: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        lm: LanguageModel,
+        context: int,
+        seed: int,
+        epochs: int,
+        keep_template: bool = True,
+    ) -> None:
         self.corpus = corpus
         self.lm = lm
         self.context = context
@@ -357,7 +75,9 @@ class ContextStream:
         self.consumed = 0
         self.emitted = 0
         self._skip = 0
+        self._keep_template = keep_template
         self._tokens: list[int] = []
+        self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
         self._documents: Iterator[Document] | None = None
         tokenizer = lm.tokenizer
@@ -383,6 +103,7 @@ class ContextStream:
         body = self.context - len(self._prefix)
         ids: list[list[int]] = []
         owners: list[list[int]] = []
+        template: list[list[bool]] = []
         while len(ids) < rows:
             while len(self._tokens) < body and self._read_document():
                 pass
@@ -390,7 +111,8 @@ class ContextStream:
                 break
             ids.append(self._prefix + self._tokens[:body])
             owners.append([-1] * len(self._prefix) + self._take_owners(body))
-            del self._tokens[:body]
+            template.append([False] * len(self._prefix) + self._in_template[:body])
+            del self._tokens[:body], self._in_template[:body]
         if not ids:
             if self.emitted == 0:
                 raise UserError(
@@ -398,10 +120,11 @@ class ContextStream:
                     f"{self.context}: give more text or a smaller --context"
                 )
             return None
+        numbers = torch.arange(self.emitted, self.emitted + len(ids))
         self.emitted += len(ids)
         token_ids = torch.tensor(ids, dtype=torch.int64)
-        keep = ~torch.isin(token_ids, self.lm.special_ids)
-        return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64))
+        keep = ~torch.isin(token_ids, self.lm.special_ids) & ~torch.tensor(template)
+        return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64), numbers)
 
     def _take_owners(self, tokens: int) -> list[int]:
         """The documents that own the next `tokens` tokens."""
@@ -423,10 +146,13 @@ class ContextStream:
                 self._documents = self.corpus.documents(self.seed + self.epoch, self.consumed)
             document = next(self._documents, None)
             if document is not None:
-                tokens = self._tokenize(document) + self._separator
+                tokens, template = self._tokenize(document)
+                tokens = tokens + self._separator
+                template = template + [False] * len(self._separator)
                 skip, self._skip = self._skip, 0
                 if len(tokens) > skip:
                     self._tokens += tokens[skip:]
+                    self._in_template += template[skip:]
                     piece = _Piece(self.epoch, self.consumed, skip, len(tokens) - skip)
                     self._pieces.append(piece)
                 self.consumed += 1
@@ -436,20 +162,68 @@ class ContextStream:
             self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
         return False
 
-    def _tokenize(self, document: Document) -> list[int]:
+    def _tokenize(self, document: Document) -> tuple[list[int], list[bool]]:
+        """Token ids of a document, and which of them its chat template wrote."""
         tokenizer = self.lm.tokenizer
+        spans: list[tuple[int, int]] | None = None
         if not isinstance(document, str):
             if not self.lm.has_chat_template:
                 document = "\n".join(message["content"] for message in document)
             else:
-                try:
-                    document = tokenizer.apply_chat_template(document, tokenize=False)
-                except Exception as error:  # templates raise what they like
-                    raise UserError(
-                        f"--data {self.corpus.name} has `messages` that the chat template of "
-                        f"{self.lm.name} refuses ({_reason(error)}): change their roles or order"
-                    ) from error
-        return list(tokenizer(document, add_special_tokens=False)["input_ids"])
+                messages, document = document, self._render(document)
+                if not self._keep_template:
+                    spans = self._content_spans(messages, document)
+        encoded = tokenizer(
+            document, add_special_tokens=False, return_offsets_mapping=spans is not None
+        )
+        tokens = list(encoded["input_ids"])
+        if spans is None:
+            return tokens, [False] * len(tokens)
+        # A token that holds a character of a message belongs to the message.
+        return tokens, [
+            not any(low < end and high > start for start, end in spans)
+            for low, high in encoded["offset_mapping"]
+        ]
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self.lm.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise what they like
+            raise UserError(
+                f"--data {self.corpus.name} has `messages` that the chat template of "
+                f"{self.lm.name} refuses ({reason_of(error)}): change their roles or order"
+            ) from error
+
+    def _content_spans(
+        self, messages: list[dict[str, str]], rendered: str
+    ) -> list[tuple[int, int]]:
+        """Characters of `rendered` that the messages wrote.
+
+        The template is rendered once more around marks; searching for the messages themselves could
+        find them in the template ("user", "assistant").
+        """
+        marks = [f"\u2042{i}\u2042" for i in range(len(messages))]
+        marked = self._render(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        )
+        spans, at, seen = [], 0, 0
+        for message, mark in zip(messages, marks, strict=True):
+            place = marked.find(mark, seen)
+            start = at + place - seen
+            fitting = [
+                text
+                for text in (message["content"], message["content"].strip())
+                if place >= 0 and rendered.startswith(text, start)
+            ]
+            if not fitting:
+                raise UserError(
+                    f"the chat template of {self.lm.name} rewrites the messages of --data "
+                    f"{self.corpus.name}: leave --exclude-template out"
+                )
+            at = start + len(fitting[0])
+            spans.append((start, at))
+            seen = place + len(mark)
+        return spans
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: the first document not used up, and how much of it is used."""
@@ -463,7 +237,8 @@ class ContextStream:
         """Continue where `state_dict` was taken."""
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
-        self._tokens, self._pieces, self._documents = [], deque(), None
+        self._tokens, self._in_template = [], []
+        self._pieces, self._documents = deque(), None
 
 
 class MixedStream:
@@ -498,7 +273,7 @@ class MixedStream:
                 if batch is not None:
                     # Documents of their own: their numbers go down from those of the corpus.
                     owners = -2 - batch.document_ids
-                    batch = ContextBatch(batch.token_ids, batch.keep, owners)
+                    batch = ContextBatch(batch.token_ids, batch.keep, owners, batch.numbers)
             else:
                 batch = self.corpus.next_batch(1)
             if batch is None:
@@ -506,11 +281,13 @@ class MixedStream:
             batches.append(batch)
         if not batches:
             return None
+        numbers = torch.arange(self.emitted, self.emitted + len(batches))
         self.emitted += len(batches)
         return ContextBatch(
             torch.cat([batch.token_ids for batch in batches]),
             torch.cat([batch.keep for batch in batches]),
             torch.cat([batch.document_ids for batch in batches]),
+            numbers,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -528,14 +305,41 @@ class MixedStream:
         self.emitted = state["emitted"]
 
 
-Contexts = ContextStream | MixedStream
+class SharedStream:
+    """The contexts of one process among several: number i belongs to process i mod world.
+
+    Every process packs all the text, which costs little beside the model, so that the numbers are
+    the same whatever the number of processes.
+    """
+
+    def __init__(self, contexts: ContextStream | MixedStream, ranks: Ranks) -> None:
+        self.contexts = contexts
+        self.ranks = ranks
+        self.prepend_bos = contexts.prepend_bos
+        self.identity = contexts.identity
+        self.state_dict = contexts.state_dict
+        self.load_state_dict = contexts.load_state_dict
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        """This process's next contexts, at most `rows`; none at all only when the text has ended.
+
+        The last batch of the text can be empty here and not elsewhere.
+        """
+        batch = self.contexts.next_batch(rows * self.ranks.world)
+        return None if batch is None else batch[self.ranks.rank :: self.ranks.world]
+
+
+Contexts = ContextStream | MixedStream | SharedStream
 
 # Replies may repeat as often as the corpus asks for them.
 _ENDLESS = 1_000_000
 
 
 def open_contexts(
-    lm: LanguageModel, config: TextConfig, replies_file: Path | None = None
+    lm: LanguageModel,
+    config: TextConfig,
+    replies_file: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Contexts:
     """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
 
@@ -547,10 +351,17 @@ def open_contexts(
         raise UsageError(
             f"--context must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )
-    stream = ContextStream(open_corpus(config.data), lm, config.context, config.seed, config.epochs)
-    if replies_file is None:
-        return stream
-    # Named without its folder: an output folder that was moved, replies and all, can be resumed.
-    corpus = FileCorpus(replies_file.name, [replies_file])
-    replies = ContextStream(corpus, lm, config.context, config.seed, _ENDLESS)
-    return MixedStream(stream, replies, config.replies_share)
+
+    def packed(corpus: Corpus, epochs: int) -> ContextStream:
+        return ContextStream(
+            corpus, lm, config.context, config.seed, epochs, not config.exclude_template
+        )
+
+    stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)
+    if replies_file is not None:
+        assert isinstance(stream, ContextStream)
+        # Named without its folder: an output folder that was moved, replies and all, can be
+        # resumed.
+        replies = packed(FileCorpus(replies_file.name, [replies_file]), _ENDLESS)
+        stream = MixedStream(stream, replies, config.replies_share)
+    return stream if ranks.world == 1 else SharedStream(stream, ranks)

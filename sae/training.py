@@ -1,9 +1,10 @@
 """A whole training run: `train` prepares, `_Run.fit` loops over batches and SAEs."""
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,27 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
-from saesteer.checkpoints.files import append_jsonl, claim_output, plain, write_json, writing
+from saesteer.checkpoints.files import (
+    append_jsonl,
+    claim_output,
+    plain,
+    read_json,
+    write_json,
+    writing,
+)
 from saesteer.checkpoints.provenance import git_revision, versions
 from saesteer.checkpoints.run_state import has_state, load_state, save_state
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import Progress, TrainConfig, no_progress
-from saesteer.sae.harvester import check_same_run, model_facts, open_activations
+from saesteer.sae.harvester import check_same_run, model_facts, prepare, resolved_text
 from saesteer.sae.hooks import resolve_site
+from saesteer.sae.memory import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
+from saesteer.sae.producer import BATCHES_AHEAD, Producer
+from saesteer.sae.ranks import is_one_of_many
 from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
 from saesteer.sae.stopping import stop_requests
+from saesteer.sae.stream import open_activations
 from saesteer.sae.topk import InputScale
 from saesteer.sae.trainer import SAETrainer, Variant
 
@@ -41,7 +53,10 @@ def train(
     lm_dtype: str = "auto",
     resume: bool = False,
     force: bool = False,
+    consume_model: bool = False,
+    compile_model: bool = False,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
     """Train SAEs live from a model, or from shards.
 
@@ -54,6 +69,9 @@ def train(
         activations: a folder of shards; no model or tokenizer is then loaded.
         replies: user texts that the model answers first (live only); see `harvest`.
         resume: continue from the last saved state in `out`, or start when there is none.
+        consume_model: free the weights of `model` that are not needed; see `harvest`.
+        compile_model: run the model's blocks through `torch.compile`.
+        say: called with one line about the memory, before anything large is taken.
 
     Returns:
         The `run.json` of each SAE, with its `folder`.
@@ -66,13 +84,22 @@ def train(
         raise UsageError("train needs either --model (live) or --activations (shards), not both")
     if activations is not None and replies:
         raise UsageError("--replies needs --model: shards hold the replies they were made with")
+    if is_one_of_many():
+        raise UsageError(
+            "train runs in one process: start it without torchrun (harvest can share a corpus out)"
+        )
     folder = Path(out).expanduser()
     if resume or not force:
         claim_output(folder, resume=resume, force=force, can_resume=True)
     compute = pick_device(device)
+    source: ActivationSource
     if model is not None:
         lm = as_language_model(model, device=device, dtype=lm_dtype)
-        source, facts = _live_source(lm, config, replies, replies_folder, progress)
+        before = _batch_size_before(folder) if resume else None
+        config = replace(config, text=resolved_text(lm, config.text, before))
+        live, facts = _live_source(lm, config, replies, replies_folder, progress)
+        source, points = live, live.stream.points
+        prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
         d_model, dtype = lm.d_model, lm.dtype
     else:
         assert activations is not None
@@ -82,6 +109,7 @@ def train(
     if force:  # only now, when the source was found, may the folder be emptied
         claim_output(folder, force=True)
     run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
+    say(run.check_memory())
     if resume and has_state(folder):
         run.load()
     return run.fit()
@@ -93,7 +121,7 @@ def _live_source(
     replies: Sequence[str],
     replies_folder: Path | None,
     progress: Progress,
-) -> tuple[ActivationSource, dict[str, Any]]:
+) -> tuple[LiveSource, dict[str, Any]]:
     from saesteer.checkpoints.model_files import cache_folder
 
     if not config.layers:
@@ -171,6 +199,7 @@ class _Run:
         for variant in self.variants:
             if variant.d_sae < variant.k:
                 raise UsageError(f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}")
+        self.dtype = dtype
         self.batches = BatchStream(
             source,
             d_model,
@@ -185,6 +214,25 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
         self._last: list[dict[str, Any]] = [{} for _ in self.variants]
+
+    def check_memory(self) -> str:
+        """What training will take, in one line. Raises UserError when that is not there."""
+        need = training_memory(
+            self.d_model,
+            [variant.d_sae for variant in self.variants],
+            self.config,
+            self.device,
+            buffer_tokens=self.batches.buffer_tokens,
+            row_bytes=self.d_model * len(self.source.places) * self.dtype.itemsize,
+            batches_ahead=BATCHES_AHEAD,
+        )
+        count = len(self.variants)
+        refuse_what_cannot_fit(need, count, self.device)
+        return (
+            f"memory: {gigabytes(need.buffer)} for a shuffle buffer of "
+            f"{self.batches.buffer_tokens:,} tokens, {gigabytes(need.saes + need.step)} for "
+            f"{count} SAE{'s' if count > 1 else ''}"
+        )
 
     def place_of(self, variant: Variant) -> Path:
         return self.folder if len(self.variants) == 1 else self.folder / variant.folder
@@ -209,17 +257,26 @@ class _Run:
                 self._metrics_file(variant).write_text("")
                 # By this file a run that was stopped is known as ours, and --force may replace it.
                 facts = {"model": self.facts["model"], "data": self.facts["data"]}
-                started = {"schema_version": 1, "verb": "train", "complete": False, **facts}
+                started = {
+                    "schema_version": 1,
+                    "verb": "train",
+                    "complete": False,
+                    "config": asdict(self.config),
+                    **facts,
+                }
                 write_json(self.place_of(variant) / "run.json", started)
         config = self.config
         log_every = max(1, config.steps // _LOGS_PER_RUN)
         save_every = max(1, config.checkpoint_every // config.batch_tokens)
-        clock = _Clock()
-        with stop_requests() as stop:
+        with (
+            stop_requests() as stop,
+            Producer(self.batches, self.device) as self.producer,
+        ):
+            clock = _Clock(self.producer)
             self.show()
             while self.step < config.steps:
                 try:
-                    batch = self.batches.next_batch()
+                    batch = self.producer.next_batch()
                 except UserError as error:
                     # Most often the corpus has ended: hours of training need not be lost with it.
                     self.save()
@@ -233,7 +290,7 @@ class _Run:
                     losses = [trainer.backward(batch) for trainer in self.trainers]
                 except NonFiniteError:
                     # No trainer has moved: with the batch back, the state is the one before it.
-                    self.batches.put_back(batch)
+                    self.producer.put_back(batch)
                     self.save()
                     raise
                 for trainer, loss in zip(self.trainers, losses, strict=True):
@@ -251,6 +308,7 @@ class _Run:
                     )
                 if self.step % save_every == 0 and self.step < config.steps:
                     self.save()
+            self.save()
         return self.finish()
 
     def log(self, clock: "_Clock") -> None:
@@ -270,8 +328,7 @@ class _Run:
         self.progress("train", tokens, self.batches.total, note)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Write each SAE with its run.json, and the final state."""
-        self.save()
+        """Write each SAE with its run.json."""
         config = plain(asdict(self.config))
         results = []
         for trainer, last in zip(self.trainers, self._last, strict=True):
@@ -306,8 +363,10 @@ class _Run:
 
     def save(self) -> None:
         """Save all that `load` needs to continue to the bit."""
-        tensors, stream = self.batches.state_dict()
-        tensors = {f"batches/{name}": tensor for name, tensor in tensors.items()}
+        with self.producer.paused() as (tensors, stream):
+            self._save({f"batches/{name}": t for name, t in tensors.items()}, stream)
+
+    def _save(self, tensors: dict[str, Tensor], stream: dict[str, Any]) -> None:
         for i, trainer in enumerate(self.trainers):
             tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
             tensors[f"{i}/scale.mean"] = trainer.scale.mean
@@ -369,36 +428,41 @@ class _Run:
 
 
 class _Clock:
-    """Time since the last log line, split into waiting for data and training."""
+    """Time since the last log line, and how much of it each side waited for the other."""
 
-    def __init__(self) -> None:
-        self._mark = time.monotonic()
-        self._data = self._training = 0.0
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._start = self._mark = time.monotonic()
+        self._waited = 0.0
         self._tokens = 0
 
     def got_batch(self) -> None:
-        now = time.monotonic()
-        self._data += now - self._mark
-        self._mark = now
+        self._waited += time.monotonic() - self._mark
 
     def stepped(self, tokens: int) -> None:
-        now = time.monotonic()
-        self._training += now - self._mark
         self._tokens += tokens
-        self._mark = now
+        self._mark = time.monotonic()
 
     def take(self) -> dict[str, float]:
-        """`stall_trainer`: share of time the trainer waited for data; `stall_model`: the reverse.
-
-        Harvest and training take turns, so the two shares add up to one.
+        """`stall_trainer`: share of the time in which the trainer waited for a batch.
+        `stall_model`: share in which the model (or the reading of shards) waited for the trainer,
+        with as many batches made ahead as may wait.
         """
-        seconds = max(self._data + self._training, 1e-9)
+        now = time.monotonic()
+        seconds = max(now - self._start, 1e-9)
         taken = {
             "tokens_per_second": self._tokens / seconds,
-            "stall_model": self._training / seconds,
-            "stall_trainer": self._data / seconds,
+            "stall_model": min(1.0, self._producer.take_stall() / seconds),
+            "stall_trainer": self._waited / seconds,
             "seconds": seconds,
         }
-        self._data = self._training = 0.0
-        self._tokens = 0
+        self._start, self._waited, self._tokens = now, 0.0, 0
         return taken
+
+
+def _batch_size_before(folder: Path) -> int | None:
+    """The batch size of the run in `folder`, which an automatic one keeps to."""
+    for path in (folder / "run.json", *sorted(folder.glob("*/run.json"))):
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            return int(read_json(path)["config"]["text"]["batch_size"])
+    return None

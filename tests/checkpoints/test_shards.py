@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
-from saesteer.checkpoints.shards import ShardReader, ShardWriter, folder_name
+from saesteer.checkpoints.shard_writer import ShardWriter
+from saesteer.checkpoints.shards import ShardReader, folder_name
 
 D_MODEL = 4
 PLACES = [(2, "resid_post"), (2, "attn_out"), (5, "resid_post"), (5, "attn_out")]

@@ -87,7 +87,7 @@ def test_dry_run_writes_nothing(cli: Cli, model: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_ends(cli: Cli, model: Path, tmp_path: Path) -> None:
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "--dry-run")
-    assert "dry run: done, 4 batches in" in cli(*words).err
+    assert "dry run: done, 5 batches in" in cli(*words).err
     text = tmp_path / "text.txt"  # two batches of 4 contexts of 32 tokens, and no more
     text.write_text("\n\n".join(["heron stood still " * 20] * 4))
     outcome = cli(*words, "--data", text, "--context", 16, "--batch-size", 2)
@@ -226,7 +226,7 @@ def test_interrupted_harvest_keeps_its_tokens(
     """Ctrl-C between two batches: what was read is written, and --resume goes on from there."""
     import signal
 
-    from saesteer.sae.harvester import ActivationStream
+    from saesteer.sae.stream import ActivationStream
 
     out = tmp_path / "acts"
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "-o", out, "-q")
@@ -252,3 +252,56 @@ def test_interrupted_harvest_keeps_its_tokens(
         for reader in ids
     ]
     assert read[0] == read[1]
+
+
+# --- how text is read and stored -----------------------------------------------------------------
+
+
+def test_flags_of_reading_and_storing(cli: Cli, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "acts"
+    found = cli("harvest", "--model", model, "--layer", 1, *SMALL[:-4], "--isolate-documents",
+                "--exclude-template", "--shuffle", "--keep-positions", "--shard-tokens", 200,
+                "--batch-size", "auto", "--device-map", "auto", "--dtype", "float32",
+                "-o", out, "--json", "-q").json()  # fmt: skip
+    config = found["config"]
+    assert config["isolate_documents"] and config["exclude_template"] and config["shuffle"]
+    assert config["keep_positions"] and config["batch_size"] >= 1
+    reader = ShardReader(out)
+    assert len(reader) >= 1 and set(reader.columns(0)) == {"token_ids", "positions", "contexts"}
+    assert found["peak_memory_bytes"] > 10**7
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batch-size", "some"], "--batch-size must be a whole number, got 'some'"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, or auto, got '0'"),
+        (["--quantize", "3bit"], "--quantize invalid choice: '3bit'"),
+        (["--shard-tokens", "0"], "--shard-tokens must be at least 1, got 0"),
+        (["--rank-timeout", "0"], "--rank-timeout must be at least 1, got 0"),
+    ],
+)
+def test_flags_that_cannot_be(cli: Cli, tmp_path: Path, words: list[str], says: str) -> None:
+    assert says in fails(cli, 2, tmp_path, "--layer", 1, *words)
+
+
+def test_dry_run_says_memory_and_batch(cli: Cli, model: Path) -> None:
+    words = ("harvest", "--model", model, "--layer", 1, *SMALL, "--dry-run", "-q")
+    text = cli(*words).out
+    assert "of 32 tokens, 4 at once" in text and "  memory    " in text
+    found = cli(*words, "--batch-size", "auto", "--json").json()
+    assert found["batch_size"] > 4 and found["memory_bytes"] > found["model_bytes"]
+
+
+def test_only_the_first_process_speaks(
+    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 says nothing, and a folder that rank 0 has begun is none of its business."""
+    out = tmp_path / "acts"
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("saesteer.sae.harvest", lambda *args, **options: {"tokens": 1})
+    outcome = cli("harvest", "--model", model, "--layer", 1, *SMALL, "-o", out, "--json")
+    assert (outcome.status, outcome.out, outcome.err) == (0, "", "")

@@ -23,6 +23,7 @@ def test_from_shards(cli: Cli, acts: Path, tmp_path: Path) -> None:
     assert "train: 1,280 tokens" in outcome.err
     assert "train: done, 1,280 tokens in" in outcome.err
     assert "FVU" in outcome.err
+    assert "for a shuffle buffer of 640 tokens" in outcome.err
     header, row, following = outcome.out.splitlines()
     assert header.split() == [
         "layer", "d_sae", "k", "seed", "tokens", "FVU", "L0", "dead", "time", "folder"
@@ -75,6 +76,8 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--activations", "a", "--data", "x.txt"], "--data needs --model"),
         (["--activations", "a", "--replies", "french"], "--replies needs --model"),
         (["--activations", "a", "--lm-dtype", "bf16"], "--lm-dtype needs --model"),
+        (["--activations", "a", "--compile"], "--compile needs --model"),
+        (["--activations", "a", "--isolate-documents"], "--isolate-documents needs --model"),
         (["--model", "a"], "--layer is missing"),
         (["--model", "a", "--layer", "1", "--arch", "relu"], "--arch must be topk, got 'relu'"),
         (

@@ -15,7 +15,7 @@ from saesteer.sae.config import HarvestConfig, MetricsConfig, TextConfig, TrainC
     [
         (TextConfig, {"data": ()}, "--data needs at least one corpus"),
         (TextConfig, {"context": 1}, "--context must be at least 2, got 1"),
-        (TextConfig, {"batch_size": 0}, "--batch-size must be at least 1"),
+        (TextConfig, {"batch_size": -1}, "--batch-size must be at least 1, or auto"),
         (TextConfig, {"epochs": 0}, "--epochs must be at least 1"),
         (TextConfig, {"replies_share": 0.0}, "--replies-share must be between 0 and 1"),
         (TextConfig, {"replies_share": 1.0}, "--replies-share must be between 0 and 1"),

@@ -15,9 +15,10 @@ from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
-from saesteer.sae.harvester import ActivationStream, SinkFilter, harvest, open_activations
+from saesteer.sae.harvester import harvest
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel
+from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.text import open_contexts
 
 Shared = Callable[..., LanguageModel]
@@ -43,7 +44,10 @@ def equal(a: dict[Any, Tensor], b: dict[Any, Tensor]) -> bool:
 
 
 def slow_reference(lm: LanguageModel, config: HarvestConfig) -> dict[Any, Tensor]:
-    """Row by row from `hidden_states`, with the sink rule written out."""
+    """Row by row from `hidden_states`, with the sink rule written out.
+
+    The limit is a multiple of the mean, over this context and those before it, of the median norm.
+    """
     contexts = open_contexts(lm, config.text)
     layers = [layer % lm.n_layers for layer in config.layers]
     rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -52,10 +56,10 @@ def slow_reference(lm: LanguageModel, config: HarvestConfig) -> dict[Any, Tensor
     while (batch := contexts.next_batch(config.text.batch_size)) is not None:
         with torch.inference_mode():
             states = lm.model(input_ids=batch.token_ids, output_hidden_states=True).hidden_states
-        for layer in layers:
-            norms = states[layer + 1][batch.keep].norm(dim=-1)
-            medians[layer].append(float(norms.median()))
         for at in range(batch.token_ids.shape[0]):
+            for layer in layers:
+                norms = states[layer + 1][at][batch.keep[at]].norm(dim=-1)
+                medians[layer].append(float(norms.median()))
             for position in range(batch.token_ids.shape[1]):
                 here = {layer: states[layer + 1][at, position] for layer in layers}
                 limits = {
@@ -117,7 +121,9 @@ def test_sinks_and_special_tokens_are_left_out_and_counted(
         kept += int((batch.keep & (batch.token_ids != token)).sum())
     read = torch.cat(batches)
     special = int(torch.isin(read, lm.special_ids).sum())
-    assert manifest["excluded"] == {"special": special, "sinks": int((read == token).sum())}
+    assert manifest["excluded"] == {
+        "special": special, "template": 0, "sinks": int((read == token).sum())
+    }  # fmt: skip
     assert manifest["excluded"]["sinks"] > 3 and special > 0
     ratios = stored(tmp_path / "out")[0, "resid_post"].norm(dim=1)
     assert ratios.max() < 10 * ratios.median()
@@ -125,26 +131,6 @@ def test_sinks_and_special_tokens_are_left_out_and_counted(
     text = replace(TEXT, max_norm_ratio=float("inf"))
     all_in = harvest(lm, tmp_path / "all", replace(config, text=text))
     assert all_in["excluded"]["sinks"] == 0 and token in stored(tmp_path / "all")["ids"]
-
-
-def test_sink_filter() -> None:
-    sinks = SinkFilter(10.0)
-
-    def keep(*norms: float) -> list[bool]:
-        return sinks.keep({(0, "resid_post"): torch.tensor(norms)[:, None]}).tolist()
-
-    assert keep(1.0, 1.0, 9.9, 10.1) == [True, True, True, False]
-    # Batches without a row say nothing about the median; NaN would make every later row a sink.
-    assert keep() == []
-    # The running median is the mean over batches: 2 after medians of 1 and 3.
-    assert keep(3.0, 3.0, 19.0, 21.0) == [True, True, True, False]
-    state = json.loads(json.dumps(sinks.state_dict()))
-    other = SinkFilter(10.0)
-    other.load_state_dict(state)
-    assert other.state_dict() == sinks.state_dict() == state
-    # A sink at one hook point is out at all of them.
-    rows = {(0, "a"): torch.tensor([[1.0], [1.0], [50.0]]), (1, "a"): torch.ones(3, 1)}
-    assert SinkFilter(10.0).keep(rows).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("tokens", [1, 92, 93, 500])
@@ -385,3 +371,54 @@ def test_streams_resume_at_any_batch(shared_lm: Shared, tmp_path: Path) -> None:
         assert torch.equal(found.token_ids, batch.token_ids)
     assert stream.state_dict() == whole.state_dict()
     assert 0.05 < whole.excluded["sinks"] / (6 * 4 * 24) < 0.5
+
+
+def test_an_automatic_batch_size_is_kept_on_resume(
+    shared_lm: Shared, stop_at: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saesteer.sae import harvester
+
+    lm, config = shared_lm(), replace(CONFIG, text=replace(TEXT, batch_size=0))
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 3)
+    with pytest.raises(Interrupted):
+        harvest(lm, tmp_path / "out", config, progress=stop_at("harvest", 100))
+    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 9)
+    found = harvest(lm, tmp_path / "out", config, resume=True)
+    assert found["config"]["batch_size"] == 3
+    harvest(lm, tmp_path / "whole", replace(config, text=replace(TEXT, batch_size=3)))
+    assert equal(stored(tmp_path / "out"), stored(tmp_path / "whole"))
+
+
+def test_a_model_given_by_name_keeps_only_what_it_needs(
+    fresh_lm: Shared, shared_lm: Shared, tmp_path: Path
+) -> None:
+    lm = fresh_lm()
+    config = replace(CONFIG, layers=(0, 1), tokens=200)
+    harvest(lm, tmp_path / "a", config, consume_model=True)
+    assert all(p.is_meta for p in lm.blocks[2].parameters()) and lm.unembed.weight.is_meta
+    # Another site needs its own block alone; a path outside the blocks needs them all.
+    harvest(shared_lm(), tmp_path / "b", config)
+    assert equal(stored(tmp_path / "a"), stored(tmp_path / "b"))
+    assert not shared_lm().unembed.weight.is_meta, "a loaded model is left whole unless asked"
+    whole = fresh_lm()
+    outside = replace(config, layers=(1,), site="model.norm")
+    harvest(whole, tmp_path / "c", outside, consume_model=True)
+    assert not any(p.is_meta for p in whole.blocks.parameters())
+
+
+def test_positions_are_stored_when_asked(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    harvest(lm, tmp_path / "plain", CONFIG)
+    assert set(ShardReader(tmp_path / "plain").columns(0)) == {"token_ids"}
+    harvest(lm, tmp_path / "out", replace(CONFIG, keep_positions=True, shuffle=True))
+    reader = ShardReader(tmp_path / "out")
+    contexts = open_contexts(lm, TEXT).next_batch(40)
+    assert contexts is not None
+    seen = set()
+    for index in range(len(reader)):
+        columns = reader.columns(index)
+        where = columns["contexts"], columns["positions"].long()
+        assert torch.equal(contexts.token_ids[where].int(), columns["token_ids"])
+        seen |= set(zip(*(values.tolist() for values in where), strict=True))
+    assert len(seen) == 500, "each place once"
+    assert reader.manifest["shuffle_seed"] == 5

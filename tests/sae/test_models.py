@@ -14,8 +14,10 @@ from torch import nn
 from saesteer.checkpoints import model_files
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.model_files import ResolvedModel
+from saesteer.sae.hooks import resolve_site, run_to
 from saesteer.sae.models import (
     LanguageModel,
+    compile_blocks,
     find_blocks,
     has_fast_bfloat16,
     load_model,
@@ -281,3 +283,104 @@ def test_dtype_names(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_dtype("int8", cpu)
     native = has_fast_bfloat16(cpu)
     assert pick_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+
+
+# --- only what is needed, and large models
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_multimodal", "llava"])
+def test_weights_that_nobody_needs_are_freed(family: str, fresh_lm: Any, shared_lm: Any) -> None:
+    lm, whole = fresh_lm(family), shared_lm(family)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)
+    lm.keep_only(1)
+    after = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)
+    assert torch.equal(before[1, "resid_post"], after[1, "resid_post"])
+    assert all(p.is_meta for block in lm.blocks[2:] for p in block.parameters())
+    assert lm.unembed.weight.is_meta
+    held = {name for name, p in lm.model.named_parameters() if not p.is_meta}
+    assert not any("vision" in name for name in held)
+    assert lm.n_layers == 4 and lm.device == torch.device("cpu") and lm.dtype == torch.float32
+
+
+def test_a_tied_head_leaves_the_embedding(tiny_lm: Any) -> None:
+    model, tokenizer = tiny_lm("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    lm = wrap_model(model, tokenizer)
+    lm.keep_only(0)
+    assert model.lm_head.weight.is_meta and not model.model.embed_tokens.weight.is_meta
+    run_to(lm, [resolve_site(lm, 0)], input_ids=torch.tensor([[5, 6]]))
+
+
+def test_weights_spread_by_accelerate(tiny_model_dir: Any, shared_lm: Any) -> None:
+    folder = str(tiny_model_dir("llama"))
+    lm = load_model(folder, device="cpu", dtype="float32", device_map="auto")
+    assert lm.fingerprint == shared_lm("llama").fingerprint
+    lm.keep_only(2)  # harmless, whatever accelerate holds where
+    seen = run_to(lm, [resolve_site(lm, 2)], input_ids=torch.tensor([[5, 6, 7]]))
+    whole = shared_lm("llama")
+    expected = run_to(whole, [resolve_site(whole, 2)], input_ids=torch.tensor([[5, 6, 7]]))
+    assert torch.equal(seen[2, "resid_post"], expected[2, "resid_post"])
+
+
+def test_weights_that_are_elsewhere_until_needed(tiny_lm: Any, shared_lm: Any) -> None:
+    """accelerate's offloading: every parameter is a shell between passes."""
+    from accelerate import cpu_offload
+
+    model, tokenizer = tiny_lm("llama")
+    cpu_offload(model, torch.device("cpu"))
+    assert all(p.is_meta for p in model.model.layers.parameters())
+    lm, whole = wrap_model(model, tokenizer), shared_lm("llama")
+    assert lm.fingerprint == whole.fingerprint
+    assert lm.device == torch.device("cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    seen = run_to(lm, [resolve_site(lm, 2)], input_ids=ids)
+    expected = run_to(whole, [resolve_site(whole, 2)], input_ids=ids)
+    assert torch.equal(seen[2, "resid_post"], expected[2, "resid_post"])
+
+
+def test_placements_that_cannot_be(tiny_model_dir: Any, monkeypatch: Any) -> None:
+    folder = str(tiny_model_dir("llama"))
+    with pytest.raises(UsageError, match="--device-map must be auto, got 'balanced'"):
+        load_model(folder, device_map="balanced")
+    with pytest.raises(UsageError, match="--quantize must be 8bit or 4bit, got '2bit'"):
+        load_model(folder, quantize="2bit")
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--quantize 4bit needs bitsandbytes.*saesteer\[quant\]"):
+        load_model(folder, quantize="4bit")
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_weights(bits: str, tiny_lm: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, tokenizer = tiny_lm("llama")
+    # Its blocks of 64 weights need rows of that length.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), **sizes})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = load_model(str(tmp_path), device="cpu", dtype="float32")
+    lm = load_model(str(tmp_path), device="cpu", dtype="float32", quantize=bits)
+    assert lm.dtype.is_floating_point and lm.d_model == 64
+    assert lm.fingerprint != whole.fingerprint
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        rows = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+        reported = lm.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
+        exact = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
+    assert torch.equal(rows, reported)
+    assert 0 < float((rows.float() - exact).norm() / exact.norm()) < 0.5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_read_the_same(fresh_lm: Any, shared_lm: Any) -> None:
+    lm, whole = fresh_lm("llama"), shared_lm("llama")
+    compile_blocks(lm)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        seen = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+        expected = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.checkpoints.files import sha256_file
-from saesteer.checkpoints.shards import ShardReader, ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
+from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
-from saesteer.sae.harvester import harvest, open_activations
+from saesteer.sae.harvester import harvest
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.sources import ActivationSource, BatchStream, LiveSource, ShardSource
+from saesteer.sae.stream import open_activations
 
 Shared = Callable[..., LanguageModel]
 

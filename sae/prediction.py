@@ -1,0 +1,91 @@
+"""What a harvest will take: a few real batches timed, bytes counted."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.config import HarvestConfig, Progress, no_progress
+from saesteer.sae.harvester import resolved_text
+from saesteer.sae.hooks import last_block, resolve_site
+from saesteer.sae.memory import held_bytes, model_bytes, peak_bytes
+from saesteer.sae.models import LanguageModel
+from saesteer.sae.stream import open_activations
+
+# The first batch pays for warming up; a few more, for as long, are steady enough to predict hours.
+_TIMED_BATCHES = 4
+_TIMED_SECONDS = 4.0
+_MOST_BATCHES = 200
+
+
+def predict_harvest(
+    lm: LanguageModel, config: HarvestConfig, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Run some batches and count from them to the whole harvest. Writes nothing.
+
+    Returns:
+        `tokens_per_second`, `seconds`, `bytes` (of the shards), `memory_bytes` (the process's peak)
+        and what they were counted from.
+
+    Raises:
+        UsageError: the corpus has fewer than two batches to time.
+    """
+    from saesteer.checkpoints.model_files import cache_folder
+
+    points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+    text = resolved_text(lm, config.text, None)
+    stream = open_activations(lm, points, text, replies_folder=cache_folder())
+    batches = kept = read = 0
+    started = time.monotonic()
+    progress("dry run", 0, _TIMED_BATCHES + 1, "batches")
+    for batch in stream:
+        batches += 1
+        progress("dry run", min(batches, _TIMED_BATCHES), _TIMED_BATCHES + 1, "batches")
+        read += len(batch.token_ids)
+        if batches == 1:
+            started = time.monotonic()
+            continue
+        kept += len(batch.token_ids)
+        enough = time.monotonic() - started > _TIMED_SECONDS or batches > _MOST_BATCHES
+        if batches > _TIMED_BATCHES and enough:
+            break
+    if not kept:  # a corpus of one batch
+        raise UsageError(
+            "--dry-run needs two batches of text to time: give more --data or a lower --batch-size"
+        )
+    speed = kept / max(time.monotonic() - started, 1e-9)
+    progress("dry run", _TIMED_BATCHES + 1, _TIMED_BATCHES + 1, "batches")
+    native = "float32" if lm.dtype == torch.float32 else "bfloat16"
+    stored = config.store_dtype or native
+    # Each token is d_model numbers and an int32 id, in the folder of every layer; and, when asked,
+    # an int32 position and an int64 context.
+    row = lm.d_model * getattr(torch, stored).itemsize + 4 + 12 * config.keep_positions
+    return {
+        "model": lm.name,
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "layers": [point.layer for point in points],
+        "site": config.site,
+        "data": list(config.text.data),
+        "tokens": config.tokens,
+        "context": text.context,
+        "batch_size": text.batch_size,
+        "contexts": math.ceil(config.tokens / (read / (batches * text.batch_size))),
+        "store_dtype": stored,
+        "bytes": config.tokens * row * len(points),
+        "model_bytes": model_bytes(lm, last_block(lm, points)),
+        "memory_bytes": _peak_bytes(config, row * len(points), row, config.tokens),
+        "tokens_per_second": speed,
+        "seconds": config.tokens / speed,
+    }
+
+
+def _peak_bytes(config: HarvestConfig, row: int, layer_row: int, tokens: int) -> int:
+    """The process's peak: what it has by now, or now and the shards on their way to the disk."""
+    shard = min(config.shard_tokens, tokens)
+    # One shard fills while as many tokens may wait; one layer's file is put together (and shuffled)
+    # when it is written.
+    waiting = min(2 * shard, tokens) * row + (1 + config.shuffle) * shard * layer_row
+    return max(peak_bytes(), held_bytes() + waiting)

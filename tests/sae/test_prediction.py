@@ -1,0 +1,66 @@
+"""What is predicted comes true: bytes exactly, the rest as far as a machine is steady."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae import prediction
+from saesteer.sae.config import HarvestConfig, TextConfig
+from saesteer.sae.harvester import harvest
+from saesteer.sae.memory import held_bytes
+from saesteer.sae.models import LanguageModel
+from saesteer.sae.prediction import predict_harvest
+
+Shared = Callable[..., LanguageModel]
+
+CONFIG = HarvestConfig(
+    layers=(1, 2), tokens=2000, text=TextConfig(context=32, batch_size=4), shard_tokens=500
+)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_TIMED_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("keep_positions", [False, True])
+def test_disk(keep_positions: bool, shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    config = replace(CONFIG, keep_positions=keep_positions)
+    found = predict_harvest(lm, config)
+    harvest(lm, tmp_path / "acts", config)
+    paths = list((tmp_path / "acts").rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in paths)
+    # A header for each file is all that is not counted.
+    assert 0 <= size - found["bytes"] < 400 * len(paths)
+    assert ShardReader(tmp_path / "acts").tokens == found["tokens"]
+    assert found["seconds"] == pytest.approx(2000 / found["tokens_per_second"])
+
+
+def test_memory_counts_shards_on_their_way(shared_lm: Shared) -> None:
+    lm = shared_lm()
+    now = held_bytes()
+    small = predict_harvest(lm, CONFIG)["memory_bytes"]
+    row = 2 * (32 * 4 + 4)
+    large = replace(CONFIG, tokens=10**9, shard_tokens=10**8)
+    found = predict_harvest(lm, large)["memory_bytes"]
+    assert small >= now * 0.5 and found > 2 * 10**8 * row
+    assert predict_harvest(lm, replace(large, shuffle=True))["memory_bytes"] > found
+
+
+def test_an_automatic_batch_size_is_named(shared_lm: Shared) -> None:
+    text = replace(CONFIG.text, batch_size=0)
+    found = predict_harvest(shared_lm(), replace(CONFIG, text=text))
+    assert 1 <= found["batch_size"] <= 16_384 // 32
+
+
+def test_a_corpus_too_short_to_time(shared_lm: Shared, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("some words " * 60)
+    text = replace(CONFIG.text, data=(str(path),), batch_size=64)
+    with pytest.raises(UsageError, match="--dry-run needs two batches"):
+        predict_harvest(shared_lm(), replace(CONFIG, text=text))

@@ -54,7 +54,7 @@ def _scale(row, factor):
         row[i] *= factor
 
 
-@loop()
+@loop(keep=True)
 @no_type_check
 def adam_sparse_rows(
     param,

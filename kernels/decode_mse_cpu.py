@@ -34,7 +34,7 @@ def _subtract(out, target):
     return square
 
 
-@loop(reorder=True)
+@loop(reorder=True, keep=True)
 @no_type_check
 def decode_mse_rows(
     acts, indices, W_dec, b_dec, target, squared_error, error, act_grads, first, last

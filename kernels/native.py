@@ -63,10 +63,13 @@ def use_native(*tensors: Tensor) -> bool:
     return True
 
 
-def loop(*, reorder: bool = False) -> Callable[[Any], Any]:
-    """Compile a function of numpy arrays, on its first call and once per machine.
+def loop(*, reorder: bool = False, keep: bool = False) -> Callable[[Any], Any]:
+    """Compile a function of numpy arrays, on its first call.
 
     ``reorder`` lets sums be taken in vector lanes; it never assumes that values are finite.
+    ``keep`` stores the compiled code, so that it is made once per machine. Only for what Python
+    calls: a loop that finds a helper's stored code cannot merge with it as it does with a fresh
+    one, and its sums would be rounded otherwise than where both were compiled.
     """
     import numba
 
@@ -75,7 +78,7 @@ def loop(*, reorder: bool = False) -> Callable[[Any], Any]:
     def decorate(function: Any) -> Any:
         options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
         try:
-            return numba.njit(cache=True, **options)(function)
+            return numba.njit(cache=keep, **options)(function)
         except RuntimeError:  # no folder to keep the compiled code in
             return numba.njit(**options)(function)
 

@@ -98,7 +98,7 @@ def _span_best(line, bias, best):
         best[g] = max(best[g], _key(line[g] + bias[g]))
 
 
-@loop()
+@loop(keep=True)
 @no_type_check
 def select_rows(pre_acts, bias, k, span, acts, indices, first, last):
     """relu of the k largest of ``pre_acts[r] + bias``, for rows first..last-1.
@@ -138,7 +138,7 @@ def select_rows(pre_acts, bias, k, span, acts, indices, first, last):
         _keep_first(keys, columns, count, k, acts[row], indices[row])
 
 
-@loop()
+@loop(keep=True)
 @no_type_check
 def keep_largest_rows(pre_acts, k, first, last):
     """Zero all but the k largest positive entries of each row, lower columns first of equals."""
@@ -165,7 +165,7 @@ def keep_largest_rows(pre_acts, k, first, last):
                 line[i] = np.float32(0)
 
 
-@loop(reorder=True)
+@loop(reorder=True, keep=True)
 @no_type_check
 def round_rows(rows, rounded, norms, losses, first, last):
     """bfloat16 bits of each row, the length of the rounded row, and of what rounding took away."""
@@ -243,7 +243,7 @@ def _four_dots(x, a, b, c, d):
     return s, t, u, v
 
 
-@loop()
+@loop(keep=True)
 @no_type_check
 def select_certain_rows(
     product,

@@ -185,7 +185,7 @@ def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
         return False
     if entry["bytes"] is not None and path.stat().st_size != entry["bytes"]:
         return False
-    return files.sha256_file(path) == entry["sha256"]
+    return files.sha256_file(path) == str(entry["sha256"])
 
 
 def _checksum(pointer: Mapping[str, Any]) -> str:

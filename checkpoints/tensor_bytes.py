@@ -62,4 +62,4 @@ def tensor_bytes(
     for name in order:
         if tensors[name].numel():
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from saesteer.checkpoints import background, durable, run_state
-from saesteer.checkpoints.background import BackgroundSaver
+from saesteer.checkpoints import durable, run_state, state_saver
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.state_saver import StateSaver
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_run_goes_on_while_its_state_is_written(
     tmp_path: Path, slow_disk: threading.Event
 ) -> None:
     w, meta = torch.full((100,), 1.0), {"step": 1, "list": [1]}
-    with BackgroundSaver(tmp_path) as saver:
+    with StateSaver(tmp_path) as saver:
         saver.save({"w": w}, meta)
         w.fill_(7)  # the next steps
         meta["list"].append(2)  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def test_the_run_goes_on_while_its_state_is_written(
 
 
 def test_leaving_waits_for_the_last_write(tmp_path: Path) -> None:
-    with BackgroundSaver(tmp_path, keep=2) as saver:
+    with StateSaver(tmp_path, keep=2) as saver:
         for step in (1, 2, 3):
             saver.save({"w": torch.full((100,), float(step))}, {"step": step}, score=step / 10)
     assert step_of(tmp_path) == 3 and saver.saved == 3
@@ -67,7 +67,7 @@ def test_a_failed_write_is_raised_where_the_run_asks(
 
     tensors = {"w": torch.zeros(3)}
     for ask in ("ready", "wait", "save", "leave"):
-        saver = BackgroundSaver(tmp_path)
+        saver = StateSaver(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", full)
             saver.save(tensors, {"step": 0})
@@ -92,7 +92,7 @@ def test_a_stop_writes_the_newer_state_and_gives_up_the_older(
     tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable, "_PIECE_BYTES", 100)
-    saver = BackgroundSaver(tmp_path)
+    saver = StateSaver(tmp_path)
     saver.save({"w": torch.full((1000,), 1.0)}, {"step": 1})
     saver._give_up.set()
     slow_disk.set()
@@ -109,7 +109,7 @@ def test_an_error_in_the_run_is_the_one_reported(
     tmp_path: Path, kind: type[BaseException], slow_disk: threading.Event
 ) -> None:
     slow_disk.set()
-    with pytest.raises(kind, match="in the run"), BackgroundSaver(tmp_path) as saver:
+    with pytest.raises(kind, match="in the run"), StateSaver(tmp_path) as saver:
         saver.save({"w": torch.zeros(5)}, {"step": 0})
         raise kind("in the run")
     assert threading.active_count() == 1 or "save-state" not in str(threading.enumerate())
@@ -122,8 +122,8 @@ def test_saves_take_no_more_than_their_share(
 ) -> None:
     """A copy that took one second is not made again within the next hundred."""
     now = [1000.0]
-    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
-    saver = BackgroundSaver(tmp_path)
+    monkeypatch.setattr(state_saver.time, "monotonic", lambda: now[0])
+    saver = StateSaver(tmp_path)
     assert saver.ready(), "the first save waits for nothing"
 
     class Slow(dict[str, torch.Tensor]):

@@ -23,7 +23,7 @@ else:  # importing torch takes seconds; whoever passes tensors has it already
 _MOST_SHARE = 0.01
 
 
-class BackgroundSaver:
+class StateSaver:
     """Saves the states of one run in `folder/state`, as `run_state.save_state` does.
 
     A context manager: leaving it waits for the last write, except when the block was interrupted
@@ -110,7 +110,7 @@ class BackgroundSaver:
         finally:
             self.blocked_seconds += time.monotonic() - started
 
-    def __enter__(self) -> "BackgroundSaver":
+    def __enter__(self) -> "StateSaver":
         return self
 
     def __exit__(

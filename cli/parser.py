@@ -213,4 +213,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = ", ".join(action.option_strings)
+        if not options:  # a verb's one argument without a flag
+            return str(action.metavar)
         return options if action.nargs == 0 else f"{options} {action.metavar}"

@@ -182,7 +182,7 @@ def test_the_report_says_what_a_repetition_needs(shards: Path, tmp_path: Path) -
     train(tmp_path / "sae", CONFIG, activations=shards, device="cpu")
     run = read_json(tmp_path / "sae" / "run.json")
     assert run["recipe"] == {
-        "model": None, "activations": str(shards), "replies": [], "device": "cpu",
+        "model": None, "blocks": None, "activations": str(shards), "replies": [], "device": "cpu",
         "lm_dtype": None,
     }  # fmt: skip
     assert run["config"]["seed"] == 0 and run["config"]["init_seed"] == [0]

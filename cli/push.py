@@ -28,15 +28,18 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--metrics", metavar="DIR",
-        help="folder that metrics -o wrote for this SAE: its figures go into the card",
+        help="folder that metrics -o wrote for this SAE: its figures go into the card "
+        "(default: none)",
     )  # fmt: skip
-    what.add_argument("--license", metavar="NAME", help="license of a new repository, for its card")
+    what.add_argument("--license", metavar="NAME",
+        help="license of a new repository, for its card (default: none)",
+    )  # fmt: skip
     what.add_argument("--private", action="store_true", help="make a new repository private")
     add_common(
         parser,
         out="folder for a run.json that says what was pushed (default: print only)",
         force="replace an SAE of that name in --repo; replace results in --out",
-        dtype_help="not used: the SAE is shared as it is",
+        dtype_help="not used: the SAE is shared as it is (default: auto)",
     )
 
 

@@ -20,7 +20,10 @@ def add_flags(parser: VerbParser) -> None:
     parser.usage = "saesteer reproduce RUN [flags]"
     what = parser.add_argument_group("what is repeated")
     what.add_argument(
-        "run", nargs="?", metavar="RUN", help="folder of a finished train run, or of one SAE of it"
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="folder of a finished train run, or of one SAE of it (needed)",
     )
     what.add_argument(
         "--model", metavar="NAME", help="where its model is now (default: where it was)"
@@ -32,7 +35,7 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder that keeps the repetition (default: a temporary one)",
         force="replace an earlier run in --out",
-        dtype_help="not used: the recorded arithmetic is repeated",
+        dtype_help="not used: the recorded arithmetic is repeated (default: auto)",
     )
 
 

@@ -1,5 +1,6 @@
 """A recorded run gives its bits again, and what does not is named."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +160,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None)
 @given(key=st.sampled_from(sorted(plain(CONFIG))), value=junk)
 def test_a_config_of_junk_gives_a_typed_error_or_a_config(key: str, value: Any) -> None:
     recorded = {**plain(CONFIG), key: value}

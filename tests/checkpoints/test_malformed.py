@@ -149,16 +149,14 @@ def test_states_with_any_bytes(
     tensors = {"a": torch.arange(12).reshape(3, 4).float(), "b": torch.tensor(7)}
     run_state.save_state(folder, tensors, {"step": 1})
     path = next((folder / "state").glob("*.safetensors"))
-    content = bytearray(path.read_bytes())
+    original = path.read_bytes()
+    content = bytearray(original)
     for at, change in flips:
         content[at % len(content)] ^= change
-    kept = bytes(content[: len(content) - cut % len(content)] if cut else content)
-    whole = not cut and not flips
+    kept = bytes(content[: len(content) - cut % len(content)])
     # With the old hash any change is noticed ...
     path.write_bytes(kept)
-    assert one_line(lambda: run_state.load_state(folder)) == (
-        kept == content and not flips or whole
-    )
+    assert one_line(lambda: run_state.load_state(folder)) == (kept == original)
     # ... and with a new one the reader has to cope.
     replace_state(folder, kept)
     one_line(lambda: run_state.load_state(folder))

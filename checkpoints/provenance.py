@@ -16,6 +16,7 @@ _DISTRIBUTIONS = {
     "sae_lens": "sae-lens",
     "triton": "triton",
     "numpy": "numpy",
+    "numba": "numba",
     "safetensors": "safetensors",
     "datasets": "datasets",
 }

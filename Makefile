@@ -22,7 +22,8 @@ RESULTS := --csv benchmarks/results --page docs/performance.md
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types format bench peers typecheck-links env-run env-dev \
+.PHONY: help demo test test-slow test-durable check lint types format bench peers typecheck-links \
+	env-run env-dev \
 	clean distclean
 
 help:
@@ -31,6 +32,7 @@ help:
 	@echo 'make check            format, lint, types and the fast tests'
 	@echo 'make format           rewrite the code in our format'
 	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
+	@echo 'make test-durable     kill, break and fuzz: 20 kills a source, disk faults, malformed files'
 	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
 	@echo 'make peers            the other projects that the benchmarks compare with'
 	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
@@ -44,6 +46,12 @@ test: env-dev
 
 test-slow: env-dev
 	@$(RUN) pytest --run-slow -m slow $(ARGS)
+
+# What a kill, a failing disk, a power cut or a stranger's file may do; prints its counts.
+test-durable: env-dev
+	@FUZZ_EXAMPLES=1000 $(RUN) pytest --run-slow -rP tests/checkpoints/test_run_state.py \
+		tests/checkpoints/test_malformed.py tests/steering/test_plan_malformed.py \
+		tests/sae/test_kills.py tests/sae/test_run_folder.py tests/sae/test_reproduction.py $(ARGS)
 
 check: lint types test
 

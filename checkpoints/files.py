@@ -6,28 +6,29 @@ target, so that a reader (or a killed process) meets the old file or the new one
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
 import os
-import re
-import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saesteer.checkpoints.durable import Draft, make_folder
+from saesteer.checkpoints.durable import writing as writing
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.locks import LOCK_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
 else:  # torch takes seconds to import, and most callers here write JSON only
     Tensor = Any
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OS_ERROR_NUMBER = re.compile(r"os error (\d+)")
+# More than any file of ours, and little enough to be read by mistake.
+_MOST_JSON_BYTES = 256 << 20
 
 # A folder may be emptied by --force only when one of these files shows that we wrote it. For JSON
 # files that other programs also use, the keys that make it ours.
@@ -83,48 +84,47 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all. A full disk raises a one-line `UserError`."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-
-    _replace(Path(path), write)
+    path = Path(path)
+    with writing(path), Draft(path) as draft:
+        draft.write(text.encode())
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors of any shape as safetensors, whole or not at all.
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> str:
+    """Write tensors of any shape as safetensors, whole or not at all; returns the file's SHA-256.
 
     Tensors may lie on any device and share memory: each is written as its own contiguous copy.
-    A full disk raises a one-line `UserError` and leaves no temporary file.
+    Once `cancelled` answers true, which it is asked every few megabytes, the write ends with
+    `durable.Cancelled`. A full disk raises a one-line `UserError`. Either leaves no temporary file.
     """
-    from safetensors.torch import save_file
+    from saesteer.checkpoints.tensor_bytes import tensor_bytes
 
-    owned: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages:  # safetensors refuses tensors that share memory
-            tensor = tensor.clone()
-        storages.add(storage)
-        owned[name] = tensor
-
-    def write(temporary: Path) -> None:
-        save_file(owned, str(temporary), metadata=dict(metadata) if metadata else None)
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner can read
-
-    _replace(Path(path), write)
+    path = Path(path)
+    with writing(path), Draft(path, cancelled) as draft:
+        for piece in tensor_bytes(tensors, metadata):
+            draft.write(piece)
+    return draft.sha256
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. A missing or broken file raises a one-line `UserError`."""
+    """The content of a JSON file.
+
+    A missing or broken file, one of more than 256 MiB, and one that names a key twice (which of
+    the two values counts would be anyone's guess) raise a one-line `UserError`.
+    """
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise UserError(f"{path} is too large for a JSON file of ours; check the path")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it or make it again"
         ) from error
@@ -173,29 +173,6 @@ def reading_tensors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write of `path` inside the block into a one-line `UserError`."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        found = _OS_ERROR_NUMBER.search(str(error))
-        if number is None and found:  # safetensors reports the number in its text only
-            number = int(found.group(1))
-        if number in _NO_SPACE:
-            raise UserError(
-                f"no space left while writing {path}: free some space, then run the same command "
-                "again (with --resume to continue what was saved)"
-            ) from error
-        reason = os.strerror(number) if number else str(error).splitlines()[0]
-        raise UserError(
-            f"cannot write {path} ({reason}): check the folder and its permissions"
-        ) from error
-
-
 def claim_output(
     path: str | Path,
     *,
@@ -222,7 +199,7 @@ def claim_output(
         )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{flag} {folder} is a file; a folder is needed: choose another name")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if not resume and folder.is_dir() and any(_entries(folder)):
         if not force:
             to_continue = "--resume to continue it, " if can_resume else ""
             raise UsageError(
@@ -231,11 +208,9 @@ def claim_output(
             )
         _empty(folder, flag)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the folder {folder} ({error.strerror}): choose another {flag}"
-        ) from error
+        make_folder(folder)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             f"cannot write in {folder}: change its permissions or choose another {flag}"
@@ -271,12 +246,14 @@ def read_jsonl(path: str | Path) -> list[Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); restore it or make it again") from error
     objects = []
     for number, line in enumerate(text.split("\n")[:-1], 1):
         if line.strip():
             try:
                 objects.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} line {number} is not valid JSON ({error})") from error
     return objects
 
@@ -287,35 +264,18 @@ def remove_leftovers(folder: str | Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, make it durable, and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with writing(path):
-            write(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-        # So that the new name survives a power cut too. The file is there already, and some
-        # network file systems cannot do this: a failure here is not a failure to write.
-        with contextlib.suppress(OSError):
-            _sync(path.parent)
-    except BaseException:  # Ctrl-C too must leave nothing behind
-        temporary.unlink(missing_ok=True)
-        raise
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file. Raises ValueError for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} comes twice")
+    return found
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _entries(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, but for the lock of whoever works in it."""
+    return (entry for entry in folder.iterdir() if entry.name != LOCK_NAME)
 
 
 def _end_of_last_line(file: Any, size: int) -> int:
@@ -347,7 +307,7 @@ def _empty(folder: Path, flag: str) -> None:
             f"{flag} {folder} was not written by saesteer ({found}), so --force will not empty it: "
             f"empty it yourself or choose another {flag}"
         )
-    for entry in place.iterdir():
+    for entry in _entries(place):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

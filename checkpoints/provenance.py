@@ -1,7 +1,9 @@
-"""What a run was made with: versions of the software, and the revision of the source."""
+"""What a run was made with: versions of the software, the revision of the source, the machine."""
 
+import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ _DISTRIBUTIONS = {
     "saesteer": "saesteer",
     "torch": "torch",
     "transformers": "transformers",
+    "tokenizers": "tokenizers",
     "sae_lens": "sae-lens",
     "triton": "triton",
     "numpy": "numpy",
+    "numba": "numba",
+    "safetensors": "safetensors",
+    "datasets": "datasets",
 }
 
 
@@ -51,3 +57,30 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision + ("+changes" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What else the last bits of a result depend on: processor, its instructions, threads, GPU.
+
+    Asks torch only when it is loaded already.
+    """
+    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        found["threads"] = torch.get_num_threads()
+        found["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
+            found["cuda"] = torch.version.cuda
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

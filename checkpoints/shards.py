@@ -247,7 +247,8 @@ class ShardReader:
         lengths: dict[Place, list[int]] = {place: [] for place in self.places}
         dtypes: set[torch.dtype] = set()
         for entry in self.manifest["shards"]:
-            if not isinstance(entry, dict) or not {"file", "tokens"} <= entry.keys():
+            tokens = entry.get("tokens") if isinstance(entry, dict) else None
+            if type(tokens) is not int or "file" not in entry:
                 raise UserError(
                     f"{self._what}: an entry of shards lacks file or tokens; harvest again"
                 )

@@ -18,6 +18,8 @@ VERBS = {
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
+    "push": "share an SAE with a generated card, on the Hub or in a folder",
+    "reproduce": "run a recorded training once more and compare what comes out",
 }
 _INTERRUPTED = 130
 _NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"

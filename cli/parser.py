@@ -154,10 +154,12 @@ def _is_value(word: str, known: dict[str, argparse.Action], action: argparse.Act
 def _read_yaml(file: Path) -> dict[Any, Any]:
     import yaml
 
+    from saesteer.checkpoints.yaml_text import parse_yaml
+
     try:
         # Every scalar stays the text that was written, and gets the type of its flag: YAML's own
         # types would read 9143:12 as a time of day and 1e-3 as a word.
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = parse_yaml(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except FileNotFoundError:
         raise UsageError(f"--config {file} does not exist: check the path") from None
     except UnicodeDecodeError:
@@ -213,4 +215,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = ", ".join(action.option_strings)
+        if not options:  # a verb's one argument without a flag
+            return str(action.metavar)
         return options if action.nargs == 0 else f"{options} {action.metavar}"

@@ -137,6 +137,11 @@ def add_flags(parser: VerbParser) -> None:
         help=f"activations between saved states {default(TrainConfig, 'checkpoint_every')}",
     )  # fmt: skip
     work.add_argument(
+        "--keep-states", type=count, metavar="N",
+        help="newest states that stay in --out; the best one stays too "
+        f"{default(TrainConfig, 'keep_states')}",
+    )  # fmt: skip
+    work.add_argument(
         "--resume", action="store_true",
         help="go on from the last saved state in --out, or start when there is none",
     )  # fmt: skip

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from saesteer.sae.models import LanguageModel as LanguageModel
     from saesteer.sae.models import load_model as load_model
     from saesteer.sae.models import wrap_model as wrap_model
+    from saesteer.sae.reproduction import reproduce as reproduce
     from saesteer.sae.training import train as train
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "LanguageModel": "models",
     "load_model": "models",
     "wrap_model": "models",
+    "reproduce": "reproduction",
     "train": "training",
 }
 

@@ -134,7 +134,9 @@ class TrainConfig:
     buffer_tokens: int = 131_072
     """Activations in the shuffle buffer (at most half of `tokens`)."""
     checkpoint_every: int = 5_000_000
-    """Activations between saved states."""
+    """Activations between saved states, which are put off where they would cost more than 1 %."""
+    keep_states: int = 2
+    """Saved states that stay: the newest ones; the one with the lowest FVU stays as well."""
     seed: int = 0
     """Orders the data."""
     text: TextConfig = TextConfig()
@@ -190,6 +192,7 @@ class TrainConfig:
                 f"got {self.buffer_tokens}"
             )
         _at_least("--checkpoint-every", self.checkpoint_every, 1)
+        _at_least("--keep-states", self.keep_states, 1)
 
     @property
     def steps(self) -> int:

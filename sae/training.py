@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saesteer.checkpoints.disk import folder_bytes, need_space
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.files import (
     append_jsonl,
@@ -20,10 +21,13 @@ from saesteer.checkpoints.files import (
     write_json,
     writing,
 )
-from saesteer.checkpoints.provenance import git_revision, versions
-from saesteer.checkpoints.run_state import has_state, load_state, save_state
+from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.provenance import git_revision, machine, versions
+from saesteer.checkpoints.run_state import has_state, load_state, restoring
 from saesteer.checkpoints.shards import ShardReader
+from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.config import Progress, TrainConfig, no_progress
+from saesteer.sae.footprint import train_footprint
 from saesteer.sae.harvester import check_same_run, model_facts, prepare, resolved_text
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.memory import gigabytes, refuse_what_cannot_fit, training_memory
@@ -89,30 +93,48 @@ def train(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
         )
     folder = Path(out).expanduser()
-    if resume or not force:
-        claim_output(folder, resume=resume, force=force, can_resume=True)
-    compute = pick_device(device)
-    source: ActivationSource
-    if model is not None:
-        lm = as_language_model(model, device=device, dtype=lm_dtype)
-        before = _batch_size_before(folder) if resume else None
-        config = replace(config, text=resolved_text(lm, config.text, before))
-        live, facts = _live_source(lm, config, replies, replies_folder, progress)
-        source, points = live, live.stream.points
-        prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
-        d_model, dtype = lm.d_model, lm.dtype
-    else:
-        assert activations is not None
-        reader = ShardReader(activations)
-        source, facts = _shard_source(reader, config)
-        d_model, dtype = reader.d_model, reader.dtype
-    if force:  # only now, when the source was found, may the folder be emptied
-        claim_output(folder, force=True)
-    run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
-    say(run.check_memory())
-    if resume and has_state(folder):
-        run.load()
-    return run.fit()
+    with folder_lock(folder):
+        if resume or not force:
+            claim_output(folder, resume=resume, force=force, can_resume=True)
+        compute = pick_device(device)
+        source: ActivationSource
+        if model is not None:
+            lm = as_language_model(model, device=device, dtype=lm_dtype)
+            before = _batch_size_before(folder) if resume else None
+            config = replace(config, text=resolved_text(lm, config.text, before))
+            live, facts = _live_source(lm, config, replies, replies_folder, progress)
+            source, points = live, live.stream.points
+            consume = consume_model or not isinstance(model, LanguageModel)
+            prepare(lm, points, consume, compile_model)
+            d_model, dtype = lm.d_model, lm.dtype
+        else:
+            assert activations is not None
+            reader = ShardReader(activations)
+            source, facts = _shard_source(reader, config)
+            d_model, dtype = reader.d_model, reader.dtype
+        # What a repetition needs besides the config.
+        facts["recipe"] = {
+            "model": None if model is None else _as_given(lm.name),
+            "blocks": None if model is None else lm.blocks_path,
+            "activations": None if activations is None else str(Path(activations).absolute()),
+            "replies": list(replies),
+            "device": str(compute),
+            "lm_dtype": None if model is None else facts["model"]["dtype"],
+        }
+        run = _Run(folder, config, source, facts, d_model, dtype, compute, progress)
+        say(run.check_memory())
+        run.check_disk()
+        if force:  # only now, when nothing can go wrong at once, may the folder be emptied
+            claim_output(folder, force=True)
+        if resume and has_state(folder):
+            with restoring(folder):
+                run.load()
+        return run.fit()
+
+
+def _as_given(model: str) -> str:
+    """A model's name that means the same from any working folder."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _live_source(
@@ -213,6 +235,7 @@ class _Run:
         self.trainers: list[SAETrainer] = []
         self.step = 0
         self.seconds = 0.0
+        self.saver = StateSaver(folder, keep=config.keep_states)
         self._last: list[dict[str, Any]] = [{} for _ in self.variants]
 
     def check_memory(self) -> str:
@@ -236,6 +259,22 @@ class _Run:
 
     def place_of(self, variant: Variant) -> Path:
         return self.folder if len(self.variants) == 1 else self.folder / variant.folder
+
+    def check_disk(self) -> None:
+        """Refuse a run whose files would not fit; those there now give their place."""
+        rows = self.batches.buffer.rows
+        footprint = train_footprint(
+            [variant.d_sae for variant in self.variants],
+            self.d_model,
+            buffer_tokens=len(rows),
+            batch_tokens=self.config.batch_tokens,
+            width=rows.shape[1],
+            element_bytes=rows.element_size(),
+            keep=self.config.keep_states,
+        )
+        needed = footprint.total_bytes - folder_bytes(self.folder)
+        todo = "lower --buffer-tokens, --d-sae or --keep-states"
+        need_space(self.folder, needed, "training writes", todo)
 
     def _make_trainers(self, scales: list[InputScale]) -> None:
         """One trainer per variant; `scales` are in the order of the source's places."""
@@ -268,8 +307,10 @@ class _Run:
         config = self.config
         log_every = max(1, config.steps // _LOGS_PER_RUN)
         save_every = max(1, config.checkpoint_every // config.batch_tokens)
+        due = False
         with (
             stop_requests() as stop,
+            self.saver,
             Producer(self.batches, self.device) as self.producer,
         ):
             clock = _Clock(self.producer)
@@ -279,7 +320,7 @@ class _Run:
                     batch = self.producer.next_batch()
                 except UserError as error:
                     # Most often the corpus has ended: hours of training need not be lost with it.
-                    self.save()
+                    self.save(now=True)
                     raise type(error)(
                         f"{error}; the state is in {self.folder}: --resume goes on from step "
                         f"{self.step}, with more --epochs too"
@@ -291,7 +332,7 @@ class _Run:
                 except NonFiniteError:
                     # No trainer has moved: with the batch back, the state is the one before it.
                     self.producer.put_back(batch)
-                    self.save()
+                    self.save(now=True)
                     raise
                 for trainer, loss in zip(self.trainers, losses, strict=True):
                     trainer.update(loss)
@@ -301,13 +342,15 @@ class _Run:
                     self.log(clock)
                 self.show()
                 if stop() and self.step < config.steps:
-                    self.save()
+                    self.save(now=True)
                     raise Interrupted(
                         f"stopped at step {self.step} of {config.steps}; the state is in "
                         f"{self.folder}: run the same command with --resume to go on"
                     )
-                if self.step % save_every == 0 and self.step < config.steps:
+                due = due or self.step % save_every == 0
+                if due and self.step < config.steps and self.saver.ready():
                     self.save()
+                    due = False
             self.save()
         return self.finish()
 
@@ -329,9 +372,10 @@ class _Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """Write each SAE with its run.json."""
+        hashes = [t.save(self.place_of(t.variant), self.facts) for t in self.trainers]
         config = plain(asdict(self.config))
         results = []
-        for trainer, last in zip(self.trainers, self._last, strict=True):
+        for trainer, last, sha256 in zip(self.trainers, self._last, hashes, strict=True):
             folder = self.place_of(trainer.variant)
             layer, site = trainer.variant.place
             run = {
@@ -346,30 +390,34 @@ class _Run:
                     "k": trainer.variant.k,
                     "init_seed": trainer.variant.init_seed,
                     "peak_lr": trainer.peak_lr,
-                    "sha256": trainer.save(folder, self.facts),
+                    "sha256": sha256,
                 },
                 "config": config,
+                "recipe": self.facts["recipe"],
                 "model": self.facts["model"],
                 "data": self.facts["data"],
                 "excluded": self.source.excluded,
                 "final": last,
                 "seconds": round(self.seconds, 3),
+                "seconds_blocked_in_saving": round(self.saver.blocked_seconds, 3),
                 "versions": versions(),
                 "git_revision": git_revision(),
+                "machine": machine(),
             }
             write_json(folder / "run.json", run)
             results.append({"folder": str(folder), **run})
         return results
 
-    def save(self) -> None:
-        """Save all that `load` needs to continue to the bit."""
+    def save(self, *, now: bool = False) -> None:
+        """Save all that `load` needs to continue to the bit, beside the training unless `now`."""
         with self.producer.paused() as (tensors, stream):
-            self._save({f"batches/{name}": t for name, t in tensors.items()}, stream)
+            self._save({f"batches/{name}": t for name, t in tensors.items()}, stream, now)
 
-    def _save(self, tensors: dict[str, Tensor], stream: dict[str, Any]) -> None:
+    def _save(self, tensors: dict[str, Tensor], stream: dict[str, Any], now: bool) -> None:
         for i, trainer in enumerate(self.trainers):
             tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
             tensors[f"{i}/scale.mean"] = trainer.scale.mean
+        logs = [self._metrics_file(trainer.variant) for trainer in self.trainers]
         meta = {
             **self._identity(),
             "stream": stream,
@@ -378,9 +426,12 @@ class _Run:
             "scales": [trainer.scale.factor for trainer in self.trainers],
             "peak_lrs": [trainer.peak_lr for trainer in self.trainers],
             "last": self._last,
-            "metrics_bytes": [self._metrics_file(t.variant).stat().st_size for t in self.trainers],
+            "metrics_bytes": [path.stat().st_size for path in logs],
         }
-        save_state(self.folder, tensors, meta)
+        known = [last["fvu"] for last in self._last if last]
+        score = sum(known) / len(known) if known else None
+        save = self.saver.save_now if now else self.saver.save
+        save(tensors, meta, score=score, first=logs)
 
     def load(self) -> None:
         """Continue from the saved state. Raises UserError when it belongs to other settings."""
@@ -403,7 +454,8 @@ class _Run:
             with self._metrics_file(trainer.variant).open("r+b") as file:
                 file.truncate(min(meta["metrics_bytes"][i], file.seek(0, os.SEEK_END)))
         self.batches.load_state_dict(parts["batches"], meta["stream"])
-        self.step, self.seconds, self._last = meta["step"], meta["seconds"], meta["last"]
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        self._last = [dict(meta["last"][i]) for i in range(len(self.variants))]
 
     def _metrics_file(self, variant: Variant) -> Path:
         path = self.place_of(variant) / "metrics.jsonl"
@@ -414,7 +466,8 @@ class _Run:
         """What a resumed run may not change."""
         config = plain(asdict(self.config))
         # What a person changes to get past the reason for the stop.
-        del config["checkpoint_every"], config["lr"]
+        del config["checkpoint_every"], config["keep_states"], config["lr"]
+        del config["cuda_graph"]
         text = config.pop("text")
         del text["epochs"]
         text["text seed"] = text.pop("seed")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.yaml_text import parse_yaml
 from saesteer.steering.plan import (
     SCHEMA_VERSION,
     ModelIdentity,
@@ -91,7 +92,7 @@ def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = parse_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"there is no {file}: give a folder that rank wrote, or its plan.yaml"
@@ -124,7 +125,7 @@ def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int]]:
 def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[int]) -> Plan:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"schema_version is {document.get('schema_version')!r} and this saesteer reads "
+            f"schema_version is {_shown(document.get('schema_version'))} and this saesteer reads "
             f"{SCHEMA_VERSION}: make the plan again"
         )
     top = _fields("plan", document, {
@@ -169,7 +170,7 @@ def _task_from(row: Any) -> TaskIdentity:
     values = _fields("task", row, {"name": str, "hash": str}, {"instructions": list})
     texts = values["instructions"] or []
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"task.instructions must be a list of texts, got {texts!r}")
+        raise UserError(f"task.instructions must be a list of texts, got {_shown(texts)}")
     return TaskIdentity(**{**values, "instructions": tuple(texts)})
 
 
@@ -179,7 +180,7 @@ def _latent_from(row: Any, number: int) -> PlannedLatent:
     values = _fields(where, row, {"id": int}, {**numbers, "lens": list})
     lens = values["lens"] or []
     if not all(isinstance(token, str) for token in lens):
-        raise UserError(f"{where}.lens must be a list of texts, got {lens!r}")
+        raise UserError(f"{where}.lens must be a list of texts, got {_shown(lens)}")
     return PlannedLatent(**{**values, "lens": tuple(lens)})
 
 
@@ -192,11 +193,11 @@ def _fields(
     """The values of a mapping, each of its type; an optional one may be missing or null."""
     optional = optional or {}
     if not isinstance(mapping, dict):
-        raise UserError(f"{where} must be a mapping of keys, got {mapping!r}")
+        raise UserError(f"{where} must be a mapping of keys, got {_shown(mapping)}")
     unknown = sorted(str(key) for key in mapping.keys() - required.keys() - optional.keys())
     if unknown:
         allowed = ", ".join([*required, *optional])
-        raise UserError(f"{where} has an unknown key {unknown[0]!r}; allowed are {allowed}")
+        raise UserError(f"{where} has an unknown key {_shown(unknown[0])}; allowed are {allowed}")
     missing = [key for key in required if mapping.get(key) is None]
     if missing:
         raise UserError(f"{where} lacks the key {missing[0]!r}: restore it or make the plan again")
@@ -204,11 +205,17 @@ def _fields(
     for key, kind in {**required, **optional}.items():
         value = mapping.get(key)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**53 else value
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise UserError(f"{where}.{key} must be {_WORDS[kind]}, got {value!r}")
+            raise UserError(f"{where}.{key} must be {_WORDS[kind]}, got {_shown(value)}")
         values[key] = value
     return values
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, cut where it grows long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 _WORDS: Mapping[type, str] = {

@@ -271,10 +271,12 @@ def _read_text(path: Path, flag: str) -> str:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
+    from saesteer.checkpoints.yaml_text import parse_yaml
+
     text = _read_text(path, "--task")
     try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raw = parse_yaml(text)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{path}: not valid YAML{where}; see the keys of a task file") from None

@@ -276,16 +276,11 @@ def test_disk_full_while_writing_a_shard(
     check_all(ShardReader(tmp_path), 21)
 
 
-def test_disk_full_inside_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-    from safetensors import SafetensorError
-
-    def save_half(_: Any, path: str, **__: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
+def test_disk_full_in_the_middle_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = writer_for(tmp_path)
-    monkeypatch.setattr(safetensors.torch, "save_file", save_half)
+    monkeypatch.setattr(os, "write", disk_full)
     with pytest.raises(UserError, match="no space left while writing .*shard-00000.safetensors"):
         harvest(writer, 0, [10])
     assert [path.name for path in tmp_path.rglob("*.*")] == ["manifest.json"]

@@ -1,7 +1,9 @@
 """The first Ctrl-C asks, the second one kills, and afterwards all is as before."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +56,31 @@ def test_other_threads_may_ask_too() -> None:
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_does_not_leave_in_time_is_interrupted(number: signal.Signals) -> None:
+    """Also in the middle of a system call: here a read that nothing ever answers."""
+    before = signal.getsignal(number)
+    reading, _writing = os.pipe()
+
+    def stop_here(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(number, stop_here)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_requests(grace_seconds=0.05) as stop:
+            signal.raise_signal(number)
+            assert stop()
+            os.read(reading, 1)
+    finally:
+        signal.signal(number, before)
+        os.close(reading)
+        os.close(_writing)
+
+
+def test_who_leaves_in_time_is_not() -> None:
+    with stop_requests(grace_seconds=0.05) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+    time.sleep(0.2)

@@ -1,0 +1,229 @@
+"""The card of a repository of SAEs: what they were made of, how good they are, how to load them.
+
+Everything in it comes from the SAEs' `cfg.json`, `run.json` and, when given, `metrics.json`; what
+those do not say is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+MARK = "<!-- written by saesteer push; text around the two marks is kept -->"
+END = "<!-- end of what saesteer push wrote -->"
+
+_HELD_OUT = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "active latents per token",
+    "ce_recovered": "cross-entropy recovered, against mean ablation",
+    "kl": "KL(plain, spliced), nats per token",
+}
+
+
+def describe_sae(
+    config: Mapping[str, Any],
+    run: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+    sha256: str,
+) -> dict[str, Any]:
+    """One entry of a repository's index: what the card says about an SAE, JSON-ready.
+
+    Args:
+        config: its `cfg.json`.
+        run: its `run.json`, when it was trained here.
+        metrics: a `metrics.json` of it, measured on held-out text.
+        sha256: of its weights file.
+    """
+    metadata = _dict(config.get("metadata"))
+    own = _dict(metadata.get("saesteer"))
+    run, metrics = _dict(run), _dict(metrics)
+    settings = _dict(run.get("config"))
+    model = _dict(run.get("model")) or _dict(own.get("model"))
+    entry = {
+        "sha256": sha256,
+        "architecture": config.get("architecture"),
+        "d_in": config.get("d_in"),
+        "d_sae": config.get("d_sae"),
+        "k": config.get("k"),
+        "hook_name": metadata.get("hook_name"),
+        "hf_hook_name": metadata.get("hf_hook_name"),
+        "model": {"name": metadata.get("model_name"), **model},
+        "text": own.get("text") or run.get("data"),
+        "tokens": own.get("tokens") or settings.get("tokens"),
+        "context_size": metadata.get("context_size"),
+        "training": {
+            key: _dict(run.get("final")).get(key) for key in ("fvu", "l0", "dead_fraction")
+        },
+        "seeds": {"init": _dict(run.get("sae")).get("init_seed"), "data": settings.get("seed")},
+        "versions": _dict(run.get("versions")),
+        "git_revision": run.get("git_revision"),
+    }
+    if metrics:
+        entry["held_out"] = {
+            **{name: metrics.get(name) for name in _HELD_OUT},
+            "dead_fraction": metrics.get("dead_fraction"),
+            "tokens": metrics.get("tokens"),
+            "documents": metrics.get("documents"),
+            "seen_in_training": metrics.get("seen_in_training"),
+        }
+    return entry
+
+
+def card(repo: str, entries: Mapping[str, Mapping[str, Any]], license_name: str | None) -> str:
+    """A whole README.md for a repository that holds the SAEs in `entries`, by their ids."""
+    header: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens"]}
+    if license_name:
+        header["license"] = license_name
+    names = {str(_dict(entry.get("model")).get("name") or "") for entry in entries.values()}
+    hub_names = sorted(name for name in names if name.count("/") == 1 and name[0] not in "./~")
+    if hub_names:
+        header["base_model"] = hub_names
+    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{MARK}\n{card_body(repo, entries)}{END}\n"
+
+
+def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The part of the card that is written anew with every push."""
+    lines = [f"# Sparse autoencoders: {_text(repo)}", ""]
+    lines += [
+        "| SAE | reads | latents | k | trained on | FVU | L0 | dead |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for sae_id, entry in sorted(entries.items()):
+        training = _dict(entry.get("training"))
+        cells = [
+            f"`{_text(sae_id)}`",
+            f"`{_text(entry.get('hook_name') or '-')}`",
+            _count(entry.get("d_sae")),
+            _count(entry.get("k")),
+            f"{_count(entry.get('tokens'))} tokens",
+            *(_figure(training.get(name)) for name in ("fvu", "l0", "dead_fraction")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "FVU is the fraction of variance left unexplained, L0 the mean number of active latents "
+        "per token, dead the share of latents that had fallen silent; all three on the training "
+        "data, over the last stretch of training.",
+        "",
+    ]
+    for sae_id, entry in sorted(entries.items()):
+        lines += _details(sae_id, entry)
+    lines += _how_to_load(repo, sorted(entries)[0])
+    return "\n".join(lines) + "\n"
+
+
+def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
+    model, seeds = _dict(entry.get("model")), _dict(entry.get("seeds"))
+    lines = [f"## `{_text(sae_id)}`", ""]
+    facts = [
+        ("model", _model(model)),
+        ("reads", " = ".join(f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name")
+                             if entry.get(key))),
+        ("architecture", _text(entry.get("architecture") or "")),
+        ("text", _sources(entry.get("text"))),
+        ("context", f"{_count(entry.get('context_size'))} tokens"
+                    if entry.get("context_size") else ""),
+        ("seeds", ", ".join(f"{name} {value}" for name, value in seeds.items()
+                            if value is not None)),
+        ("weights", f"SHA-256 `{_text(entry.get('sha256'))}`"),
+        ("made with", ", ".join(f"{_text(name)} {_text(version)}" for name, version
+                                in _dict(entry.get("versions")).items()
+                                if version and name in ("saesteer", "torch", "transformers"))),
+        ("source revision", f"`{_text(entry['git_revision'])}`" if entry.get("git_revision")
+                            else ""),
+    ]  # fmt: skip
+    lines += [f"- {name}: {value}" for name, value in facts if value]
+    held_out = _dict(entry.get("held_out"))
+    if held_out:
+        lines += [
+            "",
+            f"Measured on {_count(held_out.get('tokens'))} tokens of "
+            f"{_count(held_out.get('documents'))} documents"
+            + (", **which were in the training text**" if held_out.get("seen_in_training") else "")
+            + ":",
+            "",
+            "| figure | value | 95 % interval | meaning |",
+            "| --- | ---: | --- | --- |",
+        ]
+        for name, meaning in _HELD_OUT.items():
+            figure = _dict(held_out.get(name))
+            interval = f"[{_figure(figure.get('low'))}, {_figure(figure.get('high'))}]"
+            lines.append(f"| {name} | {_figure(figure.get('value'))} | {interval} | {meaning} |")
+        dead = _figure(held_out.get("dead_fraction"))
+        lines.append(f"| dead_fraction | {dead} | | latents that never fired on this text |")
+    return [*lines, ""]
+
+
+def _how_to_load(repo: str, sae_id: str) -> list[str]:
+    repo, sae_id = _text(repo), _text(sae_id)
+    return [
+        "## Loading",
+        "",
+        "With SAELens 6 or later:",
+        "",
+        "```python",
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.from_pretrained("{repo}", "{sae_id}")',
+        "```",
+        "",
+        "With saesteer, pinned to one commit of this repository (the weights are compared with the "
+        "SHA-256 in `saes.json`):",
+        "",
+        "```python",
+        "from saesteer.checkpoints import from_pretrained",
+        "",
+        f'sae = from_pretrained("{repo}", "{sae_id}", revision="COMMIT")',
+        "```",
+        "",
+        "Each SAE's folder holds `cfg.json` and `sae_weights.safetensors` and, where it was "
+        "trained by saesteer, `run.json` (settings, data and model by hash, versions) and "
+        "`metrics.jsonl` (the course of training).",
+    ]
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    parts = [f"`{_text(model['name'])}`"] if model.get("name") else []
+    if model.get("hash"):
+        parts.append(f"weights {_text(model['hash'])}")
+    if model.get("dtype"):
+        parts.append(f"in {_text(model['dtype'])}")
+    return ", ".join(parts)
+
+
+def _sources(text: Any) -> str:
+    """Names and hashes of what was read."""
+    if not isinstance(text, list):
+        return ""
+    found = []
+    for source in text:
+        source = _dict(source)
+        if "name" not in source:
+            continue
+        sums = source.get("sha256")
+        sums = sums if isinstance(sums, list) else [sums] if sums else []
+        short = ", ".join(str(one)[:16] for one in sums[:3])
+        more = f" and {len(sums) - 3} more" if len(sums) > 3 else ""
+        found.append(f"`{_text(source['name'])}`" + (f" (SHA-256 {short}{more})" if sums else ""))
+    return "; ".join(found)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any) -> str:
+    """One line that cannot end a table cell, a code span or the comment around it."""
+    text = " ".join(str(value).split())
+    for character in '`|<>"':
+        text = text.replace(character, "")
+    return text
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"

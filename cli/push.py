@@ -1,0 +1,79 @@
+"""`saesteer push`: share an SAE with a generated card."""
+
+from argparse import Namespace
+from typing import Any
+
+from saesteer.cli.flags import add_common, need
+from saesteer.cli.inputs import reserved, take_folder
+from saesteer.cli.output import print_json, write_run
+from saesteer.cli.parser import VerbParser
+from saesteer.cli.progress import reporting
+
+EXAMPLE = "saesteer push --sae runs/sae --repo ./shared-saes"
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    what = parser.add_argument_group("what is shared, and where")
+    what.add_argument(
+        "--sae", metavar="DIR", help="folder of an SAE, or of a run with several (needed)"
+    )
+    what.add_argument(
+        "--repo", metavar="REPO",
+        help="NAMESPACE/NAME on the Hub, or a folder such as ./shared (needed)",
+    )  # fmt: skip
+    what.add_argument(
+        "--id", metavar="NAME",
+        help="name of the SAE there (default: its hook name, or its folder's in a run of several)",
+    )  # fmt: skip
+    what.add_argument(
+        "--metrics", metavar="DIR",
+        help="folder that metrics -o wrote for this SAE: its figures go into the card "
+        "(default: none)",
+    )  # fmt: skip
+    what.add_argument("--license", metavar="NAME",
+        help="license of a new repository, for its card (default: none)",
+    )  # fmt: skip
+    what.add_argument("--private", action="store_true", help="make a new repository private")
+    add_common(
+        parser,
+        out="folder for a run.json that says what was pushed (default: print only)",
+        force="replace an SAE of that name in --repo; replace results in --out",
+        dtype_help="not used: the SAE is shared as it is (default: auto)",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Push, and say how to load it."""
+    need(args, "--sae", "the folder of the SAE to share")
+    need(args, "--repo", "NAMESPACE/NAME on the Hub, or a folder such as ./shared")
+    with reserved(args, sae=args.sae, metrics=args.metrics), reporting(args) as report:
+        from saesteer.checkpoints import push
+
+        report.say(f"pushing {args.sae} to {args.repo}")
+        done = push(
+            args.sae,
+            args.repo,
+            sae_id=args.id,
+            metrics=args.metrics,
+            license_name=args.license,
+            private=args.private,
+            force=args.force,
+        )
+        if args.out is not None:
+            write_run(take_folder(args), "push", vars(args), pushed=done)
+    if args.json:
+        print_json(done)
+    else:
+        _print_summary(done)
+    return 0
+
+
+def _print_summary(done: dict[str, Any]) -> None:
+    at = f" at {done['revision']}" if done["revision"] else ""
+    print(f"{done['repo']}{at} holds")
+    for sae_id, sha256 in done["saes"].items():
+        print(f"  {sae_id}  SHA-256 {sha256}")
+    first = next(iter(done["saes"]))
+    pin = f', revision="{done["revision"]}"' if done["revision"] else ""
+    print(f'open with: checkpoints.from_pretrained("{done["repo"]}", "{first}"{pin})')

@@ -1,0 +1,101 @@
+"""`saesteer reproduce`: run a recorded training once more and compare."""
+
+from argparse import Namespace
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.cli.flags import add_common
+from saesteer.cli.inputs import reserved
+from saesteer.cli.output import Failed, number, paint, print_json
+from saesteer.cli.parser import VerbParser
+from saesteer.cli.progress import reporting
+
+EXAMPLE = "saesteer reproduce runs/sae"
+
+_LONGEST = 60
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    parser.usage = "saesteer reproduce RUN [flags]"
+    what = parser.add_argument_group("what is repeated")
+    what.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="folder of a finished train run, or of one SAE of it (needed)",
+    )
+    what.add_argument(
+        "--model", metavar="NAME", help="where its model is now (default: where it was)"
+    )
+    what.add_argument(
+        "--activations", metavar="DIR", help="where its shards are now (default: where they were)"
+    )
+    add_common(
+        parser,
+        out="folder that keeps the repetition (default: a temporary one)",
+        force="replace an earlier run in --out",
+        dtype_help="not used: the recorded arithmetic is repeated (default: auto)",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Repeat, compare, and fail when anything differs."""
+    if args.run is None:
+        raise UsageError("RUN is missing: the folder of a finished run, such as runs/sae")
+    if args.device != "auto" or args.dtype != "auto" or args.seed is not None:
+        flag = next(
+            name for name, usual in (("device", "auto"), ("dtype", "auto"), ("seed", None))
+            if getattr(args, name) != usual
+        )  # fmt: skip
+        raise UsageError(f"--{flag} is part of the record: reproduce repeats what was recorded")
+    inputs = {"run": args.run, "activations": args.activations}
+    with reserved(args, **inputs), reporting(args) as report:
+        from saesteer.sae import reproduce
+
+        found = reproduce(
+            args.run,
+            args.out,
+            model=args.model,
+            activations=args.activations,
+            force=args.force,
+            progress=report,
+        )
+    if args.json:
+        print_json(found)
+    else:
+        _print_findings(found)
+    if not found["equal"]:
+        raise Failed(f"the repetition of {args.run} differs: {_first(found)}")
+    return 0
+
+
+def _print_findings(found: dict[str, Any]) -> None:
+    for sae in found["saes"]:
+        equal = sae["weights_equal"] and sae["metrics_equal"]
+        print(f"{paint('equal ', 'green') if equal else paint('DIFFER', 'red')} {sae['folder']}")
+        if equal:
+            continue
+        for name, largest in sae["max_abs_difference"].items():
+            print(f"  {name}: largest difference {number(largest)}")
+        for name, (then, now) in sae["final"].items():
+            if then != now:
+                print(f"  final {name}: {number(then)} then, {number(now)} now")
+        if sae["first_differing_step"] is not None:
+            print(f"  the logs differ from step {sae['first_differing_step']} on")
+    for difference in found["differences"]:
+        then, now = (_short(difference[key]) for key in ("then", "now"))
+        print(f"  {difference['what']}: {then} then, {now} now")
+    if not found["differences"]:
+        print("  the same inputs, versions and machine")
+
+
+def _first(found: dict[str, Any]) -> str:
+    if found["differences"]:
+        return f"so do its inputs or environment, first {found['differences'][0]['what']}"
+    return "inputs, versions and machine are the same, so something in it is not deterministic"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

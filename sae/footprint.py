@@ -1,0 +1,51 @@
+"""What a training run will write, counted from its settings alone. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TrainFootprint:
+    """Bytes of a run's files."""
+
+    state_bytes: int
+    """One saved state, at most: parameters, both moments, counters, the full shuffle buffer."""
+    sae_bytes: int
+    """All finished SAEs."""
+    keep: int
+    """States kept; the best one and the one being written come on top."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that lies in the folder at any time."""
+        return self.state_bytes * (self.keep + 2) + self.sae_bytes
+
+
+def train_footprint(
+    d_saes: Sequence[int],
+    d_model: int,
+    *,
+    buffer_tokens: int,
+    batch_tokens: int,
+    width: int,
+    element_bytes: int,
+    keep: int = 1,
+) -> TrainFootprint:
+    """The footprint of a run that trains one SAE for each of `d_saes`.
+
+    Args:
+        buffer_tokens: rows in the shuffle buffer.
+        width: elements of a row: `d_model` times the number of hook points.
+        element_bytes: bytes of an element in the buffer.
+    """
+    parameters = sum(2 * d_sae * d_model + d_sae + d_model for d_sae in d_saes)
+    # Beside Adam's two moments: a counter per latent, the input's mean, and a few scalars.
+    small = sum(8 * d_sae + _FLOAT_BYTES * d_model + 64 for d_sae in d_saes)
+    # The buffer, the rows on their way in, and a chunk of batches that left it and wait.
+    rows = buffer_tokens + batch_tokens + max(8192, 2 * batch_tokens)
+    state = 3 * _FLOAT_BYTES * parameters + small + rows * width * element_bytes
+    # Headers and JSON: names, shapes, settings, where the text stands.
+    overhead = 65_536 + 4096 * len(d_saes)
+    return TrainFootprint(state + overhead, _FLOAT_BYTES * parameters + overhead, keep)

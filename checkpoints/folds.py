@@ -133,7 +133,10 @@ def _shifted(sae: SAE, shift: Tensor) -> dict[str, Any]:
 def _with(sae: SAE, **changes: Any) -> SAE:
     """A copy with other tensors, rounded to the SAE's dtype, and other fields of its spec."""
     kind = sae.W_enc.dtype
-    tensors = {name: value.to(kind) for name, value in changes.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {}
+    for name, value in changes.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.to(kind)
     fields = {name: value for name, value in changes.items() if name not in tensors}
     return dataclasses.replace(sae, **tensors, spec=dataclasses.replace(sae.spec, **fields))
 

@@ -6,6 +6,7 @@ The formats are in `saesteer.checkpoints.formats`, what an SAE computes in
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -127,7 +128,8 @@ def _load_release(text: str) -> SAE:
     tensors = {name: tensor.detach().clone() for name, tensor in loaded.state_dict().items()}
     tensors = saelens.own_names(tensors, spec, text)
     check_tensors(tensors, spec, f"--sae {text}")
-    sae = SAE(spec=spec, **tensors, source=text, format="saelens")
+    fields: dict[str, Any] = {**tensors, "source": text, "format": "saelens"}
+    sae = SAE(spec=spec, **fields)
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 

@@ -201,9 +201,10 @@ def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[st
             )
         info = TensorInfo(row["dtype"], check_shape(path, name, row.get("shape")))
         span = row.get("data_offsets")
-        whole = isinstance(span, list) and len(span) == 2 and all(type(i) is int for i in span)
+        if not isinstance(span, list) or [type(place) for place in span] != [int, int]:
+            raise UserError(f"{path}: {name} says no place in the file; {_AGAIN}")
         size = math.prod(info.shape) * _SAFETENSORS_BYTES[info.dtype]
-        if not whole or not 0 <= span[0] <= span[1] <= room or span[1] - span[0] != size:
+        if not 0 <= span[0] <= span[1] <= room or span[1] - span[0] != size:
             raise UserError(
                 f"{path} is damaged or cut short: {name} asks for {size} bytes of {room}; {_AGAIN}"
             )

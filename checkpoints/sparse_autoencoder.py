@@ -138,7 +138,8 @@ class SAE:
         layer_norm: the standard deviation over d_model; constant_norm_rescale: ||x|| / sqrt(D).
         """
         if self.spec.normalize_activations == "layer_norm":
-            return x.std(dim=-1, keepdim=True)
+            std: Tensor = x.std(dim=-1, keepdim=True)
+            return std
         if self.spec.normalize_activations == "constant_norm_rescale":
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return norm / x.shape[-1] ** 0.5

@@ -120,8 +120,8 @@ def _activations(args: Namespace, source: str) -> Any:
     layer = args.layer
     if layer is None and len(shards.layers) > 1:
         layer = load_sae(source).spec.layer
-    place = shards.place(layer)
-    return shards.shard(place, 0)
+    rows, _ = shards.shard(0, *shards.place(layer))
+    return rows
 
 
 def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:

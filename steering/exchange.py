@@ -135,8 +135,8 @@ def export_plan(
 def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
     """Vectors by the 0-based block whose output they are added to, and notes on them.
 
-    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and lm-eval's
-    `.pt` dicts. Raises a one-line UserError for anything else, pickled objects included.
+    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and the
+    `.pt` dicts of lm-eval. Raises a one-line UserError for anything else, pickled objects included.
     """
     given = Path(path).expanduser()
     if given.is_dir():

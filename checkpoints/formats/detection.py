@@ -160,6 +160,6 @@ def _nothing(folder: Path, candidates: list[str]) -> str:
         return f"holds no SAE itself, but its folders may ({names}): give one of them"
     if candidates:
         return f"holds {candidates[0]}, whose tensors are no SAE's"
-    names = (saelens.CFG, saelens.WEIGHTS)
-    missing = [name for name in names if not (folder / name).exists()]
+    needed = (saelens.CFG, saelens.WEIGHTS)
+    missing = [name for name in needed if not (folder / name).exists()]
     return f"holds no {' and no '.join(missing)}"

@@ -79,7 +79,10 @@ def read(name: str, place: Place) -> SAE:
     trainer = trainer if isinstance(trainer, dict) else {}
     kind = _dict_class(place, trainer, tensors)
     exactly(place, tensors, CLASSES[kind])
-    counts = {key: tensors.pop(key) for key in ("k", "group_sizes") if key in tensors}
+    counts: dict[str, Tensor] = {}
+    for key in ("k", "group_sizes"):
+        if key in tensors:
+            counts[key] = tensors.pop(key)
     all_float(place, tensors)
     tensors = {key: t * scale if key in _BIASES else t for key, t in tensors.items()}
     renamed = _renamed(tensors)

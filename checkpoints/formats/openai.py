@@ -3,7 +3,7 @@
 v1 and v4 are ReLU on raw activations; v5 is TopK on layer-normalised ones.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from saesteer.checkpoints.formats.place import (
     own_facts,
     spec_or_error,
 )
-from saesteer.checkpoints.sae_spec import Architecture
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
@@ -50,7 +49,7 @@ def read(name: str, place: Place) -> SAE:
     topk = activation == "TopK"
     spec = spec_or_error(
         place,
-        architecture=cast(Architecture, "topk" if topk else "standard"),
+        architecture="topk" if topk else "standard",
         d_model=d_model,
         d_sae=d_sae,
         k=_k(place, state) if topk else None,

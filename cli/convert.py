@@ -11,7 +11,7 @@ from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import one_layer
 
-EXAMPLE = "saesteer convert --from trainer_0/ae.pt --to runs/sae --format saelens"
+EXAMPLE = "saesteer convert --from runs/sae --to runs/sparsify --format sparsify"
 
 _SAE_FORMATS = ("saelens", "sparsify", "dictionary_learning", "saesteer")
 _PLAN_FORMATS = ("gguf", "steering-vectors", "lm-eval", "lm-eval-csv", "plan")

@@ -14,6 +14,15 @@ from saesteer.checkpoints.sae_file import load_sae
 from .conftest import D_MODEL, D_OUT, D_SAE, K, activations, difference, make
 
 
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their decoder for machines without one; an installed Triton makes them choose the other."""
+    pytest.importorskip("sparsify")
+    from sparsify import sparse_coder, utils
+
+    monkeypatch.setattr(sparse_coder, "decoder_impl", utils.eager_decode)
+
+
 def coder(tmp_path: Path, activation: str, transcode: bool, skip: bool, **config: Any) -> Any:
     """One of theirs, with biases and a skip connection that are not zero, saved by them."""
     sparsify = pytest.importorskip("sparsify")

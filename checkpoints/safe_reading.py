@@ -193,13 +193,13 @@ def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[st
         raise UserError(f"{path} names {len(header)} tensors, more than {MAX_TENSORS}; {_AGAIN}")
     found, spans = {}, []
     for name, row in header.items():
-        if not isinstance(row, dict) or row.get("dtype") not in _SAFETENSORS_BYTES:
-            dtype = row.get("dtype") if isinstance(row, dict) else None
+        dtype = row.get("dtype") if isinstance(row, dict) else None
+        if not isinstance(dtype, str) or dtype not in _SAFETENSORS_BYTES:
             raise UserError(
                 f"{path}: {name} has dtype {dtype!r}; an SAE's is one of "
                 f"{', '.join(_SAFETENSORS_BYTES)}"
             )
-        info = TensorInfo(row["dtype"], check_shape(path, name, row.get("shape")))
+        info = TensorInfo(dtype, check_shape(path, name, row.get("shape")))
         span = row.get("data_offsets")
         if not isinstance(span, list) or [type(place) for place in span] != [int, int]:
             raise UserError(f"{path}: {name} says no place in the file; {_AGAIN}")

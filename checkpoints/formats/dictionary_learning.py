@@ -173,7 +173,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
 
 def _dict_class(place: Place, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     named = trainer.get("dict_class")
-    if named in CLASSES:
+    if isinstance(named, str) and named in CLASSES:
         return str(named)
     if named is not None:
         raise UserError(

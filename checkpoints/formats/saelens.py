@@ -114,6 +114,13 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     """The spec of a config as SAELens 6 writes it. Raises UserError for what cannot be."""
     place = Place(Path(), WEIGHTS, source)
     named = config.get("architecture")
+    for key in ("normalize_activations", "reshape_activations", "dtype"):
+        if not isinstance(config.get(key) or "", str):
+            raise UserError(
+                f"--sae {source}: {CFG} is wrong: {key} must be a text, got {config[key]!r:.60}"
+            )
+    if not isinstance(named, str):
+        named = f"{named!r:.60}"
     if named in BATCH_TOPK:
         named = "jumprelu"
     if named in _REFUSED:
@@ -141,9 +148,10 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     whole |= {"d_out": config["d_out"]} if transcoder else {}
     whole |= {"k": config["k"]} if counted and config.get("k") is not None else {}
     for key, value in whole.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        whole_float = isinstance(value, float) and value.is_integer()
+        if isinstance(value, bool) or not (isinstance(value, int) or whole_float):
             raise UserError(
-                f"--sae {source}: {CFG} is wrong: {key} must be a whole number, got {value!r}"
+                f"--sae {source}: {CFG} is wrong: {key} must be a whole number, got {value!r:.60}"
             )
     return spec_or_error(
         place,

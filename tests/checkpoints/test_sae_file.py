@@ -360,7 +360,7 @@ class TestRefusals:
         ("changes", "words"),
         [
             ({"architecture": "temporal"}, "has architecture 'temporal', which holds attention"),
-            ({"architecture": None}, "has architecture None"),
+            ({"architecture": None}, "has architecture 'None'"),
             ({"normalize_activations": "batch"}, "normalize_activations must be one of"),
             ({"reshape_activations": "heads"}, "reshape_activations must be one of"),
             ({"architecture": "gated"}, "needs the tensors W_enc, b_enc, W_dec, b_dec, b_mag"),

@@ -166,7 +166,7 @@ def npz_code(folder: Path) -> Path:
 
 
 def npz_bomb(folder: Path) -> Path:
-    """A gigabyte of zeros in a megabyte."""
+    """64 MiB of zeros in 64 KiB."""
     arrays = {k: v.numpy() for k, v in tensors().items()}
     with zipfile.ZipFile(folder / "params.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
@@ -174,9 +174,9 @@ def npz_bomb(folder: Path) -> Path:
                 if name != "W_enc":
                     np.lib.format.write_array(member, array)
                     continue
-                header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 14, 1 << 14)}
+                header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 12, 1 << 12)}
                 np.lib.format.write_array_header_1_0(member, header)
-                for _ in range(1 << 10):
+                for _ in range(1 << 6):
                     member.write(b"\0" * (1 << 20))
     return folder
 
@@ -297,7 +297,12 @@ CORPUS: Corpus = {
     "negative width": with_config(d_in=-D_MODEL),
     "width of text": with_config(d_sae="10"),
     "width of half": with_config(d_sae=10.5),
-    "width infinite": with_text('{"architecture": "topk", "d_in": 1e999, "d_sae": 10, "k": 2}'),
+    "width infinite": with_config(d_in=float("inf")),
+    "width not a number": with_config(d_sae=float("nan")),
+    "architecture a list": with_config(architecture=["topk"]),
+    "normalisation a list": with_config(normalize_activations=[None]),
+    "dtype a mapping": with_config(dtype={"a": 1}),
+    "safetensors dtype a list": with_header(set_entry("b_enc", dtype=[])),
     # keys
     "a key twice in the header": with_header(twice),
     "a key twice in the config": with_text('{"d_in": 6, "d_in": 7}'),

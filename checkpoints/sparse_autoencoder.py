@@ -14,6 +14,7 @@ The code here is the slow reference: dense, plain PyTorch, any device and float 
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ class SAE:
             return std
         if self.spec.normalize_activations == "constant_norm_rescale":
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return norm / x.shape[-1] ** 0.5
+            return norm / math.sqrt(x.shape[-1])
         return torch.ones_like(x[..., :1])
 
     def row_norms(self) -> Float[Tensor, " d_sae"]:

@@ -114,7 +114,7 @@ class _Describer(pickle.Unpickler):
         raise pickle.UnpicklingError("points at something that is no storage")
 
 
-def describe_pt(path: Path) -> dict[str, Any]:
+def describe_pt(path: Path) -> dict[Any, Any]:
     """What a `.pt` file holds: its (nested) dict with a `TensorInfo` for each tensor.
 
     Raises a one-line UserError for anything but a whole archive of plain data and tensors.
@@ -146,7 +146,7 @@ def describe_pt(path: Path) -> dict[str, Any]:
     return plain
 
 
-def read_pt(path: Path) -> dict[str, Any]:
+def read_pt(path: Path) -> dict[Any, Any]:
     """The (nested) dict of a `.pt` file, after `describe_pt`, with `weights_only=True`."""
     described = describe_pt(path)
     try:
@@ -157,11 +157,6 @@ def read_pt(path: Path) -> dict[str, Any]:
             f"({safe_reading._short(error)}); download or make it again"
         ) from error
     return {key: _owned(path, value, dict.get(loaded, key)) for key, value in described.items()}
-
-
-def flat_infos(content: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors at the top of what `describe_pt` returns."""
-    return {name: info for name, info in content.items() if isinstance(info, TensorInfo)}
 
 
 def _parts(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, dict[str, int]]:

@@ -129,10 +129,10 @@ def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> di
 
     need(args, "--out", "the folder to write, as --to DIR")
     if kind == "plan":
-        from saesteer.cli.inputs import open_model
+        from saesteer.sae.models import load_model
 
-        need(args, "--model", "the model that the vectors are for")
-        lm = open_model(args, report, dtype="auto")
+        name = need(args, "--model", "the model that the vectors are for")
+        lm = load_model(name, device=args.device, progress=report.say)
         return exchange.import_vectors(source, lm, take_folder(args))
     from saesteer.steering.plan_file import load_plan
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from saesteer.checkpoints.errors import UserError
 
 if TYPE_CHECKING:
+    from saesteer.checkpoints.conversion import convert
     from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
 
-__all__ = ["SAE", "SAESpec", "UserError", "load_sae", "save_sae"]
+__all__ = ["SAE", "SAESpec", "UserError", "convert", "load_sae", "save_sae"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from saesteer.checkpoints import sae_file
 
         return getattr(sae_file, name)
+    if name == "convert":
+        from saesteer.checkpoints import conversion
+
+        return conversion.convert
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -143,7 +143,8 @@ class SAE:
             return std
         if self.spec.normalize_activations == "constant_norm_rescale":
             norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return norm / math.sqrt(x.shape[-1])
+            norm /= math.sqrt(x.shape[-1])
+            return norm
         return torch.ones_like(x[..., :1])
 
     def row_norms(self) -> Float[Tensor, " d_sae"]:

@@ -55,14 +55,17 @@ def add_flags(parser: VerbParser) -> None:
     plan = parser.add_argument_group("plans")
     plan.add_argument(
         "--as-scope", metavar="SCOPE", choices=("all",),
-        help="`all`: export a plan of a narrower scope to a tool that steers every position",
+        help="`all`: export a plan of a narrower scope to a tool that steers every position "
+        "(default: refuse it)",
     )  # fmt: skip
     plan.add_argument(
         "--hookpoint", metavar="MODULE",
         help="lm-eval's name of the block (default: layers.L, as in Llama)",
     )  # fmt: skip
     plan.add_argument(
-        "--model", metavar="NAME", help="the model that imported vectors are for (format plan)"
+        "--model",
+        metavar="NAME",
+        help="the model that imported vectors are for (needed with --format plan)",
     )
     add_common(
         parser,

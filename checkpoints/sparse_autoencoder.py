@@ -14,7 +14,6 @@ The code here is the slow reference: dense, plain PyTorch, any device and float 
 import dataclasses
 import hashlib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +141,8 @@ class SAE:
             std: Tensor = x.std(dim=-1, keepdim=True)
             return std
         if self.spec.normalize_activations == "constant_norm_rescale":
-            norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            norm /= math.sqrt(x.shape[-1])
-            return norm
+            mean_square: Tensor = x.square().mean(dim=-1, keepdim=True)
+            return mean_square.sqrt()
         return torch.ones_like(x[..., :1])
 
     def row_norms(self) -> Float[Tensor, " d_sae"]:

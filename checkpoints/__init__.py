@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 from saesteer.checkpoints.errors import UserError
 
 if TYPE_CHECKING:
+    from saesteer.checkpoints.conversion import convert
     from saesteer.checkpoints.hub import from_pretrained, push
     from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
 
-__all__ = ["SAE", "SAESpec", "UserError", "from_pretrained", "load_sae", "push", "save_sae"]
+__all__ = [
+    "SAE",
+    "SAESpec",
+    "UserError",
+    "convert",
+    "from_pretrained",
+    "load_sae",
+    "push",
+    "save_sae",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from saesteer.checkpoints import hub
 
         return getattr(hub, name)
+    if name == "convert":
+        from saesteer.checkpoints import conversion
+
+        return conversion.convert
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

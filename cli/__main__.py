@@ -17,6 +17,7 @@ VERBS = {
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
+    "convert": "an SAE or a plan in another tool's format, with a report of what differs",
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
     "push": "share an SAE with a generated card, on the Hub or in a folder",
     "reproduce": "run a recorded training once more and compare what comes out",

@@ -87,7 +87,9 @@ def add_model(
 def add_sae(group: argparse._ArgumentGroup) -> None:
     """`--sae`, the model it belongs to, and where it reads."""
     group.add_argument(
-        "--sae", metavar="DIR", help="folder in SAELens format, or RELEASE:ID of sae_lens (needed)"
+        "--sae",
+        metavar="DIR",
+        help="SAE folder or file of any format, or RELEASE:ID of sae_lens (needed)",
     )
     add_model(group, "(default: the one the SAE names)")
     group.add_argument(

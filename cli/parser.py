@@ -17,6 +17,7 @@ ALIASES = {
     "--coeff": "--scale",
     "--multiplier": "--scale",
     "--positions": "--scope",
+    "--to": "--out",
 }
 """Names from other tools that work as well and are not in the help."""
 

@@ -173,6 +173,16 @@ def sae_hook_point(
             f"--sae {name} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks: "
             "use the model it was trained on"
         )
+    if spec.is_transcoder or spec.reshape_activations != "none":
+        what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
+        raise UserError(
+            f"--sae {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
+            "write one place of width d_model can be hooked: use it from Python (load_sae)"
+        )
+    if spec.hook_name and spec.site is None and site is None:
+        raise UsageError(
+            f"--sae {name} reads {spec.hook_name}, which is none of our sites: give --site"
+        )
     wanted = None if site is None else site.replace("{layer}", str(chosen))
     if wanted is not None and spec.site is not None and wanted != spec.site:
         raise UsageError(

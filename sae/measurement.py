@@ -270,16 +270,16 @@ def _measure(
     def splice(h: Float[Tensor, "rows context d_model"]) -> Float[Tensor, "rows context d_model"]:
         x = h[keep].float()
         latents = sae.encode(x)
-        reconstruction = sae.decode(latents).float()
+        reconstruction = sae.decode(latents, x).float()
         deviation = x - mean.float()
         if sae.spec.centers_input:
             # It reads and gives back what is left without the row's mean, which stays as it is.
             reconstruction = reconstruction + x.mean(dim=1, keepdim=True)
             deviation = deviation - deviation.mean(dim=1, keepdim=True)
-        fired.logical_or_((latents > 0).any(dim=0))
+        fired.logical_or_((latents != 0).any(dim=0))
         values["error"] = _on_grid(keep, (x - reconstruction).square().sum(dim=1))
         values["variance"] = _on_grid(keep, deviation.square().sum(dim=1))
-        values["active"] = _on_grid(keep, (latents > 0).sum(dim=1).float())
+        values["active"] = _on_grid(keep, (latents != 0).sum(dim=1).float())
         return _replaced(h, keep, reconstruction)
 
     def ablate(h: Float[Tensor, "rows context d_model"]) -> Float[Tensor, "rows context d_model"]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from saesteer.steering.calibration import calibrate as calibrate
     from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
+    from saesteer.steering.exchange import export_plan as export_plan
+    from saesteer.steering.exchange import import_vectors as import_vectors
     from saesteer.steering.hook import SteerReport as SteerReport
     from saesteer.steering.hook import steer as steer
     from saesteer.steering.plan import Plan as Plan
@@ -38,6 +40,8 @@ _HOME = {
     "calibrate": "calibration",
     "Decoding": "evaluation",
     "evaluate": "evaluation",
+    "export_plan": "exchange",
+    "import_vectors": "exchange",
     "SteerReport": "hook",
     "steer": "hook",
     "Plan": "plan",

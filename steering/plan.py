@@ -340,6 +340,11 @@ def make_plan(
     """
     # Whether the weights are those that the SAE was trained on is for the caller to ask.
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
+    if sae.spec.scales_tokens:
+        raise UserError(
+            f"--sae {sae.source} scales each token ({sae.spec.normalize_activations}), so what a "
+            "latent adds differs from token to token, which a plan cannot say: choose another SAE"
+        )
     for latent in latents:
         if not 0 <= latent.id < sae.spec.d_sae:
             raise UsageError(
@@ -433,10 +438,10 @@ def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
     """The encoder of chosen latents, in float32 and free of b_dec: W_enc, b_enc, threshold.
 
     Whatever is subtracted from the input is folded in: (x - b_dec) W + b = x W + (b - b_dec W), and
-    the same for a token's own mean, which is linear in x. Empty for topk, where a latent's value
-    depends on all the others.
+    the same for a token's own mean, which is linear in x. Empty where a latent's value depends on
+    more than its column: on all the others (topk), or on a gate or the token's norm.
     """
-    if sae.spec.architecture == "topk":
+    if not sae.spec.reads_alone:
         return {}
     picked = list(ids)
     columns = sae.W_enc[:, picked].detach().cpu().float()

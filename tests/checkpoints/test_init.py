@@ -25,6 +25,7 @@ def test_names_are_found_when_used() -> None:
     for name in ("SAE", "SAESpec", "load_sae", "save_sae"):
         assert getattr(checkpoints, name) is getattr(sae_file, name)
         assert name in dir(checkpoints)
+    assert checkpoints.convert.__module__ == "saesteer.checkpoints.conversion"
     assert checkpoints.UserError.exit_status == 1
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = checkpoints.nothing

@@ -1,0 +1,145 @@
+"""Identities between SAEs: another set of weights, the same function.
+
+Each takes an SAE and gives a new one; sums are taken in float64 and rounded once, to the dtype of
+the weights. Where latents come out in other units it says so.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.sae_spec import TOPK_FAMILY
+from saesteer.checkpoints.sparse_autoencoder import SAE
+
+
+def fold_input_bias(sae: SAE) -> SAE:
+    """b_dec no longer subtracted from the input: b_enc -= b_dec W_enc. Latents stay the same."""
+    return _shift_input_bias(sae, remove=True) if sae.spec.apply_b_dec_to_input else sae
+
+
+def unfold_input_bias(sae: SAE) -> SAE:
+    """b_dec subtracted from the input, made up for in b_enc. Latents stay the same."""
+    if sae.spec.is_transcoder:
+        raise UserError("a transcoder's b_dec cannot be subtracted from its input")
+    return sae if sae.spec.apply_b_dec_to_input else _shift_input_bias(sae, remove=False)
+
+
+def fold_average_norm(sae: SAE, scale: float) -> SAE:
+    """Weights for raw activations, of an SAE that was trained on `scale` times them.
+
+    W_enc *= scale, W_dec /= scale, b_dec /= scale; latents keep the values that they had on scaled
+    activations, and so does the threshold.
+    """
+    if not math.isfinite(scale) or scale <= 0:
+        raise UserError(f"the scale of the input must be a positive number, got {scale}")
+    return _with(
+        sae,
+        W_enc=_wide(sae.W_enc) * scale,
+        W_dec=_wide(sae.W_dec) / scale,
+        b_dec=_wide(sae.b_dec) / scale,
+        normalize_activations="none",
+    )
+
+
+def fold_decoder_norms(sae: SAE) -> SAE:
+    """Decoder rows of length 1; latents become the lengths that they add along their rows.
+
+    With `rescale_acts_by_decoder_norm` they were that already, and the switch goes off. A row of
+    zeros stays.
+
+    Raises UserError for topk, abstopk and groupmax without it, whose choice of latents would
+    change, unless the rows have length 1 already.
+    """
+    norms = torch.linalg.vector_norm(_wide(sae.W_dec), dim=-1)
+    n = torch.where(norms > 0, norms, torch.ones_like(norms)).clamp(min=1e-8)
+    architecture = sae.spec.architecture
+    chooses = architecture in (*TOPK_FAMILY, "groupmax")
+    if chooses and not sae.spec.rescale_acts_by_decoder_norm:
+        # 1e-3: bfloat16 rows that were normalised before rounding.
+        if bool(((norms - 1).abs() < 1e-3).all()):
+            return sae
+        raise UserError(
+            f"the decoder rows of this {architecture} SAE have different lengths, and its latents "
+            "are chosen without regard to them: making them 1 would change which are chosen"
+        )
+    changes: dict[str, Any] = {
+        "W_enc": _wide(sae.W_enc) * n,
+        "b_enc": _wide(sae.b_enc) * n,
+        "W_dec": _wide(sae.W_dec) / n[:, None],
+        "rescale_acts_by_decoder_norm": False,
+    }
+    for name in ("threshold", "b_mag"):
+        if (tensor := getattr(sae, name)) is not None:
+            changes[name] = _wide(tensor) * n
+    return _with(sae, **changes)
+
+
+def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> SAE:
+    """Weights for raw activations x, of an SAE that was trained on (x - mean) @ matrix.
+
+    `inverse` is the inverse of `matrix`. Raises UserError for shapes that do not fit.
+    """
+    width = sae.spec.d_model
+    shapes = (tuple(mean.shape), tuple(matrix.shape), tuple(inverse.shape))
+    if shapes != ((width,), (width, width), (width, width)):
+        raise UserError(f"a whitening of width {width} is needed, got shapes {shapes}")
+    if sae.spec.rescale_acts_by_decoder_norm:
+        sae = fold_decoder_norms(sae)
+    mean, matrix, inverse = _wide(mean), _wide(matrix), _wide(inverse)
+    encoder = matrix @ _wide(sae.W_enc)
+    changes: dict[str, Any] = {
+        "W_enc": encoder,
+        "W_dec": _wide(sae.W_dec) @ inverse,
+        "b_dec": _wide(sae.b_dec) @ inverse + mean,
+        "normalize_activations": "none",
+    }
+    if not sae.spec.apply_b_dec_to_input:
+        changes.update(_shifted(sae, -(mean @ encoder)))
+    return _with(sae, **changes)
+
+
+def canonical(sae: SAE) -> SAE:
+    """Unit decoder rows and no input bias, so that doses compare across SAEs.
+
+    Raises UserError where there is no such form: token-wise normalisation, or topk whose rows have
+    lengths of their own.
+    """
+    if sae.spec.scales_tokens:
+        raise UserError(
+            f"normalize_activations {sae.spec.normalize_activations!r} scales each token, which no "
+            "weights can say: leave out --canonical"
+        )
+    folded = fold_decoder_norms(fold_input_bias(sae))
+    return _with(folded, normalize_activations="none")
+
+
+def _shift_input_bias(sae: SAE, remove: bool) -> SAE:
+    shift = _wide(sae.b_dec) @ _wide(sae.W_enc)
+    return _with(sae, **_shifted(sae, -shift if remove else shift), apply_b_dec_to_input=not remove)
+
+
+def _shifted(sae: SAE, shift: Tensor) -> dict[str, Any]:
+    """The encoder's biases when s W_enc grows by `shift`."""
+    changes: dict[str, Any] = {"b_enc": _wide(sae.b_enc) + shift}
+    if sae.b_mag is not None and sae.r_mag is not None:
+        changes["b_mag"] = _wide(sae.b_mag) + shift * _wide(sae.r_mag).exp()
+    return changes
+
+
+def _with(sae: SAE, **changes: Any) -> SAE:
+    """A copy with other tensors, rounded to the SAE's dtype, and other fields of its spec."""
+    kind = sae.W_enc.dtype
+    tensors: dict[str, Any] = {}
+    for name, value in changes.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.to(kind)
+    fields = {name: value for name, value in changes.items() if name not in tensors}
+    return dataclasses.replace(sae, **tensors, spec=dataclasses.replace(sae.spec, **fields))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64)

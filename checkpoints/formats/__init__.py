@@ -1,0 +1,59 @@
+"""SAE files of every origin: one module per format, each with `read` and, where we write it,
+`write`.
+
+`read(place)` gives an `SAE` that computes what the format's own code computes. `write(folder, sae)`
+first brings an SAE into the shape that the format can say, by the identities of
+`saesteer.checkpoints.folds`, and refuses what it cannot.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.formats.place import Place
+from saesteer.checkpoints.sparse_autoencoder import SAE
+
+READERS: dict[str, str] = {
+    "saelens": "saelens",
+    "saelens-checkpoint": "saelens_checkpoint",
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+    "gemma-scope": "gemma_scope",
+    "gemma-scope-2": "gemma_scope",
+    "llama-scope": "llama_scope",
+    "llama-scope-r1": "llama_scope",
+    "openmoss": "openmoss",
+    "openai": "openai",
+    "goodfire": "linear_layers",
+    "deepseek-r1": "linear_layers",
+    "qwen-scope": "qwen_scope",
+    "gpt2-attention": "linear_layers",
+}
+"""Format to the module here that reads it."""
+
+WRITERS: dict[str, str] = {
+    "saelens": "saelens",
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+    "saesteer": "saelens",
+}
+"""Format to the module here that writes it. `saesteer` is the layout of SAELens with the
+architectures that SAELens does not have."""
+
+
+def read(name: str, place: Place) -> SAE:
+    """The SAE at a place whose format is known; see `detection.detect`."""
+    reader: Callable[[str, Place], SAE] = import_module(f"{__name__}.{READERS[name]}").read
+    return reader(name, place)
+
+
+def write(name: str, sae: SAE, folder: Path) -> SAE:
+    """Write an SAE in a format and return it as written, notes on what changed included.
+
+    Raises UsageError for an unknown format and UserError for an SAE that it cannot express.
+    """
+    if name not in WRITERS:
+        raise UsageError(f"--format must be one of {', '.join(WRITERS)}, got {name!r}")
+    writer: Callable[[str, SAE, Path], SAE] = import_module(f"{__name__}.{WRITERS[name]}").write
+    return writer(name, sae, folder)

@@ -1,0 +1,264 @@
+"""An SAE's weights with the one equation that every format's SAEs are cases of.
+
+With `n_i` the norm of row i of `W_dec`:
+
+    s     = norm_in(x) - input_bias * b_dec
+    q     = s W_enc + b_enc               (times n with `rescale_acts_by_decoder_norm`)
+    f     = act(q)
+    x_hat = norm_out(f W_dec + b_dec)     (f divided by n with `rescale_acts_by_decoder_norm`)
+            + x W_skip^T                  (where there is a skip connection)
+
+The code here is the slow reference: dense, plain PyTorch, any device and float dtype.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_spec import DTYPES, SAESpec
+
+# SAELens and OpenAI's code both add this to the standard deviation, not to the variance.
+_LAYER_NORM_EPS = 1e-5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class SAE:
+    """An SAE's weights with the equation that gives them a meaning.
+
+    Weights of a SAELens file are exactly the file's: nothing is folded or normalised on load. What
+    the reader of another format folded is told in `notes`.
+    """
+
+    spec: SAESpec
+    W_enc: Float[Tensor, "d_model d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    """For gated SAEs the bias of the gate."""
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    threshold: Float[Tensor, " d_sae"] | None = None
+    """JumpReLU only: a latent counts when its pre-activation is above (not at) this value."""
+    source: str = ""
+    """The folder or RELEASE:ID it came from."""
+    sha256: str = ""
+    """Of the weights file; of the tensors for a RELEASE:ID."""
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    """Gated only: bias of the magnitude."""
+    r_mag: Float[Tensor, " d_sae"] | None = None
+    """Gated only: logarithm of what the magnitude path multiplies W_enc by."""
+    W_skip: Float[Tensor, "d_out d_model"] | None = None
+    """Adds x W_skip^T to the output."""
+    format: str = ""
+    """The format it was read from; a key of `saesteer.checkpoints.formats.READERS`."""
+    notes: tuple[str, ...] = ()
+    """What the reader folded, assumed or left out, one sentence each."""
+
+    def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """The values that the activation function chooses from (q above), in the SAE's dtype."""
+        q = self._read(x) @ self.W_enc + self.b_enc
+        return q * self.row_norms() if self.spec.rescale_acts_by_decoder_norm else q
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Latent activations, dense, in the SAE's dtype.
+
+        topk keeps the k largest pre-activations, then applies ReLU, so fewer than k may be
+        positive; among equals the lowest index wins; NaN is never chosen. abstopk keeps the k
+        largest magnitudes with their signs. groupmax applies ReLU and keeps the maximum of each of
+        k contiguous groups. gated is 1[u + b_gate > 0] * relu(u * exp(r_mag) + b_mag) with
+        u = s W_enc.
+        """
+        if self.spec.architecture == "gated":
+            assert self.b_mag is not None and self.r_mag is not None
+            u = self._read(x) @ self.W_enc
+            magnitude = torch.relu(u * self.r_mag.exp() + self.b_mag)
+            return magnitude * (u + self.b_enc > 0)
+        q = self.pre_acts(x)
+        match self.spec.architecture:
+            case "topk":
+                assert self.spec.k is not None
+                return torch.where(_largest(q, self.spec.k), torch.relu(q), torch.zeros_like(q))
+            case "abstopk":
+                assert self.spec.k is not None
+                return torch.where(_largest(q.abs(), self.spec.k), q, torch.zeros_like(q))
+            case "groupmax":
+                assert self.spec.k is not None
+                groups = torch.relu(q).unflatten(-1, (self.spec.k, -1))
+                kept = torch.where(_largest(groups, 1), groups, torch.zeros_like(groups))
+                return kept.flatten(-2)
+            case "jumprelu":
+                assert self.threshold is not None
+                return torch.relu(q) * (q > self.threshold)
+        return torch.relu(q)
+
+    def decode(
+        self,
+        latent_acts: Float[Tensor, "*batch d_sae"],
+        x: Float[Tensor, "*batch d_model"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction of latent activations, in the SAE's dtype.
+
+        `x`, the activations they were encoded from, is needed where the output depends on them
+        beside the latents: token-wise normalisation and skip connections. Raises ValueError when
+        it is missing there.
+        """
+        acts = latent_acts.to(self.W_dec.dtype)
+        if self.spec.rescale_acts_by_decoder_norm:
+            acts = acts / self.row_norms()
+        out = acts @ self.W_dec + self.b_dec
+        # SAELens gives a transcoder's output no norm back, because the site is another one.
+        unscaled = self.spec.scales_tokens and not self.spec.is_transcoder
+        if x is None:
+            if unscaled or self.W_skip is not None:
+                raise ValueError("this SAE's output depends on its input too: decode(latents, x)")
+            return out
+        x = x.to(self.W_dec.dtype)
+        if unscaled:
+            out = out * self.token_scale(x)
+            if self.spec.normalize_activations == "layer_norm":
+                out = out + x.mean(dim=-1, keepdim=True)
+        return out if self.W_skip is None else out + x @ self.W_skip.T
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_out"]:
+        """Encode and decode."""
+        return self.decode(self.encode(x), x)
+
+    def token_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        """What each token's latents are multiplied by on the way out; 1 without token norms.
+
+        layer_norm: the standard deviation over d_model; constant_norm_rescale: ||x|| / sqrt(D).
+        """
+        if self.spec.normalize_activations == "layer_norm":
+            std: Tensor = x.std(dim=-1, keepdim=True)
+            return std
+        if self.spec.normalize_activations == "constant_norm_rescale":
+            mean_square: Tensor = x.square().mean(dim=-1, keepdim=True)
+            return mean_square.sqrt()
+        return torch.ones_like(x[..., :1])
+
+    def row_norms(self) -> Float[Tensor, " d_sae"]:
+        """Lengths of the decoder's rows, at least 1e-8."""
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=-1)
+        return norms.clamp(min=1e-8)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
+    ) -> "SAE":
+        """A copy on another device or in another float dtype (shared memory if neither changes)."""
+        kind = self.W_enc.dtype if dtype is None else _dtype(dtype)
+        changes: dict[str, Any] = {
+            name: tensor.to(device=device, dtype=kind) for name, tensor in self.tensors().items()
+        }
+        changes["spec"] = dataclasses.replace(self.spec, dtype=_dtype_name(kind))
+        return dataclasses.replace(self, **changes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by the names of their fields, those that are there."""
+        names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_mag", "r_mag", "W_skip")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def check(self, what: str) -> "SAE":
+        """Itself, when names, shapes and values fit the spec; `what` begins the error.
+
+        Raises a `UserError` for the first that does not.
+        """
+        check_tensors(self.tensors(), self.spec, what)
+        return self
+
+    def save(self, folder: str | Path) -> str:
+        """Write it as `save_sae` does; returns the SHA-256 of the weights file."""
+        from saesteer.checkpoints.sae_file import save_sae
+
+        return save_sae(folder, self.spec, **self.tensors())
+
+    def _read(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """s of the equation above."""
+        x = x.to(self.W_enc.dtype)
+        if self.spec.centers_input:
+            x = x - x.mean(dim=-1, keepdim=True)
+        if self.spec.normalize_activations == "layer_norm":
+            centered = x - x.mean(dim=-1, keepdim=True)
+            x = centered / (self.token_scale(x) + _LAYER_NORM_EPS)
+        elif self.spec.normalize_activations == "constant_norm_rescale":
+            # A row of zeros has no direction: it stays zeros instead of becoming NaN.
+            x = x / self.token_scale(x).clamp(min=torch.finfo(x.dtype).tiny)
+        return x - self.b_dec if self.spec.apply_b_dec_to_input else x
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> None:
+    """Names, shapes and values against the spec; the first wrong one raises a `UserError`."""
+    width = spec.d_model if spec.d_out is None else spec.d_out
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (spec.d_model, spec.d_sae),
+        "b_enc": (spec.d_sae,),
+        "W_dec": (spec.d_sae, width),
+        "b_dec": (width,),
+    }
+    if spec.architecture == "jumprelu":
+        shapes["threshold"] = (spec.d_sae,)
+    if spec.architecture == "gated":
+        shapes |= {"b_mag": (spec.d_sae,), "r_mag": (spec.d_sae,)}
+    if "W_skip" in tensors:
+        shapes["W_skip"] = (width, spec.d_model)
+    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or extra:
+        raise UserError(
+            f"{what}: a {spec.architecture} SAE needs the tensors {', '.join(shapes)}; "
+            f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(extra) or 'none'}"
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"{what}: {name} has shape {list(tensors[name].shape)}, but d_in {spec.d_model} "
+                f"and d_sae {spec.d_sae} ask for {list(shape)}; the config and the weights do not "
+                "belong together"
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise UserError(f"{what}: {name} holds NaN or infinity; make or download the SAE again")
+    if spec.architecture == "jumprelu" and bool((tensors["threshold"] < 0).any()):
+        _log.warning("%s: some thresholds are negative, which act like 0", what)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, for SAEs that are no single file."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _largest(q: Float[Tensor, "*batch n"], k: int) -> Tensor:
+    """Which entries of each row are among its k largest; among equals the lowest index."""
+    ranked = torch.nan_to_num(q, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    last = ranked.topk(k, dim=-1).values[..., -1:]
+    above, tied = ranked > last, ranked == last
+    room = k - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1) <= room))
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        _dtype_name(dtype)
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")

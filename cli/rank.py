@@ -11,7 +11,7 @@ from saesteer.cli.output import amount, print_json, print_next, print_table, wri
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, number
+from saesteer.cli.values import count, counts, names, number, numbers
 
 EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
@@ -27,8 +27,15 @@ _RANK_FIELDS = {
     "read": "read",
     "position": "position",
     "pool": "pool",
+    "drop": "drop",
+    "max_fdr": "max_fdr",
     "rank_contents": "contents",
     "reply_variants": "reply_variants",
+    "effect_contents": "effect_contents",
+    "candidates": "candidates",
+    "shortlist": "shortlist",
+    "causal_contents": "causal_contents",
+    "doses": "doses",
     "max_new_tokens": "max_new_tokens",
     "temperature": "temperature",
     "top_p": "top_p",
@@ -60,7 +67,20 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     read.add_argument(
         "--by", metavar="SCORE",
-        help="saif, rate or meandiff (default: saif; rate with --read reply)",
+        help="what tells instructed texts apart: saif, rate, logodds, mcnemar, meandiff, cohen, "
+        "welch, paired-t, auroc, mi, corr; what a latent makes the model say: lens, effect, atp, "
+        "output; both: fused; steering with each of a shortlist: causal (default: saif; rate with "
+        "--read reply)",
+    )  # fmt: skip
+    read.add_argument(
+        "--drop", type=names, metavar="FILTER,...",
+        help="take latents out: dense (on almost everywhere), template (on at the template and "
+        "attention sinks), duplicate (a better latent's direction), fdr (not told from chance) "
+        "(default: none, but what each would take out is said)",
+    )  # fmt: skip
+    read.add_argument(
+        "--max-fdr", type=number, metavar="Q",
+        help="false discovery rate that --drop fdr lets pass (default: 0.05)",
     )  # fmt: skip
     read.add_argument(
         "--position", metavar="WHERE",
@@ -92,6 +112,27 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument(
         "--top-p", type=number, metavar="P", help="with --read reply: of sampling (default: 0.95)"
     )
+    read.add_argument(
+        "--effect-contents", type=count, metavar="N",
+        help="with effect, atp, fused and causal: contents whose answers give the gradients "
+        "(default: 16)",
+    )  # fmt: skip
+    read.add_argument(
+        "--candidates", type=count, metavar="N",
+        help="with output, fused and causal: latents to try, the best so far (default: 100)",
+    )  # fmt: skip
+    read.add_argument(
+        "--shortlist", type=count, metavar="N",
+        help="with causal: latents to steer with, the best by fused (default: 20)",
+    )  # fmt: skip
+    read.add_argument(
+        "--causal-contents", type=count, metavar="N",
+        help="with causal: train contents to steer (default: 8)",
+    )  # fmt: skip
+    read.add_argument(
+        "--doses", type=numbers, metavar="X,...",
+        help="with causal: relative doses, the same for every latent (default: 0.3,0.6)",
+    )  # fmt: skip
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
@@ -115,11 +156,12 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan.add_argument(
         "--explain", type=counts, nargs="?", const=(), metavar="ID,...",
-        help="print every column too, of the top latents or of these (default: not)",
+        help="report all that is known of the top latents, or of these (default: not)",
     )  # fmt: skip
     add_common(
         parser,
-        out="folder for plan.yaml, plan.safetensors and ranking.json (default: print only)",
+        out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
+        "holds every score of every latent (default: print only)",
         force="use another model than the SAE's; replace an earlier plan in --out",
     )
 
@@ -161,7 +203,7 @@ def run(args: Namespace) -> int:
         if args.out is not None:
             folder = take_folder(args)
             document["plan"] = save_plan(plan, folder)
-            _write(folder, args, document)
+            _write(folder, args, document, ranking)
     if args.json:
         print_json(document)
     else:
@@ -219,6 +261,7 @@ def _check_explain(args: Namespace, d_sae: int) -> None:
 def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> dict[str, Any]:
     """What `--json` prints and `ranking.json` holds."""
     from saesteer.steering.ranking import lens_tokens
+    from saesteer.steering.scores import significance_of
 
     config = ranking.config
     lens = {latent.id: list(latent.lens) for latent in plan.latents}
@@ -235,6 +278,15 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
         "positives": ranking.positives,
         "negatives": ranking.negatives,
         "replies_used": ranking.replies_used,
+        "test": significance_of(config.resolved_by),
+        "discoveries": {
+            "max_fdr": config.max_fdr,
+            "latents": int((ranking.q <= config.max_fdr).sum()),
+        },
+        "dropped": list(config.drop),
+        "filters": ranking.dropped(),
+        "stability": ranking.stability.summary(),
+        "unsteered": _unsteered(ranking),
         "contents_used": [
             min(config.contents, len(ranking.task.contents["train"])),
             sum(len(texts) for texts in ranking.task.contents.values()),
@@ -254,10 +306,20 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
     return document
 
 
-def _write(folder: Any, args: Namespace, document: dict[str, Any]) -> None:
-    from saesteer.checkpoints.files import write_json
+def _unsteered(ranking: Any) -> dict[str, int] | None:
+    """How the unsteered model did on the contents of the shortlist."""
+    plain = next((trial for trial in ranking.trials if trial.latent is None), None)
+    return plain and {"successes": plain.successes, "n": plain.n}
+
+
+def _write(folder: Any, args: Namespace, document: dict[str, Any], ranking: Any) -> None:
+    from saesteer.checkpoints.files import write_json, write_tensors
 
     write_json(folder / "ranking.json", document)
+    columns = {**ranking.columns, "p": ranking.p, "q": ranking.q, "mu": ranking.mu,
+               "sigma": ranking.sigma, "control_rate": ranking.control_rate,
+               "template_rate": ranking.template_rate}  # fmt: skip
+    write_tensors(folder / "scores.safetensors", columns)
     write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
 
 
@@ -289,15 +351,13 @@ def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
         for row in document["latents"]
     ]
     print_table(["rank", "latent", *_COLUMNS, "lens"], rows, left="lens")
-    if "explain" in document:
-        explained = document["explain"]
-        keys = [key for key in explained[0] if key != "lens"]
-        rows = [
-            [str(row["id"]), *(figure(row[key]) for key in keys[1:]), _shown(row["lens"])]
-            for row in explained
-        ]
+    for row in document.get("explain", ()):
         print()
-        print_table([*keys, "lens"], rows, left="lens")
+        _print_report(document, row)
+    if "explain" in document:
+        print()
+    for line in _findings(document):
+        print(line)
     used, given = document["contents_used"]
     print(
         f"ranked with {used} of {given} contents (of the train split); "
@@ -309,6 +369,66 @@ def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
             "steer", "--model", document["model"]["name"], "--plan", args.out,
             "-p", "TEXT", "--baseline",
         )  # fmt: skip
+
+
+def _findings(document: dict[str, Any]) -> list[str]:
+    """What the filters, the tests and the comparison of parts say, a line each."""
+    found, parts = document["discoveries"], document["stability"]
+    lines = [
+        f"{amount(found['latents'])} latents differ at a false discovery rate of "
+        f"{found['max_fdr']:g} ({document['test']})"
+    ]
+    counts = ", ".join(f"{name} {amount(n)}" for name, n in document["filters"].items())
+    dropped = ",".join(document["dropped"]) or "none"
+    lines.append(f"latents that each filter finds: {counts}; dropped: {dropped}")
+    alike = [
+        f"{name} {figure(parts[name]['jaccard'])} / {figure(parts[name]['spearman'])}"
+        for name in ("variants", "languages", "contents")
+        if name in parts
+    ]
+    if alike:
+        lines.append(
+            f"agreement by {parts['by']} (Jaccard@{parts['k']} / Spearman): {', '.join(alike)}"
+        )
+    if document["unsteered"]:
+        plain = document["unsteered"]
+        lines.append(f"unsteered, {plain['successes']} of {plain['n']} answers pass")
+    return lines
+
+
+def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
+    """All that is known of one latent."""
+    place = next((r["rank"] for r in document["latents"] if r["id"] == row["id"]), None)
+    where = f"rank {place}" if place else "not in the plan"
+    print(f"latent {row['id']} ({where}), {document['by']} {figure(row['score'])}")
+    active = f"mu {figure(row['mu'])}, sigma {figure(row['sigma'])}, max {figure(row['max'])}"
+    rates = f"on {figure(row['rate_positive'])}, without {figure(row['rate_negative'])}"
+    lines = [
+        ("lens", _shown(row["lens"])),
+        ("with it", rates),
+        ("when on", active),
+        ("elsewhere", f"on at {figure(row['control_rate'])} of plain text's tokens, "
+         f"{figure(row['template_rate'])} of the template's"),
+        ("scores", ", ".join(f"{name} {figure(x)}" for name, x in row["scores"].items())),
+        ("chance", f"p {figure(row['p'])}, q {figure(row['q'])} ({document['test']})"),
+    ]  # fmt: skip
+    lines += [
+        (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "
+         f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
+         f"{part['in_top']:.0%}")
+        for name, part in row["stability"].items()
+    ]  # fmt: skip
+    lines += [
+        ("steered", f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
+         f"answers pass, {trial['degenerate']} degenerate")
+        for trial in row.get("trials", ())
+    ]  # fmt: skip
+    lines += [
+        (name, f"{why}; {'dropped' if name in document['dropped'] else 'kept'}")
+        for name, why in row["filters"].items()
+    ]
+    for name, text in lines:
+        print(f"  {name:<10} {text}")
 
 
 def _shown(tokens: list[str]) -> str:

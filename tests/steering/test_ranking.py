@@ -16,7 +16,8 @@ from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.generation import Completion
 from saesteer.sae.models import LanguageModel, load_model, wrap_model
 from saesteer.sae.prompts import EncodedPrompt, encode_prompt
-from saesteer.steering import ranking as ranking_module
+from saesteer.steering import reading as reading_module
+from saesteer.steering import samples as samples_module
 from saesteer.steering.ranking import (
     RankConfig,
     Ranking,
@@ -320,7 +321,7 @@ def scripted(
         texts = [reply(prompt.text) for prompt in prompts]
         return [Completion(text, list(lm.tokenizer(text)["input_ids"])) for text in texts]
 
-    monkeypatch.setattr(ranking_module, "generate", generate)
+    monkeypatch.setattr(reading_module, "generate", generate)
     return calls
 
 
@@ -555,9 +556,9 @@ def test_scores_that_tie_are_equal_to_the_bit(
         acts = torch.zeros(10, D_SAE)
         for latent, fires in enumerate(left.pop(0)):
             acts[10 - fires :, latent] = 1.0 + latent
-        return acts, torch.ones(10, dtype=torch.bool)
+        return enumerate(acts)
 
-    monkeypatch.setattr(ranking_module, "_read_samples", read)
+    monkeypatch.setattr(samples_module, "read_texts", read)
     many = dataclasses.replace(TASK, contents={"train": tuple("abcdefghij")})
     ranking = rank(lm, random_sae(), many, RankConfig(by=by))
     assert len(set(ranking.score[:3].tolist())) == 1
@@ -574,7 +575,7 @@ def test_only_train_contents_and_selection_wordings_are_read(
         seen.append(text)
         return encode_prompt(lm, text, chat=chat)
 
-    monkeypatch.setattr(ranking_module, "encode_prompt", spy)
+    monkeypatch.setattr(reading_module, "encode_prompt", spy)
     rank(lm, random_sae(), TASK, RankConfig(contents=3))
     allowed = {*TRAIN[:3], *(f"{c}\n{w}" for c in TRAIN[:3] for w in WORDINGS)}
     assert set(seen) == allowed
@@ -637,7 +638,12 @@ def test_an_sae_in_memory_goes_where_the_model_is(read: str, lm: LanguageModel) 
     ("settings", "message"),
     [
         ({"read": "first"}, "--read must be one of last, template, span, reply, got 'first'"),
-        ({"by": "auroc"}, "--by must be one of saif, rate, meandiff, got 'auroc'"),
+        ({"by": "luck"}, "--by must be one of saif, rate, logodds, .*, causal, got 'luck'"),
+        ({"drop": ("dense", "odd")}, "--drop must be one of dense, template, duplicate, fdr, got"),
+        ({"max_fdr": 0.0}, "--max-fdr must be above 0 and at most 1, got 0.0"),
+        ({"doses": ()}, "--doses must be positive numbers, got"),
+        ({"doses": (0.3, -1.0)}, "--doses must be positive numbers, got"),
+        ({"shortlist": 0}, "--shortlist must be at least 1, got 0"),
         ({"position": "inside"}, "--position must be one of post, pre, got 'inside'"),
         ({"pool": "sum"}, "--pool must be one of max, mean, got 'sum'"),
         ({"by": "saif", "read": "reply"}, "--by saif .* --read reply .*: use --by rate"),

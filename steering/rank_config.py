@@ -111,5 +111,10 @@ class RankConfig:
 
     @property
     def detection(self) -> str:
-        """The detection score that stability is measured on: `by` itself where it is one."""
-        return self.resolved_by if self.resolved_by in DETECTION else self.base
+        """The detection score that stability is measured on: `by` itself where it is one.
+
+        A reply of forty tokens fires almost any latent once, so the mean difference of replies
+        stands for the firing rate there.
+        """
+        found = self.resolved_by if self.resolved_by in DETECTION else self.base
+        return "meandiff" if self.read == "reply" and found == "rate" else found

@@ -33,7 +33,8 @@ def normed(lm: LanguageModel, directions: Float[Tensor, "n d_model"]) -> Tensor:
     d = directions.to(weight.device, weight.dtype)
     # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
     lengths = d.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    d = d * (math.sqrt(d.shape[-1]) / lengths).to(d.dtype)
+    factor: Tensor = math.sqrt(d.shape[-1]) / lengths
+    d = d * factor.to(d.dtype)
     if lm.final_norm is None:
         return d
     after: Tensor = lm.final_norm(d)

@@ -305,6 +305,49 @@ def test_the_batch_size_changes_nothing(lm: LanguageModel) -> None:
         torch.testing.assert_close(other.mu, found[0].mu, **CLOSE)
 
 
+@pytest.mark.parametrize("read", ["last", "span", "reply"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_latents_are_encoded_in_parts_of_bounded_size(
+    pool: str, read: str, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a million latents a few tokens fill a part; what is found is the same."""
+    sae = random_sae()
+    config = RankConfig(
+        by="meandiff", read=read, pool=pool, contents=3, all_replies=True, max_new_tokens=5,
+        temperature=0.0,
+    )  # fmt: skip
+    wanted = rank(lm, sae, TASK, config)
+    sizes: list[int] = []
+    encode = SAE.encode
+
+    def spy(self: SAE, x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel() // x.shape[-1])
+        return encode(self, x)
+
+    monkeypatch.setattr(reading_module, "_ACTS_AT_ONCE", 3 * D_SAE)
+    monkeypatch.setattr(SAE, "encode", spy)
+    found = rank(lm, sae, TASK, config)
+    assert max(sizes) == 3
+    for name, column in wanted.columns.items():
+        torch.testing.assert_close(found.columns[name], column, **CLOSE)
+    torch.testing.assert_close(found.control_rate, wanted.control_rate)
+    torch.testing.assert_close(found.sigma, wanted.sigma, **CLOSE)
+
+
+def test_control_rates_count_every_token_of_plain_texts(lm: LanguageModel) -> None:
+    sae, config = random_sae(), RankConfig(contents=CONTENTS)
+    ranking = rank(lm, sae, TASK, config)
+    inside, outside = [], []
+    for text in TRAIN:
+        ids = token_ids(lm, text)
+        end = user_end(lm, ids)
+        start = end - len(lm.tokenizer(text)["input_ids"])
+        for place, acts in enumerate(latents_of(lm, sae, ids)):
+            (inside if start <= place < end else outside).append(acts > 0)
+    np.testing.assert_allclose(ranking.control_rate.numpy(), np.mean(inside, axis=0))
+    np.testing.assert_allclose(ranking.template_rate.numpy(), np.mean(outside, axis=0))
+
+
 # --- reading replies -----------------------------------------------------------------------------
 
 

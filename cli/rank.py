@@ -7,11 +7,11 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common, add_sae, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
-from saesteer.cli.output import amount, print_json, print_next, print_table, write_run
-from saesteer.cli.output import number as figure
+from saesteer.cli.output import print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, number
+from saesteer.cli.rank_report import print_ranking
+from saesteer.cli.values import count, counts, names, number, numbers
 
 EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
@@ -27,8 +27,15 @@ _RANK_FIELDS = {
     "read": "read",
     "position": "position",
     "pool": "pool",
+    "drop": "drop",
+    "max_fdr": "max_fdr",
     "rank_contents": "contents",
     "reply_variants": "reply_variants",
+    "effect_contents": "effect_contents",
+    "candidates": "candidates",
+    "shortlist": "shortlist",
+    "causal_contents": "causal_contents",
+    "doses": "doses",
     "max_new_tokens": "max_new_tokens",
     "temperature": "temperature",
     "top_p": "top_p",
@@ -60,7 +67,20 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     read.add_argument(
         "--by", metavar="SCORE",
-        help="saif, rate or meandiff (default: saif; rate with --read reply)",
+        help="what tells instructed texts apart: saif, rate, logodds, mcnemar, meandiff, cohen, "
+        "welch, paired-t, auroc, mi, corr; what a latent makes the model say: lens, effect, atp, "
+        "output; both: fused; steering with each of a shortlist: causal (default: saif; rate with "
+        "--read reply)",
+    )  # fmt: skip
+    read.add_argument(
+        "--drop", type=names, metavar="FILTER,...",
+        help="take latents out: dense (on almost everywhere), template (on at the template and "
+        "attention sinks), duplicate (a better latent's direction), fdr (not told from chance) "
+        "(default: none, but what each would take out is said)",
+    )  # fmt: skip
+    read.add_argument(
+        "--max-fdr", type=number, metavar="Q",
+        help="false discovery rate that --drop fdr lets pass (default: 0.05)",
     )  # fmt: skip
     read.add_argument(
         "--position", metavar="WHERE",
@@ -92,6 +112,27 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument(
         "--top-p", type=number, metavar="P", help="with --read reply: of sampling (default: 0.95)"
     )
+    read.add_argument(
+        "--effect-contents", type=count, metavar="N",
+        help="with effect, atp, fused and causal: contents whose answers give the gradients "
+        "(default: 16)",
+    )  # fmt: skip
+    read.add_argument(
+        "--candidates", type=count, metavar="N",
+        help="with output, fused and causal: latents to try, the best so far (default: 100)",
+    )  # fmt: skip
+    read.add_argument(
+        "--shortlist", type=count, metavar="N",
+        help="with causal: latents to steer with, the best by fused (default: 20)",
+    )  # fmt: skip
+    read.add_argument(
+        "--causal-contents", type=count, metavar="N",
+        help="with causal: train contents to steer (default: 8)",
+    )  # fmt: skip
+    read.add_argument(
+        "--doses", type=numbers, metavar="X,...",
+        help="with causal: relative doses, the same for every latent (default: 0.3,0.6)",
+    )  # fmt: skip
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
@@ -115,11 +156,12 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan.add_argument(
         "--explain", type=counts, nargs="?", const=(), metavar="ID,...",
-        help="print every column too, of the top latents or of these (default: not)",
+        help="report all that is known of the top latents, or of these (default: not)",
     )  # fmt: skip
     add_common(
         parser,
-        out="folder for plan.yaml, plan.safetensors and ranking.json (default: print only)",
+        out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
+        "holds every score of every latent (default: print only)",
         force="use another model than the SAE's; replace an earlier plan in --out",
     )
 
@@ -161,11 +203,11 @@ def run(args: Namespace) -> int:
         if args.out is not None:
             folder = take_folder(args)
             document["plan"] = save_plan(plan, folder)
-            _write(folder, args, document)
+            _write(folder, args, document, ranking)
     if args.json:
         print_json(document)
     else:
-        _print_tables(args, document)
+        print_ranking(args, document)
     return 0
 
 
@@ -219,6 +261,7 @@ def _check_explain(args: Namespace, d_sae: int) -> None:
 def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> dict[str, Any]:
     """What `--json` prints and `ranking.json` holds."""
     from saesteer.steering.ranking import lens_tokens
+    from saesteer.steering.scores import significance_of
 
     config = ranking.config
     lens = {latent.id: list(latent.lens) for latent in plan.latents}
@@ -235,6 +278,15 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
         "positives": ranking.positives,
         "negatives": ranking.negatives,
         "replies_used": ranking.replies_used,
+        "test": significance_of(config.resolved_by),
+        "discoveries": {
+            "max_fdr": config.max_fdr,
+            "latents": int((ranking.q <= config.max_fdr).sum()),
+        },
+        "dropped": list(config.drop),
+        "filters": ranking.dropped(),
+        "stability": ranking.stability.summary(),
+        "unsteered": _unsteered(ranking),
         "contents_used": [
             min(config.contents, len(ranking.task.contents["train"])),
             sum(len(texts) for texts in ranking.task.contents.values()),
@@ -254,63 +306,18 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
     return document
 
 
-def _write(folder: Any, args: Namespace, document: dict[str, Any]) -> None:
-    from saesteer.checkpoints.files import write_json
+def _unsteered(ranking: Any) -> dict[str, int] | None:
+    """How the unsteered model did on the contents of the shortlist."""
+    plain = next((trial for trial in ranking.trials if trial.latent is None), None)
+    return plain and {"successes": plain.successes, "n": plain.n}
+
+
+def _write(folder: Any, args: Namespace, document: dict[str, Any], ranking: Any) -> None:
+    from saesteer.checkpoints.files import write_json, write_tensors
 
     write_json(folder / "ranking.json", document)
+    columns = {**ranking.columns, "p": ranking.p, "q": ranking.q, "mu": ranking.mu,
+               "sigma": ranking.sigma, "control_rate": ranking.control_rate,
+               "template_rate": ranking.template_rate}  # fmt: skip
+    write_tensors(folder / "scores.safetensors", columns)
     write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
-
-
-_COLUMNS = {
-    "score": "score",
-    "on+": "rate_positive",
-    "on-": "rate_negative",
-    "mu": "mu",
-    "sigma": "sigma",
-}
-
-
-def _print_tables(args: Namespace, document: dict[str, Any]) -> None:
-    samples = f"{document['positives']} positive and {document['negatives']} negative samples"
-    print(
-        f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
-        f"{document['by']}, read {document['read']}, {samples}"
-    )
-    if document["replies_used"]:
-        passed, answered = document["replies_used"]
-        print(f"{passed} of {answered} instructed replies pass the check and count")
-    rows = [
-        [
-            str(row["rank"]),
-            str(row["id"]),
-            *(figure(row[key]) for key in _COLUMNS.values()),
-            _shown(row["lens"]),
-        ]
-        for row in document["latents"]
-    ]
-    print_table(["rank", "latent", *_COLUMNS, "lens"], rows, left="lens")
-    if "explain" in document:
-        explained = document["explain"]
-        keys = [key for key in explained[0] if key != "lens"]
-        rows = [
-            [str(row["id"]), *(figure(row[key]) for key in keys[1:]), _shown(row["lens"])]
-            for row in explained
-        ]
-        print()
-        print_table([*keys, "lens"], rows, left="lens")
-    used, given = document["contents_used"]
-    print(
-        f"ranked with {used} of {given} contents (of the train split); "
-        f"{amount(document['excluded']['sinks'])} attention sinks left out"
-    )
-    if args.out is not None:
-        print(f"plan written to {document['plan']}")
-        print_next(
-            "steer", "--model", document["model"]["name"], "--plan", args.out,
-            "-p", "TEXT", "--baseline",
-        )  # fmt: skip
-
-
-def _shown(tokens: list[str]) -> str:
-    """Tokens with their blanks visible."""
-    return " ".join(repr(token) for token in tokens)

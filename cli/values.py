@@ -62,6 +62,11 @@ def counts(text: str) -> tuple[int, ...]:
     return _distinct(count(part) for part in _parts(text))
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers with commas between them: `0.3,0.6`."""
+    return tuple(number(part) for part in _parts(text))
+
+
 def one_layer(text: str) -> int:
     """A block index; negative counts from the end."""
     if not re.fullmatch(r"[+-]?\d+", text.strip()):
@@ -114,7 +119,7 @@ def stored_dtype(text: str) -> str:
     return _DTYPES[text.lower()]
 
 
-LISTS = (counts, layers, names, latents)
+LISTS = (counts, numbers, layers, names, latents)
 """Types whose values may be written as a YAML list in a config file."""
 
 

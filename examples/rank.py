@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sae", default="runs/example/sae", help="folder or RELEASE:ID")
     parser.add_argument("--task", default="french", help="a built-in name or a task.yaml")
     parser.add_argument("--read", default="reply", help="last, template, span or reply")
+    parser.add_argument("--by", help="saif, rate, auroc, fused, ...: see docs/ranking.md")
+    parser.add_argument("--drop", nargs="*", default=(), help="dense template duplicate fdr")
     parser.add_argument("--contents", type=int, default=48, help="train contents to use")
     parser.add_argument("--top", type=int, default=15, help="latents in the plan")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/example/plan"))
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     lm = load_model(args.model)
     sae = load_sae(args.sae, device=lm.device)
-    config = RankConfig(read=args.read, contents=args.contents)
+    config = RankConfig(read=args.read, by=args.by, drop=tuple(args.drop), contents=args.contents)
     ranking = rank(lm, sae, args.task, config, progress=show)
     print(file=sys.stderr)
 
@@ -47,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"latent {latent.id:5}  {config.resolved_by} {latent.score:.3f}  "
             f"on {columns['rate_positive']:.2f} against {columns['rate_negative']:.2f}  "
-            f"mu {latent.mu:.2f}  {' '.join(map(repr, latent.lens))}"
+            f"mu {latent.mu:.2f}  q {columns['q']:.1e}  {' '.join(map(repr, latent.lens))}"
         )
+    for name, agreement in ranking.stability.agreement.items():
+        print(f"over {name}, the top {ranking.stability.k} share {agreement.jaccard:.2f}")
     print(f"plan: {save_plan(plan, args.out)}")
 
 

@@ -1,87 +1,44 @@
-"""Which latents carry an instruction: one streamed pass over contrastive samples."""
+"""Which latents carry an instruction: the call, and what it gives back."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
-from saesteer.sae.generation import Completion, generate
-from saesteer.sae.hooks import HookPoint, run_to, sae_hook_point
+from saesteer.sae.hooks import HookPoint, sae_hook_point
 from saesteer.sae.models import LanguageModel, as_language_model
-from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_right
-from saesteer.steering.checks import Verdict
+from saesteer.steering.lens import lens_scores
+from saesteer.steering.lens import lens_tokens as lens_tokens
+from saesteer.steering.output_scores import (
+    attribution_scores,
+    contrast_gradients,
+    effect_scores,
+    output_scores,
+)
 from saesteer.steering.plan import Plan, PlannedLatent, TaskIdentity, make_plan
-from saesteer.steering.tasks import Placement, Task, compose, load_task
+from saesteer.steering.pvalues import benjamini_hochberg
+from saesteer.steering.rank_config import READS as READS
+from saesteer.steering.rank_config import SCORES as SCORES
+from saesteer.steering.rank_config import RankConfig as RankConfig
+from saesteer.steering.reading import Reader
+from saesteer.steering.rerank import CausalTrial, causal_scores, causal_trials, require_check
+from saesteer.steering.samples import Samples, contrasts, read_prompts, read_replies
+from saesteer.steering.scores import NEUTRAL, detect, significance_of, to_tensor
+from saesteer.steering.selection import LEADERS, best_first, duplicates, filter_masks, fuse
+from saesteer.steering.stability import Stability, stability
+from saesteer.steering.tasks import Task, load_task
 
-READS = ("last", "template", "span", "reply")
-"""last token of the user's text; last prompt token; instruction tokens; the model's own reply."""
+STABLE_K = 15
+"""The k of Jaccard@k: the number of latents in the paper's headline setting."""
 
-SCORES = ("saif", "rate", "meandiff")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankConfig:
-    """How samples are made, where they are read, and what ranks the latents."""
-
-    by: str | None = None
-    """`saif`, `rate` or `meandiff`; by default saif, or rate when replies are read."""
-    read: str = "last"
-    """Where a sample is read: one of `READS`."""
-    position: str = "post"
-    """The instruction after the content (`post`, the paper's better choice) or before (`pre`)."""
-    pool: str = "max"
-    """`max` or `mean` over the tokens of a span."""
-    contents: int = 48
-    """Contents of the train split to use."""
-    reply_variants: int = 2
-    """Wordings that the model answers when replies are read; every selection wording otherwise."""
-    all_replies: bool = False
-    """Count instructed replies that fail the task's check too."""
-    max_new_tokens: int = 40
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-    batch_size: int = 32
-    max_norm_ratio: float = 10.0
-    chat: bool | None = None
-    """Send samples through the chat template; by default when there is one."""
-
-    def __post_init__(self) -> None:
-        for flag, value, allowed in (
-            ("--read", self.read, READS),
-            ("--by", self.resolved_by, SCORES),
-            ("--position", self.position, ("post", "pre")),
-            ("--pool", self.pool, ("max", "mean")),
-        ):
-            if value not in allowed:
-                raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.read == "reply" and self.resolved_by == "saif":
-            raise UsageError(
-                "--by saif compares single positions and --read reply reads many: "
-                "use --by rate or meandiff"
-            )
-        for flag, count in (
-            ("--rank-contents", self.contents),
-            ("--reply-variants", self.reply_variants),
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--batch-size", self.batch_size),
-        ):
-            if count < 1:
-                raise UsageError(f"{flag} must be at least 1, got {count}")
-        if not self.max_norm_ratio > 1:
-            raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
-
-    @property
-    def resolved_by(self) -> str:
-        return self.by or ("rate" if self.read == "reply" else "saif")
+_WITH_GRADIENTS = ("effect", "atp", "fused", "causal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +63,53 @@ class Ranking:
     positives: int
     negatives: int
     by_variant: Float[Tensor, "variants d_sae"]
+    columns: Mapping[str, Tensor]
+    """Every score that was computed, by name; NaN where a latent was not tried."""
+    p: Float[Tensor, " d_sae"]
+    """p-value of the test `significance_of(by)`."""
+    q: Float[Tensor, " d_sae"]
+    """The same, adjusted for all latents at once (Benjamini-Hochberg)."""
+    filters: Mapping[str, Tensor]
+    """Which latents `dense`, `template` and `fdr` take out, or would."""
+    control_rate: Float[Tensor, " d_sae"]
+    """Share of plain texts' tokens where the latent is on."""
+    template_rate: Float[Tensor, " d_sae"]
+    """The same at the template, position 0 and attention sinks."""
+    duplicate_of: Mapping[int, int]
+    """Of the best latents, those whose direction a better one has already; and that one."""
+    stability: Stability
+    trials: tuple[CausalTrial, ...] = ()
+    """What `--by causal` steered with."""
     replies_used: tuple[int, int] | None = None
     """Instructed replies that passed the check, and all of them."""
     excluded: dict[str, int] = field(default_factory=lambda: {"sinks": 0})
     """Positions that would have been read and were left out, by reason."""
 
     def top(self, k: int) -> list[int]:
-        """The best k latents: by score, ties by mu, then by number.
+        """The best k latents that no filter in `config.drop` takes out: by score, ties by mu, then
+        by number.
 
-        Raises UserError when no latent scores above zero.
+        Raises UserError when no latent scores above neutral (zero; 1/2 for auroc).
         """
-        order = torch.argsort(self.mu, descending=True, stable=True)
-        order = order[torch.argsort(self.score[order], descending=True, stable=True)]
-        ids = [int(i) for i in order[:k] if self.score[i] > 0]
+        neutral = NEUTRAL.get(self.config.resolved_by, 0.0)
+        gone = _gone(self.filters, self.config.drop)
+        score = self.score if gone is None else self.score.masked_fill(gone, -torch.inf)
+        skipped = self.duplicate_of if "duplicate" in self.config.drop else {}
+        order = best_first(score, self.mu)[: k + len(skipped)].tolist()
+        ids = [i for i in order if score[i] > neutral and i not in skipped][:k]
+        if not ids and bool((self.score > neutral).any()):
+            raise UserError(
+                f"--drop {','.join(self.config.drop)} leaves no latent of "
+                f"{int((self.score > neutral).sum())} that score above {neutral:g}: drop less, "
+                "or raise --max-fdr"
+            )
+        if not ids and self.trials:
+            plain = next(trial for trial in self.trials if trial.latent is None)
+            raise UserError(
+                f"no latent of {len({t.latent for t in self.trials}) - 1} on the shortlist makes "
+                f"more answers pass than the unsteered {plain.successes} of {plain.n}: try other "
+                "--doses, a longer --shortlist, or an SAE that saw the behaviour"
+            )
         if not ids:
             raise UserError(
                 f"no latent tells {self.task.name} apart at layer {self.point.layer}: the SAE may "
@@ -126,8 +117,27 @@ class Ranking:
             )
         return ids
 
+    def flags(self, latent: int) -> dict[str, str]:
+        """The filters that take a latent out, or would, and why."""
+        reasons = {
+            "dense": f"on at {self.control_rate[latent]:.0%} of plain text's tokens",
+            "template": f"on at {self.template_rate[latent]:.0%} of the template's tokens and "
+            f"{self.control_rate[latent]:.1%} of plain text's",
+            "fdr": f"q {self.q[latent]:.2g} is above {self.config.max_fdr:g}",
+        }
+        found = {name: why for name, why in reasons.items() if bool(self.filters[name][latent])}
+        if latent in self.duplicate_of:
+            found["duplicate"] = f"nearly the direction of {self.duplicate_of[latent]}"
+        return found
+
+    def dropped(self) -> dict[str, int]:
+        """How many latents with a score above neutral each filter takes out, or would."""
+        scored = self.score > NEUTRAL.get(self.config.resolved_by, 0.0)
+        counts = {name: int((mask & scored).sum()) for name, mask in self.filters.items()}
+        return {**counts, "duplicate": len(self.duplicate_of)}
+
     def explain(self, latent: int) -> dict[str, Any]:
-        """Every column for one latent."""
+        """Everything that is known of one latent, JSON-ready."""
         row: dict[str, Any] = {
             "id": latent,
             "score": float(self.score[latent]),
@@ -142,6 +152,18 @@ class Ranking:
             column = self.by_variant[:, latent]
             row["variant_min"] = float(column.min())
             row["variant_std"] = float(column.std(correction=0))
+        row["p"], row["q"] = float(self.p[latent]), float(self.q[latent])
+        row["control_rate"] = float(self.control_rate[latent])
+        row["template_rate"] = float(self.template_rate[latent])
+        row["scores"] = {name: float(column[latent]) for name, column in self.columns.items()}
+        row["stability"] = self.stability.of(latent)
+        row["filters"] = self.flags(latent)
+        if self.trials:
+            row["trials"] = [
+                {"dose": t.dose, "successes": t.successes, "degenerate": t.degenerate, "n": t.n}
+                for t in self.trials
+                if t.latent == latent
+            ]
         return row
 
 
@@ -149,7 +171,7 @@ def rank(
     model: str | LanguageModel,
     sae: str | SAE,
     task: str | Path | Task,
-    config: RankConfig = RankConfig(),
+    config: RankConfig = RankConfig(),  # noqa: B008 (frozen: one may serve all)
     *,
     layer: int | None = None,
     site: str | None = None,
@@ -167,10 +189,15 @@ def rank(
     - `rate`: share of positives minus share of negatives where the latent is on;
     - `meandiff`: mean activation over positives minus over negatives.
 
+    The other detection scores are defined by `scores.detect`, those of the output side in
+    `output_scores` and `lens`; `fused` is the reciprocal rank fusion of the base detection score,
+    `effect` and `output`; `causal` steers with the best of those, one by one.
+
     With `read="span"` a positive sample is read at the tokens of the instruction and a negative one
-    at its last token. With `read="reply"` the model answers both kinds of text; samples are then
-    the last prompt token and every reply token, and only instructed replies that pass the task's
-    check count.
+    at its last token. With `read="reply"` the model answers both kinds of text. `rate`, `meandiff`,
+    mu and sigma then count positions: the last prompt token and every reply token. The other scores
+    count replies, each by its mean over those positions. Only instructed replies that pass the
+    task's check count, except in `corr`.
 
     Attention sinks are left out everywhere. A text that is read at sinks alone is no sample, and
     neither is the other one of its pair: a content that is in no pair any more counts nowhere.
@@ -186,7 +213,8 @@ def rank(
     Raises:
         UserError: SAE and model do not fit, the task has no train contents, no reply passes, only
             attention sinks would be read.
-        UsageError: a layer or site that contradicts the SAE.
+        UsageError: a layer or site that contradicts the SAE; a task without a check where replies
+            or steered answers have to be judged.
         NonFiniteError: the model's activations are NaN or infinite.
     """
     lm = as_language_model(model, device=device, dtype=dtype)
@@ -196,315 +224,136 @@ def rank(
     contents = list(task.contents.get("train", ()))[: config.contents]
     if not contents:
         raise UserError(f"task {task.name!r} has no contents in its train split to rank with")
-    reader = _Reader(lm, sae, point, config, progress)
-    if config.read == "reply":
-        return _rank_replies(reader, task, contents)
-    return _rank_prompts(reader, task, contents)
+    if config.resolved_by == "causal":
+        require_check(task)
+    reader = Reader(lm, sae, point, config, progress)
+    read = read_replies if config.read == "reply" else read_prompts
+    return _Ranker(reader, task, contents, read(reader, task, contents)).ranking()
 
 
-@dataclass
-class _Moments:
-    """Sums over the samples of one class, `[d_sae]` each, in float64."""
+class _Ranker:
+    """Makes the columns of a ranking, the dear ones only when they are asked for."""
 
-    d_sae: int
-    count: int = 0
-    on: Tensor = field(init=False)
-    total: Tensor = field(init=False)
-    squares: Tensor = field(init=False)
-    highest: Tensor = field(init=False)
+    def __init__(self, reader: Reader, task: Task, contents: list[str], samples: Samples) -> None:
+        self.reader, self.task, self.contents, self.samples = reader, task, contents, samples
+        self.config = reader.config
+        found = detect(samples.texts)
+        self.columns = {name: to_tensor(column) for name, column in found.scores.items()}
+        self.p = {name: to_tensor(column) for name, column in found.p.items()}
+        success = detect(samples.every_reply, ["corr"]) if samples.every_reply else None
+        if success is not None:
+            self.columns["corr"] = to_tensor(success.scores["corr"])
+            self.p["corr"] = to_tensor(success.p["corr"])
+        # Counted over positions where there are many in a sample.
+        self.columns["rate"] = samples.rate_difference
+        self.columns["meandiff"] = samples.mean_difference
+        if self.config.read == "reply":
+            del self.columns["saif"]
+        self.mu = samples.positive.active_mean
+        p = self.p[significance_of(self.config.resolved_by)]
+        self.p_chosen, self.q = p, to_tensor(benjamini_hochberg(p.numpy()))
+        self.filters = filter_masks(reader.control, self.q, self.config.max_fdr)
+        if self.config.read == "template":  # which is where this ranking looks
+            self.filters["template"] = torch.zeros_like(self.filters["template"])
+        self.trials: tuple[CausalTrial, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.on, self.total, self.squares, self.highest = (
-            torch.zeros(self.d_sae, dtype=torch.float64) for _ in range(4)
+    def ranking(self) -> Ranking:
+        config, samples, by = self.config, self.samples, self.config.resolved_by
+        if by not in self.columns:
+            self._output_side(by)
+        score = self.columns[by]
+        gone = _gone(self.filters, config.drop)
+        masked = score if gone is None else score.masked_fill(gone, -torch.inf)
+        leaders = best_first(masked, self.mu)[:LEADERS].tolist()
+        leaders = [i for i in leaders if masked[i] > NEUTRAL.get(by, 0.0)]
+        return Ranking(
+            task=self.task,
+            config=config,
+            point=self.reader.point,
+            score=score,
+            rate_positive=samples.positive.rate,
+            rate_negative=samples.negative.rate,
+            mean_difference=samples.mean_difference,
+            mu=self.mu,
+            sigma=samples.positive.active_std,
+            highest=samples.positive.highest,
+            positives=samples.positive.count,
+            negatives=samples.negative.count,
+            by_variant=samples.by_variant,
+            columns=self.columns,
+            p=self.p_chosen,
+            q=self.q,
+            filters=self.filters,
+            control_rate=self.reader.control.text,
+            template_rate=self.reader.control.other,
+            duplicate_of=duplicates(leaders, self.reader.sae.W_dec[leaders]),
+            stability=stability(config.detection, samples.for_score(config.detection), self.task,
+                                STABLE_K),
+            trials=self.trials,
+            replies_used=samples.replies_used,
+            excluded={"sinks": self.reader.sinks},
+        )  # fmt: skip
+
+    def _output_side(self, by: str) -> None:
+        """Add the column `by`, and those that it is made of."""
+        lm, sae = self.reader.lm, self.reader.sae
+        wordings = [variant.text for variant in self.task.select_variants]
+        self.columns["lens"] = lens_scores(lm, sae.W_dec, wordings, self.contents)
+        base = self.config.base
+        if by in _WITH_GRADIENTS:
+            pairs = contrasts(self.reader, self.task, self.contents)
+            slopes = contrast_gradients(lm, self.reader.point, pairs)
+            self.columns["effect"] = effect_scores(sae, slopes)
+            self.columns["atp"] = attribution_scores(sae, pairs, slopes, self.samples.texts)
+        if by in ("output", "fused", "causal"):
+            first = self.columns[base]
+            if by != "output":
+                first = self._fuse(base, "effect")
+            self.columns["output"] = self._for_some(first, self.config.candidates, self._output)
+        if by in ("fused", "causal"):
+            self.columns["fused"] = self._fuse(base, "effect", "output")
+        if by == "causal":
+            self.columns["causal"] = self._for_some(
+                self.columns["fused"], self.config.shortlist, self._causal
+            )
+
+    def _fuse(self, *names: str) -> Tensor:
+        return fuse({name: self.columns[name] for name in names}, self.mu)
+
+    def _for_some(self, score: Tensor, count: int, measure: Any) -> Tensor:
+        """A column measured for the best `count` latents by another, NaN for the rest."""
+        gone = _gone(self.filters, self.config.drop)
+        if gone is not None:
+            score = score.masked_fill(gone, -torch.inf)
+        ids = best_first(score, self.mu)[:count]
+        ids = ids[score[ids] > 0]
+        column = torch.full_like(score, torch.nan)
+        if len(ids):
+            column[ids] = measure(ids.tolist())
+        return column
+
+    def _output(self, ids: list[int]) -> Tensor:
+        reader = self.reader
+        return output_scores(
+            reader.lm, reader.sae, reader.point, ids, batch_size=self.config.batch_size
         )
 
-    def add(self, acts: Float[Tensor, "samples d_sae"]) -> None:
-        """Add samples; activations are never negative, so sums over all are sums over active."""
-        wide = acts.double().cpu()
-        self.count += len(wide)
-        self.on += (wide > 0).sum(dim=0)
-        self.total += wide.sum(dim=0)
-        self.squares += wide.square().sum(dim=0)
-        if len(wide):
-            self.highest = torch.maximum(self.highest, wide.amax(dim=0))
-
-    @property
-    def rate(self) -> Tensor:
-        return self.on / max(self.count, 1)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / max(self.count, 1)
-
-    @property
-    def active_mean(self) -> Tensor:
-        return self.total / self.on.clamp_min(1)
-
-    @property
-    def active_std(self) -> Tensor:
-        variance = self.squares / self.on.clamp_min(1) - self.active_mean.square()
-        return variance.clamp_min(0).sqrt()
+    def _causal(self, ids: list[int]) -> Tensor:
+        reader = self.reader
+        self.trials = tuple(
+            causal_trials(
+                reader.lm, reader.sae, reader.point, self.task, self.config, ids, self.contents,
+                reader.progress,
+            )
+        )  # fmt: skip
+        scores = causal_scores(self.trials)
+        return torch.tensor([scores[i] for i in ids], dtype=torch.float64)
 
 
-def _counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
-    """Start a stage; the function returned adds to what is done of it, up to the total."""
-    done = 0
-    progress(stage, 0, total, unit)
-
-    def add(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        progress(stage, done, total, unit)
-
-    return add
-
-
-class _Reader:
-    """Reads latent activations at chosen positions of encoded texts."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        sae: SAE,
-        point: HookPoint,
-        config: RankConfig,
-        progress: Progress,
-    ) -> None:
-        self.lm = lm
-        self.sae = sae
-        self.point = point
-        self.config = config
-        self.progress = progress
-        self.sinks = 0
-        self.chat = lm.has_chat_template if config.chat is None else config.chat
-
-    def instructed(self, content: str, wording: str) -> str:
-        """A positive sample."""
-        return compose(content, wording, cast(Placement, self.config.position))
-
-    def encode(self, text: str) -> EncodedPrompt:
-        return encode_prompt(self.lm, text, chat=self.chat)
-
-    def residuals(
-        self, rows: Sequence[Sequence[int]], count: Callable[[int], None]
-    ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Bool[Tensor, " tokens"]]]:
-        """For each text: its number, its residuals, and which rows are no attention sinks.
-
-        `count` is called with the number of texts of each batch when it has been read.
-        """
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        size = self.config.batch_size
-        for first in range(0, len(order), size):
-            chunk = order[first : first + size]
-            ids, mask = pad_right(self.lm, [rows[i] for i in chunk])
-            with torch.inference_mode():
-                h = run_to(self.lm, [self.point], input_ids=ids, attention_mask=mask)
-            values = h[self.point.key].float()
-            norms = values.norm(dim=-1)
-            real = norms[mask.bool()]
-            if not bool(torch.isfinite(real).all()):
-                raise NonFiniteError(
-                    f"{self.lm.name} gave NaN or infinite activations at layer "
-                    f"{self.point.layer}: try --dtype float32"
-                )
-            median = real.median()
-            near = norms <= self.config.max_norm_ratio * median
-            for place, i in enumerate(chunk):
-                length = len(rows[i])
-                yield i, values[place, :length], near[place, :length]
-            count(len(chunk))
-
-    def without_sinks(
-        self, z: Float[Tensor, "tokens d_model"], near: Bool[Tensor, " tokens"]
-    ) -> Float[Tensor, "kept d_model"]:
-        """The rows that are no attention sinks; the others are counted."""
-        self.sinks += int((~near).sum())
-        return z[near]
-
-    def latents(self, z: Float[Tensor, "samples d_model"]) -> Float[Tensor, "samples d_sae"]:
-        with torch.inference_mode():
-            return self.sae.encode(z)
-
-
-def _rank_prompts(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
-    """Samples read at one position each, positives and negatives in pairs."""
-    config, d_sae = reader.config, reader.sae.spec.d_sae
-    variants = task.select_variants
-    samples = len(contents) * (1 + len(variants))
-    count = _counter(reader.progress, "rank: read prompts", samples, "samples")
-    plain, plain_kept = _read_samples(reader, contents, None, count)
-    plain_on = plain > 0
-    positive, negative = _Moments(d_sae), _Moments(d_sae)
-    paired = torch.zeros(len(contents), dtype=torch.bool)
-    pairs = torch.zeros(len(variants), 1, dtype=torch.float64)
-    # Whole numbers, divided once at the end: latents that tie have the very same score.
-    on_off = torch.zeros(len(variants), d_sae, dtype=torch.float64)
-    for number, variant in enumerate(variants):
-        texts = [reader.instructed(content, variant.text) for content in contents]
-        acts, kept = _read_samples(reader, texts, variant.text, count)
-        kept = kept & plain_kept
-        paired |= kept
-        pairs[number] = kept.sum()
-        positive.add(acts[kept])
-        on_off[number] = ((acts > 0) & ~plain_on)[kept].sum(dim=0)
-    negative.add(plain[paired])
-    if not positive.count:
-        raise UserError(
-            f"--read {config.read} would read attention sinks alone: raise --max-norm-ratio "
-            f"({config.max_norm_ratio:g}) or choose another --read"
-        )
-    score = {
-        "saif": on_off.sum(dim=0) / positive.count,
-        "rate": _rate_difference(positive, negative),
-        "meandiff": positive.mean - negative.mean,
-    }[config.resolved_by]
-    return _ranking(reader, task, score, positive, negative, on_off / pairs.clamp_min(1))
-
-
-def _rate_difference(positive: _Moments, negative: _Moments) -> Float[Tensor, " d_sae"]:
-    """Firing rate of the positives minus that of the negatives, rounded once, so that ties hold."""
-    crossed = positive.on * negative.count - negative.on * positive.count
-    return crossed / max(positive.count * negative.count, 1)
-
-
-def _read_samples(
-    reader: _Reader, texts: list[str], instruction: str | None, count: Callable[[int], None]
-) -> tuple[Float[Tensor, "samples d_sae"], Bool[Tensor, " samples"]]:
-    """Latents of each text at the read position, in order, on the CPU, and which texts count.
-
-    Attention sinks are left out of what is pooled; a text with nothing left does not count.
-    """
-    config = reader.config
-    prompts = [reader.encode(text) for text in texts]
-    pooled = torch.zeros(len(texts), reader.sae.spec.d_sae, dtype=reader.sae.W_enc.dtype)
-    kept = torch.zeros(len(texts), dtype=torch.bool)
-    for i, z, near in reader.residuals([prompt.token_ids for prompt in prompts], count):
-        start, end = _span(prompts[i], instruction, config)
-        rows = reader.without_sinks(z[start:end], near[start:end])
-        if not len(rows):
-            continue
-        acts = reader.latents(rows)
-        pooled[i] = (acts.amax(dim=0) if config.pool == "max" else acts.mean(dim=0)).cpu()
-        kept[i] = True
-    return pooled, kept
-
-
-def _span(prompt: EncodedPrompt, instruction: str | None, config: RankConfig) -> tuple[int, int]:
-    """Tokens that a sample is read at. A text without an instruction is read at its last token."""
-    if config.read == "template":
-        return len(prompt) - 1, len(prompt)
-    last = prompt.user_span[1]
-    if config.read == "last" or instruction is None:
-        return last - 1, last
-    length = len(instruction.strip())
-    # By its place and not by search: a content may hold the words of the instruction too.
-    start = 0 if config.position == "pre" else len(prompt.text) - length
-    return prompt.token_span(start, start + length)
-
-
-def _rank_replies(reader: _Reader, task: Task, contents: list[str]) -> Ranking:
-    """Samples are the positions of replies that the model itself gives."""
-    config, d_sae = reader.config, reader.sae.spec.d_sae
-    if task.check_name is None and not config.all_replies:
-        raise UsageError(
-            f"--read reply counts replies that pass the task's check and {task.name!r} has none: "
-            "give --all-replies, or --task with a file that names a check"
-        )
-    wordings = task.select_variants[: config.reply_variants]
-    instructed = [
-        (content, reader.instructed(content, wording.text))
-        for wording in wordings
-        for content in contents
-    ]
-    answered = _answer(reader, [text for _, text in instructed], "rank: instructed replies")
-    passing = [
-        pair
-        for (content, _), pair in zip(instructed, answered, strict=True)
-        if config.all_replies or task.verdict(pair[1].text, content) is Verdict.PASS
-    ]
-    if not passing:
-        raise UserError(
-            f"none of {len(answered)} replies to {task.name!r} passes its check, so there is "
-            f"nothing to learn from: {reader.lm.name} does not follow it; --all-replies counts "
-            "every reply"
-        )
-    plain = _answer(reader, contents, "rank: plain replies")
-    positive, negative = _Moments(d_sae), _Moments(d_sae)
-    for moments, pairs, stage in (
-        (positive, passing, "rank: read instructed"),
-        (negative, plain, "rank: read plain"),
-    ):
-        rows = [prompt.token_ids + reply.token_ids for prompt, reply in pairs]
-        count = _counter(reader.progress, stage, len(rows), "replies")
-        for i, z, near in reader.residuals(rows, count):
-            start = len(pairs[i][0]) - 1
-            moments.add(reader.latents(reader.without_sinks(z[start:], near[start:])))
-    score = {
-        "rate": _rate_difference(positive, negative),
-        "meandiff": positive.mean - negative.mean,
-    }[config.resolved_by]
-    no_variants = torch.zeros(0, d_sae, dtype=torch.float64)
-    ranking = _ranking(reader, task, score, positive, negative, no_variants)
-    return replace(ranking, replies_used=(len(passing), len(answered)))
-
-
-def _answer(
-    reader: _Reader, texts: list[str], stage: str
-) -> list[tuple[EncodedPrompt, Completion]]:
-    """The model's replies to texts, in order."""
-    config = reader.config
-    prompts = [reader.encode(text) for text in texts]
-    count = _counter(reader.progress, stage, len(texts), "replies")
-    replies = generate(
-        reader.lm,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        progress=lambda new_tokens: count(config.batch_size),
-    )
-    return list(zip(prompts, replies, strict=True))
-
-
-def _ranking(
-    reader: _Reader,
-    task: Task,
-    score: Tensor,
-    positive: _Moments,
-    negative: _Moments,
-    by_variant: Tensor,
-) -> Ranking:
-    return Ranking(
-        task=task,
-        config=reader.config,
-        point=reader.point,
-        score=score,
-        rate_positive=positive.rate,
-        rate_negative=negative.rate,
-        mean_difference=positive.mean - negative.mean,
-        mu=positive.active_mean,
-        sigma=positive.active_std,
-        highest=positive.highest,
-        positives=positive.count,
-        negatives=negative.count,
-        by_variant=by_variant,
-        excluded={"sinks": reader.sinks},
-    )
-
-
-def lens_tokens(lm: LanguageModel, direction: Float[Tensor, " d_model"], k: int = 6) -> list[str]:
-    """The tokens whose logits a direction raises most: the top of W_U norm(d) (logit lens)."""
-    with torch.inference_mode():
-        weight = next(lm.unembed.parameters())
-        d = direction.to(weight.device, weight.dtype)[None]
-        # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
-        d = d * (math.sqrt(d.shape[1]) / d.float().norm().clamp_min(1e-12)).to(d.dtype)
-        logits = lm.unembed(lm.final_norm(d) if lm.final_norm is not None else d)[0]
-        # Padded vocabularies have rows behind the last token; nothing ever trained those.
-        logits = logits[: len(lm.tokenizer)].float()
-        return [lm.tokenizer.decode([i]) for i in logits.topk(k).indices.tolist()]
+def _gone(filters: Mapping[str, Tensor], drop: tuple[str, ...]) -> Tensor | None:
+    """The latents that the chosen filters take out; `duplicate` needs an order and is not here."""
+    masks = [filters[name] for name in drop if name != "duplicate"]
+    return torch.stack(masks).any(dim=0) if masks else None
 
 
 def plan_from_ranking(

@@ -189,7 +189,7 @@ def test_defaults_of_rank_are_those_of_its_config() -> None:
 
     from saesteer.cli.rank import _RANK_FIELDS
     from saesteer.steering.plan import METHODS, UNITS
-    from saesteer.steering.ranking import READS, SCORES, RankConfig
+    from saesteer.steering.rank_config import FILTERS, READS, SCORES, RankConfig
     from saesteer.steering.scope import SCOPES
 
     flags = make_parser("rank").flags()
@@ -197,11 +197,14 @@ def test_defaults_of_rank_are_those_of_its_config() -> None:
     assert set(_RANK_FIELDS.values()) == set(defaults) - {"all_replies"}
     for flag, name in _RANK_FIELDS.items():
         stated = flags["--" + flag.replace("_", "-")].help or ""
-        if defaults[name] is not None:
-            assert f"(default: {defaults[name]})" in stated
+        if defaults[name] not in (None, ()):
+            value = defaults[name]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            assert f"(default: {text})" in stated
     for words, stated in (
         (READS, flags["--read"].help),
         (SCORES, flags["--by"].help),
+        (FILTERS, flags["--drop"].help),
         (UNITS, flags["--unit"].help),
         (METHODS, make_parser("steer").flags()["--method"].help),
         (SCOPES, make_parser("steer").flags()["--scope"].help),

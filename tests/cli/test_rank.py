@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from saesteer.steering import load_plan
 
@@ -16,13 +17,17 @@ SMALL = ("--by", "rate", "--read", "span", "--dtype", "float32", "-q")
 def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
     outcome = cli("rank", "--model", model, "--sae", sae, "--task", task, *SMALL, "--top", 3)
     assert outcome.status == 0, outcome.err
-    what, header, *rows, used = outcome.out.splitlines()
+    what, header, *rows, chance, filters, alike, used = outcome.out.splitlines()
     assert what.startswith("late at layer 1 (resid_post), by rate, read span, ")
     assert header.split() == ["rank", "latent", "score", "on+", "on-", "mu", "sigma", "lens"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3"]
     scores = [float(row.split()[2]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     assert "'" in rows[0]  # lens tokens, their blanks visible
+    assert " latents differ at a false discovery rate of 0.05 (mcnemar)" in chance
+    assert filters.startswith("latents that each filter finds: dense ")
+    assert filters.endswith("; dropped: none")
+    assert alike.startswith("agreement by rate (Jaccard@15 / Spearman): variants ")
     assert used == "ranked with 4 of 6 contents (of the train split); 0 attention sinks left out"
     assert outcome.err.startswith("warning: ranked with 4 of 6 contents, which is few")
 
@@ -33,10 +38,15 @@ def test_plan_files_and_json(cli: Cli, model: Path, sae: Path, task: Path, tmp_p
     dose = ("--top", 2, "--scale", 1.5, "--beta", -0.5, "--scope", "first:3")
     found = cli(*words, *dose, "--json").json()
     assert sorted(path.name for path in out.iterdir()) == [
-        "plan.safetensors", "plan.yaml", "ranking.json", "run.json"
+        "plan.safetensors", "plan.yaml", "ranking.json", "run.json", "scores.safetensors"
     ]  # fmt: skip
     assert found == json.loads((out / "ranking.json").read_text())
     assert found["plan"] == str(out / "plan.yaml")
+    scores = load_file(out / "scores.safetensors")
+    for row in found["latents"]:
+        for name, value in row["scores"].items():
+            assert float(scores[name][row["id"]]) == pytest.approx(value)
+    assert set(found["latents"][0]["scores"]) >= {"saif", "auroc", "welch", "mi", "corr"}
     plan = load_plan(out)
     assert (plan.scale, plan.beta, plan.scope, plan.layer) == (1.5, -0.5, "first:3", 1)
     assert [row["id"] for row in found["latents"]] == list(plan.ids)
@@ -96,16 +106,45 @@ def test_a_task_of_ones_own_is_steered_after_its_instruction(
 
 def test_explain(cli: Cli, sae: Path, task: Path) -> None:
     words = ("rank", "--sae", sae, "--task", task, *SMALL, "--top", 1)
-    text = cli(*words, "--explain", "3,0").out
-    header, *rows, _ = text.split("\n\n")[1].splitlines()
-    assert header.split() == [
-        "id", "score", "rate_positive", "rate_negative", "mean_difference", "mu", "sigma", "max",
-        "variant_min", "variant_std", "lens",
-    ]  # fmt: skip
-    assert [row.split()[0] for row in rows] == ["3", "0"]
+    _, one, other, _ = cli(*words, "--explain", "3,0").out.split("\n\n")
+    for report, latent in ((one, 3), (other, 0)):
+        title, *lines = report.splitlines()
+        assert title.startswith(f"latent {latent} (")
+        keys = [line.split()[0] for line in lines]
+        assert keys[:4] == ["lens", "with", "when", "elsewhere"]
+        assert "chance" in keys
+        scores = next(line for line in lines if line.split()[0] == "scores")
+        assert all(f" {name} " in scores for name in ("saif", "paired-t", "auroc", "mi"))
     found = cli(*words, "--explain", "--json").json()
     assert [row["id"] for row in found["explain"]] == [found["latents"][0]["id"]]
     assert "--explain 64 is out of range" in cli(*words, "--explain", 64).error(2)
+
+
+def test_filters_take_latents_out(cli: Cli, sae: Path, task: Path) -> None:
+    words = ("rank", "--sae", sae, "--task", task, *SMALL, "--top", 64, "--json")
+    kept = cli(*words).json()
+    flagged = {row["id"] for row in kept["latents"] if "dense" in row["filters"]}
+    assert flagged and len(flagged) == kept["filters"]["dense"] < len(kept["latents"])
+    found = cli(*words, "--drop", "dense").json()
+    wanted = [row["id"] for row in kept["latents"] if row["id"] not in flagged]
+    assert [row["id"] for row in found["latents"]] == wanted
+    assert found["dropped"] == ["dense"]
+    (latent,) = cli(*words, "--explain", next(iter(flagged))).json()["explain"]
+    assert "of plain text's tokens" in latent["filters"]["dense"]
+
+
+def test_fused_and_the_road_to_causal(cli: Cli, sae: Path, task: Path) -> None:
+    small = ("--all-replies", "--candidates", 6, "--max-new-tokens", 4, "--effect-contents", 3)
+    words = ("rank", "--sae", sae, "--task", task, *SMALL, *small)
+    found = cli(*words, "--by", "fused", "--explain", "--json").json()
+    assert {"lens", "effect", "atp", "output", "fused"} <= set(found["explain"][0]["scores"])
+    assert [row["score"] for row in found["latents"]] == sorted(
+        (row["score"] for row in found["latents"]), reverse=True
+    )
+    # Whatever a tiny random model says has a word in it, steered or not, and passes the check.
+    says = cli(*words, "--by", "causal", "--shortlist", 2, "--causal-contents", 2,
+               "--doses", "0.5").error(1)  # fmt: skip
+    assert "no latent of 2 on the shortlist makes more answers pass than the unsteered 2 " in says
 
 
 @pytest.mark.parametrize(
@@ -118,8 +157,10 @@ def test_explain(cli: Cli, sae: Path, task: Path) -> None:
         (["--task", "klingon"], 2, "unknown task 'klingon': --task takes a built-in name (bullets"),
         (["--task", "none.yaml"], 1, "no such file: none.yaml"),
         (["--instruction", "x", "--contents", "none.txt"], 1, "--contents: no such file"),
-        (["--task", "french", "--by", "luck"], 2, "--by must be one of saif, rate, meandiff"),
+        (["--task", "french", "--by", "luck"], 2, "--by must be one of saif, rate, logodds"),
         (["--task", "french", "--read", "first"], 2, "--read must be one of last, template"),
+        (["--task", "french", "--drop", "odd"], 2, "--drop must be one of dense, template"),
+        (["--task", "french", "--doses", "0.3,x"], 2, "--doses must be a number, got 'x'"),
         (["--task", "french", "--position", "mid"], 2, "--position must be one of post, pre"),
         (["--task", "french", "--by", "saif", "--read", "reply"], 2, "--by saif compares"),
         (["--task", "french", "--rank-contents", "0"], 2, "--rank-contents must be at least 1"),

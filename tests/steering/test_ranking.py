@@ -16,7 +16,8 @@ from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.generation import Completion
 from saesteer.sae.models import LanguageModel, load_model, wrap_model
 from saesteer.sae.prompts import EncodedPrompt, encode_prompt
-from saesteer.steering import ranking as ranking_module
+from saesteer.steering import reading as reading_module
+from saesteer.steering import samples as samples_module
 from saesteer.steering.ranking import (
     RankConfig,
     Ranking,
@@ -304,6 +305,49 @@ def test_the_batch_size_changes_nothing(lm: LanguageModel) -> None:
         torch.testing.assert_close(other.mu, found[0].mu, **CLOSE)
 
 
+@pytest.mark.parametrize("read", ["last", "span", "reply"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_latents_are_encoded_in_parts_of_bounded_size(
+    pool: str, read: str, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a million latents a few tokens fill a part; what is found is the same."""
+    sae = random_sae()
+    config = RankConfig(
+        by="meandiff", read=read, pool=pool, contents=3, all_replies=True, max_new_tokens=5,
+        temperature=0.0,
+    )  # fmt: skip
+    wanted = rank(lm, sae, TASK, config)
+    sizes: list[int] = []
+    encode = SAE.encode
+
+    def spy(self: SAE, x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel() // x.shape[-1])
+        return encode(self, x)
+
+    monkeypatch.setattr(reading_module, "_ACTS_AT_ONCE", 3 * D_SAE)
+    monkeypatch.setattr(SAE, "encode", spy)
+    found = rank(lm, sae, TASK, config)
+    assert max(sizes) == 3
+    for name, column in wanted.columns.items():
+        torch.testing.assert_close(found.columns[name], column, **CLOSE)
+    torch.testing.assert_close(found.control_rate, wanted.control_rate)
+    torch.testing.assert_close(found.sigma, wanted.sigma, **CLOSE)
+
+
+def test_control_rates_count_every_token_of_plain_texts(lm: LanguageModel) -> None:
+    sae, config = random_sae(), RankConfig(contents=CONTENTS)
+    ranking = rank(lm, sae, TASK, config)
+    inside, outside = [], []
+    for text in TRAIN:
+        ids = token_ids(lm, text)
+        end = user_end(lm, ids)
+        start = end - len(lm.tokenizer(text)["input_ids"])
+        for place, acts in enumerate(latents_of(lm, sae, ids)):
+            (inside if start <= place < end else outside).append(acts > 0)
+    np.testing.assert_allclose(ranking.control_rate.numpy(), np.mean(inside, axis=0))
+    np.testing.assert_allclose(ranking.template_rate.numpy(), np.mean(outside, axis=0))
+
+
 # --- reading replies -----------------------------------------------------------------------------
 
 
@@ -320,7 +364,7 @@ def scripted(
         texts = [reply(prompt.text) for prompt in prompts]
         return [Completion(text, list(lm.tokenizer(text)["input_ids"])) for text in texts]
 
-    monkeypatch.setattr(ranking_module, "generate", generate)
+    monkeypatch.setattr(reading_module, "generate", generate)
     return calls
 
 
@@ -555,9 +599,9 @@ def test_scores_that_tie_are_equal_to_the_bit(
         acts = torch.zeros(10, D_SAE)
         for latent, fires in enumerate(left.pop(0)):
             acts[10 - fires :, latent] = 1.0 + latent
-        return acts, torch.ones(10, dtype=torch.bool)
+        return enumerate(acts)
 
-    monkeypatch.setattr(ranking_module, "_read_samples", read)
+    monkeypatch.setattr(samples_module, "read_texts", read)
     many = dataclasses.replace(TASK, contents={"train": tuple("abcdefghij")})
     ranking = rank(lm, random_sae(), many, RankConfig(by=by))
     assert len(set(ranking.score[:3].tolist())) == 1
@@ -574,7 +618,7 @@ def test_only_train_contents_and_selection_wordings_are_read(
         seen.append(text)
         return encode_prompt(lm, text, chat=chat)
 
-    monkeypatch.setattr(ranking_module, "encode_prompt", spy)
+    monkeypatch.setattr(reading_module, "encode_prompt", spy)
     rank(lm, random_sae(), TASK, RankConfig(contents=3))
     allowed = {*TRAIN[:3], *(f"{c}\n{w}" for c in TRAIN[:3] for w in WORDINGS)}
     assert set(seen) == allowed
@@ -637,7 +681,12 @@ def test_an_sae_in_memory_goes_where_the_model_is(read: str, lm: LanguageModel) 
     ("settings", "message"),
     [
         ({"read": "first"}, "--read must be one of last, template, span, reply, got 'first'"),
-        ({"by": "auroc"}, "--by must be one of saif, rate, meandiff, got 'auroc'"),
+        ({"by": "luck"}, "--by must be one of saif, rate, logodds, .*, causal, got 'luck'"),
+        ({"drop": ("dense", "odd")}, "--drop must be one of dense, template, duplicate, fdr, got"),
+        ({"max_fdr": 0.0}, "--max-fdr must be above 0 and at most 1, got 0.0"),
+        ({"doses": ()}, "--doses must be positive numbers, got"),
+        ({"doses": (0.3, -1.0)}, "--doses must be positive numbers, got"),
+        ({"shortlist": 0}, "--shortlist must be at least 1, got 0"),
         ({"position": "inside"}, "--position must be one of post, pre, got 'inside'"),
         ({"pool": "sum"}, "--pool must be one of max, mean, got 'sum'"),
         ({"by": "saif", "read": "reply"}, "--by saif .* --read reply .*: use --by rate"),

@@ -1,0 +1,119 @@
+"""What `saesteer rank` prints: the table of latents, the report of one, and what was found."""
+
+from argparse import Namespace
+from typing import Any
+
+from saesteer.cli.output import amount, print_next, print_table
+from saesteer.cli.output import number as figure
+
+_COLUMNS = {
+    "score": "score",
+    "on+": "rate_positive",
+    "on-": "rate_negative",
+    "mu": "mu",
+    "sigma": "sigma",
+}
+
+
+def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
+    samples = f"{document['positives']} positive and {document['negatives']} negative samples"
+    print(
+        f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
+        f"{document['by']}, read {document['read']}, {samples}"
+    )
+    if document["replies_used"]:
+        passed, answered = document["replies_used"]
+        print(f"{passed} of {answered} instructed replies pass the check and count")
+    rows = [
+        [
+            str(row["rank"]),
+            str(row["id"]),
+            *(figure(row[key]) for key in _COLUMNS.values()),
+            _shown(row["lens"]),
+        ]
+        for row in document["latents"]
+    ]
+    print_table(["rank", "latent", *_COLUMNS, "lens"], rows, left="lens")
+    for row in document.get("explain", ()):
+        print()
+        _print_report(document, row)
+    if "explain" in document:
+        print()
+    for line in _findings(document):
+        print(line)
+    used, given = document["contents_used"]
+    print(
+        f"ranked with {used} of {given} contents (of the train split); "
+        f"{amount(document['excluded']['sinks'])} attention sinks left out"
+    )
+    if args.out is not None:
+        print(f"plan written to {document['plan']}")
+        print_next(
+            "steer", "--model", document["model"]["name"], "--plan", args.out,
+            "-p", "TEXT", "--baseline",
+        )  # fmt: skip
+
+
+def _findings(document: dict[str, Any]) -> list[str]:
+    """What the filters, the tests and the comparison of parts say, a line each."""
+    found, parts = document["discoveries"], document["stability"]
+    lines = [
+        f"{amount(found['latents'])} latents differ at a false discovery rate of "
+        f"{found['max_fdr']:g} ({document['test']})"
+    ]
+    counts = ", ".join(f"{name} {amount(n)}" for name, n in document["filters"].items())
+    dropped = ",".join(document["dropped"]) or "none"
+    lines.append(f"latents that each filter finds: {counts}; dropped: {dropped}")
+    alike = [
+        f"{name} {figure(parts[name]['jaccard'])} / {figure(parts[name]['spearman'])}"
+        for name in ("variants", "languages", "contents")
+        if name in parts
+    ]
+    if alike:
+        lines.append(
+            f"agreement by {parts['by']} (Jaccard@{parts['k']} / Spearman): {', '.join(alike)}"
+        )
+    if document["unsteered"]:
+        plain = document["unsteered"]
+        lines.append(f"unsteered, {plain['successes']} of {plain['n']} answers pass")
+    return lines
+
+
+def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
+    """All that is known of one latent."""
+    place = next((r["rank"] for r in document["latents"] if r["id"] == row["id"]), None)
+    where = f"rank {place}" if place else "not in the plan"
+    print(f"latent {row['id']} ({where}), {document['by']} {figure(row['score'])}")
+    active = f"mu {figure(row['mu'])}, sigma {figure(row['sigma'])}, max {figure(row['max'])}"
+    rates = f"on {figure(row['rate_positive'])}, without {figure(row['rate_negative'])}"
+    lines = [
+        ("lens", _shown(row["lens"])),
+        ("with it", rates),
+        ("when on", active),
+        ("elsewhere", f"on at {figure(row['control_rate'])} of plain text's tokens, "
+         f"{figure(row['template_rate'])} of the template's"),
+        ("scores", ", ".join(f"{name} {figure(x)}" for name, x in row["scores"].items())),
+        ("chance", f"p {figure(row['p'])}, q {figure(row['q'])} ({document['test']})"),
+    ]  # fmt: skip
+    lines += [
+        (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "
+         f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
+         f"{part['in_top']:.0%}")
+        for name, part in row["stability"].items()
+    ]  # fmt: skip
+    lines += [
+        ("steered", f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
+         f"answers pass, {trial['degenerate']} degenerate")
+        for trial in row.get("trials", ())
+    ]  # fmt: skip
+    lines += [
+        (name, f"{why}; {'dropped' if name in document['dropped'] else 'kept'}")
+        for name, why in row["filters"].items()
+    ]
+    for name, text in lines:
+        print(f"  {name:<10} {text}")
+
+
+def _shown(tokens: list[str]) -> str:
+    """Tokens with their blanks visible."""
+    return " ".join(repr(token) for token in tokens)

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saesteer.steering.applying import SteeredText as SteeredText
     from saesteer.steering.applying import generate_steered as generate_steered
+    from saesteer.steering.arrangement import ByRow as ByRow
     from saesteer.steering.calibration import Grid as Grid
     from saesteer.steering.calibration import calibrate as calibrate
+    from saesteer.steering.chats import encode_chat as encode_chat
+    from saesteer.steering.directions import mean_difference as mean_difference
+    from saesteer.steering.directions import plan_from_directions as plan_from_directions
     from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
     from saesteer.steering.hook import SteerReport as SteerReport
@@ -26,12 +30,18 @@ if TYPE_CHECKING:
     from saesteer.steering.ranking import lens_tokens as lens_tokens
     from saesteer.steering.ranking import plan_from_ranking as plan_from_ranking
     from saesteer.steering.ranking import rank as rank
+    from saesteer.steering.reading import with_gate as with_gate
     from saesteer.steering.tasks import Task as Task
     from saesteer.steering.tasks import builtin_tasks as builtin_tasks
     from saesteer.steering.tasks import load_task as load_task
     from saesteer.steering.tasks import reply_prompts as reply_prompts
 
 _HOME = {
+    "ByRow": "arrangement",
+    "encode_chat": "chats",
+    "mean_difference": "directions",
+    "plan_from_directions": "directions",
+    "with_gate": "reading",
     "SteeredText": "applying",
     "generate_steered": "applying",
     "Grid": "calibration",

@@ -65,7 +65,7 @@ class Gate:
         return tuple(dict.fromkeys(leaf.latent for leaf in self.leaves))
 
 
-_TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d*)?(?:e[+-]?\d+)?|-\d\S*)|([()>:&|!])|(and|or|not)\b)", re.I)
+_TOKEN = re.compile(r"\s*(?:(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)|([()>:&|!])|(and|or|not)\b)", re.I)
 _WORDS = {"and": "&", "or": "|", "not": "!"}
 
 

@@ -22,7 +22,8 @@ from saesteer.steering.positions import Call, PassTokens, PositionTracker
 from saesteer.steering.reading import gate_reader, matching_sae, needs_sae
 from saesteer.steering.schedules import parse_schedule
 from saesteer.steering.scope import NOWHERE, Rows, Scope, parse_scope
-from saesteer.steering.touched import Record, SteerReport
+from saesteer.steering.touched import Record
+from saesteer.steering.touched import SteerReport as SteerReport
 from saesteer.steering.touched import TouchedRow as TouchedRow
 from saesteer.steering.touched import median as median
 

@@ -239,7 +239,7 @@ def test_several_plans_edit_in_turn(run: str, lm: LanguageModel) -> None:
         return (torch.arange(len(h)) >= P - 1)[:, None] * vector(first)
 
     def project(h: Tensor, P: int) -> Tensor:
-        return -(torch.arange(len(h)) >= P - 1)[:, None] * (h @ d)[:, None] * d
+        return (torch.arange(len(h)) >= P - 1)[:, None] * (h @ -d)[:, None] * d
 
     report = check(lm, [first, second], lambda row: [add, project], run)
     assert len(report.parts) == 2
@@ -259,7 +259,7 @@ def test_each_row_follows_its_own_plan(mixed: bool, run: str, lm: LanguageModel)
 
     def rule_b(h: Tensor, P: int) -> Tensor:
         if mixed:
-            return -(torch.arange(len(h)) >= P - 1)[:, None] * (h @ d)[:, None] * d
+            return (torch.arange(len(h)) >= P - 1)[:, None] * (h @ -d)[:, None] * d
         return (torch.arange(len(h)) >= P)[:, None] * vector(b)
 
     report = check(lm, ByRow([b, None, a]), lambda row: [[rule_b], [], [rule_a]][row], run)

@@ -152,7 +152,7 @@ def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
             "weights differ; give that SAE, or --force"
         )
     gated = plan.parsed_gate.ids if plan.gate else ()
-    if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max(*plan.ids, *gated):
+    if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max((*plan.ids, *gated)):
         raise UserError(
             f"--sae {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
             f"which does not fit the plan: give {plan.sae.source}"

@@ -9,7 +9,7 @@ from saesteer.steering.schedules import parse_schedule
 
 
 def test_not_binds_before_and_before_or() -> None:
-    a, b, c = Above(1, 2, 2), Above(3, 0.5, 0.5), Above(5, 4, 1)
+    a, b, c = Above(1, 2.0, 2.0), Above(3, 0.5, 0.5), Above(5, 4.0, 1.0)
     wanted = Either((Every((Not(a), b)), c))
     assert parse_gate("!1 > 2 & 3>0.5 | 5 > 4:1").root == wanted
     assert parse_gate("not 1>2 AND 3 > 5e-1 or (5 > 4 : 1)").root == wanted

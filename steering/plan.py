@@ -108,7 +108,7 @@ class Plan:
     """Encoder columns with the input's centering folded in; None where a latent depends on all."""
     b_enc: Float[Tensor, " n"] | None = None
     threshold: Float[Tensor, " n"] | None = None
-    """JumpReLU's own; of a topk SAE, the value that stands for membership (see `membership`)."""
+    """JumpReLU's own."""
     gate_ids: tuple[int, ...] = ()
     """The latents that the `gate_` tensors are of: those of the gate, or none."""
     gate_W_enc: Float[Tensor, "d_model gated"] | None = None

@@ -2,7 +2,7 @@
 
 A latent of a standard, JumpReLU or linear encoder depends on its own column alone: k columns cost
 O(k d) a token. A TopK latent also has to be among the k largest of all, which takes the whole
-encoder, or a threshold that stands for membership (see `membership`).
+encoder, and so the SAE itself.
 """
 
 import dataclasses
@@ -103,11 +103,11 @@ def _gate_columns(plan: Plan) -> dict[str, Tensor] | None:
 def _complete(
     plan: Plan, W_enc: Tensor | None, b_enc: Tensor | None, threshold: Tensor | None
 ) -> dict[str, Tensor] | None:
-    if W_enc is None or b_enc is None:
+    if plan.sae.architecture == "topk" or W_enc is None or b_enc is None:
         return None
     if threshold is None:
-        needed = plan.sae.architecture in ("jumprelu", "topk")
-        return None if needed else {"W_enc": W_enc, "b_enc": b_enc}
+        jumps = plan.sae.architecture == "jumprelu"
+        return None if jumps else {"W_enc": W_enc, "b_enc": b_enc}
     return {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
 
 

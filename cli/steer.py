@@ -24,6 +24,10 @@ def add_flags(parser: VerbParser) -> None:
     add_model(what, "(default: the one the plan or the SAE names)")
     what.add_argument("--plan", metavar="FILE", help="a plan.yaml, or the folder that holds it")
     what.add_argument(
+        "--also", action=Repeated, metavar="FILE",
+        help="a further plan, which edits what the one before left; repeatable",
+    )  # fmt: skip
+    what.add_argument(
         "--sae", metavar="DIR",
         help="folder in SAELens format, or RELEASE:ID of sae_lens; with --plan: where the plan's "
         "SAE lies now, for methods that read latents",
@@ -43,7 +47,8 @@ def add_flags(parser: VerbParser) -> None:
     how = parser.add_argument_group("how; with --plan the defaults are the plan's")
     how.add_argument(
         "--method", metavar="NAME",
-        help="add, set, min, max, scale, ablate or project (default with --latents: add)",
+        help="add, add-keep-norm, set, min, max, scale, ablate or project (default with --latents: "
+        "add)",
     )  # fmt: skip
     how.add_argument(
         "--unit", metavar="NAME",
@@ -60,8 +65,21 @@ def add_flags(parser: VerbParser) -> None:
     how.add_argument(
         "--scope", metavar="WHERE",
         help="positions to steer: generation, generated, prompt, all, last-prompt, first:N, "
-        "span:A-B or after-instruction (default with --latents: generation)",
+        "span:A-B, after-instruction or assistant (default with --latents: generation)",
     )  # fmt: skip
+    how.add_argument(
+        "--schedule", metavar="HOW",
+        help="strength over the new tokens: constant, first:N, linear:N or decay:OMEGA,K "
+        "(default with --latents: constant)",
+    )  # fmt: skip
+    how.add_argument(
+        "--gate", metavar="IF",
+        help="edit only where latents say so: '412 > 3 & !(77 > 1)', '412 > 3 : 1' (on above 3, "
+        "off again at 1), 'prompt: 412 > 3' (decided once)",
+    )  # fmt: skip
+    how.add_argument(
+        "--exclude-special", action="store_true", help="every scope: leave out special tokens"
+    )
     how.add_argument(
         "--include-first", action="store_true", help="scopes prompt and all: position 0 too"
     )
@@ -140,8 +158,8 @@ def _check_flags(args: Namespace) -> None:
                 "nothing to steer with: give --plan FILE, or --sae DIR --latents ID:VALUE; for the "
                 "unsteered model give --baseline alone"
             )
-        _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope",
-                reason="needs --plan, or --sae with --latents")  # fmt: skip
+        _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope", "schedule",
+                "gate", "also", reason="needs --plan, or --sae with --latents")  # fmt: skip
     if args.plan is not None:
         _refuse(args, "site", reason="is for --latents: a plan says where it steers")
     if args.latents is not None:
@@ -162,12 +180,12 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
 def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.hooks import sae_hook_point
-    from saesteer.steering import load_plan, plan_from_latents
+    from saesteer.steering import load_plan, plan_from_latents, with_gate
     from saesteer.steering.plan import parse_latents
 
     changes = {
         name: value
-        for name in ("method", "unit", "scale", "beta", "scope")
+        for name in ("method", "unit", "scale", "beta", "scope", "schedule")
         if (value := getattr(args, name)) is not None
     }
     if args.plan is not None:
@@ -182,6 +200,8 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
                 f"{plan.layer}: leave --layer out"
             )
         sae = None if args.sae is None else open_sae(args, report)
+        if args.gate is not None:
+            plan = with_gate(plan, args.gate, sae)
         return open_model(args, report, name=plan.model.name), plan, sae
     if args.sae is None:
         return open_model(args, report), None, None
@@ -190,6 +210,8 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     lm = open_model(args, report, name=sae.spec.model_name)
     sae_hook_point(sae, lm, layer=args.layer, site=args.site, force=args.force)
     plan = plan_from_latents(lm, sae, args.layer, values, site=args.site, **changes)
+    if args.gate is not None:
+        plan = with_gate(plan, args.gate, sae)
     return lm, plan, sae.to(lm.device)
 
 
@@ -211,7 +233,7 @@ def _generate(
     answers = generate_steered(
         lm,
         texts,
-        plan,
+        plan if not args.also else [plan, *args.also],
         chat=args.chat,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -220,6 +242,7 @@ def _generate(
         batch_size=args.batch_size,
         include_first=args.include_first,
         include_template=args.include_template,
+        exclude_special=args.exclude_special,
         sae=sae,
         force=args.force,
         baseline=args.baseline,
@@ -236,7 +259,9 @@ def _generate(
         }
         if args.baseline:
             row["baseline"] = answer.baseline
-        if plan is not None and not answer.tokens_touched:
+        if answer.tokens_gated_off and not answer.tokens_touched:
+            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
+        elif plan is not None and not answer.tokens_touched:
             report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
         rows.append(row)
     touched = sum(answer.tokens_touched for answer in answers)

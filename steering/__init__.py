@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saesteer.steering.applying import SteeredText as SteeredText
     from saesteer.steering.applying import generate_steered as generate_steered
+    from saesteer.steering.arrangement import ByRow as ByRow
     from saesteer.steering.calibration import Grid as Grid
     from saesteer.steering.calibration import calibrate as calibrate
+    from saesteer.steering.chats import encode_chat as encode_chat
+    from saesteer.steering.directions import mean_difference as mean_difference
+    from saesteer.steering.directions import plan_from_directions as plan_from_directions
     from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
     from saesteer.steering.exchange import export_plan as export_plan
     from saesteer.steering.exchange import import_vectors as import_vectors
     from saesteer.steering.hook import SteerReport as SteerReport
     from saesteer.steering.hook import steer as steer
+    from saesteer.steering.latent_reading import with_gate as with_gate
     from saesteer.steering.plan import Plan as Plan
     from saesteer.steering.plan import PlannedLatent as PlannedLatent
     from saesteer.steering.plan import plan_from_latents as plan_from_latents
@@ -34,6 +39,11 @@ if TYPE_CHECKING:
     from saesteer.steering.tasks import reply_prompts as reply_prompts
 
 _HOME = {
+    "ByRow": "arrangement",
+    "encode_chat": "chats",
+    "mean_difference": "directions",
+    "plan_from_directions": "directions",
+    "with_gate": "latent_reading",
     "SteeredText": "applying",
     "generate_steered": "applying",
     "Grid": "calibration",

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.generation import Completion, generate
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import EncodedPrompt, encode_prompt
+from saesteer.steering.arrangement import ByRow, Plans
 from saesteer.steering.hook import SteerReport, median, steer
 from saesteer.steering.plan import Plan
 
@@ -27,6 +31,8 @@ class SteeredText:
     while other rows of the batch went on, does not count."""
     relative_dose: float | None = None
     """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
+    tokens_gated_off: int = 0
+    """Positions in the scope where the gate was closed, the end of the text not minded."""
     tokens_changed: int = 0
     """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
 
@@ -34,7 +40,7 @@ class SteeredText:
 def generate_steered(
     lm: LanguageModel,
     texts: Sequence[str],
-    plan: Plan | None,
+    plan: Plans | None,
     *,
     chat: bool | None = None,
     max_new_tokens: int = 64,
@@ -47,6 +53,8 @@ def generate_steered(
     beta: float | None = None,
     include_first: bool = False,
     include_template: bool = False,
+    exclude_special: bool = False,
+    schedule: str | None = None,
     instructions: Sequence[str] | None = None,
     sae: SAE | None = None,
     force: bool = False,
@@ -57,7 +65,8 @@ def generate_steered(
 
     Args:
         texts: what the person says; one user turn each when `chat`.
-        plan: None leaves the model as it is.
+        plan: what `steer` takes; the plans of a `ByRow` are those of `texts`, one each. None leaves
+            the model as it is.
         chat: None is on when the tokenizer has a chat template.
         baseline: generate without the plan too, with the same seed and batches.
         progress: called with the number of new tokens of each batch that ended.
@@ -96,9 +105,23 @@ def generate_steered(
             SteeredText(text, done.text, done.token_ids, done.text if baseline else None)
             for text, done in zip(texts, plain, strict=True)
         ]
+
+    def in_batches(one: Any) -> Any:
+        """`ByRow` is given a plan for each text; texts are batched by length."""
+        if isinstance(one, ByRow):
+            return ByRow(one.plans, lambda call: batches[call])
+        return one
+
+    given = [plan] if isinstance(plan, Plan | str | Path | ByRow) else list(plan)
+    for one in given:
+        if isinstance(one, ByRow) and len(one.plans) != len(texts):
+            raise UsageError(
+                f"ByRow has plans for {len(one.plans)} texts and {len(texts)} were given: give "
+                "one plan, or None, for each"
+            )
     with steer(
         lm,
-        plan,
+        [in_batches(one) for one in given],
         scope=scope,
         scale=scale,
         beta=beta,
@@ -106,6 +129,8 @@ def generate_steered(
         instructions=instructions,
         include_first=include_first,
         include_template=include_template,
+        exclude_special=exclude_special,
+        schedule=schedule,
         sae=sae,
         force=force,
     ) as report:
@@ -120,6 +145,7 @@ def generate_steered(
             tokens_touched=touched[i][0],
             relative_dose=touched[i][1],
             tokens_changed=touched[i][2],
+            tokens_gated_off=touched[i][3],
         )
         for i, done in enumerate(completions)
     ]
@@ -130,14 +156,14 @@ def _touched(
     batches: Sequence[Sequence[int]],
     prompts: Sequence[EncodedPrompt],
     completions: Sequence[Completion],
-) -> list[tuple[int, float | None, int]]:
-    """Edited positions, relative dose and changed positions of each prompt, up to its own end."""
-    found: list[tuple[int, float | None, int]] = [(0, None, 0)] * len(prompts)
+) -> list[tuple[int, float | None, int, int]]:
+    """Edited positions, relative dose, changed and gated positions of each prompt, to its end."""
+    found: list[tuple[int, float | None, int, int]] = [(0, None, 0, 0)] * len(prompts)
     if report.passes == 0:  # switched off
         return found
     for call, indices in enumerate(batches):
         for row, i in zip(report.call_rows(call), indices, strict=True):
             kept = row.before(len(prompts[i]) + len(completions[i].token_ids))
             changed = int((kept.delta_norms > 0).sum())
-            found[i] = len(kept.positions), median([kept.relative_doses]), changed
+            found[i] = len(kept.positions), median([kept.relative_doses]), changed, row.gated_off
     return found

@@ -1,68 +1,146 @@
 """The edits a plan can make to a residual vector, all as a difference that is added.
 
 For the chosen latents, with present value a_j and new value a'_j, the residual moves by
-sum_j (a'_j - a_j) d_j: what the SAE does not reconstruct stays as it was, exactly.
+sum_j (a'_j - a_j) d_j: what the SAE does not reconstruct stays as it was, exactly. A weight in
+[0, 1] makes that share of the move.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.steering.plan import Plan, encoder_columns
+from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.steering.latent_reading import (
+    LatentReader,
+    edit_reader,
+    matching_sae,
+    needs_sae,
+    on_device,
+)
+from saesteer.steering.methods import ADDING_METHODS
+from saesteer.steering.plan import Plan
 
-# Dense latents of so many numbers at most exist at a time (64 MiB in float32).
-_ENCODE_NUMBERS = 2**24
+
+class Edit(ABC):
+    """What is added to each residual vector, in float32."""
+
+    @abstractmethod
+    def delta(
+        self,
+        h: Float[Tensor, "batch seq d_model"],
+        mask: Bool[Tensor, "batch seq"],
+        weight: Float[Tensor, "batch seq"] | None = None,
+        plan_of_row: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "#batch #seq d_model"]:
+        """What to add to `h` (float32); right where `mask` is True, anything elsewhere.
+
+        Args:
+            weight: the share of the edit at each token; None makes all of it.
+            plan_of_row: which of the edit's plans each row follows, where it holds several.
+        """
 
 
-class Edit:
-    """What a plan adds to each residual vector, in float32.
+def make_edit(plans: Sequence[Plan], sae: SAE | None = None, force: bool = False) -> Edit:
+    """The edit of one plan, or of several that add by the same method and unit.
 
-    Raises UserError when the method needs an SAE that cannot be had, UsageError when the
-    directions leave nothing to add.
+    `sae` serves methods that read latents; where one is needed and none is given, it is loaded from
+    where the plan says. Raises UserError when it cannot be had, UsageError when the directions
+    leave nothing to add.
     """
+    first = plans[0]
+    if first.method in ADDING_METHODS:
+        if sae is not None:
+            for plan in plans:
+                matching_sae(plan, sae, force)
+        return AddEdit(plans)
+    (plan,) = plans
+    if sae is not None or (plan.reads_latents and needs_sae(plan)):
+        sae = matching_sae(plan, sae, force)
+    if plan.method == "project":
+        return ProjectEdit(plan)
+    return LatentEdit(plan, edit_reader(plan, sae), sae)
 
-    def __init__(self, plan: Plan, sae: SAE | None = None, force: bool = False) -> None:
-        self.plan = plan
-        self._sae: SAE | None = None
-        directions = plan.directions.float()
-        doses = torch.tensor(plan.doses(), dtype=torch.float64)
-        tensors: dict[str, Tensor] = {"doses": doses.float(), "directions": directions}
-        if sae is not None or (plan.reads_latents and plan.sae.architecture == "topk"):
-            sae = _matching_sae(plan, sae, force)
-        if plan.method == "add":
-            tensors = {"vector": _sum(plan, doses)}
-        elif plan.method == "project":
-            tensors = {"basis": _basis(directions)}
-        else:
-            if plan.sae.architecture == "topk":
-                assert sae is not None
-                self._sae = sae
-                if sae.spec.rescale_acts_by_decoder_norm:
-                    # Such latents are given in units of their decoder row.
-                    norms = directions.norm(dim=1, keepdim=True).clamp(min=1e-8)
-                    tensors["directions"] = directions / norms
-            else:
-                tensors.update(_encoder(plan, sae))
-        self._tensors = tensors
+
+class AddEdit(Edit):
+    """h + v, with v = sum_j alpha_j d_j added up beforehand; one v for each plan."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._relative = plans[0].unit == "rel"
+        self._keep_norm = plans[0].method == "add-keep-norm"
+        self._vectors = torch.stack([_sum(plan) for plan in plans])
 
     def delta(
-        self, h: Float[Tensor, "batch seq d_model"], mask: Bool[Tensor, "batch seq"]
+        self,
+        h: Float[Tensor, "batch seq d_model"],
+        mask: Bool[Tensor, "batch seq"],
+        weight: Float[Tensor, "batch seq"] | None = None,
+        plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
-        """What to add to `h` (float32); right where `mask` is True, anything elsewhere."""
-        plan = self.plan
-        t = self._on(h.device)
-        if plan.method == "add":
-            if plan.unit == "rel":
-                norms: Tensor = h.norm(dim=-1, keepdim=True)
-                return t["vector"] * norms
-            return t["vector"].expand(1, 1, -1)
-        if plan.method == "project":
-            return torch.neg((h @ t["basis"].T) @ t["basis"])
-        chosen = h[mask]
-        now = self._latents(chosen)
+        self._vectors = on_device({"vectors": self._vectors}, h.device)["vectors"]
+        if len(self._vectors) == 1 or plan_of_row is None:
+            moved = self._vectors[:1, None]
+        else:
+            # Rows without a plan are never in the mask; any vector will do there.
+            moved = self._vectors[plan_of_row.clamp(min=0)][:, None]
+        if weight is not None:
+            moved = moved * weight[..., None]
+        if not (self._relative or self._keep_norm):
+            return moved
+        norms: Tensor = h.norm(dim=-1, keepdim=True)
+        if self._relative:
+            moved = moved * norms
+        if self._keep_norm:
+            added = h + moved
+            # A vector that cancels h leaves no direction to rescale: it stays at 0.
+            moved = added * (norms / added.norm(dim=-1, keepdim=True).clamp(min=1e-30)) - h
+        return moved
+
+
+class ProjectEdit(Edit):
+    """h without its part in the span of the directions."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._basis = _basis(plan.directions.float())
+
+    def delta(
+        self,
+        h: Float[Tensor, "batch seq d_model"],
+        mask: Bool[Tensor, "batch seq"],
+        weight: Float[Tensor, "batch seq"] | None = None,
+        plan_of_row: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "#batch #seq d_model"]:
+        basis = self._basis = on_device({"basis": self._basis}, h.device)["basis"]
+        moved = torch.neg((h @ basis.T) @ basis)
+        return moved if weight is None else moved * weight[..., None]
+
+
+class LatentEdit(Edit):
+    """h + sum_j (a'_j - a_j) d_j, with a_j read from h."""
+
+    def __init__(self, plan: Plan, reader: LatentReader, sae: SAE | None) -> None:
+        self._method, self._reader = plan.method, reader
+        directions = plan.directions.float()
+        if sae is not None and sae.spec.rescale_acts_by_decoder_norm:
+            # Such latents are given in units of their decoder row.
+            directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-8)
+        self._tensors = {"doses": torch.tensor(plan.doses()), "directions": directions}
+
+    def delta(
+        self,
+        h: Float[Tensor, "batch seq d_model"],
+        mask: Bool[Tensor, "batch seq"],
+        weight: Float[Tensor, "batch seq"] | None = None,
+        plan_of_row: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "#batch #seq d_model"]:
+        t = self._tensors = on_device(self._tensors, h.device)
+        now = self._reader.read(h[mask])
         moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
+        if weight is not None:
+            moved = moved * weight[mask][:, None]
         delta = torch.zeros_like(h)
         delta[mask] = moved
         return delta
@@ -70,7 +148,7 @@ class Edit:
     def _new_value(
         self, now: Float[Tensor, "tokens n"], dose: Float[Tensor, " n"]
     ) -> Float[Tensor, "tokens n"]:
-        match self.plan.method:
+        match self._method:
             case "set":
                 return dose.expand_as(now)
             case "min":
@@ -81,30 +159,10 @@ class Edit:
                 return now * dose
         return torch.zeros_like(now)
 
-    def _latents(self, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
-        """The chosen latents' present values."""
-        ids = list(self.plan.ids)
-        if self._sae is None:
-            t = self._on(h.device)
-            q = h @ t["W_enc"] + t["b_enc"]
-            return torch.relu(q) * (q > t["threshold"]) if "threshold" in t else torch.relu(q)
-        sae = self._sae = self._sae.to(h.device, torch.float32)
-        step = max(1, _ENCODE_NUMBERS // sae.spec.d_sae)
-        parts = [sae.encode(piece)[:, ids] for piece in torch.split(h, step)]
-        return torch.cat(parts) if parts else h.new_zeros((0, len(ids)))
 
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """The edit's tensors on a device, moved at the first use there."""
-        if any(tensor.device != device for tensor in self._tensors.values()):
-            # Not as inference tensors: the same plan may be used later where gradients are taken.
-            with torch.inference_mode(False):
-                self._tensors = {name: t.to(device) for name, t in self._tensors.items()}
-        return self._tensors
-
-
-def _sum(plan: Plan, doses: Float[Tensor, " n"]) -> Float[Tensor, " d_model"]:
+def _sum(plan: Plan) -> Float[Tensor, " d_model"]:
     """sum_j alpha_j d_j; with unit `rel`, of length |scale|, to be multiplied by ||h||."""
-    vector = doses @ plan.directions.double()
+    vector = torch.tensor(plan.doses(), dtype=torch.float64) @ plan.directions.double()
     length = float(vector.norm())
     if length == 0:
         raise UsageError(
@@ -124,38 +182,3 @@ def _basis(directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "rank d_mode
     if sizes.max() == 0:
         raise UsageError("the plan's directions are all 0: choose other --latents")
     return kept.float()
-
-
-def _encoder(plan: Plan, sae: SAE | None) -> dict[str, Tensor]:
-    if sae is not None:
-        return encoder_columns(sae, plan.ids)
-    if plan.W_enc is None or plan.b_enc is None:
-        raise UserError(
-            f"--method {plan.method} reads the latents and the plan holds no encoder: give --sae"
-        )
-    if plan.sae.architecture == "jumprelu" and plan.threshold is None:
-        raise UserError("the plan of a jumprelu SAE holds no threshold: give --sae")
-    return {name: tensor.float() for name, tensor in plan.tensors().items() if name != "directions"}
-
-
-def _matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
-    """The SAE that the plan was made from: the one given, or the one at the plan's source."""
-    if sae is None:
-        try:
-            sae = load_sae(plan.sae.source)
-        except UserError as error:
-            raise UserError(
-                f"--method {plan.method} with a TopK SAE needs the SAE itself, and the plan's "
-                f"could not be opened ({error}): give --sae"
-            ) from error
-    if sae.sha256 != plan.sae.sha256 and not force:
-        raise UserError(
-            f"--sae {sae.source} is not the one the plan was made from ({plan.sae.source}): its "
-            "weights differ; give that SAE, or --force"
-        )
-    if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max(plan.ids):
-        raise UserError(
-            f"--sae {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
-            f"which does not fit the plan: give {plan.sae.source}"
-        )
-    return sae

@@ -1,12 +1,9 @@
-"""The steering hook: a context manager that edits the residual stream where a plan says."""
+"""The steering hook: a context manager that edits the residual stream where plans say."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -16,131 +13,36 @@ from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.hooks import HookPoint, hooked, resolve_site
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import EncodedPrompt
-from saesteer.steering.edits import Edit
+from saesteer.steering.arrangement import Group, Plans, arrange
+from saesteer.steering.chats import reply_header
+from saesteer.steering.edits import make_edit
+from saesteer.steering.gates import GateState
+from saesteer.steering.latent_reading import gate_reader, matching_sae, needs_sae
 from saesteer.steering.plan import Plan
-from saesteer.steering.plan_file import load_plan
 from saesteer.steering.positions import Call, PassTokens, PositionTracker
-from saesteer.steering.scope import Rows, Scope, parse_scope
-
-
-@dataclass(frozen=True, eq=False)
-class TouchedRow:
-    """The edited positions of one row of one call."""
-
-    call: int
-    """Which call of `generate` (or prompt given to the model directly), from 0."""
-    row: int
-    """Row of that call's batch; beams and returned sequences have rows of their own."""
-    prompt_length: int
-    """P: positions from here on are generated tokens."""
-    positions: Int[Tensor, " touched"]
-    """Ascending."""
-    residual_norms: Float[Tensor, " touched"]
-    """Length of the residual before the edit."""
-    delta_norms: Float[Tensor, " touched"]
-    """Length of what was added."""
-
-    @property
-    def relative_doses(self) -> Float[Tensor, " touched"]:
-        return self.delta_norms / self.residual_norms
-
-    def before(self, stop: int) -> "TouchedRow":
-        """The row without the positions from `stop` on, such as those after an end of text."""
-        kept = self.positions < stop
-        return dataclasses.replace(
-            self,
-            positions=self.positions[kept],
-            residual_norms=self.residual_norms[kept],
-            delta_norms=self.delta_norms[kept],
-        )
-
-
-@dataclass(eq=False)
-class SteerReport:
-    """What `steer` did so far; a position that passes again (no cache, drafts) counts once."""
-
-    passes: int = 0
-    """Forward passes of the model inside the context."""
-    _records: list["_Record"] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[TouchedRow]:
-        """Every row of every call, in order; rows where nothing was touched are among them."""
-        return [row for record in self._records for row in record.touched()]
-
-    def call_rows(self, call: int) -> list[TouchedRow]:
-        """The rows of one call."""
-        return self._records[call].touched()
-
-    @property
-    def tokens_touched(self) -> int:
-        """Edited positions."""
-        return sum(len(row.positions) for row in self.rows)
-
-    @property
-    def relative_dose(self) -> float | None:
-        """Median of ||delta|| / ||h|| over the edited positions; None when there are none."""
-        return median(row.relative_doses for row in self.rows)
-
-    @property
-    def residual_norm(self) -> float | None:
-        """Median of ||h|| over the edited positions."""
-        return median(row.residual_norms for row in self.rows)
-
-    @property
-    def delta_norm(self) -> float | None:
-        """Median of ||delta|| over the edited positions."""
-        return median(row.delta_norms for row in self.rows)
-
-
-@dataclass(eq=False)
-class _Record:
-    """Norms by row and position of one call; NaN where nothing was touched.
-
-    Column p + 1 holds position p; column 0 takes what is not to be kept, so that writing needs no
-    look at the mask's content.
-    """
-
-    call: Call
-    residual: Float[Tensor, "batch columns"]
-    delta: Float[Tensor, "batch columns"]
-
-    def write(
-        self,
-        tokens: PassTokens,
-        mask: Bool[Tensor, "batch seq"],
-        residual: Float[Tensor, "batch seq"],
-        delta: Float[Tensor, "batch seq"],
-    ) -> None:
-        column = torch.where(mask, tokens.p + 1, 0).to(residual.device)
-        width = tokens.columns + 1
-        self.residual = _grown(self.residual, len(mask), width).scatter(1, column, residual)
-        self.delta = _grown(self.delta, len(mask), width).scatter(1, column, delta)
-
-    def touched(self) -> list[TouchedRow]:
-        residual, delta = self.residual[:, 1:].cpu(), self.delta[:, 1:].cpu()
-        factor = self.call.factor(len(residual))
-        rows = []
-        for i, norms in enumerate(delta):
-            at = torch.nonzero(~norms.isnan()).flatten()
-            length = self.call.prompt_lengths[i // factor]
-            rows.append(TouchedRow(self.call.number, i, length, at, residual[i, at], norms[at]))
-        return rows
+from saesteer.steering.schedules import parse_schedule
+from saesteer.steering.scope import NOWHERE, Rows, Scope, parse_scope
+from saesteer.steering.touched import Record
+from saesteer.steering.touched import SteerReport as SteerReport
+from saesteer.steering.touched import TouchedRow as TouchedRow
+from saesteer.steering.touched import median as median
 
 
 @contextlib.contextmanager
 def steer(
     lm: LanguageModel,
-    plan: Plan | str | Path,
+    plan: Plans,
     *,
     scope: str | None = None,
     scale: float | None = None,
     beta: float | None = None,
+    schedule: str | None = None,
     prompts: Sequence[EncodedPrompt] | None = None,
     prompt_lengths: Sequence[int] | None = None,
     instructions: Sequence[str] | None = None,
     include_first: bool = False,
     include_template: bool = False,
+    exclude_special: bool = False,
     sae: SAE | None = None,
     force: bool = False,
 ) -> Iterator[SteerReport]:
@@ -154,65 +56,142 @@ def steer(
     batch, beams or sampling. Contexts may be nested; each adds its own edit, the outer one first.
     What was compiled with `torch.compile` runs uncompiled meanwhile.
 
+    Several plans at once are given as a list: each edits what the one before left, and `parts` of
+    the report says what each did. `ByRow([a, None, b])` gives each row of the batch its own plan;
+    beams and returned sequences follow the plan of their prompt.
+
     What `generate` is given is the prompt. When the model is called directly, the first row it is
     given is the prompt, and a later row that repeats it and appends to it goes on from there;
     `prompt_lengths` or `prompts` say where the prompt ends in a row that holds an answer too.
 
     Args:
-        plan: a plan, or the path of one.
-        scope, scale, beta: replace the plan's own. `scale` 0 is off: the model is not touched.
+        plan: a plan or the path of one, a `ByRow` of plans, or a list of any of these.
+        scope, scale, beta, schedule: replace those of every plan. `scale` 0 is off: the model is
+            not touched.
         prompts: the prompts that will be run, in any order. Needed for the scopes `span` and
-            `after-instruction`, and for `prompt` and `all` to know template tokens (without them
-            only special tokens are left out).
+            `after-instruction`, and for `prompt`, `all` and `assistant` to know template tokens
+            (without them only special tokens are left out).
         prompt_lengths: real tokens of each row's prompt.
         instructions: texts for the scope `after-instruction`; by default those of the plan's task.
         include_first: scopes `prompt` and `all` keep position 0.
-        include_template: scopes `prompt` and `all` keep template and special tokens.
-        sae: the SAE of the plan, for methods that read latents; a TopK SAE is otherwise loaded
-            from where the plan says.
+        include_template: scopes `prompt`, `all` and `assistant` keep template and special tokens.
+        exclude_special: every scope leaves out special tokens.
+        sae: the SAE of the plans, for methods and gates that read latents; where a plan cannot do
+            without, it is otherwise loaded from where the plan says.
         force: steer a model with other weights than the plan's.
 
     Raises:
-        UserError: a plan for another model; on leaving: the model did not run, or no token was
-            touched (unless the multiplier is 0 or the block raised).
-        UsageError: a scope or a dose that means nothing.
+        UserError: a plan for another model; on leaving: the model did not run, or a plan's scope
+            covered no token (unless the multiplier is 0 or the block raised). A gate that stayed
+            closed is no error: see `tokens_gated_off` in the report.
+        UsageError: a scope, schedule, gate or dose that means nothing.
     """
-    if not isinstance(plan, Plan):
-        plan = load_plan(plan)
-    changes = {"scope": scope, "scale": scale, "beta": beta}
-    plan = dataclasses.replace(plan, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    plan.check_model(lm, force)
-    report = SteerReport()
-    if plan.scale == 0:
+    changes = {"scope": scope, "scale": scale, "beta": beta, "schedule": schedule}
+    layers = arrange(plan, {k: v for k, v in changes.items() if v is not None})
+    for layer in layers:
+        for group in layer:
+            for each in group.plans:
+                each.check_model(lm, force)
+    reports = [SteerReport() for _ in layers]
+    report = reports[0] if len(reports) == 1 else SteerReport(parts=tuple(reports))
+    layers = [[group for group in layer if group.plans[0].scale != 0] for layer in layers]
+    if not any(layers):
         yield report
         return
-    where = _resolve_scope(plan, prompts, instructions, include_first, include_template)
-    point = resolve_site(lm, plan.layer, plan.site)
+    options = _ScopeOptions(prompts, instructions, include_first, include_template, exclude_special)
     tracker = PositionTracker(lm, prompts, prompt_lengths)
-    hook = _SteerHook(lm, Edit(plan, sae, force), where, point, tracker, report)
-    with tracker.listening(), hooked(point, hook):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracker.listening())
+        for layer, theirs in zip(layers, reports, strict=True):
+            if len(layer) > 1:
+                theirs.parts = tuple(SteerReport() for _ in layer)
+            for group, own in zip(layer, theirs.parts or (theirs,), strict=False):
+                hook = _SteerHook(lm, group, options, tracker, own, sae, force)
+                stack.enter_context(hooked(hook.point, hook))
         yield report
-    _check(report, plan)
+        report.passes = tracker.passes
+    for layer, theirs in zip(layers, reports, strict=True):
+        if layer:
+            _check(theirs, tracker.passes, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScopeOptions:
+    """The arguments of `steer` that say more of a scope than its name."""
+
+    prompts: Sequence[EncodedPrompt] | None
+    instructions: Sequence[str] | None
+    include_first: bool
+    include_template: bool
+    exclude_special: bool
+
+    def resolve(self, lm: LanguageModel, plan: Plan) -> Scope:
+        """The scope with everything it needs; raises at once what would fail at the first pass."""
+        scope = parse_scope(
+            plan.scope,
+            include_first=self.include_first,
+            include_template=self.include_template,
+            exclude_special=self.exclude_special,
+        )
+        if scope.kind == "after-instruction":
+            texts = _task_texts(plan) if self.instructions is None else self.instructions
+            scope = dataclasses.replace(scope, instructions=tuple(texts))
+        if scope.kind == "assistant":
+            scope = dataclasses.replace(scope, reply_header=reply_header(lm))
+        if scope.needs_prompts:
+            for prompt in self.prompts or ():
+                scope.row(len(prompt), prompt)
+            if not self.prompts:
+                scope.row(0)
+        return scope
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CallRows:
+    """What one call's rows are told by their plans and prompts, one line per row of the pass."""
+
+    covered: Rows
+    prompt: Rows | None
+    """The prompt's own tokens, for gates that are decided on it."""
+    prompt_lengths: Int[Tensor, " batch"]
+    plan_of_row: Int[Tensor, " batch"] | None
 
 
 class _SteerHook:
-    """Edits what passes the hook point, and writes down what it did."""
+    """Edits what passes the hook point by one group of plans, and writes down what it did."""
 
     def __init__(
         self,
         lm: LanguageModel,
-        edit: Edit,
-        scope: Scope,
-        point: HookPoint,
+        group: Group,
+        options: _ScopeOptions,
         tracker: PositionTracker,
         report: SteerReport,
+        sae: SAE | None,
+        force: bool,
     ) -> None:
-        self._edit, self._scope, self._point = edit, scope, point
-        self._tracker, self._report = tracker, report
+        first = group.plans[0]
+        self.point: HookPoint = resolve_site(lm, first.layer, first.site)
+        self._group, self._tracker, self._report = group, tracker, report
+        self._scopes = [options.resolve(lm, plan) for plan in group.plans]
+        self._schedule = parse_schedule(first.schedule)
         self._d_model = lm.d_model
-        self._special = lm.special_ids if scope.leaves_out_special else None
-        self._rows: Rows | None = None
+        if sae is None and needs_sae(first):
+            sae = matching_sae(first, None, force)
+        self._edit = make_edit(group.plans, sae, force)
+        self._gate = first.parsed_gate if first.gate else None
+        if self._gate is not None:
+            if sae is not None:
+                sae = matching_sae(first, sae, force)
+            self._gate_reader = gate_reader(first, sae)
+            self._gate_prompt = parse_scope("prompt") if self._gate.on_prompt else None
+            self._states: dict[int, GateState] = {}
+        leaves_out = [scope.leaves_out_special for scope in self._scopes]
+        self._special = lm.special_ids if any(leaves_out) else None
+        self._all_leave_out = all(leaves_out)
+        self._rows: dict[int, _CallRows] = {}
         self._rows_call: Call | None = None
+        tracker.on_reorder.append(self._reorder)
 
     def __call__(self, h: Tensor) -> Tensor | None:
         tokens = self._tracker.current
@@ -221,76 +200,105 @@ class _SteerHook:
         self._report.passes = self._tracker.passes
         if h.shape != (*tokens.p.shape, self._d_model):
             raise UserError(
-                f"--site {self._point.site} ({self._point.module_path}) carries a tensor of shape "
+                f"--site {self.point.site} ({self.point.module_path}) carries a tensor of shape "
                 f"{list(h.shape)}, not [batch, tokens, {self._d_model}]: choose a site on the "
                 "residual stream, such as resid_post"
             )
-        mask = self._mask(tokens).to(h.device)
+        rows = self._call_rows(tokens)
+        covered = self._mask(tokens, rows)
+        weight = None
+        if not self._schedule.is_constant:
+            steps = (tokens.p - (rows.prompt_lengths[:, None] - 1)).clamp(min=0)
+            weight = self._schedule.weights(steps)
+            covered = covered & (weight != 0)
+            weight = weight.to(h.device)
+        covered = covered.to(h.device)
         wide = h.float()
-        delta = self._edit.delta(wide, mask)
-        self._write(tokens, mask, wide, delta)
+        touched = covered
+        if self._gate is not None:
+            touched = covered & self._open(wide, tokens, rows).to(h.device)
+        plan_of_row = None if rows.plan_of_row is None else rows.plan_of_row.to(h.device)
+        delta = self._edit.delta(wide, touched, weight, plan_of_row)
+        self._write(tokens, covered, touched, wide, delta)
         # Untouched positions keep their very bits: `where`, not a product with the mask.
-        return torch.where(mask[..., None], (wide + delta).to(h.dtype), h)
+        return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
 
-    def _mask(self, tokens: PassTokens) -> Bool[Tensor, "batch seq"]:
+    def _call_rows(self, tokens: PassTokens) -> _CallRows:
+        """The rows of the present call, once for each number of rows per prompt."""
         call, p = tokens.call, tokens.p
-        if self._rows is None or self._rows_call is not call:
-            rows = [
-                self._scope.row(length, prompt)
-                for length, prompt in zip(call.prompt_lengths, call.prompts, strict=True)
+        if self._rows_call is not call:
+            self._rows, self._rows_call = {}, call
+        factor = call.factor(len(p))
+        if factor not in self._rows:
+            pairs = list(zip(call.prompt_lengths, call.prompts, strict=True))
+            chosen = self._group.plans_of(call.number, len(pairs))
+            covered = [
+                NOWHERE if i < 0 else self._scopes[i].row(length, prompt)
+                for i, (length, prompt) in zip(chosen, pairs, strict=True)
             ]
-            self._rows, self._rows_call = Rows.stack(rows, p.device), call
-        mask = self._rows.expand(call.factor(len(p))).mask(p, tokens.real)
+            on_prompt = None
+            if self._gate is not None and self._gate_prompt is not None:
+                where = [self._gate_prompt.row(length, prompt) for length, prompt in pairs]
+                on_prompt = Rows.stack(where, p.device).expand(factor)
+            self._rows[factor] = _CallRows(
+                covered=Rows.stack(covered, p.device).expand(factor),
+                prompt=on_prompt,
+                prompt_lengths=_expanded(call.prompt_lengths, factor, p.device),
+                plan_of_row=(
+                    _expanded(chosen, factor, p.device) if len(self._group.plans) > 1 else None
+                ),
+            )
+        return self._rows[factor]
+
+    def _mask(self, tokens: PassTokens, rows: _CallRows) -> Bool[Tensor, "batch seq"]:
+        p = tokens.p
+        mask = rows.covered.mask(p, tokens.real)
         if self._special is not None and tokens.ids is not None:
             self._special = self._special.to(tokens.ids.device)
             special = torch.isin(tokens.ids, self._special)
-            mask = mask & ~(special & (p != 0) if self._scope.include_first else special)
+            if self._scopes[0].include_first:
+                special = special & (p != 0)
+            if not self._all_leave_out and rows.plan_of_row is not None:
+                leaves_out = torch.tensor(
+                    [scope.leaves_out_special for scope in self._scopes], device=p.device
+                )
+                special = special & leaves_out[rows.plan_of_row.clamp(min=0)][:, None]
+            mask = mask & ~special
         return mask
 
-    def _write(self, tokens: PassTokens, mask: Tensor, h: Tensor, delta: Tensor) -> None:
+    def _open(
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
+    ) -> Bool[Tensor, "batch seq"]:
+        """Where the gate is open, by the residual as it arrives."""
+        assert self._gate is not None
+        acts = self._gate_reader.read(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        state = self._states.setdefault(tokens.call.number, GateState(self._gate))
+        nowhere = torch.zeros_like(tokens.real)
+        on_prompt = nowhere if rows.prompt is None else rows.prompt.mask(tokens.p, tokens.real)
+        return state.open(
+            acts.to(tokens.p.device), tokens.p, tokens.real, on_prompt, rows.prompt_lengths
+        )
+
+    def _write(
+        self, tokens: PassTokens, covered: Tensor, touched: Tensor, h: Tensor, delta: Tensor
+    ) -> None:
         records, call = self._report._records, tokens.call
         while len(records) <= call.number:
-            empty = h.new_full((len(h), 1), torch.nan)
-            records.append(_Record(self._tracker.calls[len(records)], empty, empty))
-        norms = delta.detach().norm(dim=-1).expand(mask.shape)
-        records[call.number].write(tokens, mask, h.detach().norm(dim=-1), norms)
+            records.append(Record.empty(self._tracker.calls[len(records)], len(h), h.device))
+        norms = delta.detach().norm(dim=-1)
+        records[call.number].write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
+
+    def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Beams moved: what was remembered and written of a row moves with it."""
+        if self._report._records:
+            self._report._records[-1].reorder(rows)
+        if self._gate is not None and self._states:
+            self._states[max(self._states)].reorder(rows)
 
 
-def median(parts: Iterable[Tensor]) -> float | None:
-    """The median over all values of several tensors; None when there are none."""
-    values = [part.double().numpy() for part in parts]
-    joined = np.concatenate(values) if values else np.empty(0)
-    return float(np.median(joined)) if joined.size else None
-
-
-def _grown(buffer: Tensor, batch: int, width: int) -> Tensor:
-    """`buffer` with room for `batch` rows and `width` columns, NaN where it is new."""
-    if len(buffer) < batch:
-        buffer = buffer.repeat_interleave(batch // len(buffer), dim=0)
-    if buffer.shape[1] < width:
-        more = buffer.new_full((len(buffer), width - buffer.shape[1]), torch.nan)
-        buffer = torch.cat([buffer, more], dim=1)
-    return buffer
-
-
-def _resolve_scope(
-    plan: Plan,
-    prompts: Sequence[EncodedPrompt] | None,
-    instructions: Sequence[str] | None,
-    include_first: bool,
-    include_template: bool,
-) -> Scope:
-    """The scope with everything it needs; raises at once what would fail at the first pass."""
-    scope = parse_scope(plan.scope, include_first=include_first, include_template=include_template)
-    if scope.kind == "after-instruction":
-        texts = _task_texts(plan) if instructions is None else instructions
-        scope = dataclasses.replace(scope, instructions=tuple(texts))
-    if scope.needs_prompts:
-        for prompt in prompts or ():
-            scope.row(len(prompt), prompt)
-        if not prompts:
-            scope.row(0)
-    return scope
+def _expanded(values: Sequence[int], factor: int, device: torch.device) -> Int[Tensor, " batch"]:
+    """One number per row of a pass, every prompt's `factor` times."""
+    return torch.tensor(list(values), dtype=torch.int64, device=device).repeat_interleave(factor)
 
 
 def _task_texts(plan: Plan) -> Sequence[str]:
@@ -311,16 +319,17 @@ def _task_texts(plan: Plan) -> Sequence[str]:
     )
 
 
-def _check(report: SteerReport, plan: Plan) -> None:
+def _check(report: SteerReport, passes: int, groups: Sequence[Group]) -> None:
     """A run that was meant to be steered and was not is an error."""
-    if report.passes == 0:
+    if passes == 0:
         raise UserError(
             "the model did not run inside steer(...): run the model that was given to it, inside "
             "the with block"
         )
-    if report.tokens_touched == 0:
+    if report.tokens_touched + report.tokens_gated_off == 0:
+        scopes = dict.fromkeys(plan.scope for group in groups for plan in group.plans)
         raise UserError(
-            f"steering touched no token: --scope {plan.scope} covers no position of the "
-            f"{report.passes} forward passes; choose another --scope (generation steers from the "
+            f"steering touched no token: --scope {' and '.join(scopes)} covers no position of the "
+            f"{passes} forward passes; choose another --scope (generation steers from the "
             "first generated token on) or generate more tokens"
         )

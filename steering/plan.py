@@ -4,7 +4,6 @@ Plans are made here, by `rank` or from latents by number, and kept on disk by `p
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +18,14 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.hooks import sae_hook_point
 from saesteer.sae.models import LanguageModel
+from saesteer.steering.gates import Gate, parse_gate
+from saesteer.steering.methods import METHODS as METHODS
+from saesteer.steering.methods import NO_DOSE, READING_METHODS, check_dose, doses
+from saesteer.steering.methods import UNITS as UNITS
+from saesteer.steering.schedules import parse_schedule
 from saesteer.steering.scope import parse_scope
 
 SCHEMA_VERSION = 1
-
-METHODS = ("add", "set", "min", "max", "scale", "ablate", "project")
-"""add alpha; set to v; at least v; at most v; times a factor; 0; remove the direction."""
-
-READING_METHODS = ("set", "min", "max", "scale", "ablate")
-"""Methods whose edit depends on the latent's present value."""
-
-UNITS = ("raw", "sigma", "max", "rel")
-
-_NO_DOSE = ("ablate", "project")
 
 
 @dataclass(frozen=True)
@@ -104,12 +98,23 @@ class Plan:
     """Multiplies every dose; 0 switches the plan off. With unit `rel`, the relative dose."""
     beta: float = 0.0
     scope: str = "generation"
+    schedule: str = "constant"
+    """How the strength changes while text is generated; see `schedules`."""
+    gate: str = ""
+    """A condition on latents under which the scope's positions are edited; see `gates`."""
     task: TaskIdentity | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     W_enc: Float[Tensor, "d_model n"] | None = None
     """Encoder columns with the input's centering folded in; None where a latent depends on all."""
     b_enc: Float[Tensor, " n"] | None = None
     threshold: Float[Tensor, " n"] | None = None
+    """JumpReLU's own."""
+    gate_ids: tuple[int, ...] = ()
+    """The latents that the `gate_` tensors are of: those of the gate, or none."""
+    gate_W_enc: Float[Tensor, "d_model gated"] | None = None
+    """Encoder columns of the gate's latents, as `W_enc`; None where the SAE itself is read."""
+    gate_b_enc: Float[Tensor, " gated"] | None = None
+    gate_threshold: Float[Tensor, " gated"] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -131,14 +136,18 @@ class Plan:
                 f"layer must be in 0..{self.model.n_layers - 1} for {self.model.name}, "
                 f"got {self.layer}"
             )
-        self._check_tensors()
         parse_scope(self.scope)
-        self._check_dose()
+        parse_schedule(self.schedule)
+        self._check_gate()
+        self._check_tensors()
+        check_dose(self)
 
     def _check_tensors(self) -> None:
         n, width = len(self.latents), self.model.d_model
+        gated = len(self.gate_ids)
         shapes = {
-            "directions": (n, width), "W_enc": (width, n), "b_enc": (n,), "threshold": (n,)
+            "directions": (n, width), "W_enc": (width, n), "b_enc": (n,), "threshold": (n,),
+            "gate_W_enc": (width, gated), "gate_b_enc": (gated,), "gate_threshold": (gated,),
         }  # fmt: skip
         for name, tensor in self.tensors().items():
             if tuple(tensor.shape) != shapes[name]:
@@ -149,105 +158,21 @@ class Plan:
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{name} holds NaN or infinity: make the plan again")
 
-    def _check_dose(self) -> None:
-        """Reject doses that mean nothing. Raises UsageError, naming the flag."""
-        if self.method not in METHODS:
-            raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.unit not in UNITS:
-            raise UsageError(f"--unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
-        for flag, number in (("--scale", self.scale), ("--beta", self.beta)):
-            if not math.isfinite(number):
-                raise UsageError(f"{flag} must be a finite number, got {number}")
-        for latent in self.latents:
-            for name in ("mu", "sigma", "max", "value", "score"):
-                number = getattr(latent, name)
-                if number is not None and not math.isfinite(number):
-                    raise UsageError(f"{name} of latent {latent.id} must be finite, got {number}")
-        by_hand = [latent.value is not None for latent in self.latents]
-        if any(by_hand) and not all(by_hand):
-            raise UsageError("either every latent has a value (--latents ID:VALUE) or none has")
-        if self.method in _NO_DOSE:
-            self._check_no_dose(any(by_hand))
-            return
-        if self.unit == "rel" and self.method != "add":
-            raise UsageError(
-                f"--unit rel is for --method add alone, got --method {self.method}: use raw, "
-                "sigma or max"
-            )
-        if self.method == "scale" and self.unit != "raw":
-            raise UsageError(f"--method scale takes a factor, so --unit must be raw: {self.unit!r}")
-        if self.beta != 0 and any(by_hand):
-            raise UsageError(
-                f"--beta {self.beta:g} needs latents with mu and sigma, and these have values "
-                "given by hand: leave --beta out and use --scale"
-            )
-        if self.beta != 0 and (self.unit in ("sigma", "max") or self.method == "scale"):
-            raise UsageError(
-                f"--beta {self.beta:g} has no meaning with --unit {self.unit} and --method "
-                f"{self.method}: leave it out and use --scale"
-            )
-        doses = self.doses()
-        if self.scale == 0:
-            return
-        if self.method == "add" and not any(doses):
-            change = "the values in --latents, or --scale" if any(by_hand) else "--beta"
-            raise UsageError(f"every dose is 0, so nothing would be added: change {change}")
-        if self.method == "scale" and all(dose == 1 for dose in doses):
-            raise UsageError(
-                "--method scale by a factor of 1 changes nothing: give factors with --latents "
-                "ID:FACTOR or one with --scale"
+    def _check_gate(self) -> None:
+        if self.gate_ids and self.gate_ids != (self.parsed_gate.ids if self.gate else ()):
+            raise UserError(
+                f"the plan holds encoder columns of the latents {list(self.gate_ids)} and its gate "
+                f"is {self.gate!r}: change a gate with steering.with_gate, or --gate"
             )
 
-    def _check_no_dose(self, by_hand: bool) -> None:
-        wrong = {
-            "values in --latents (write ID alone)": by_hand,
-            f"--beta {self.beta:g}": self.beta != 0,
-            f"--unit {self.unit}": self.unit != "raw",
-            # 0 is the off switch of every method.
-            f"--scale {self.scale:g}": self.scale not in (0, 1),
-        }
-        for what, given in wrong.items():
-            if given:
-                raise UsageError(f"--method {self.method} takes no dose: leave out {what}")
+    @property
+    def parsed_gate(self) -> Gate:
+        """The gate; only where there is one."""
+        return parse_gate(self.gate)
 
     def doses(self) -> list[float]:
-        """One number per latent, in the order of `latents`.
-
-        method add: alpha_j, in the SAE file's units (with unit `rel`: the latents' weights, before
-        the sum is rescaled to the relative dose). set, min, max: the value v. scale: the factor.
-        ablate and project have none and give 0.
-
-        alpha_j = scale * (mu_j + beta * sigma_j), or scale * value_j; units `sigma` and `max`
-        multiply the value (1 where there is none) by sigma_j or by the largest activation seen.
-
-        Raises UsageError when a latent lacks the statistic that this needs.
-        """
-        if self.method in _NO_DOSE:
-            return [0.0] * len(self.latents)
-        return [self._dose(latent) for latent in self.latents]
-
-    def _dose(self, latent: PlannedLatent) -> float:
-        factor = 1.0 if self.unit == "rel" else self.scale
-        if self.unit in ("sigma", "max"):
-            given = 1.0 if latent.value is None else latent.value
-            return factor * given * self._statistic(latent, self.unit, f"--unit {self.unit}")
-        if self.method == "scale":
-            return factor * (1.0 if latent.value is None else latent.value)
-        if latent.value is not None:
-            return factor * latent.value
-        dose = self._statistic(latent, "mu", f"--method {self.method} without values")
-        if self.beta != 0:
-            dose += self.beta * self._statistic(latent, "sigma", f"--beta {self.beta:g}")
-        return factor * dose
-
-    def _statistic(self, latent: PlannedLatent, name: str, reason: str) -> float:
-        number = getattr(latent, name)
-        if number is None:
-            raise UsageError(
-                f"{reason} needs the {name} of latent {latent.id}, which this plan does not hold: "
-                "give values with --latents ID:VALUE and --unit raw, or use a plan made by rank"
-            )
-        return float(number)
+        """One number per latent, in the order of `latents`; see `methods.doses`."""
+        return doses(self)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -265,6 +190,9 @@ class Plan:
             "W_enc": self.W_enc,
             "b_enc": self.b_enc,
             "threshold": self.threshold,
+            "gate_W_enc": self.gate_W_enc,
+            "gate_b_enc": self.gate_b_enc,
+            "gate_threshold": self.gate_threshold,
         }
         return {name: tensor for name, tensor in everything.items() if tensor is not None}
 
@@ -326,6 +254,7 @@ def make_plan(
     scale: float = 1.0,
     beta: float = 0.0,
     scope: str = "generation",
+    schedule: str = "constant",
     task: TaskIdentity | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -365,6 +294,7 @@ def make_plan(
         scale=scale,
         beta=beta,
         scope=scope,
+        schedule=schedule,
         task=task,
         metrics=dict(metrics or {}),
         W_enc=columns.get("W_enc"),
@@ -391,6 +321,7 @@ def plan_from_latents(
     scale: float = 1.0,
     beta: float = 0.0,
     scope: str = "generation",
+    schedule: str = "constant",
 ) -> Plan:
     """A plan for latents chosen by number (`--latents`), with the values given for them.
 
@@ -399,7 +330,7 @@ def plan_from_latents(
     if not values:
         raise UsageError("--latents is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
     missing = [i for i, value in values.items() if value is None]
-    if missing and method not in _NO_DOSE:
+    if missing and method not in NO_DOSE:
         raise UsageError(
             f"--latents {missing[0]} has no value and --method {method} needs one: write "
             f"{missing[0]}:VALUE"
@@ -407,7 +338,7 @@ def plan_from_latents(
     latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
     return make_plan(
         lm, sae, latents, layer=layer, site=site,
-        method=method, unit=unit, scale=scale, beta=beta, scope=scope,
+        method=method, unit=unit, scale=scale, beta=beta, scope=scope, schedule=schedule,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.yaml_text import parse_yaml
+from saesteer.steering.gates import parse_gate
 from saesteer.steering.plan import (
     SCHEMA_VERSION,
     ModelIdentity,
@@ -48,11 +49,17 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
         "scale": plan.scale,
         "beta": plan.beta,
         "scope": plan.scope,
+        # What a plan does not use is left out, so that its file stays as it was before these were.
+        **({} if plan.schedule == "constant" else {"schedule": plan.schedule}),
+        **({"gate": plan.gate} if plan.gate else {}),
         "task": None if plan.task is None else _task_row(plan.task),
         "metrics": plan.metrics,
     }
     # The ids tie the two files together, so that latents may be deleted from plan.yaml by hand.
-    files.write_tensors(folder / _TENSORS, plan.tensors(), {"ids": json.dumps(plan.ids)})
+    ids = {"ids": json.dumps(plan.ids)}
+    if plan.gate_ids:
+        ids["gate_ids"] = json.dumps(plan.gate_ids)
+    files.write_tensors(folder / _TENSORS, plan.tensors(), ids)
     text = yaml.safe_dump(files.plain(document), sort_keys=False, allow_unicode=True, width=100)
     files.write_text(folder / _YAML, text)
     return folder / _YAML
@@ -107,22 +114,33 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return document
 
 
-def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int]]:
+def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int], list[int]]:
+    """The tensors, the latents they are of, and those of the gate."""
     tensors = files.read_tensors(file)
+    ids: list[int] = []
+    gate_ids: list[int] = []
     try:
-        ids = json.loads(files.read_header(file)["metadata"]["ids"])
-        whole = isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+        metadata = files.read_header(file)["metadata"]
+        ids, gate_ids = json.loads(metadata["ids"]), json.loads(metadata.get("gate_ids", "[]"))
+        whole = all(
+            isinstance(them, list) and all(isinstance(i, int) for i in them)
+            for them in (ids, gate_ids)
+        )
     except (KeyError, ValueError):
         whole = False
-    unknown = tensors.keys() - {"directions", "W_enc", "b_enc", "threshold"}
+    unknown = tensors.keys() - {
+        "directions", "W_enc", "b_enc", "threshold", "gate_W_enc", "gate_b_enc", "gate_threshold"
+    }  # fmt: skip
     rows = tensors["directions"].shape[0] if "directions" in tensors else -1
     if not whole or unknown or rows != len(ids):
         raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
     # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
-    return {name: tensor.clone() for name, tensor in tensors.items()}, ids
+    return {name: tensor.clone() for name, tensor in tensors.items()}, ids, gate_ids
 
 
-def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[int]) -> Plan:
+def _plan_from(
+    document: dict[str, Any], tensors: dict[str, Tensor], ids: list[int], gate_ids: list[int]
+) -> Plan:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"schema_version is {_shown(document.get('schema_version'))} and this saesteer reads "
@@ -131,7 +149,7 @@ def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[i
     top = _fields("plan", document, {
         "schema_version": int, "model": dict, "sae": dict, "site": str, "layer": int,
         "latents": list, "method": str, "unit": str, "scale": float, "beta": float, "scope": str,
-    }, {"task": dict, "metrics": dict})  # fmt: skip
+    }, {"task": dict, "metrics": dict, "schedule": str, "gate": str})  # fmt: skip
     model = _fields("model", top["model"], {
         "name": str, "hash": str, "n_layers": int, "d_model": int,
     })  # fmt: skip
@@ -160,9 +178,16 @@ def _plan_from(document: dict[str, Any], tensors: dict[str, Tensor], ids: list[i
         threshold=tensors.get("threshold"),
     )
     kept = whole.select([places[latent.id] for latent in latents])
+    gate = top["gate"] or ""
+    # A gate that was changed by hand leaves its columns behind; the SAE is read instead.
+    gated = bool(gate) and parse_gate(gate).ids == tuple(gate_ids)
     return dataclasses.replace(
         kept, latents=latents, method=top["method"], unit=top["unit"], scale=top["scale"],
-        beta=top["beta"], scope=top["scope"],
+        beta=top["beta"], scope=top["scope"], schedule=top["schedule"] or "constant", gate=gate,
+        gate_ids=tuple(gate_ids) if gated else (),
+        gate_W_enc=tensors.get("gate_W_enc") if gated else None,
+        gate_b_enc=tensors.get("gate_b_enc") if gated else None,
+        gate_threshold=tensors.get("gate_threshold") if gated else None,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ class Call:
     """Which columns of the prompt hold tokens and not padding."""
     ids: Int[Tensor, "rows width"] | None
     generating: bool
+    first_pass: int = 0
+    """Number of the first pass of the model that belongs to it."""
 
     @property
     def rows(self) -> int:
@@ -94,6 +96,9 @@ class PositionTracker:
         self._call: Call | None = None
         self._generating = False
         self._inside_outer = False
+        self.on_reorder: list[Callable[[Tensor], None]] = []
+        """Told the old row of every row when beams are reordered."""
+        self._tapped_cache: Any = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -113,6 +118,7 @@ class PositionTracker:
                 handles.append(text.register_forward_pre_hook(self._on_text, with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
+            stack.callback(self._watch_cache, None)
             yield
 
     def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -135,13 +141,18 @@ class PositionTracker:
             return  # the model itself says what is missing
         self.passes += 1
         batch, length = tokens.shape[:2]
-        past = _past_length(given, self._lm.name)
+        cache = _cache_in(given)
+        past = _past_length(cache, self._lm.name)
+        if self._generating and self.on_reorder:
+            self._watch_cache(cache)
         real = self._real_columns(given.get("attention_mask"), batch, past + length, tokens.device)
         if not self._generating and past == 0 and not self._continues(ids, real):
             self._call = None
         if self._call is None:
             self._call = self._open(ids, real, self._generating)
         self._call.factor(batch)
+        if self._generating and self.passes > self._call.first_pass and cache is None:
+            self._check_whole(length)
         self.current = PassTokens(
             call=self._call,
             p=(real.cumsum(dim=1) - 1)[:, past:],
@@ -149,6 +160,34 @@ class PositionTracker:
             ids=ids,
             columns=past + length,
         )
+
+    def _check_whole(self, length: int) -> None:
+        """Without a cache every pass holds the whole row; a shorter one has a cache unseen."""
+        assert self._call is not None
+        if length < self._call.real.shape[1]:
+            raise UserError(
+                f"{self._lm.name} was run on {length} tokens after a prompt of "
+                f"{self._call.real.shape[1]} columns and no cache was found among its arguments, "
+                "so positions cannot be counted: run it with use_cache=False"
+            )
+
+    def _watch_cache(self, cache: Any) -> None:
+        """Hear of every `reorder_cache` of the present cache, and of no earlier one."""
+        if cache is self._tapped_cache:
+            return
+        if self._tapped_cache is not None:
+            vars(self._tapped_cache).pop("reorder_cache", None)
+        self._tapped_cache = None
+        if not hasattr(cache, "reorder_cache"):
+            return
+        original = cache.reorder_cache
+
+        def reorder(rows: Tensor) -> Any:
+            for listener in self.on_reorder:
+                listener(rows)
+            return original(rows)
+
+        cache.reorder_cache, self._tapped_cache = reorder, cache
 
     def _real_columns(
         self, mask: Any, batch: int, columns: int, device: torch.device
@@ -196,6 +235,7 @@ class PositionTracker:
             yield
         finally:
             self._generating, self._call = False, None
+            self._watch_cache(None)
 
     def _open(self, ids: Tensor | None, real: Tensor, generating: bool) -> Call:
         """Begin a call whose prompts are the real columns given."""
@@ -220,7 +260,7 @@ class PositionTracker:
                     f"given {len(lengths)}"
                 )
             lengths = list(self._lengths)
-        call = Call(len(self.calls), lengths, prompts, real, ids, generating)
+        call = Call(len(self.calls), lengths, prompts, real, ids, generating, self.passes + 1)
         self.calls.append(call)
         return call
 
@@ -241,12 +281,20 @@ def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
 
 
-def _past_length(given: dict[str, Any], name: str) -> int:
+_CACHES = ("past_key_values", "cache", "cache_params")
+"""What releases of transformers call the cache; `cache` since 5.24."""
+
+
+def _cache_in(given: dict[str, Any]) -> Any:
+    """The cache among a pass's arguments, by its name or by what it can do."""
+    named = [given[name] for name in _CACHES if given.get(name) is not None]
+    able = [value for value in given.values() if hasattr(value, "get_seq_length")]
+    return next(iter(able or named), None)
+
+
+def _past_length(cache: Any, name: str) -> int:
     """Earlier columns that are in the cache and not in this pass; 0 without a cache."""
-    cache = given.get("past_key_values")
     try:
-        if cache is None and given.get("cache_params") is not None:
-            raise ValueError("state-space cache")
         return 0 if cache is None else int(cache.get_seq_length())
     except (AttributeError, ValueError) as error:
         raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.prompts import EncodedPrompt
+from saesteer.steering.chats import EncodedChat, header_start
 
 SCOPES = (
     "generation",
@@ -26,6 +27,7 @@ SCOPES = (
     "first:N",
     "span:A-B",
     "after-instruction",
+    "assistant",
 )
 
 NO_END = 2**62
@@ -47,7 +49,11 @@ class Scope:
     include_first: bool = False
     """`prompt` and `all` keep position 0."""
     include_template: bool = False
-    """`prompt` and `all` keep template tokens and special tokens."""
+    """`prompt`, `all` and `assistant` keep template tokens and special tokens."""
+    exclude_special: bool = False
+    """Special tokens are left out of this scope, whichever it is."""
+    reply_header: str = ""
+    """What the chat template writes before a reply, for `assistant`."""
 
     def __str__(self) -> str:
         if self.kind == "first":
@@ -57,11 +63,13 @@ class Scope:
     @property
     def needs_prompts(self) -> bool:
         """Whether positions depend on the text of the prompt and not on its length alone."""
-        return self.kind in ("span", "after-instruction")
+        return self.kind in ("span", "after-instruction", "assistant")
 
     @property
     def leaves_out_special(self) -> bool:
         """Whether special tokens are left out, wherever they are (but see `include_first`)."""
+        if self.exclude_special:
+            return True
         return self.kind in ("prompt", "all") and not self.include_template
 
     def row(self, prompt_length: int, prompt: EncodedPrompt | None = None) -> "RowInfo":
@@ -73,6 +81,9 @@ class Scope:
         """
         start, stop = self._interval(prompt_length, prompt)
         excluded: set[int] = set()
+        if self.kind == "assistant":
+            assert prompt is not None  # else _interval has raised
+            excluded.update(self._not_assistant(prompt, start))
         if self.kind in ("prompt", "all"):
             if prompt is not None and not self.include_template:
                 excluded.update(torch.nonzero(prompt.template_mask).flatten().tolist())
@@ -111,9 +122,31 @@ class Scope:
                     "own text"
                 )
             return prompt.token_span(self.first, min(self.last, characters))
+        if self.kind == "assistant":
+            begin = header_start(prompt, self.reply_header)
+            replies = prompt.replies if isinstance(prompt, EncodedChat) else ()
+            earlier = [first - 1 for first, _ in replies[:1]]
+            if self.include_template:
+                header = len(prompt) - begin
+                return min([begin, *(first - header for first, _ in replies[:1])]), NO_END
+            return min([max(length - 1, 0), *earlier]), NO_END
         # A prompt that ends with its instruction has nothing after it: the edit then begins where
         # the first generated token is predicted, like the other scopes that reach into generation.
         return min(_instruction_end(prompt, self.instructions), max(length - 1, 0)), NO_END
+
+    def _not_assistant(self, prompt: EncodedPrompt, start: int) -> set[int]:
+        """Positions of the prompt from `start` on that are in no turn of the assistant.
+
+        A turn reaches from the token whose logits give its first token to its last token; with
+        `include_template`, from its header to the token after it, which ends the turn.
+        """
+        begin = header_start(prompt, self.reply_header)
+        header = len(prompt) - begin
+        inside = set(range(begin if self.include_template else len(prompt) - 1, len(prompt)))
+        for first, end in prompt.replies if isinstance(prompt, EncodedChat) else ():
+            wide = self.include_template
+            inside.update(range(first - (header if wide else 1), end + (1 if wide else 0)))
+        return set(range(start, len(prompt))) - inside
 
 
 @dataclass(frozen=True)
@@ -125,18 +158,25 @@ class RowInfo:
     excluded: tuple[int, ...] = ()
 
 
+NOWHERE = RowInfo(0, 0)
+"""A row of which nothing is covered."""
+
+
 def parse_scope(
     text: str,
     *,
     instructions: Sequence[str] = (),
     include_first: bool = False,
     include_template: bool = False,
+    exclude_special: bool = False,
 ) -> Scope:
     """Parse the value of `--scope`; the other arguments are fields of `Scope`.
 
     `generation` (p >= P-1), `generated` (p >= P), `prompt` (p < P), `all`, `last-prompt`
     (p = P-1), `first:N` (P-1 <= p < P-1+N), `span:A-B` (tokens that overlap characters [A, B) of
-    the prompt), `after-instruction` (from the end of the instruction on).
+    the prompt), `after-instruction` (from the end of the instruction on), `assistant` (every turn
+    of the assistant, from the token whose logits give its first token on; in a prompt of one turn
+    of the user that is `generation`).
 
     Raises UsageError, which lists what is allowed, for anything else.
     """
@@ -145,6 +185,7 @@ def parse_scope(
         "instructions": tuple(instructions),
         "include_first": include_first,
         "include_template": include_template,
+        "exclude_special": exclude_special,
     }
     if word in SCOPES and ":" not in word:
         return Scope(word, **rest)

@@ -208,3 +208,19 @@ def test_touching_no_token_is_an_error(cli: Cli, plan: Path) -> None:
     )
     assert "touched no token" in line
     assert "--scope" in line
+
+
+def test_schedules_gates_and_further_plans(cli: Cli, model: Path, sae: Path, plan: Path) -> None:
+    words = ("steer", "--model", model, "-p", "Hello", "--json", *SMALL)
+    by_number = (*words, "--sae", sae, "--latents", "3:2.5,9:-1")
+    (whole,) = rows_of(cli(*by_number).out)
+    (short,) = rows_of(cli(*by_number, "--schedule", "first:2").out)
+    assert (short["tokens_touched"], whole["tokens_touched"]) == (2, 5)
+    closed = cli(*by_number, "--gate", "3 > 1e9")
+    assert closed.status == 0, closed.err
+    assert rows_of(closed.out)[0]["tokens_touched"] == 0
+    wrong = cli(*by_number, "--gate", "3 is high")
+    assert wrong.status == 2 and "--gate must be conditions" in wrong.err
+    (once,) = rows_of(cli(*words, "--plan", plan).out)
+    (twice,) = rows_of(cli(*words, "--plan", plan, "--also", plan).out)
+    assert once["tokens_touched"] == twice["tokens_touched"]

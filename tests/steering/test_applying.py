@@ -1,5 +1,6 @@
 """Texts in, steered texts out."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from saesteer.sae.generation import stop_ids
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.sae.prompts import encode_prompt
 from saesteer.steering.applying import SteeredText, generate_steered
+from saesteer.steering.arrangement import ByRow
 from saesteer.steering.hook import steer
 from saesteer.steering.plan import Plan, plan_from_latents
 
@@ -161,3 +163,15 @@ def test_errors_pass_through(lm: LanguageModel, plan: Plan) -> None:
         generate_steered(lm, TEXTS, plan, beta=1.0)
     with pytest.raises(UsageError, match="--max-new-tokens must be at least 1, got 0"):
         generate_steered(lm, TEXTS, plan, max_new_tokens=0)
+
+
+def test_each_text_follows_its_own_plan(lm: LanguageModel, plan: Plan) -> None:
+    other = dataclasses.replace(plan, scale=-2.0)
+    plans = [plan, None, other, plan, None]
+    found = generate_steered(lm, TEXTS, ByRow(plans), max_new_tokens=8, batch_size=2)
+    for text, one, answer in zip(TEXTS, plans, found, strict=True):
+        (alone,) = generate_steered(lm, [text], one, max_new_tokens=8)
+        assert answer.token_ids == alone.token_ids
+        assert answer.tokens_touched == alone.tokens_touched
+    with pytest.raises(UsageError, match="plans for 1 texts and 5 were given"):
+        generate_steered(lm, TEXTS, ByRow([plan]))

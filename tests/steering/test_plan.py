@@ -133,7 +133,7 @@ def test_values_in_units_of_a_statistic(lm: LanguageModel) -> None:
         ({"scope": "here"}, "--scope must be one of"),
         ({"scale": float("nan")}, "--scale must be a finite number"),
         ({"beta": float("inf")}, "--beta must be a finite number"),
-        ({"unit": "rel", "method": "set"}, "--unit rel is for --method add alone"),
+        ({"unit": "rel", "method": "set"}, "--unit rel is for --method add and add-keep-norm"),
         ({"unit": "sigma", "method": "scale"}, "--method scale takes a factor"),
         ({"unit": "sigma", "beta": 1.0}, "--beta 1 has no meaning with --unit sigma"),
         ({"beta": 1.0, "method": "scale", "scale": 2.0}, "--beta 1 has no meaning"),

@@ -34,7 +34,10 @@ def test_a_scope_reads_back_as_it_was_written(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("everything", "--scope must be one of generation, .*after-instruction, got 'everything'"),
+        (
+            "everything",
+            "--scope must be one of generation, .*after-instruction, assistant, got 'everything'",
+        ),
         ("", "--scope must be one of"),
         ("first", "--scope must be one of"),
         ("first:N", "--scope must be one of"),

@@ -1,0 +1,283 @@
+"""Gates: conditions on latents that say at which of a scope's positions an edit is made.
+
+    412 > 3                     latent 412 is above 3 at this token
+    412 > 3 : 1                 on above 3, and on until it is at 1 or below (hysteresis)
+    412 > 3 & !(77 > 1 | 5 > 2) and, not, or; the words `and`, `or`, `not` mean the same
+    prompt: 412 > 3             decided once: on for a row where it held at a token of its prompt
+
+Latents are read from the residual as it arrives, before the plan's own edit. What a row remembers
+is kept by position, so that drafts that are rolled back and chunks change nothing, and it moves
+with its row when beams are reordered.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Union
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError
+
+Node = Union["Above", "Not", "Every", "Either"]
+
+
+@dataclass(frozen=True)
+class Above:
+    """A latent is above `on`, or was and is still above `off`."""
+
+    latent: int
+    on: float
+    off: float
+
+
+@dataclass(frozen=True)
+class Not:
+    part: Node
+
+
+@dataclass(frozen=True)
+class Every:
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Either:
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A parsed `--gate`; make one with `parse_gate`."""
+
+    root: Node
+    on_prompt: bool
+    """Decided once, on the prompt's own tokens; it acts from the last of them on."""
+    leaves: tuple[Above, ...]
+    """The conditions of the expression, in the order written."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The latents it reads, each once, in the order of their first mention."""
+        return tuple(dict.fromkeys(leaf.latent for leaf in self.leaves))
+
+
+_TOKEN = re.compile(r"\s*(?:(-?\d+(?:\.\d*)?(?:e[+-]?\d+)?)|([()>:&|!])|(and|or|not)\b)", re.I)
+_WORDS = {"and": "&", "or": "|", "not": "!"}
+
+
+def parse_gate(text: str) -> Gate:
+    """Parse the value of `--gate`; see this module's head for the language.
+
+    `!` binds closest, then `&`, then `|`. Raises UsageError, with an example, for anything else.
+    """
+    on_prompt = text.strip().lower().startswith("prompt:")
+    body = text.strip()[len("prompt:") :] if on_prompt else text
+    parser = _Parser(text, body)
+    root = parser.either()
+    if parser.rest:
+        raise parser.error()
+    leaves = tuple(_leaves(root))
+    if on_prompt and any(leaf.off != leaf.on for leaf in leaves):
+        raise UsageError(
+            f"--gate {text!r}: a gate that is decided once on the prompt has no second threshold"
+        )
+    return Gate(root, on_prompt, leaves)
+
+
+class _Parser:
+    """Recursive descent over the words of a gate."""
+
+    def __init__(self, text: str, body: str) -> None:
+        self._text = text
+        self.rest: list[str] = []
+        at = 0
+        while at < len(body.rstrip()):
+            found = _TOKEN.match(body, at)
+            if found is None:
+                raise self.error()
+            self.rest.append(_WORDS.get(found[0].strip().lower(), found[0].strip()))
+            at = found.end()
+
+    def error(self) -> UsageError:
+        return UsageError(
+            f"--gate must be conditions ID > VALUE joined by &, | and !, such as "
+            f"'412 > 3 & !(77 > 1)' or '412 > 3 : 1', got {self._text!r}"
+        )
+
+    def either(self) -> Node:
+        parts = [self.both()]
+        while self._take("|"):
+            parts.append(self.both())
+        return parts[0] if len(parts) == 1 else Either(tuple(parts))
+
+    def both(self) -> Node:
+        parts = [self.one()]
+        while self._take("&"):
+            parts.append(self.one())
+        return parts[0] if len(parts) == 1 else Every(tuple(parts))
+
+    def one(self) -> Node:
+        if self._take("!"):
+            return Not(self.one())
+        if self._take("("):
+            inside = self.either()
+            if not self._take(")"):
+                raise self.error()
+            return inside
+        number = self._next()
+        if not number.isdigit() or not self._take(">"):
+            raise self.error()
+        on = self._value()
+        off = self._value() if self._take(":") else on
+        if off > on:
+            raise UsageError(
+                f"--gate {self._text!r}: latent {number} would go off at {off:g}, above the "
+                f"{on:g} where it goes on: write the higher value first"
+            )
+        return Above(int(number), on, off)
+
+    def _value(self) -> float:
+        try:
+            value = float(self._next())
+        except ValueError:
+            raise self.error() from None
+        if not math.isfinite(value):
+            raise self.error()
+        return value
+
+    def _next(self) -> str:
+        if not self.rest:
+            raise self.error()
+        return self.rest.pop(0)
+
+    def _take(self, word: str) -> bool:
+        if self.rest[:1] != [word]:
+            return False
+        self.rest.pop(0)
+        return True
+
+
+def _leaves(node: Node) -> list[Above]:
+    if isinstance(node, Above):
+        return [node]
+    parts = (node.part,) if isinstance(node, Not) else node.parts
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
+@dataclass(eq=False)
+class GateState:
+    """What the rows of one call remember: the state of each condition after each position.
+
+    Column p + 1 holds position p; column 0 is the state before the row begins, off.
+    """
+
+    gate: Gate
+    _history: list[Bool[Tensor, "rows columns"]] = field(default_factory=list)
+
+    def open(
+        self,
+        acts: Float[Tensor, "batch seq latents"],
+        p: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        prompt: Bool[Tensor, "batch seq"],
+        prompt_lengths: Int[Tensor, " batch"],
+    ) -> Bool[Tensor, "batch seq"]:
+        """Where the gate is open; what the pass showed is remembered.
+
+        Args:
+            acts: the latents of `gate.ids`, in that order.
+            p, real: positions, and which columns are tokens.
+            prompt: the tokens that count for a gate on the prompt.
+            prompt_lengths: P of each row.
+        """
+        places = {latent: i for i, latent in enumerate(self.gate.ids)}
+        if self.gate.on_prompt:
+            states = iter([acts[..., places[leaf.latent]] > leaf.on for leaf in self.gate.leaves])
+            held = _evaluate(self.gate.root, states) & prompt
+            (held_at,) = self._remember([held], p, real)
+            decided = held_at.any(dim=1, keepdim=True)
+            return decided & (p >= prompt_lengths[:, None] - 1)
+        found = []
+        for number, leaf in enumerate(self.gate.leaves):
+            values = acts[..., places[leaf.latent]]
+            before = self._before(number, p, real)
+            found.append(_with_memory(values > leaf.on, values <= leaf.off, before, real))
+        if any(leaf.on != leaf.off for leaf in self.gate.leaves):
+            self._remember(found, p, real)
+        return _evaluate(self.gate.root, iter(found))
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Row i takes over what row `rows[i]` remembers."""
+        self._history = [
+            history.index_select(0, rows.to(history.device)) for history in self._history
+        ]
+
+    def _before(
+        self, number: int, p: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
+    ) -> Bool[Tensor, " batch"]:
+        """The state of a condition before the pass's first token of each row."""
+        if len(self._history) <= number:
+            return torch.zeros(len(p), dtype=torch.bool, device=p.device)
+        # A pass that begins with padding begins with the position after it.
+        first = torch.where(real[:, 0], p[:, 0], p[:, 0] + 1).clamp(min=0)
+        history = _wide(self._history[number].to(p.device), len(p), int(first.max()) + 1)
+        return history.gather(1, first[:, None])[:, 0]
+
+    def _remember(
+        self,
+        states: list[Bool[Tensor, "batch seq"]],
+        p: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+    ) -> list[Bool[Tensor, "rows columns"]]:
+        batch, width = len(p), int(p.max()) + 2
+        if not self._history:
+            empty = torch.zeros((batch, 1), dtype=torch.bool, device=p.device)
+            self._history = [empty] * len(states)
+        column = torch.where(real, p + 1, 0)
+        kept = []
+        for history, state in zip(self._history, states, strict=True):
+            grown = _wide(history.to(p.device), batch, width).scatter(1, column, state & real)
+            grown[:, 0] = False  # where padding was written
+            kept.append(grown)
+        self._history = kept
+        return kept
+
+
+def _with_memory(
+    on: Bool[Tensor, "batch seq"],
+    off: Bool[Tensor, "batch seq"],
+    before: Bool[Tensor, " batch"],
+    real: Bool[Tensor, "batch seq"],
+) -> Bool[Tensor, "batch seq"]:
+    """The state after each token: that of the last token that switched, else the one before."""
+    switched = (on | off) & real
+    steps = torch.arange(on.shape[1], device=on.device).expand(on.shape)
+    last = torch.where(switched, steps, -1).cummax(dim=1).values
+    return torch.where(last >= 0, on.gather(1, last.clamp(min=0)), before[:, None])
+
+
+def _evaluate(node: Node, states: Iterator[Tensor]) -> Tensor:
+    """The expression's value; the leaves' states come in the order written."""
+    if isinstance(node, Above):
+        return next(states)
+    if isinstance(node, Not):
+        return ~_evaluate(node.part, states)
+    parts = [_evaluate(part, states) for part in node.parts]
+    found = parts[0]
+    for part in parts[1:]:
+        found = found & part if isinstance(node, Every) else found | part
+    return found
+
+
+def _wide(history: Tensor, batch: int, width: int) -> Tensor:
+    """`history` with room for `batch` rows and `width` columns, off where it is new."""
+    if len(history) < batch:
+        history = history.repeat_interleave(batch // len(history), dim=0)
+    if history.shape[1] < width:
+        more = history.new_zeros((len(history), width - history.shape[1]))
+        history = torch.cat([history, more], dim=1)
+    return history

@@ -1,0 +1,71 @@
+"""How an edit's strength changes while text is generated.
+
+The step of a position is g = max(0, p - (P - 1)): 0 on the prompt up to its last token, whose
+logits give the first new token, then 1, 2, ... It depends on the position alone, so that drafts,
+chunks and cacheless passes weigh a token alike.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError
+
+SCHEDULES = ("constant", "first:N", "linear:N", "decay:OMEGA,K")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A parsed `--schedule`; make one with `parse_schedule`."""
+
+    kind: str
+    """The word before the colon."""
+    steps: int = 0
+    """N of `first:N` and `linear:N`."""
+    omega: float = 0.0
+    power: float = 0.0
+
+    @property
+    def is_constant(self) -> bool:
+        return self.kind == "constant"
+
+    def weights(self, steps: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """The share of the edit that is made at each step, in [0, 1]."""
+        if self.kind == "first":
+            return (steps < self.steps).float()
+        if self.kind == "linear":
+            return (1 - steps / self.steps).clamp(min=0)
+        if self.kind == "decay":
+            return (1 + self.omega * steps.float()) ** -self.power
+        return torch.ones_like(steps, dtype=torch.float32)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Parse the value of `--schedule`.
+
+    `constant`; `first:N` (full strength for the first N new tokens, then none); `linear:N` (from
+    full strength to none over N tokens); `decay:OMEGA,K` with weight (1 + OMEGA g)^-K (arXiv
+    2510.01246, there with K of 3 to 4).
+
+    Raises UsageError, which lists what is allowed, for anything else.
+    """
+    word = text.strip()
+    if word == "constant":
+        return Schedule("constant")
+    if found := re.fullmatch(r"(first|linear):(\d+)", word):
+        if int(found[2]) > 0:
+            return Schedule(found[1], steps=int(found[2]))
+        raise UsageError(f"--schedule {word}: N must be at least 1 token")
+    if found := re.fullmatch(r"decay:([^,]+),([^,]+)", word):
+        try:
+            omega, power = float(found[1]), float(found[2])
+        except ValueError:
+            omega, power = -1.0, -1.0
+        if math.isfinite(omega) and math.isfinite(power) and omega > 0 and power > 0:
+            return Schedule("decay", omega=omega, power=power)
+        raise UsageError(f"--schedule {word}: OMEGA and K must be numbers above 0, as decay:0.05,3")
+    raise UsageError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {text!r}")

@@ -17,6 +17,8 @@ VERBS = {
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
+    "sweep": "try doses, numbers of latents and scopes: success against damage, the best plan",
+    "evaluate": "success, fluency and damage of a plan beside every control, as a report",
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
 }
 _INTERRUPTED = 130

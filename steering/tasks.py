@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks import CHECKS, Verdict, run_check
+from saesteer.steering.grading import loose_variants
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 DEFAULT_CONTENTS = BUILTIN_FOLDER / "contents.jsonl"
@@ -104,6 +105,12 @@ class Task:
         if self.check_name is None:
             return Verdict.UNDETERMINED
         return run_check(self.check_name, output, source, **(self.check_arguments or {}))
+
+    def passes_loosely(self, output: str, source: str) -> bool:
+        """Whether the check passes on one of the answer's eight readings (`loose_variants`)."""
+        return any(
+            self.verdict(reading, source) is Verdict.PASS for reading in loose_variants(output)
+        )
 
 
 @dataclass(frozen=True)

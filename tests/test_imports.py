@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
-VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "doctor")
+VERBS = (
+    "demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate", "doctor",
+)  # fmt: skip
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from saesteer.steering.calibration import sweep as sweep
     from saesteer.steering.comparison import CompareConfig as CompareConfig
     from saesteer.steering.comparison import compare as compare
+    from saesteer.steering.controls import logit_bias as logit_bias
     from saesteer.steering.controls import mean_difference_plan as mean_difference_plan
     from saesteer.steering.controls import random_plan as random_plan
     from saesteer.steering.damage import NeutralProbe as NeutralProbe
+    from saesteer.steering.evaluation import ArmSpec as ArmSpec
     from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
+    from saesteer.steering.evaluation import run_arms as run_arms
     from saesteer.steering.hook import SteerReport as SteerReport
     from saesteer.steering.hook import steer as steer
     from saesteer.steering.ifeval import evaluate_ifeval as evaluate_ifeval
@@ -60,7 +63,10 @@ _HOME = {
     "Judge": "judge",
     "render_html": "report",
     "report_document": "report",
+    "ArmSpec": "evaluation",
     "Decoding": "evaluation",
+    "run_arms": "evaluation",
+    "logit_bias": "controls",
     "evaluate": "evaluation",
     "SteerReport": "hook",
     "steer": "hook",

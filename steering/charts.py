@@ -62,12 +62,12 @@ _FAINT = 'stroke="currentColor" stroke-opacity="0.18"'
 _FIRM = 'stroke="currentColor" stroke-width="1.4"'
 
 
-def bars(rows: Sequence[Bar], label: str, width: float = 640) -> str:
+def bars(rows: Sequence[Bar], label: str, width: float = 640.0) -> str:
     """Horizontal bars from 0 to 1 with their intervals as whiskers, the figures to the right."""
     left = 12 + _CHAR * max((len(row.label) for row in rows), default=0)
     right = 130.0
     span = max(width - left - right, 120.0)
-    step, top = 24, 8
+    step, top = 24.0, 8.0
     height = top + step * len(rows) + 22
     body = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -97,7 +97,7 @@ def _ticks(low: float, high: float) -> list[float]:
     if high <= low:
         high = low + 1
     raw = (high - low) / 4
-    power = 10 ** math.floor(math.log10(raw))
+    power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
@@ -125,7 +125,7 @@ class _Frame:
         self.edge = width
         xs = [point.x for point in points] or [0.0]
         ys = [point.y for point in points] or [0.0]
-        self.x_ticks = _ticks(min(0.0, *xs), max(xs)) if len(xs) > 1 else _ticks(0.0, xs[0] or 1)
+        self.x_ticks = _ticks(min(0.0, *xs), max(xs)) if len(xs) > 1 else _ticks(0.0, xs[0] or 1.0)
         self.y_ticks = list(y_ticks) if y_ticks is not None else _ticks(min(0.0, *ys), max(ys))
         self.body: list[str] = []
         for tick in self.x_ticks:
@@ -140,7 +140,7 @@ class _Frame:
         self.body.append(_text(middle, height - 8, x_label, "middle"))
         y = (self.top + self.bottom) / 2
         turned = f'transform="rotate(-90 14 {y:.1f})"'
-        self.body.append(_text(14, y, y_label, "middle", turned))
+        self.body.append(_text(14.0, y, y_label, "middle", turned))
         for place, name in enumerate(legend):
             y = self.top + 8 + 18 * place
             colour = COLOURS[place % len(COLOURS)]
@@ -171,8 +171,8 @@ def scatter(
     y_label: str,
     front: Sequence[Point] = (),
     joined: bool = False,
-    width: float = 560,
-    height: float = 320,
+    width: float = 560.0,
+    height: float = 320.0,
 ) -> str:
     """Shares against a cost: one colour a series, the front as a stair, series joined by lines."""
     series = list(dict.fromkeys(point.series for point in points))

@@ -56,7 +56,7 @@ def report_document(
 
 _STYLE = """
 :root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{margin-top:2.6rem;border-bottom:1px solid #8884}
 h3{margin-top:1.8rem}p.note{color:#777;margin:.2rem 0}
 table{border-collapse:collapse;margin:.6rem 0;font-size:13.5px;display:block;overflow-x:auto}
@@ -113,7 +113,7 @@ def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
             if arm is not None:
                 label = f"{task['task']['name']}: {arm['name']}"
                 rows.append(_bar(label, arm["loose"], _KIND_COLOURS[kind]))
-    return "<h2>All tasks, loose success</h2>" + bars(rows, "Loose success by task and arm", 820)
+    return "<h2>All tasks, loose success</h2>" + bars(rows, "Loose success by task and arm", 820.0)
 
 
 def _bar(label: str, rate: Mapping[str, Any], colour: int) -> Bar:
@@ -139,7 +139,7 @@ def _task_section(task: Mapping[str, Any]) -> str:
             _bar(f"{arm['name']}", arm[measure], _KIND_COLOURS.get(arm["kind"], 6))
             for arm in task["arms"]
         ]
-        parts.append(f"<p>{measure}</p>" + bars(rows, f"{measure} success by arm", 760))
+        parts.append(f"<p>{measure}</p>" + bars(rows, f"{measure} success by arm", 760.0))
     parts.append(_grades_table(task["arms"]))
     parts.append(_tests_table(task["tests"]))
     parts.append(_damage_table(task["arms"]))
@@ -290,7 +290,7 @@ def pareto_chart(sweep: Mapping[str, Any]) -> str:
 
 def dose_response(sweep: Mapping[str, Any]) -> str:
     """Loose success by dose, one line for each number of latents and scope."""
-    first = max(row["n"] for row in sweep["trials"] if row["n"] == sweep["trials"][0]["n"])
+    first = sweep["trials"][0]["n"]
     rows = [row for row in sweep["trials"] if row["n"] == first]
     points = [
         Point(row["relative_dose"], row["loose"]["value"], _series(row), _setting(row))

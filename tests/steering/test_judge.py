@@ -96,7 +96,7 @@ def test_endpoints_that_fail(endpoint: Endpoint, status: int, body: Any, said: s
 
 def test_an_endpoint_that_is_not_there(endpoint: Endpoint) -> None:
     with pytest.raises(UserError, match="cannot be used"):
-        Judge("http://127.0.0.1:9", "small", timeout=2)(load_task("json"), "a", "b")
+        Judge("http://127.0.0.1:9", "small", timeout=2.0)(load_task("json"), "a", "b")
 
 
 @pytest.mark.parametrize(

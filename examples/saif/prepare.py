@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = train(
         args.out / "sae",
         TrainConfig(
-            d_sae=tuple(args.widths), k=args.k, tokens=args.train_tokens,
+            d_sae=tuple(args.widths), k=(args.k,), tokens=args.train_tokens,
             batch_tokens=args.batch_tokens,
         ),
         activations=args.out / "activations",

@@ -35,11 +35,11 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument(
         "--ifeval", metavar="FILE",
         help="answer and grade these IFEval prompts too (the standard .jsonl; plans steer the rows "
-        "that have prompt_without_instruction)",
+        "that have prompt_without_instruction) (default: none)",
     )  # fmt: skip
     what.add_argument(
         "--ifeval-only", type=names, metavar="ID,...",
-        help="keep the IFEval rows all of whose instructions are among these",
+        help="keep the IFEval rows all of whose instructions are among these (default: all)",
     )  # fmt: skip
     how = parser.add_argument_group("protocol")
     how.add_argument(
@@ -77,7 +77,7 @@ def add_flags(parser: VerbParser) -> None:
     judge.add_argument(
         "--judge", metavar="URL",
         help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; a key comes from "
-        "SAESTEER_JUDGE_KEY",
+        "SAESTEER_JUDGE_KEY (default: none)",
     )  # fmt: skip
     judge.add_argument("--judge-model", metavar="NAME", help="its model (needed with --judge)")
     add_common(

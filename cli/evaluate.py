@@ -218,7 +218,7 @@ def _beside(paths: list[str]) -> dict[str, Any]:
         found["sweep"] = read_json(folder / "sweep.json")
     if (folder / "ranking.json").is_file():
         stability = read_json(folder / "ranking.json").get("stability")
-        if isinstance(stability, dict) and {"labels", "jaccard"} <= stability.keys():
+        if isinstance(stability, dict):
             found["stability"] = stability
     return found
 

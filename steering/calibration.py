@@ -262,14 +262,11 @@ def sweep(
     skipped: list[tuple[Plan, Damage]] = []
     within = True
     if budget is not None:
-        kept = [entry for entry in racing if budget.spent(entry[2]) <= budget.limit]
-        within = bool(kept)
-        if not kept:
-            kept = [min(racing, key=lambda entry: budget.spent(entry[2]))]
-        left = {id(entry) for entry in kept}
-        skipped = [(plan, cost) for entry in racing if id(entry) not in left
-                   for _, plan, cost in [entry]]  # fmt: skip
-        racing = kept
+        racing.sort(key=lambda entry: budget.spent(entry[2]))
+        allowed = sum(budget.spent(cost) <= budget.limit for *_, cost in racing)
+        within = allowed > 0
+        skipped = [(plan, cost) for _, plan, cost in racing[max(allowed, 1) :]]
+        racing = racing[: max(allowed, 1)]
     trials = _race(lm, task, contents, racing, rounds, decoding, progress)
     most = min(len(contents), max(n for n, _ in rounds))
     asked, _ = two_ways_to_ask(task, contents[:most])

@@ -47,7 +47,8 @@ class Rate:
     def of(hits: Sequence[bool], seeds: int = 1) -> "Rate":
         """The rate of hits, given seed by seed, each seed in the order of the contents."""
         successes, n = sum(hits), len(hits)
-        low, high = wilson(successes, n)
+        # All alike, resampling knows no width: Wilson's, on as many trials as there are contents.
+        low, high = wilson(successes // seeds, n // seeds)
         if seeds > 1 and 0 < successes < n:
             interval = bootstrap_mean(per_content(hits, seeds))
             low, high = interval.low, interval.high

@@ -31,7 +31,7 @@ def report_document(
 
     Args:
         sweeps: documents of `Sweep.document`, by task name.
-        stability: `{"labels": [...], "jaccard": [[...]]}` by task name.
+        stability: the `stability` of `ranking.json`, by task name.
         ifeval: what `evaluate_ifeval` returns.
         judge: the name of the language model that graded as well.
     """
@@ -314,11 +314,29 @@ def _setting(row: Mapping[str, Any]) -> str:
     return f"layer {row['layer']}, {_series(row)}, scale {row['scale']:g}"
 
 
+_AGREEMENT = {
+    "jaccard": "Jaccard, mean",
+    "jaccard_lowest": "Jaccard, lowest",
+    "spearman": "Spearman, mean",
+    "spearman_lowest": "Spearman, lowest",
+}
+
+
 def _stability(stability: Mapping[str, Any]) -> str:
-    labels = [str(label) for label in stability["labels"]]
+    """How alike the rankings of parts of the texts are: wordings, languages, contents."""
+    parts = {
+        name: found
+        for name, found in stability.items()
+        if isinstance(found, Mapping) and found.keys() >= _AGREEMENT.keys()
+    }
+    if not parts:
+        return ""
+    values = [[found[key] for key in _AGREEMENT] for found in parts.values()]
+    chart = heat_map(values, list(parts), list(_AGREEMENT.values()), "Stability of the ranking")
     return (
-        "<h3>Stability of the ranking</h3><p>Overlap (Jaccard) of the top latents between "
-        "wordings.</p>" + heat_map(stability["jaccard"], labels, labels, "Jaccard between wordings")
+        "<h3>Stability of the ranking</h3><p>Between the rankings of parts of the texts: overlap "
+        f"of the top {stability.get('k', 'latents')} (Jaccard) and rank correlation (Spearman)."
+        f"</p>{chart}"
     )
 
 

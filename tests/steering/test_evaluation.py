@@ -371,6 +371,8 @@ def test_answers_to_one_content_are_not_independent() -> None:
     again = Rate.of(once * 10, seeds=10)
     assert again.value == Rate.of(once).value
     assert again.high - again.low > 2 * (Rate.of(once * 10).high - Rate.of(once * 10).low)
+    never = Rate.of([False] * 80, seeds=10)
+    assert (never.low, never.high) == (Rate.of([False] * 8).low, Rate.of([False] * 8).high)
 
 
 def test_a_reply_that_passes_loosely_is_a_b(lm: LanguageModel) -> None:

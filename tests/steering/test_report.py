@@ -76,7 +76,17 @@ TASK: dict[str, Any] = {
         ],
         "chosen": setting(3, 2.0, 1.4, 0.8), "unsteered": {"loose": {**RATE, "value": 0.0}},
     },
-    "stability": {"labels": ["en 1", "de"], "jaccard": [[1.0, 0.42], [0.42, 1.0]]},
+    "stability": {
+        "by": "saif", "k": 15,
+        "variants": {
+            "parts": ["en 1", "en 2"], "jaccard": 0.42, "jaccard_lowest": 0.17, "spearman": 0.8,
+            "spearman_lowest": -0.1,
+        },
+        "contents": {
+            "parts": ["1", "2"], "jaccard": 0.9, "jaccard_lowest": 0.77, "spearman": 0.95,
+            "spearman_lowest": 0.93,
+        },
+    },
     "answers": {
         name: [answer(f"{name} says <b>oui</b>", "B"), answer("", "C")]
         for name in ("unsteered", "prompted", "steered", "random latents 1")
@@ -145,7 +155,7 @@ def test_the_figures_are_those_of_the_document() -> None:
     page = " ".join(Page(render_html(DOCUMENT)).text)
     for figure in (
         "0.50 [0.31, 0.69]", "+0.45 [+0.20, +0.70]", "0.0039", "0.023", "1.23", "34.5", "3 of 20",
-        "0.42", "9 / 0", "61.5",
+        "0.42", "-0.10", "top 15", "9 / 0", "61.5",
     ):  # fmt: skip
         assert figure in page, figure
 

@@ -261,3 +261,26 @@ def test_the_page_holds_what_was_measured(model: Path, folder: Path, saif: Path)
     assert f"{steered['damage']['kl']:.2f}" in page
     assert "### variants: uppercase" in page and "| one wording |" in page
     assert "| uppercase | unsteered | " in page
+
+
+@pytest.mark.slow
+def test_several_tasks_in_one_go(saif: Path, folder: Path) -> None:
+    """The shell script, small: rank, sweep, evaluate, and a page that holds the rates."""
+    import os
+
+    sae = next((saif / "sae").glob("layer-1_dsae-64*"))
+    page = folder / "tasks.md"
+    small = {
+        "OUT": str(folder / "tasks"), "TASKS": "lowercase", "CONTENTS": "2", "N": "1",
+        "RANK": "--all-replies --max-new-tokens 4", "ROUNDS": "1:1",
+        "EXTRA": "--random-draws 1 --controls random",
+    }  # fmt: skip
+    found = os.path.dirname(sys.executable)
+    environment = {**os.environ, **small, "PATH": f"{found}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", EXAMPLES / "saif" / "tasks.sh", sae, page], capture_output=True, text=True,
+        env=environment, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# The SAIF experiments") and "| lowercase | unsteered | " in text

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = reports[0]["model"]
         parts.append(f"## Steered beside every control\n\n{model['name']}, {model['dtype']}.")
         parts.append(reports_section(reports))
-    files = [] if args.results is None else sorted(args.results.glob("*.json"))
+    files = sorted(args.results.glob("*.json")) if args.results else []
     if files:
         parts.append("## One experiment after the other")
         parts += [experiment_section(json.loads(path.read_text())) for path in files]

@@ -92,6 +92,25 @@ class Draft:
             os.unlink(self._temporary)
 
 
+def write_by(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make the file of a name beside `path`, then make it durable and give it `path`.
+
+    For writers of other libraries, which want a name. A failed write raises a one-line `UserError`
+    and leaves nothing.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with writing(path):
+            write(temporary)
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:  # Ctrl-C too must leave nothing behind
+        with contextlib.suppress(OSError):  # the error on its way says more
+            os.unlink(temporary)
+        raise
+
+
 def sync_file(path: Path) -> None:
     """Make the content of a file durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

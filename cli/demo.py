@@ -394,13 +394,7 @@ class Demo:
                 )
             facts["sampled"] = [arm.summary() for arm in arms]
             facts["greedy"] = [arm.summary() for arm in greedy]
-            facts["answers"] = {
-                arm.name: [
-                    {**asdict(a), "verdict": a.verdict.value, "grade": a.grade.value}
-                    for a in arm.answers
-                ]
-                for arm in arms
-            }
+            facts["answers"] = {arm.name: [a.row() for a in arm.answers] for arm in arms}
         self._print_examples(arms)
         self._print_rates(f"sampled, temperature {sampled.temperature:g}", arms)
         if greedy:
@@ -440,8 +434,9 @@ class Demo:
         rate: Callable[[int], float] = lambda i: evaluated[i]["loose"]["value"]  # noqa: E731
         prompted, steered = rate(1), rate(2)
         self.say(
-            "\nloose: the check passes and the answer is not degenerate; strict: it is also on "
-            "topic;\ndegenerate: one 4-gram makes up more than a fifth of the answer."
+            "\nloose: the check passes on the answer or one of its loose readings, and the answer "
+            "is not\ndegenerate; strict: it passes as it is, and is on topic; degenerate: one "
+            "4-gram makes\nup more than a fifth of the answer."
         )
         if prompted:
             self.say(

@@ -119,6 +119,48 @@ def stored_dtype(text: str) -> str:
     return _DTYPES[text.lower()]
 
 
+def grid(text: str) -> tuple[str, tuple[str, ...]]:
+    """`AXIS=V,V` of a sweep; a value may be FROM:TO:STEP, both ends included."""
+    axis, equals, values = text.partition("=")
+    if not equals or not axis.strip():
+        raise argparse.ArgumentTypeError(f"must be AXIS=VALUE,... such as k=1,5,15, got {text!r}")
+    found: list[str] = []
+    for part in _parts(values):
+        ends = re.fullmatch(r"(-?[\d.]+):(-?[\d.]+):([\d.]+)", part)
+        found += [part] if ends is None else _range(*ends.groups())
+    return axis.strip(), tuple(dict.fromkeys(found))
+
+
+def _range(first: str, last: str, step: str) -> list[str]:
+    low, high, width = number(first), number(last), number(step)
+    if width <= 0 or high < low or (high - low) / width > 1000:
+        raise argparse.ArgumentTypeError(
+            f"has a range {first}:{last}:{step} that does not go upwards in steps above 0"
+        )
+    return [f"{low + width * i:.10g}" for i in range(math.floor((high - low) / width + 1e-9) + 1)]
+
+
+def rounds(text: str) -> tuple[tuple[int, int], ...]:
+    """`CONTENTS:KEPT,...`: the rounds of a race."""
+    found = []
+    for part in _parts(text):
+        match = re.fullmatch(r"(\d+):(\d+)", part)
+        if not match or not int(match[1]) or not int(match[2]):
+            raise argparse.ArgumentTypeError(
+                f"must be CONTENTS:KEPT,... such as 12:4,40:1, got {text!r}"
+            )
+        found.append((int(match[1]), int(match[2])))
+    return tuple(found)
+
+
+def budget(text: str) -> tuple[str, float]:
+    """`kl=0.5` or `ce=0.5`."""
+    kind, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be kl=NATS or ce=NATS, got {text!r}")
+    return kind.strip(), number(value)
+
+
 LISTS = (counts, numbers, layers, names, latents)
 """Types whose values may be written as a YAML list in a config file."""
 

@@ -55,7 +55,8 @@ class GraphedStep:
                 trainer.apply(trainer.forward(self._rows))
         torch.cuda.current_stream(trainer.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The harvest's thread goes on launching meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._passes = trainer.forward(self._rows)
             trainer.apply(self._passes)
         # Warming up was training: take it back.

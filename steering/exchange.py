@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints import files, safe_reading, torch_files
+from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.models import LanguageModel
 from saesteer.steering.gguf_vectors import read_control_vectors, write_control_vectors
@@ -124,7 +125,7 @@ def export_plan(
             "bias": None,
             "head_index": None,
         }
-        files._replace(path, lambda temporary: torch.save({hookpoint: row}, temporary))
+        write_by(path, lambda temporary: torch.save({hookpoint: row}, temporary))
         notes.append(f"the hook point is {hookpoint}, a module of the base model: check it there")
     else:
         notes.append(_write_clamp(plan, path, hookpoint))

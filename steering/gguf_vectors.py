@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saesteer.checkpoints import files
+from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UserError
 
 MAX_BYTES = 1 << 30
@@ -53,7 +53,7 @@ def write_control_vectors(path: Path, vectors: Mapping[int, Tensor], model_hint:
         writer.write_tensors_to_file()
         writer.close()
 
-    files._replace(path, write)
+    write_by(path, write)
 
 
 def read_control_vectors(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:

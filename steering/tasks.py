@@ -18,13 +18,19 @@ from typing import Any, Literal
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks import CHECKS, Verdict, run_check
+from saesteer.steering.contents import (
+    SPLITS,
+    inline_rows,
+    join_contents,
+    normal_form,
+    read_contents,
+    read_text,
+    split_rows,
+)
+from saesteer.steering.grading import loose_variants
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 DEFAULT_CONTENTS = BUILTIN_FOLDER / "contents.jsonl"
-
-SPLITS = ("train", "dev", "test")
-SPLIT_SHARES = (0.50, 0.12, 0.38)
-"""Shares of train, dev and test for contents that name no split (the built-in proportions)."""
 
 REQUIRED_KEYS = ("name", "instruction", "variants", "check")
 OPTIONAL_KEYS = ("contents", "contents_per_item", "split", "max_new_tokens")
@@ -105,6 +111,12 @@ class Task:
             return Verdict.UNDETERMINED
         return run_check(self.check_name, output, source, **(self.check_arguments or {}))
 
+    def passes_loosely(self, output: str, source: str) -> bool:
+        """Whether the check passes on one of the answer's eight readings (`loose_variants`)."""
+        return any(
+            self.verdict(reading, source) is Verdict.PASS for reading in loose_variants(output)
+        )
+
 
 @dataclass(frozen=True)
 class Instructed:
@@ -163,7 +175,7 @@ def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: 
     """
     if not instruction.strip():
         raise UsageError("--instruction is empty: give the instruction's text")
-    contents = _read_contents(Path(contents_file), SPLITS, seed, flag="--contents")
+    contents = read_contents(Path(contents_file), SPLITS, seed, flag="--contents")
     return Task("custom", instruction.strip(), (), contents)
 
 
@@ -239,33 +251,22 @@ def _read_task(path: Path) -> Task:
     splits = tuple(split for split in SPLITS if split in names)
     given = raw.get("contents")
     if isinstance(given, list):
-        contents = _split_rows(f"{path}: contents", _inline_rows(path, given), splits, 0)
+        contents = split_rows(f"{path}: contents", inline_rows(path, given), splits, 0)
     elif given is None:
-        contents = _read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
+        contents = read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
     else:
         named = path.parent / _text(path, "contents", given)
-        contents = _read_contents(named, splits, 0, flag=f"contents of {path}")
+        contents = read_contents(named, splits, 0, flag=f"contents of {path}")
     per_item = _count(path, "contents_per_item", raw.get("contents_per_item", 1))
     return Task(
         name=name,
         instruction=instruction,
         variants=variants,
-        contents=_join_contents(path, contents, per_item),
+        contents=join_contents(path, contents, per_item),
         check_name=check_name,
         check_arguments=check_arguments,
         max_new_tokens=_count(path, "max_new_tokens", raw.get("max_new_tokens", 64)),
     )
-
-
-def _read_text(path: Path, flag: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{flag}: no such file: {path}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: {path} is not UTF-8 (byte {error.start}); re-encode it") from None
-    except OSError as error:
-        raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -273,7 +274,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
     from saesteer.checkpoints.yaml_text import parse_yaml
 
-    text = _read_text(path, "--task")
+    text = read_text(path, "--task")
     try:
         raw = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -301,7 +302,7 @@ def _variants(path: Path, instruction: str, raw: object) -> tuple[Variant, ...]:
     if not isinstance(raw, list):
         raise UserError(f"{path}: key 'variants' must be a list of {{text, lang, use}}")
     variants: list[Variant] = []
-    seen = {_normal(instruction)}
+    seen = {normal_form(instruction)}
     for number, item in enumerate(raw, 1):
         where = f"variants[{number}]"
         if not isinstance(item, dict) or "text" not in item:
@@ -314,9 +315,9 @@ def _variants(path: Path, instruction: str, raw: object) -> tuple[Variant, ...]:
         use = item.get("use", "select")
         if use not in ("select", "evaluate"):
             raise UserError(f"{path}: key '{where}.use' must be select or evaluate, got {use!r}")
-        if _normal(text) in seen:
+        if normal_form(text) in seen:
             raise UserError(f"{path}: key '{where}.text' repeats an earlier wording: {text!r}")
-        seen.add(_normal(text))
+        seen.add(normal_form(text))
         variants.append(Variant(text, lang, use))
     return tuple(variants)
 
@@ -339,116 +340,3 @@ def _check(path: Path, raw: object) -> tuple[str, dict[str, Any]]:
     except UsageError as error:
         raise UserError(f"{path}: key 'check.arguments': {error}") from None
     return name, arguments
-
-
-# --- contents ------------------------------------------------------------------------------------
-
-
-def _normal(text: str) -> str:
-    """The form in which two texts count as the same: case-folded, blanks and final stops apart."""
-    return " ".join(text.casefold().split()).rstrip(".!?")
-
-
-def _inline_rows(path: Path, items: Sequence[object]) -> list[tuple[str, str | None]]:
-    return [_row(f"{path}: contents[{number}]", item) for number, item in enumerate(items, 1)]
-
-
-def _row(where: str, item: object) -> tuple[str, str | None]:
-    """(text, split or None) of one content: a text, or a mapping with the field `text`."""
-    text: object = item
-    split: object = None
-    if isinstance(item, dict):
-        text, split = item.get("text"), item.get("split")  # other fields (an id, say) are ignored
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: the field 'text' is missing or empty")
-    if split is None:
-        return text.strip(), None
-    if not isinstance(split, str) or split not in SPLITS:
-        raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
-    return text.strip(), split
-
-
-def _read_contents(
-    path: Path, splits: Sequence[str], seed: int, *, flag: str
-) -> dict[str, tuple[str, ...]]:
-    lines = _read_text(path, flag).split("\n")
-    rows: list[tuple[str, str | None]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{flag}: {path}, line {number}"
-        if path.suffix != ".jsonl":
-            rows.append(_row(where, line))
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not valid JSON; one object with a text per line") from None
-        rows.append(_row(where, item))
-    return _split_rows(f"{flag}: {path}", rows, splits, seed)
-
-
-def _split_rows(
-    where: str, rows: Sequence[tuple[str, str | None]], splits: Sequence[str], seed: int
-) -> dict[str, tuple[str, ...]]:
-    """Contents by split; refuses repeated texts, within one split and across two."""
-    seen: dict[str, str | None] = {}
-    for text, split in rows:
-        key = _normal(text)
-        if key in seen:
-            across = f" in splits {seen[key]} and {split}" if split != seen[key] else ""
-            raise UserError(f"{where}: the same content occurs twice{across}: {text[:60]!r}")
-        seen[key] = split
-    without = sum(split is None for _, split in rows)
-    if without and without != len(rows):
-        raise UserError(
-            f"{where}: {without} of {len(rows)} rows have no split; give every row one, or none"
-        )
-    if without:
-        rows = _deal(where, [text for text, _ in rows], seed)
-    contents = {name: tuple(text for text, split in rows if split == name) for name in splits}
-    empty = [name for name in splits if not contents[name]]
-    if empty:
-        raise UserError(f"{where}: no contents in split {empty[0]!r}; add some")
-    return contents
-
-
-def _deal(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | None]]:
-    """Give each text a split by the order of a hash: the order of the file does not matter."""
-    if len(texts) < len(SPLITS):
-        raise UserError(
-            f"{where}: {len(texts)} contents; at least 3 are needed, one for each split"
-        )
-
-    def rank(text: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
-
-    order = sorted(texts, key=rank)
-    n = len(order)
-    dev = max(1, round(SPLIT_SHARES[1] * n))
-    test = max(1, round(SPLIT_SHARES[2] * n))
-    train = n - dev - test
-    split_of = dict(zip(order, ["train"] * train + ["dev"] * dev + ["test"] * test, strict=True))
-    return [(text, split_of[text]) for text in texts]
-
-
-def _join_contents(
-    path: Path, contents: dict[str, tuple[str, ...]], per_item: int
-) -> dict[str, tuple[str, ...]]:
-    """Join each `per_item` neighbouring contents of a split into one; a short rest is dropped."""
-    if per_item == 1:
-        return contents
-    joined = {
-        split: tuple(
-            " ".join(texts[start : start + per_item])
-            for start in range(0, len(texts) - per_item + 1, per_item)
-        )
-        for split, texts in contents.items()
-    }
-    empty = [split for split in joined if not joined[split]]
-    if empty:
-        raise UserError(
-            f"{path}: key 'contents_per_item' is {per_item}, but split {empty[0]!r} has "
-            f"{len(contents[empty[0]])} contents; lower it or add contents"
-        )
-    return joined

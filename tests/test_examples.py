@@ -24,7 +24,9 @@ TRAINING = ("--d-sae", "64", "--k", "4", "--tokens", "2000", "--batch-tokens", "
 
 def run(name: str, *arguments: object) -> str:
     """Run `main` of one example and return what it prints on stdout."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"example_{name.replace('/', '_')}", EXAMPLES / f"{name}.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -190,3 +192,95 @@ def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> 
     (tokens,) = numbers(ended.stdout, r"(?m)^tokens: (\d+)$")
     assert tokens == 500
     assert not list(tmp_path.iterdir())
+
+
+# --- the paper's experiments ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saif(model: Path, folder: Path) -> Path:
+    """SAEs of two layers and two widths, as `prepare.py` leaves them."""
+    printed = run(
+        "saif/prepare", "--model", model, "--tasks", "json", "--layers", 1, 3, "--widths", 32, 64,
+        "--contents", 2, "--tokens", 900, "--train-tokens", 1200, "--batch-tokens", 100, "--k", 4,
+        "--context", 32, "-o", folder / "saif",
+    )  # fmt: skip
+    assert len(re.findall(r"(?m)FVU [\d.]+, L0 [\d.]+$", printed)) == 4
+    return folder / "saif"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "saes", "rows"),
+    [
+        ("latents", ("layer-1_dsae-64",), 5),
+        ("layers", ("layer-1_dsae-64", "layer-3_dsae-64"), 2),
+        ("width", ("layer-1_dsae-32", "layer-1_dsae-64"), 2),
+        ("position", ("layer-1_dsae-64",), 2),
+        ("beta", ("layer-1_dsae-64",), 5),
+        ("variants", ("layer-1_dsae-64",), 2),
+        ("logit-bias", ("layer-3_dsae-64",), 2),
+    ],
+)
+def test_each_experiment_varies_one_thing(
+    experiment: str, saes: tuple[str, ...], rows: int, saif: Path
+) -> None:
+    paths = [next((saif / "sae").glob(f"{name}*")) for name in saes]
+    printed = run(
+        "saif/run", experiment, "--sae", *paths, "--task", "uppercase", "--read", "span", "--by",
+        "rate", "--contents", 2, "--k", 3, "--n", 2, "-o", saif / "results",
+    )  # fmt: skip
+    written = Path(printed.split("written to ")[1].strip())
+    report = json.loads(written.read_text())
+    names = [arm["name"] for arm in report["arms"]]
+    assert names[:2] == ["unsteered", "prompted"]
+    assert len(names) - 2 >= rows and len(set(names)) == len(names)
+    assert all(f"{name} " in printed for name in names)
+
+
+def test_the_page_holds_what_was_measured(model: Path, folder: Path, saif: Path) -> None:
+    from saesteer.cli.__main__ import main
+
+    sae = next((saif / "sae").glob("layer-1_dsae-64*"))
+    run(
+        "saif/run", "variants", "--sae", sae, "--task", "uppercase", "--read", "span", "--by",
+        "rate", "--contents", 2, "--k", 2, "--n", 2, "-o", saif / "some",
+    )  # fmt: skip
+    for words in (
+        ("rank", "--sae", sae, "--task", "uppercase", "--by", "rate", "--read", "span",
+         "--rank-contents", 2, "--top", 2, "-o", folder / "shouting"),
+        ("evaluate", "--plan", folder / "shouting", "--n", 2, "--random-draws", 1, "-o",
+         folder / "shouted"),
+    ):  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main([*map(str, words), "-q"]) == 0
+    out = folder / "page.md"
+    run("saif/page", "--results", saif / "some", "--reports", folder / "shouted", "-o", out)
+    page = out.read_text(encoding="utf-8")
+    report = json.loads((folder / "shouted" / "report.json").read_text())
+    steered = next(a for a in report["tasks"][0]["arms"] if a["kind"] == "steered")
+    assert f"{steered['damage']['kl']:.2f}" in page
+    assert "### variants: uppercase" in page and "| one wording |" in page
+    assert "| uppercase | unsteered | " in page
+
+
+@pytest.mark.slow
+def test_several_tasks_in_one_go(saif: Path, folder: Path) -> None:
+    """The shell script, small: rank, sweep, evaluate, and a page that holds the rates."""
+    import os
+
+    sae = next((saif / "sae").glob("layer-1_dsae-64*"))
+    page = folder / "tasks.md"
+    small = {
+        "OUT": str(folder / "tasks"), "TASKS": "lowercase", "CONTENTS": "2", "N": "1",
+        "RANK": "--all-replies --max-new-tokens 4", "ROUNDS": "1:1",
+        "EXTRA": "--random-draws 1 --controls random",
+    }  # fmt: skip
+    found = os.path.dirname(sys.executable)
+    environment = {**os.environ, **small, "PATH": f"{found}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", EXAMPLES / "saif" / "tasks.sh", sae, page], capture_output=True, text=True,
+        env=environment, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# The SAIF experiments") and "| lowercase | unsteered | " in text

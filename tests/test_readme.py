@@ -27,6 +27,8 @@ EXTRA = {
     # A random model passes no check, and two contents are enough to rank something.
     "rank": ["--all-replies", "--rank-contents", "2", "--max-new-tokens", "4"],
     "steer": ["--max-new-tokens", "4"],
+    "sweep": ["--grid", "k=1", "--grid", "scale=1", "--rounds", "1:1"],
+    "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints import files, folds, torch_files
+from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.formats.place import (
     Place,
@@ -253,7 +254,7 @@ def _write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
     def write(temporary: Path) -> None:
         torch.save({key: tensor.cpu().clone() for key, tensor in tensors.items()}, temporary)
 
-    files._replace(path, write)
+    write_by(path, write)
 
 
 def _hook(trainer: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.steering import calibration
 from saesteer.steering.applying import SteeredText
-from saesteer.steering.calibration import Grid, calibrate
+from saesteer.steering.calibration import Budget, Grid, Trial, calibrate, pareto, sweep
+from saesteer.steering.damage import Damage
 from saesteer.steering.evaluation import Decoding
 from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.tasks import Task
@@ -238,3 +239,143 @@ def test_on_a_model(lm: LanguageModel, plan: Plan) -> None:
     stronger = [t.row()["relative_dose"] for t in trials if t.plan.scale == 3.0]
     weaker = [t.row()["relative_dose"] for t in trials if t.plan.scale == 0.5]
     assert min(stronger) > max(weaker)
+
+
+# --- sweeps: success against damage --------------------------------------------------------------
+
+
+def damage(kl: float, ce: float = 0.0, outside: float = 0.0) -> Damage:
+    return Damage(kl, kl, 1.0, ce, 0.5, 1.2, outside)
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> dict[Setting, Damage]:
+    """Stands in for the neutral questions: what each setting costs."""
+    table: dict[Setting, Damage] = {}
+
+    class Probe:
+        def __init__(self, lm: LanguageModel) -> None:
+            pass
+
+        def measure(self, plan: Plan) -> Damage:
+            return table.get(setting_of(plan), damage(0.1))
+
+    monkeypatch.setattr(calibration, "NeutralProbe", Probe)
+    return table
+
+
+@pytest.fixture
+def tolerant(script: Script, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """The script, which also answers without a plan: the unsteered and the prompted arm."""
+
+    def answer(lm: LanguageModel, texts: Sequence[str], plan: Plan | None, *rest: Any) -> Any:
+        if plan is None:
+            return [SteeredText(text, "not at all", list(range(12))) for text in texts]
+        return script.answer(lm, texts, plan, *rest)
+
+    monkeypatch.setattr(calibration, "answer", answer)
+    return script
+
+
+def test_a_budget_leaves_out_settings_before_they_answer(
+    lm: LanguageModel, plan: Plan, tolerant: Script, costs: dict[Setting, Damage]
+) -> None:
+    grid = Grid(k=(1,), scale=(1.0, 2.0, 3.0))
+    one, two, three = (setting_of(p) for p in grid.plans(plan))
+    costs.update({one: damage(0.1, 2.0), two: damage(0.4, 0.1), three: damage(0.9, 0.3)})
+    tolerant.loose = {one: 1, two: 3, three: 8}
+    found = sweep(lm, TASK, plan, grid, rounds=((8, 1),), budget=Budget("kl", 0.5))
+    assert setting_of(found.chosen.plan) == two and found.within_budget
+    assert {setting for setting, _ in tolerant.calls} == {one, two}
+    assert [setting_of(left) for left, _ in found.skipped] == [three]
+    found = sweep(lm, TASK, plan, grid, rounds=((8, 1),), budget=Budget("ce", 0.5))
+    assert setting_of(found.chosen.plan) == three
+    assert not found.warnings
+
+
+def test_a_budget_that_nothing_keeps_to_takes_the_cheapest_and_says_so(
+    lm: LanguageModel, plan: Plan, tolerant: Script, costs: dict[Setting, Damage]
+) -> None:
+    grid = Grid(k=(1,), scale=(1.0, 2.0))
+    one, two = (setting_of(p) for p in grid.plans(plan))
+    costs.update({one: damage(0.7), two: damage(0.6)})
+    tolerant.loose = {one: 5, two: 4}
+    found = sweep(lm, TASK, plan, grid, rounds=((8, 1),), budget=Budget("kl", 0.5))
+    assert setting_of(found.chosen.plan) == two and not found.within_budget
+    assert (
+        "no setting keeps to the budget kl=0.5: the cheapest of them costs 0.6"
+        in (found.warnings[0])
+    )
+
+
+def test_a_dose_beyond_the_models_norms_is_warned_of(
+    lm: LanguageModel, plan: Plan, tolerant: Script, costs: dict[Setting, Damage]
+) -> None:
+    grid = Grid(k=(1,), scale=(1.0,))
+    (setting,) = (setting_of(p) for p in grid.plans(plan))
+    tolerant.loose = {setting: 2}
+    costs[setting] = damage(0.1, outside=0.4)
+    assert not sweep(lm, TASK, plan, grid, rounds=((8, 1),)).warnings
+    costs[setting] = damage(0.1, outside=0.8)
+    (said,) = sweep(lm, TASK, plan, grid, rounds=((8, 1),)).warnings
+    assert said.startswith("the dose leaves the model's norm range: 80 % of the edited residuals")
+
+
+def test_no_success_at_all_is_warned_of(
+    lm: LanguageModel, plan: Plan, tolerant: Script, costs: dict[Setting, Damage]
+) -> None:
+    (said,) = sweep(lm, TASK, plan, Grid(k=(1,)), rounds=((8, 1),)).warnings
+    assert said.startswith("no setting followed the instruction once")
+
+
+def test_beta_and_several_plans_are_axes_too(
+    lm: LanguageModel, plan: Plan, tolerant: Script, costs: dict[Setting, Damage]
+) -> None:
+    other = dataclasses.replace(plan, layer=2)
+    grid = Grid(k=(1,), scale=(1.0,), beta=(-1.0, 2.0))
+    found = sweep(lm, TASK, {"one": plan, "two": other}, grid, rounds=((4, 1),))
+    rows = found.document()["trials"]
+    assert [(row["plan"], row["layer"], row["beta"]) for row in rows] == [
+        ("one", 1, -1.0), ("one", 1, 2.0), ("two", 2, -1.0), ("two", 2, 2.0),
+    ]  # fmt: skip
+    assert found.plan().metrics["sweep"]["settings"] == 4
+
+
+def test_the_front_holds_what_none_beats(plan: Plan, script: Script, lm: LanguageModel) -> None:
+    def trial(kl: float, loose: int) -> Trial:
+        script.loose = {setting_of(plan): loose}
+        texts = script.answer(lm, DEV[:8], plan)
+        arm = calibration.grade_arm("steered", TASK, DEV[:8], texts, DEV[:8])
+        return Trial(plan, arm, damage(kl))
+
+    cheap, beaten, good, dear, waste = (
+        trial(0.1, 2), trial(0.2, 1), trial(0.3, 5), trial(0.9, 7), trial(1.5, 7)
+    )  # fmt: skip
+    assert pareto([waste, good, beaten, dear, cheap]) == [cheap, good, dear]
+    assert pareto([dataclasses.replace(cheap, damage=None)]) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "said"),
+    [("mse", 1.0, "--budget must be kl=NATS or ce=NATS"), ("kl", 0.0, "a number above 0")],
+)
+def test_budgets_that_mean_nothing(kind: str, limit: float, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Budget(kind, limit)
+
+
+def test_scale_0_is_no_setting() -> None:
+    with pytest.raises(UsageError, match="--grid scale=0 would steer nothing"):
+        Grid(scale=(0.0, 1.0))
+
+
+def test_a_sweep_on_a_model_measures_more_damage_for_more_dose(
+    lm: LanguageModel, plan: Plan
+) -> None:
+    task = dataclasses.replace(TASK, check_name="length", check_arguments={"minimum": 1})
+    grid = Grid(k=(4,), scale=(0.2, 4.0))
+    found = sweep(lm, task, plan, grid, rounds=((2, 1),), decoding=Decoding(temperature=0.0))
+    gentle, strong = (trial.damage for trial in found.trials)
+    assert gentle is not None and strong is not None
+    assert 0 < gentle.kl < strong.kl and gentle.top1_agreement >= strong.top1_agreement
+    assert found.unsteered.relative_dose is None and len(found.prompted.answers) == 2

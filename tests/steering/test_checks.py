@@ -1,7 +1,5 @@
 """Checks: good replies pass, plausible bad ones do not, and no text makes one raise."""
 
-import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.steering import checks
-from saesteer.steering.checks import CHECKS, Grade, Verdict, run_check
+from saesteer.steering.checks import CHECKS, Verdict, run_check
 
 PASS, FAIL, UNDETERMINED = Verdict.PASS, Verdict.FAIL, Verdict.UNDETERMINED
 SOURCE = "The night train to Vienna left forty minutes late and arrived almost on time."
@@ -19,6 +16,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "language": {"lang": "fr"},
     "translation": {"lang": "de"},
     "keyword": {"keyword": "sunlight"},
+    "forbidden": {"keywords": ["train"]},
+    "end_phrase": {"phrase": "That is all."},
+    "start_phrase": {"phrase": "Well then"},
 }
 
 TRANSLATIONS = {
@@ -169,6 +169,29 @@ CASES: list[tuple[str, dict[str, Any], str, Verdict]] = [
     ("length", {"unit": "sentences", "maximum": 1}, "He came. She left.", FAIL),
     ("length", {"unit": "paragraphs", "minimum": 2}, "One.\n \nTwo.", PASS),
     ("length", {"unit": "characters", "maximum": 3}, "abcd", FAIL),
+    ("no_comma", {}, "The train left late and it came on time anyway.", PASS),
+    ("no_comma", {}, "The train left late, and it came on time anyway.", FAIL),
+    ("no_comma", {}, "The train left late.", UNDETERMINED),
+    ("no_comma", {}, SOURCE, FAIL),  # a copy follows nothing
+    ("no_comma", {}, "火车晚点四十分钟出发但是几乎准时到达维也纳车站", PASS),
+    ("no_comma", {}, "火车晚点四十分钟出发，但是几乎准时到达维也纳车站", FAIL),
+    ("title", {}, "<<Late Again>>\nThe train was late.", PASS),
+    ("title", {}, "<Late Again>\nThe train was late.", FAIL),
+    ("title", {}, "<< >>", FAIL),
+    ("forbidden", {"keywords": ["late", "train"]}, "It set off behind its time.", PASS),
+    ("forbidden", {"keywords": ["late", "train"]}, "It set off too LATE again.", FAIL),
+    ("forbidden", {"keywords": ["late"]}, "It was later than most others.", PASS),
+    ("forbidden", {"keywords": ["late"]}, "Set off.", UNDETERMINED),
+    ("forbidden", {"keywords": ["cat"]}, SOURCE, FAIL),  # a copy follows nothing
+    ("end_phrase", {"phrase": "That is all."}, "It was late. That is all.", PASS),
+    ("end_phrase", {"phrase": "That is all."}, '"It was late. that is all."', PASS),
+    ("end_phrase", {"phrase": "That is all."}, "It was late. That is all. Bye.", FAIL),
+    ("end_phrase", {"phrase": "That is all."}, "That is all.", FAIL),
+    ("end_phrase", {"phrase": "That's all."}, "It was late. **That’s all.**", PASS),
+    ("start_phrase", {"phrase": "Well then,"}, "Well then, it was late.", PASS),
+    ("start_phrase", {"phrase": "Well then,"}, "Well then,", FAIL),
+    ("start_phrase", {"phrase": "Well then,"}, "So, well then, it was late.", FAIL),
+    ("start_phrase", {"phrase": "The night"}, "The night was long.", UNDETERMINED),
 ]
 
 
@@ -272,145 +295,11 @@ def test_cutting_a_json_reply_never_turns_it_into_a_pass(output: str, cut: int) 
         ("bullets", {"minimum": 3, "maximum": 2}, "maximum must be a whole number from 3, got 2"),
         ("length", {"unit": "lines"}, "unit must be one of words"),
         ("summary", {"shortest": 0.6}, "must be below longest"),
+        ("forbidden", {"keywords": []}, "keywords must be non-empty texts"),
+        ("end_phrase", {"phrase": '"'}, "phrase must be a non-empty text"),
+        ("start_phrase", {"phrase": " "}, "phrase must be a non-empty text"),
     ],
 )
 def test_arguments_that_cannot_work(name: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         run_check(name, "x", "y", **arguments)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
-        ("Dr. Okafor met Mrs. K. Delgado at 3.14 p.m. exactly.", None),
-        ("It cost 2.50 in St. Ives.", None),
-        ('"Stop!" He stopped.', ['"Stop!"', "He stopped."]),
-        ("他来了。她走了。", ["他来了。", "她走了。"]),
-        ("...", ["..."]),
-        ("", []),
-    ],
-)
-def test_sentences(text: str, parts: list[str] | None) -> None:
-    assert checks.sentences(text) == ([text] if parts is None else parts)
-
-
-def _repetition_slow(tokens: list[int]) -> float:
-    """Mark, for each repeated 4-gram, the tokens it covers; the largest share."""
-    best = 0
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    for gram in set(grams):
-        if grams.count(gram) > 1:
-            marked = {i + d for i, other in enumerate(grams) if other == gram for d in range(4)}
-            best = max(best, len(marked))
-    return best / len(tokens) if tokens else 0.0
-
-
-@given(st.lists(st.integers(0, 2), max_size=40))
-def test_repetition_equals_the_slow_count(tokens: list[int]) -> None:
-    assert checks.repetition(tokens) == _repetition_slow(tokens)
-
-
-def test_repetition_of_known_sequences() -> None:
-    assert checks.repetition([]) == 0.0
-    assert checks.repetition(list(range(40))) == 0.0
-    assert checks.repetition([7] * 10) == 1.0
-    assert checks.repetition("a b c d a b c d".split()) == 1.0
-    twice = [1, 2, 3, 4, *range(10, 42), 1, 2, 3, 4]  # 8 of 40 tokens: exactly the limit
-    assert checks.repetition(twice) == 0.2 and not checks.is_degenerate(twice)
-    thrice = [*twice[:20], 1, 2, 3, 4, *twice[24:]]  # 12 of 40
-    assert checks.repetition(thrice) == 0.3 and checks.is_degenerate(thrice)
-
-
-def test_content_words() -> None:
-    kept = checks.content_words("In 1666 Mei saw 3,000 old pots. The cat was with Ur's potter.")
-    assert kept == {"1666", "mei", "3000", "pots", "ur", "potter"}
-    assert checks.content_words("誰も報告") == {"誰も", "も報", "報告"}
-    assert checks.content_words("L'été était là, avec dans pour") == frozenset()
-
-
-def test_content_overlap() -> None:
-    assert checks.content_overlap(SOURCE.upper(), SOURCE) > 0.8
-    assert checks.content_overlap(SOURCE, SOURCE) == 1.0
-    assert checks.content_overlap("Cats sleep all day.", SOURCE) == 0.0
-    assert checks.content_overlap("", SOURCE) == 0.0
-    # {night, train} against {night, train, vienna, left?...}: F1 is symmetric
-    short = "The night train."
-    assert checks.content_overlap(short, SOURCE) == checks.content_overlap(SOURCE, short)
-
-
-@given(REPLIES, REPLIES)
-def test_content_overlap_is_a_share(output: str, reference: str) -> None:
-    assert 0.0 <= checks.content_overlap(output, reference) <= 1.0
-
-
-def test_mismatch_floor_is_the_percentile_over_other_items() -> None:
-    references = [f"apple{i} river{i} stone{i}" for i in range(6)]
-    assert checks.mismatch_floor(references, references) == 0.0
-    shared = [f"common {text}" for text in references]
-    # every mismatched pair shares 1 of 4 words: F1 = 2 / 8
-    assert checks.mismatch_floor(shared, shared) == pytest.approx(0.25)
-    # one reply matches all others' references: 5 of 30 pairs, so the 80th percentile is still 0
-    odd = [" ".join(references), *references[1:]]
-    assert checks.mismatch_floor(odd, references, percentile=80.0) == 0.0
-    assert checks.mismatch_floor(odd, references, percentile=90.0) > 0.0
-
-
-def test_mismatch_floor_without_pairs_lets_nothing_through() -> None:
-    assert checks.mismatch_floor([], []) == 1.0
-    assert checks.mismatch_floor([SOURCE], [SOURCE]) == 1.0
-    assert checks.mismatch_floor([SOURCE] * 3, [SOURCE] * 3) == 1.0
-    assert checks.grade(PASS, False, 1.0, 1.0) is Grade.B
-    with pytest.raises(UsageError, match="2 outputs but 1 references"):
-        checks.mismatch_floor(["a", "b"], ["a"])
-
-
-def test_mismatch_floor_samples_when_there_are_many_pairs() -> None:
-    texts = [f"common apple{i} river{i % 7}" for i in range(80)]  # 6320 pairs
-    sampled = checks.mismatch_floor(texts, texts)
-    assert sampled == checks.mismatch_floor(texts, texts)
-    assert sampled == checks.mismatch_floor(texts, texts, max_pairs=10**6) == pytest.approx(2 / 3)
-
-
-def test_grades() -> None:
-    assert checks.grade(PASS, False, 0.5, 0.2) is Grade.A
-    assert checks.grade(PASS, False, 0.2, 0.2) is Grade.B
-    assert checks.grade(PASS, True, 0.9, 0.2) is Grade.C
-    assert checks.grade(FAIL, False, 0.9, 0.2) is Grade.C
-    assert checks.grade(UNDETERMINED, False, 0.9, 0.2) is Grade.C
-
-
-def test_content_reference() -> None:
-    assert checks.content_reference("translation") == "prompted"
-    assert checks.content_reference("json") == "source"
-    assert checks.content_reference(None) == "source"
-
-
-def test_wilson_against_published_values() -> None:
-    # Newcombe 1998, table I, method 3 (score): 81/263, 15/148, 0/20, 1/29
-    for successes, n, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        # four published decimals
-        assert checks.wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
-    assert checks.wilson(0, 0) == (0.0, 1.0)
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_rate_and_is_symmetric(pair: tuple[int, int]) -> None:
-    successes, n = pair
-    low, high = checks.wilson(successes, n)
-    assert 0.0 <= low <= successes / n <= high <= 1.0
-    mirrored = checks.wilson(n - successes, n)
-    assert math.isclose(low, 1 - mirrored[1], abs_tol=1e-12)  # rounding of a few float64 steps
-    widths = [h - w for w, h in (checks.wilson(successes, n, c) for c in (0.5, 0.9, 0.99))]
-    assert all(a < b for a, b in pairwise(widths))
-
-
-@pytest.mark.parametrize("arguments", [(2, 1), (-1, 3), (1, 2, 1.0)])
-def test_wilson_refuses(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(UsageError):
-        checks.wilson(*arguments)

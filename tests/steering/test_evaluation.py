@@ -13,8 +13,9 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.steering import evaluation
 from saesteer.steering.applying import SteeredText
-from saesteer.steering.checks import Grade, Verdict
+from saesteer.steering.checks import Verdict
 from saesteer.steering.evaluation import Decoding, Rate, evaluate, grade_arm
+from saesteer.steering.grading import Grade
 from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.tasks import Task, Variant
 
@@ -318,7 +319,7 @@ def test_doses_and_rows_are_ready_for_json(lm: LanguageModel, plan: Plan, script
     assert row == {
         "content": TEST[1], "prompt": TEST[1], "output": f"indeed, {TEST[1]}", "verdict": "pass",
         "degenerate": True, "overlap": steered.overlap, "grade": "C", "tokens_touched": 5,
-        "relative_dose": 0.5,
+        "relative_dose": 0.5, "loosely": True, "seed": 0, "judged": None,
     }  # fmt: skip
     assert arms[0].answers[0].tokens_touched is None
 
@@ -342,3 +343,76 @@ def test_on_a_model(lm: LanguageModel, plan: Plan) -> None:
     assert outputs["off"] == outputs["unsteered"]
     assert outputs["strong"] != outputs["unsteered"] != outputs["prompted"]
     assert [arm.relative_dose is not None for arm in arms] == [False, False, False, True]
+
+
+# --- seeds, loose readings, logit bias -----------------------------------------------------------
+
+
+def test_seeds_answer_every_content_again(lm: LanguageModel, plan: Plan, script: Script) -> None:
+    arms = evaluate(lm, IN_GERMAN, {"plan": plan}, n=2, seeds=(3, 7))
+    reference, *rest = script.calls
+    assert reference.arguments["seed"] == 3  # one reference for every seed
+    assert [call.arguments["seed"] for call in rest] == [3, 7] * 3
+    for arm in arms:
+        assert [(a.seed, a.content) for a in arm.answers] == [
+            (seed, content) for seed in (3, 7) for content in TEST[:2]
+        ]
+        assert arm.loose.n == 4 and arm.seeds == 2
+
+
+def test_several_seeds_of_greedy_decoding_are_refused(lm: LanguageModel, script: Script) -> None:
+    with pytest.raises(UsageError, match="--seeds 0,1 with temperature 0 would answer alike"):
+        evaluate(lm, TASK, {}, seeds=(0, 1), decoding=Decoding(temperature=0.0))
+
+
+def test_answers_to_one_content_are_not_independent() -> None:
+    """Ten seeds that always agree know no more than one: the interval is that of the contents."""
+    once = [True, False, True, False, True, True, False, True]
+    again = Rate.of(once * 10, seeds=10)
+    assert again.value == Rate.of(once).value
+    assert again.high - again.low > 2 * (Rate.of(once * 10).high - Rate.of(once * 10).low)
+    never = Rate.of([False] * 80, seeds=10)
+    assert (never.low, never.high) == (Rate.of([False] * 8).low, Rate.of([False] * 8).high)
+
+
+def test_a_reply_that_passes_loosely_is_a_b(lm: LanguageModel) -> None:
+    task = dataclasses.replace(TASK, check_name="json", check_arguments={})
+    texts = [
+        SteeredText(content, f'Sure!\n{{"text": "{content}"}}', list(range(12))) for content in TEST
+    ]
+    arm = grade_arm("steered", task, TEST, texts, TEST)
+    assert {answer.verdict for answer in arm.answers} == {Verdict.FAIL}
+    assert arm.grades == {"A": 0, "B": 4, "C": 0}
+    assert arm.loose.value == 1.0 and arm.strict.value == 0.0
+
+
+def test_a_translation_without_the_numbers_is_no_a() -> None:
+    task = dataclasses.replace(TASK, check_name="translation", check_arguments={"lang": "de"})
+    contents = (
+        "The museum opened in 1950 near the old harbour.",
+        "Heavy rain closed the mountain road on Sunday.",
+    )
+    german = (
+        "Das Museum wurde damals neben dem alten Hafen eröffnet.",
+        "Starker Regen hat am Sonntag die Bergstraße gesperrt.",
+    )
+    texts = [SteeredText(c, g, list(range(12))) for c, g in zip(contents, german, strict=True)]
+    arm = grade_arm("steered", task, contents, texts, german)
+    assert [answer.verdict for answer in arm.answers] == [Verdict.PASS] * 2
+    assert [answer.grade for answer in arm.answers] == [Grade.B, Grade.A]
+
+
+def test_a_logit_bias_moves_every_answer_and_leaves_nothing_behind(lm: LanguageModel) -> None:
+    bias = torch.zeros(lm.unembed.weight.shape[0])
+    bias[77] = 1e4
+    task = dataclasses.replace(TASK, max_new_tokens=3)
+    specs = [
+        evaluation.ArmSpec("plain", "unsteered"),
+        evaluation.ArmSpec("biased", "logit-bias", logit_bias=bias),
+        evaluation.ArmSpec("plain again", "unsteered"),
+    ]
+    greedy = Decoding(temperature=0.0)
+    plain, biased, again = evaluation.run_arms(lm, task, TEST[:2], specs, greedy)
+    assert {answer.token_ids for answer in biased.answers} == {(77, 77, 77)}
+    assert [a.output for a in again.answers] == [a.output for a in plain.answers]
+    assert all(77 not in a.token_ids for a in plain.answers)

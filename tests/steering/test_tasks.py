@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.steering import tasks
+from saesteer.steering import contents as contents_module
 from saesteer.steering.checks import Verdict
 from saesteer.steering.tasks import (
     Variant,
@@ -238,7 +238,7 @@ def test_dealing_keeps_every_text_once_and_fills_each_split(texts: list[str]) ->
     texts = list(dict.fromkeys(texts))
     if len(texts) < 3:
         return
-    dealt = tasks._deal("here", texts, 0)
+    dealt = contents_module._deal("here", texts, 0)
     assert [text for text, _ in dealt] == texts
     assert {split for _, split in dealt} == {"train", "dev", "test"}
 

@@ -1,0 +1,240 @@
+"""`saesteer sweep`: which dose, how many latents, where; success against damage."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.cli.flags import add_common, add_model
+from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.output import number as figure
+from saesteer.cli.output import print_json, print_next, print_table, write_run
+from saesteer.cli.parser import Repeated, VerbParser
+from saesteer.cli.progress import Report, reporting
+from saesteer.cli.values import budget, count, grid, number, rounds
+
+EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
+
+_AXES = ("k", "beta", "scale", "scope", "position", "read", "by")
+
+
+def add_flags(parser: VerbParser) -> None:
+    """The flags of this verb."""
+    what = parser.add_argument_group("what is swept over: --plan, or --sae to rank here")
+    what.add_argument(
+        "--plan", action=Repeated, metavar="DIR",
+        help="a plan of rank; repeatable: plans of other layers or ways of ranking compete",
+    )  # fmt: skip
+    what.add_argument(
+        "--sae", action=Repeated, metavar="DIR",
+        help="an SAE to rank with first; repeatable: one of each layer",
+    )  # fmt: skip
+    what.add_argument(
+        "--task", metavar="NAME/FILE",
+        help="a built-in task, or a task.yaml (default: the task the plan was ranked for)",
+    )  # fmt: skip
+    add_model(what, "(default: the one the plan or the SAE names)")
+    how = parser.add_argument_group("grid and race")
+    how.add_argument(
+        "--grid", action=Repeated, type=grid, metavar="AXIS=V,...",
+        help="values of k, beta, scale or scope, and with --sae of position, read or by; numbers "
+        "also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, scope=generation)",
+    )  # fmt: skip
+    how.add_argument(
+        "--rounds", type=rounds, default=((12, 4), (40, 1)), metavar="N:KEEP,...",
+        help="contents answered by each setting and settings kept, round by round "
+        "(default: 12:4,40:1)",
+    )  # fmt: skip
+    how.add_argument(
+        "--budget", type=budget, metavar="KIND=X",
+        help="most damage on neutral questions, in nats a token: kl=0.5 or ce=0.5 (default: none)",
+    )  # fmt: skip
+    how.add_argument(
+        "--temperature", type=number, default=0.7, metavar="T",
+        help="of sampling; 0 is greedy (default: 0.7)",
+    )  # fmt: skip
+    how.add_argument(
+        "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
+    )
+    how.add_argument(
+        "--batch-size", type=count, default=64, metavar="N", help="prompts at once (default: 64)"
+    )
+    add_common(
+        parser,
+        out="folder for the chosen plan, sweep.json and sweep.svg (default: print only)",
+        force="replace an earlier sweep in --out",
+    )
+
+
+def run(args: Namespace) -> int:
+    """Sweep, print the settings, write the chosen plan with the table and the picture."""
+    axes = _axes(args)
+    with (
+        reserved(args, plan=args.plan, sae=args.sae, task=args.task),
+        reporting(args) as report,
+    ):
+        found, lm = _sweep(args, axes, report)
+        document = {"model": {"name": lm.name, "hash": lm.fingerprint}, **found.document()}
+        for warning in found.warnings:
+            report.warn(warning)
+        if args.out is not None:
+            _write(take_folder(args), args, found, document)
+    if args.json:
+        print_json(document)
+    else:
+        _print(args, document)
+    return 0
+
+
+def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
+    """The grid's values by axis. Raises UsageError for one that is unknown, or that cannot be."""
+    if bool(args.plan) == bool(args.sae):
+        came = "both" if args.plan else "neither"
+        raise UsageError(f"--plan DIR, or --sae DIR with --task: give one, got {came}")
+    if args.sae and args.task is None:
+        raise UsageError("--task is missing: --sae ranks for a task first")
+    axes: dict[str, tuple[Any, ...]] = {}
+    for name, values in args.grid or ():
+        if name not in _AXES:
+            raise UsageError(f"--grid {name} is none of the axes {', '.join(_AXES)}")
+        if name in ("position", "read", "by") and args.plan:
+            raise UsageError(f"--grid {name} needs --sae: a plan is ranked already")
+        axes[name] = _typed(name, values)
+    return axes
+
+
+def _typed(name: str, values: tuple[str, ...]) -> tuple[Any, ...]:
+    if name in ("scope", "position", "read", "by"):
+        return values
+    kind = int if name == "k" else float
+    try:
+        typed = tuple(kind(value) for value in values)
+    except ValueError:
+        what = "whole numbers" if name == "k" else "numbers"
+        raise UsageError(f"--grid {name} must be {what}, got {','.join(values)}") from None
+    if name == "k" and min(typed) < 1:
+        raise UsageError(f"--grid k must be at least 1, got {min(typed)}")
+    return typed
+
+
+def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) -> tuple[Any, Any]:
+    from saesteer.steering.calibration import Budget, Grid, sweep
+    from saesteer.steering.evaluation import Decoding
+    from saesteer.steering.scope import parse_scope
+
+    for scope in axes.get("scope", ()):
+        parse_scope(scope)
+    settings = Grid(
+        **{name: axes[name] for name in ("k", "beta", "scale", "scope") if name in axes}
+    )
+    limit = None if args.budget is None else Budget(*args.budget)
+    lm, task, plans = _plans(args, axes, max(settings.k), report)
+    decoding = Decoding(
+        temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    found = sweep(
+        lm, task, plans, settings, rounds=args.rounds, budget=limit, decoding=decoding,
+        progress=report,
+    )  # fmt: skip
+    return found, lm
+
+
+def _plans(
+    args: Namespace, axes: dict[str, tuple[Any, ...]], top: int, report: Report
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, the task, and the plans that compete, by name (one alone bears none)."""
+    from itertools import product
+
+    from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.steering import load_plan
+    from saesteer.steering.ranking import RankConfig, plan_from_ranking, rank
+    from saesteer.steering.tasks import load_task
+
+    plans: dict[str, Any] = {}
+    if args.plan:
+        loaded = {str(path): load_plan(path) for path in args.plan}
+        first = next(iter(loaded.values()))
+        name = args.task or (None if first.task is None else first.task.name)
+        if name is None:
+            raise UsageError(f"--plan {args.plan[0]} names no task: give --task NAME or FILE")
+        task = load_task(name)
+        lm = open_model(args, report, name=first.model.name)
+        plans = {Path(path).name: plan for path, plan in loaded.items()}
+        if len(plans) < len(loaded):
+            plans = loaded
+    else:
+        task = load_task(args.task)
+        saes = [load_sae(path) for path in args.sae]
+        lm = open_model(args, report, name=saes[0].spec.model_name)
+        for sae in saes:
+            for position, read, by in product(
+                *(axes.get(name, (None,)) for name in ("position", "read", "by"))
+            ):
+                given = {"position": position, "read": read, "by": by}
+                chosen = {key: value for key, value in given.items() if value is not None}
+                config = RankConfig(seed=args.seed or 0, **chosen)
+                ranking = rank(lm, sae.to(lm.device), task, config, progress=report)
+                plan = plan_from_ranking(lm, sae, ranking, top=top)
+                plans[" ".join([f"layer {plan.layer}", *chosen.values()])] = plan
+    return lm, task, {"": next(iter(plans.values()))} if len(plans) == 1 else plans
+
+
+def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
+    from saesteer.checkpoints.files import plain, write_json, write_text
+    from saesteer.steering import save_plan
+    from saesteer.steering.report import pareto_chart
+
+    save_plan(found.plan(), folder)
+    write_json(folder / "sweep.json", document)
+    write_text(folder / "sweep.svg", pareto_chart(plain(document)))
+    write_run(folder, "sweep", vars(args), model=document["model"])
+    # What the report shows of the ranking goes with the plan.
+    source = Path(args.plan[0]).expanduser() if args.plan and len(args.plan) == 1 else None
+    if source is not None and source.is_dir() and (source / "ranking.json").is_file():
+        write_text(folder / "ranking.json", (source / "ranking.json").read_text(encoding="utf-8"))
+
+
+def _print(args: Namespace, document: dict[str, Any]) -> None:
+    chosen = document["chosen"]
+    rows = []
+    latest = [row for row in document["trials"] if row["latest"]]
+    for row in sorted(latest, key=lambda row: (-row["n"], -row["loose"]["value"])):
+        damage = row["damage"]
+        picked = row["n"] == chosen["n"] and all(
+            row[key] == chosen[key] for key in ("plan", "layer", "k", "beta", "scale", "scope")
+        )
+        rows.append(
+            [
+                "*" if picked else "+" if row["on_front"] else "",
+                *([row["plan"]] if row["plan"] else []),
+                str(row["layer"]),
+                str(row["k"]),
+                figure(row["beta"]),
+                figure(row["scale"]),
+                row["scope"],
+                figure(row["relative_dose"], 3),
+                f"{row['loose']['value']:.2f}",
+                f"{row['degenerate']['value']:.2f}",
+                figure(damage["kl"], 3),
+                figure(damage["delta_ce"], 3),
+                str(row["n"]),
+            ]
+        )
+    named = ["plan"] if chosen["plan"] else []
+    print_table(
+        ["", *named, "layer", "k", "beta", "scale", "scope", "||delta||/||h||", "loose",
+         "degenerate", "KL", "dCE", "contents"], rows, "plan,scope",
+    )  # fmt: skip
+    if document["skipped"]:
+        kind = document["budget"]
+        print(
+            f"{len(document['skipped'])} settings over {kind['kind']}={kind['limit']:g} not tried"
+        )
+    print(
+        f"unsteered {document['unsteered']['loose']['value']:.2f}, prompted "
+        f"{document['prompted']['loose']['value']:.2f} (loose); * chosen, + on the front"
+    )
+    if args.out is not None:
+        print(f"plan, sweep.json and sweep.svg written to {args.out}")
+        print_next("evaluate", "--plan", args.out, "-o", "runs/report")

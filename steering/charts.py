@@ -1,0 +1,233 @@
+"""Small charts as SVG text: bars with intervals, scatter with a front, lines, a heat map.
+
+Everything is inline and self-contained: no script, no font, no network.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b0a000")
+"""Colours that stay apart for most colour-blind readers (Okabe and Ito)."""
+
+_TEXT = 'font-family="system-ui, sans-serif" font-size="12" fill="currentColor"'
+_CHAR = 6.6  # pixels of a character of 12 px text, on average
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: a share with its interval."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    colour: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark of a scatter or a line."""
+
+    x: float
+    y: float
+    series: str
+    note: str = ""
+    """Shown when the mouse rests on it."""
+    marked: bool = False
+    """Drawn with a ring."""
+
+
+def _svg(width: float, height: float, label: str, body: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
+        f'role="img" aria-label="{escape(label, quote=True)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", extra: str = "") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_TEXT} {extra}>'
+        f"{escape(text)}</text>"
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
+
+
+_FAINT = 'stroke="currentColor" stroke-opacity="0.18"'
+_FIRM = 'stroke="currentColor" stroke-width="1.4"'
+
+
+def bars(rows: Sequence[Bar], label: str, width: float = 640.0) -> str:
+    """Horizontal bars from 0 to 1 with their intervals as whiskers, the figures to the right."""
+    left = 12 + _CHAR * max((len(row.label) for row in rows), default=0)
+    right = 130.0
+    span = max(width - left - right, 120.0)
+    step, top = 24.0, 8.0
+    height = top + step * len(rows) + 22
+    body = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + span * tick
+        body.append(_line(x, top, x, height - 20, _FAINT))
+        body.append(_text(x, height - 5, f"{tick:g}", "middle"))
+    for place, row in enumerate(rows):
+        y = top + step * place
+        middle = y + step / 2
+        colour = COLOURS[row.colour % len(COLOURS)]
+        body.append(_text(left - 6, middle + 4, row.label, "end"))
+        body.append(
+            f'<rect x="{left:.1f}" y="{y + 5}" width="{max(span * row.value, 0.8):.1f}" '
+            f'height="{step - 10}" fill="{colour}" fill-opacity="0.85"/>'
+        )
+        low, high = left + span * row.low, left + span * row.high
+        body.append(_line(low, middle, high, middle, _FIRM))
+        for x in (low, high):
+            body.append(_line(x, middle - 4, x, middle + 4, _FIRM))
+        figures = f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        body.append(_text(left + span + 10, middle + 4, figures))
+    return _svg(left + span + right, height, label, body)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """A few round numbers that cover the range."""
+    if high <= low:
+        high = low + 1
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, last + 1)]
+
+
+class _Frame:
+    """Axes of a chart with numbers on both."""
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        x_label: str,
+        y_label: str,
+        y_ticks: Sequence[float] | None,
+        legend: Sequence[str],
+        width: float,
+        height: float,
+    ) -> None:
+        longest = max((len(name) for name in legend), default=0)
+        self.left, self.top = 56.0, 14.0
+        self.right = (30 + _CHAR * longest) if legend else 16.0
+        self.width, self.height = width + self.right, height
+        self.bottom = height - 44
+        self.edge = width
+        xs = [point.x for point in points] or [0.0]
+        ys = [point.y for point in points] or [0.0]
+        self.x_ticks = _ticks(min(0.0, *xs), max(xs)) if len(xs) > 1 else _ticks(0.0, xs[0] or 1.0)
+        self.y_ticks = list(y_ticks) if y_ticks is not None else _ticks(min(0.0, *ys), max(ys))
+        self.body: list[str] = []
+        for tick in self.x_ticks:
+            x = self.x(tick)
+            self.body.append(_line(x, self.top, x, self.bottom, _FAINT))
+            self.body.append(_text(x, self.bottom + 16, f"{tick:g}", "middle"))
+        for tick in self.y_ticks:
+            y = self.y(tick)
+            self.body.append(_line(self.left, y, self.edge, y, _FAINT))
+            self.body.append(_text(self.left - 6, y + 4, f"{tick:g}", "end"))
+        middle = (self.left + self.edge) / 2
+        self.body.append(_text(middle, height - 8, x_label, "middle"))
+        y = (self.top + self.bottom) / 2
+        turned = f'transform="rotate(-90 14 {y:.1f})"'
+        self.body.append(_text(14.0, y, y_label, "middle", turned))
+        for place, name in enumerate(legend):
+            y = self.top + 8 + 18 * place
+            colour = COLOURS[place % len(COLOURS)]
+            x = self.edge + 14
+            self.body.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/>')
+            self.body.append(_text(x + 9, y, name))
+
+    def x(self, value: float) -> float:
+        low, high = self.x_ticks[0], self.x_ticks[-1]
+        return self.left + (value - low) / (high - low) * (self.edge - self.left)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
+
+    def draw(self, label: str) -> str:
+        return _svg(self.width, self.height, label, self.body)
+
+
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def scatter(
+    points: Sequence[Point],
+    label: str,
+    *,
+    x_label: str,
+    y_label: str,
+    front: Sequence[Point] = (),
+    joined: bool = False,
+    width: float = 560.0,
+    height: float = 320.0,
+) -> str:
+    """Shares against a cost: one colour a series, the front as a stair, series joined by lines."""
+    series = list(dict.fromkeys(point.series for point in points))
+    frame = _Frame([*points, *front], x_label, y_label, _SHARES, series, width, height)
+    if front:
+        steps = []
+        for place, point in enumerate(front):
+            if place:
+                steps.append((frame.x(point.x), frame.y(front[place - 1].y)))
+            steps.append((frame.x(point.x), frame.y(point.y)))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in steps)
+        frame.body.append(
+            f'<polyline points="{path}" fill="none" stroke="currentColor" '
+            'stroke-opacity="0.55" stroke-dasharray="5 4"/>'
+        )
+    for place, name in enumerate(series):
+        colour = COLOURS[place % len(COLOURS)]
+        own = [point for point in points if point.series == name]
+        if joined:
+            own.sort(key=lambda point: point.x)
+            path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in own)
+            frame.body.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+            )
+        for point in own:
+            x, y = frame.x(point.x), frame.y(point.y)
+            ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" {_FIRM}/>'
+            frame.body.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity="0.85">'
+                f"<title>{escape(point.note)}</title></circle>{ring if point.marked else ''}"
+            )
+    return frame.draw(label)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str
+) -> str:
+    """Values between 0 and 1 as shades, with the figure in every cell."""
+    left = 12 + _CHAR * max(map(len, rows), default=0)
+    cell, top = 40.0, 20 + 0.62 * _CHAR * max(map(len, columns), default=0)
+    body = []
+    for place, name in enumerate(columns):
+        x = left + cell * (place + 0.5)
+        turned = f'transform="rotate(-38 {x:.1f} {top - 8:.1f})"'
+        body.append(_text(x, top - 8, name, "start", turned))
+    for i, name in enumerate(rows):
+        y = top + cell * i
+        body.append(_text(left - 6, y + cell / 2 + 4, name, "end"))
+        for j, value in enumerate(values[i]):
+            x = left + cell * j
+            body.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.75 * min(max(value, 0), 1):.2f}"/>'
+            )
+            body.append(_text(x + cell / 2, y + cell / 2 + 4, f"{value:.2f}", "middle"))
+    overhang = 0.8 * _CHAR * max(map(len, columns), default=0)
+    width = left + cell * len(columns) + overhang
+    return _svg(width, top + cell * len(rows) + 6, label, body)

@@ -1,0 +1,43 @@
+"""What a check is, what it says, and the table that task files name checks from."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+
+
+class Verdict(Enum):
+    """What a check says of one reply. Only PASS counts as success."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNDETERMINED = "undetermined"
+
+
+Check = Callable[..., Verdict]
+CHECKS: dict[str, Check] = {}
+"""The checks by name, as task files name them."""
+
+
+def check(name: str) -> Callable[[Check], Check]:
+    """Enter a check into `CHECKS`."""
+
+    def register(function: Check) -> Check:
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+def run_check(name: str, output: str, source: str, **arguments: Any) -> Verdict:
+    """Run the check called `name`. Raises `UsageError` for a name or argument that cannot work."""
+    if name not in CHECKS:
+        raise UsageError(f"unknown check {name!r}: the checks are {', '.join(sorted(CHECKS))}")
+    return CHECKS[name](output, source, **arguments)
+
+
+def need_whole(name: str, value: object, least: int) -> None:
+    """Refuse an argument of a check that is no whole number from `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be a whole number from {least}, got {value!r}")

@@ -1,0 +1,133 @@
+"""Contents of a task: the texts an instruction is applied to, read and dealt to splits."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from saesteer.checkpoints.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+SPLIT_SHARES = (0.50, 0.12, 0.38)
+"""Shares of train, dev and test for contents that name no split (the built-in proportions)."""
+
+
+def read_text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{flag}: no such file: {path}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: {path} is not UTF-8 (byte {error.start}); re-encode it") from None
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
+
+
+def normal_form(text: str) -> str:
+    """The form in which two texts count as the same: case-folded, blanks and final stops apart."""
+    return " ".join(text.casefold().split()).rstrip(".!?")
+
+
+def inline_rows(path: Path, items: Sequence[object]) -> list[tuple[str, str | None]]:
+    return [_row(f"{path}: contents[{number}]", item) for number, item in enumerate(items, 1)]
+
+
+def _row(where: str, item: object) -> tuple[str, str | None]:
+    """(text, split or None) of one content: a text, or a mapping with the field `text`."""
+    text: object = item
+    split: object = None
+    if isinstance(item, dict):
+        text, split = item.get("text"), item.get("split")  # other fields (an id, say) are ignored
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: the field 'text' is missing or empty")
+    if split is None:
+        return text.strip(), None
+    if not isinstance(split, str) or split not in SPLITS:
+        raise UserError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}")
+    return text.strip(), split
+
+
+def read_contents(
+    path: Path, splits: Sequence[str], seed: int, *, flag: str
+) -> dict[str, tuple[str, ...]]:
+    lines = read_text(path, flag).split("\n")
+    rows: list[tuple[str, str | None]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{flag}: {path}, line {number}"
+        if path.suffix != ".jsonl":
+            rows.append(_row(where, line))
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not valid JSON; one object with a text per line") from None
+        rows.append(_row(where, item))
+    return split_rows(f"{flag}: {path}", rows, splits, seed)
+
+
+def split_rows(
+    where: str, rows: Sequence[tuple[str, str | None]], splits: Sequence[str], seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Contents by split; refuses repeated texts, within one split and across two."""
+    seen: dict[str, str | None] = {}
+    for text, split in rows:
+        key = normal_form(text)
+        if key in seen:
+            across = f" in splits {seen[key]} and {split}" if split != seen[key] else ""
+            raise UserError(f"{where}: the same content occurs twice{across}: {text[:60]!r}")
+        seen[key] = split
+    without = sum(split is None for _, split in rows)
+    if without and without != len(rows):
+        raise UserError(
+            f"{where}: {without} of {len(rows)} rows have no split; give every row one, or none"
+        )
+    if without:
+        rows = _deal(where, [text for text, _ in rows], seed)
+    contents = {name: tuple(text for text, split in rows if split == name) for name in splits}
+    empty = [name for name in splits if not contents[name]]
+    if empty:
+        raise UserError(f"{where}: no contents in split {empty[0]!r}; add some")
+    return contents
+
+
+def _deal(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | None]]:
+    """Give each text a split by the order of a hash: the order of the file does not matter."""
+    if len(texts) < len(SPLITS):
+        raise UserError(
+            f"{where}: {len(texts)} contents; at least 3 are needed, one for each split"
+        )
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
+
+    order = sorted(texts, key=rank)
+    n = len(order)
+    dev = max(1, round(SPLIT_SHARES[1] * n))
+    test = max(1, round(SPLIT_SHARES[2] * n))
+    train = n - dev - test
+    split_of = dict(zip(order, ["train"] * train + ["dev"] * dev + ["test"] * test, strict=True))
+    return [(text, split_of[text]) for text in texts]
+
+
+def join_contents(
+    path: Path, contents: dict[str, tuple[str, ...]], per_item: int
+) -> dict[str, tuple[str, ...]]:
+    """Join each `per_item` neighbouring contents of a split into one; a short rest is dropped."""
+    if per_item == 1:
+        return contents
+    joined = {
+        split: tuple(
+            " ".join(texts[start : start + per_item])
+            for start in range(0, len(texts) - per_item + 1, per_item)
+        )
+        for split, texts in contents.items()
+    }
+    empty = [split for split in joined if not joined[split]]
+    if empty:
+        raise UserError(
+            f"{path}: key 'contents_per_item' is {per_item}, but split {empty[0]!r} has "
+            f"{len(contents[empty[0]])} contents; lower it or add contents"
+        )
+    return joined

@@ -1,0 +1,221 @@
+"""IFEval: the standard JSONL, strict and loose verdicts, accuracies by prompt and instruction."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.models import LanguageModel, as_language_model
+from saesteer.steering.evaluation import Decoding, Rate, answer
+from saesteer.steering.grading import loose_variants
+from saesteer.steering.ifeval_checks import CHECKERS, stand_ins
+from saesteer.steering.plan import Plan
+
+
+@dataclass(frozen=True)
+class IFEvalPrompt:
+    """One row of the data."""
+
+    key: int
+    prompt: str
+    instructions: tuple[str, ...]
+    kwargs: tuple[Mapping[str, Any], ...]
+    """One mapping for each instruction."""
+    plain: str | None = None
+    """The prompt without its instruction, in data that has such pairs."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The verdicts on one instruction of one prompt."""
+
+    instruction: str
+    strict: bool
+    loose: bool
+
+
+def load_ifeval(path: str | Path) -> list[IFEvalPrompt]:
+    """Read the standard JSONL: key, prompt, instruction_id_list, kwargs.
+
+    Rows may hold `prompt_without_instruction`. Raises UserError, naming file and line, for a row
+    that lacks a field or names an instruction that is none of the 25.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"--ifeval {path} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--ifeval {path} cannot be read ({error})") from None
+    prompts = [
+        _row(line, f"--ifeval {path} line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"--ifeval {path} holds no prompt: one JSON object a line")
+    return prompts
+
+
+def _row(line: str, where: str) -> IFEvalPrompt:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where} is not JSON: one object a line") from None
+    names = row.get("instruction_id_list") if isinstance(row, dict) else None
+    if not isinstance(names, list) or not isinstance(row.get("prompt"), str) or not names:
+        raise UserError(f"{where} lacks prompt or instruction_id_list: see the IFEval data")
+    unknown = [name for name in names if name not in CHECKERS]
+    if unknown:
+        raise UserError(
+            f"{where} names {unknown[0]!r}, none of the {len(CHECKERS)} instructions of IFEval"
+        )
+    kwargs = row.get("kwargs") or [{} for _ in names]
+    if not isinstance(kwargs, list) or len(kwargs) != len(names):
+        raise UserError(f"{where} has {len(names)} instructions but not as many kwargs")
+    given = tuple(
+        {key: value for key, value in (one or {}).items() if value is not None} for one in kwargs
+    )
+    plain = row.get("prompt_without_instruction")
+    prompt = IFEvalPrompt(
+        int(row.get("key", 0)), row["prompt"], tuple(names), given,
+        plain if isinstance(plain, str) and plain.strip() else None,
+    )  # fmt: skip
+    try:
+        follow(prompt, "x")
+    except TypeError as error:
+        raise UserError(f"{where} has kwargs that do not fit: {error}") from None
+    return prompt
+
+
+def follow(prompt: IFEvalPrompt, reply: str) -> list[Followed]:
+    """Strict and loose verdicts on every instruction of a prompt. An empty reply follows none.
+
+    Strict: the checker accepts the reply as it is. Loose: it accepts one of its eight readings.
+    """
+    found = []
+    readings = [text for text in loose_variants(reply) if text.strip()]
+    for name, kwargs in zip(prompt.instructions, prompt.kwargs, strict=True):
+        checker = CHECKERS[name]
+        strict = bool(reply.strip()) and checker(reply, **kwargs)
+        loose = strict or any(checker(text, **kwargs) for text in readings)
+        found.append(Followed(name, strict, loose))
+    return found
+
+
+@dataclass(frozen=True)
+class IFEvalScores:
+    """The four accuracies of IFEval, and those by type."""
+
+    prompt_strict: Rate
+    prompt_loose: Rate
+    instruction_strict: Rate
+    instruction_loose: Rate
+    by_type: Mapping[str, tuple[Rate, Rate]]
+    """Strict and loose, by instruction."""
+
+    def row(self) -> dict[str, Any]:
+        """Everything, JSON-ready."""
+        return {
+            "prompt_strict": asdict(self.prompt_strict),
+            "prompt_loose": asdict(self.prompt_loose),
+            "instruction_strict": asdict(self.instruction_strict),
+            "instruction_loose": asdict(self.instruction_loose),
+            "by_type": {
+                name: {"strict": asdict(strict), "loose": asdict(loose)}
+                for name, (strict, loose) in sorted(self.by_type.items())
+            },
+        }
+
+
+def ifeval_scores(verdicts: Sequence[Sequence[Followed]]) -> IFEvalScores:
+    """Accuracies of replies, given the verdicts on each."""
+    flat = [one for row in verdicts for one in row]
+    by_type: defaultdict[str, list[Followed]] = defaultdict(list)
+    for one in flat:
+        by_type[one.instruction].append(one)
+    return IFEvalScores(
+        Rate.of([all(one.strict for one in row) for row in verdicts]),
+        Rate.of([all(one.loose for one in row) for row in verdicts]),
+        Rate.of([one.strict for one in flat]),
+        Rate.of([one.loose for one in flat]),
+        {
+            name: (Rate.of([one.strict for one in rows]), Rate.of([one.loose for one in rows]))
+            for name, rows in by_type.items()
+        },
+    )
+
+
+def evaluate_ifeval(
+    model: str | LanguageModel,
+    prompts: Sequence[IFEvalPrompt],
+    plans: Mapping[str, Plan] | None = None,
+    *,
+    only: Sequence[str] = (),
+    n: int | None = None,
+    max_new_tokens: int = 256,
+    decoding: Decoding = Decoding(temperature=0.0),  # noqa: B008 (frozen: one may serve all)
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Answer IFEval prompts and grade the answers.
+
+    Arms: `prompted` (the prompts as they are); where rows have their prompt without the
+    instruction, also `unsteered` (that) and each plan (that, steered).
+
+    Args:
+        only: keep rows all of whose instructions are among these ids; with plans, give those that
+            the plans are for.
+        n: keep the first so many rows.
+
+    Returns:
+        JSON-ready: scores and answers by arm, and what stood in for missing packages.
+
+    Raises:
+        UserError: no row is left, or plans were given and no row has a prompt without instruction.
+    """
+    chosen = [row for row in prompts if not only or set(row.instructions) <= set(only)]
+    if plans:
+        chosen = [row for row in chosen if row.plain is not None]
+    chosen = chosen[: len(chosen) if n is None else n]
+    if not chosen:
+        raise UserError(
+            "no IFEval row is left: --plan needs rows with prompt_without_instruction, and "
+            "--ifeval-only the ids of instructions that occur"
+        )
+    if plans and {"prompted", "unsteered"} & plans.keys():
+        raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")
+    lm = as_language_model(model, device=device, dtype=dtype)
+    arms: list[tuple[str, list[str], Plan | None]] = [
+        ("prompted", [row.prompt for row in chosen], None)
+    ]
+    if all(row.plain is not None for row in chosen):
+        plain = [row.plain or "" for row in chosen]
+        arms.append(("unsteered", plain, None))
+        arms += [(name, plain, plan) for name, plan in (plans or {}).items()]
+    found: dict[str, Any] = {}
+    for name, texts, plan in arms:
+        replies = answer(
+            lm, texts, plan, max_new_tokens, replace(decoding), f"IFEval: {name}", progress
+        )
+        verdicts = [
+            follow(row, reply.completion) for row, reply in zip(chosen, replies, strict=True)
+        ]
+        found[name] = {
+            "scores": ifeval_scores(verdicts).row(),
+            "answers": [
+                {
+                    "key": row.key,
+                    "prompt": reply.prompt,
+                    "output": reply.completion,
+                    "instructions": [asdict(one) for one in verdict],
+                }
+                for row, reply, verdict in zip(chosen, replies, verdicts, strict=True)
+            ],
+        }
+    return {"prompts": len(chosen), "stand_ins": stand_ins(), "arms": found}

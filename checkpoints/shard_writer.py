@@ -30,16 +30,18 @@ def part_manifest(part: Part) -> str:
 def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write the one manifest of a folder that `world` processes have completed, and return it.
 
-    `extra` goes into it as it is. The parts' own manifests are deleted.
+    `extra` goes into it as it is. The parts' own manifests are deleted, and what a process that was
+    killed left half written: none of them may write any more.
     """
     folder = Path(folder)
     paths = [folder / part_manifest((rank, world)) for rank in range(world)]
     parts = [files.read_json(path) for path in paths]
     dropped = ("part", "history", "cursor")
+    entries = [entry for part in parts for entry in part["shards"]]
     manifest = {
         **{name: value for name, value in parts[0].items() if name not in dropped},
         "tokens": sum(part["tokens"] for part in parts),
-        "shards": [entry for part in parts for entry in part["shards"]],
+        "shards": entries,
         **files.plain(extra),
         "processes": world,
         "complete": True,
@@ -47,6 +49,8 @@ def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dic
     files.write_json(folder / MANIFEST, manifest)
     for path in paths:
         path.unlink(missing_ok=True)
+    for below in {folder, *((folder / entry["file"]).parent for entry in entries)}:
+        files.remove_leftovers(below)
     return manifest
 
 

@@ -78,6 +78,8 @@ def test_parts_never_write_one_file_and_become_one_manifest(tmp_path: Path) -> N
     assert ShardReader(tmp_path, allow_empty=True).tokens == 0, "no half result is listed"
     for part in parts:
         part.close()
+    half = tmp_path / "layer-3" / ".shard-00007.safetensors.0a1b2c3d.tmp"
+    half.touch()  # of a process that was killed
     manifest = merge_parts(tmp_path, 2, {"excluded": {"sinks": 3}})
     assert manifest == read_json(tmp_path / "manifest.json")
     assert not {"part", "history", "cursor"} & manifest.keys()
@@ -87,6 +89,7 @@ def test_parts_never_write_one_file_and_become_one_manifest(tmp_path: Path) -> N
     numbers = sorted(int(i) for _, _, ids in reader.iter_shards(None, 3) for i in ids)
     assert numbers == list(range(60))
     assert [path.name for path in tmp_path.glob("*.json")] == ["manifest.json"]
+    assert not half.exists()
 
 
 @pytest.mark.parametrize("back_to", [0, 1, 2])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.disk import folder_bytes
-from saesteer.checkpoints.shards import ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae import TrainConfig, train
 

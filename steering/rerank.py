@@ -9,7 +9,8 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.hooks import HookPoint
 from saesteer.sae.models import LanguageModel
 from saesteer.steering.applying import SteeredText, generate_steered
-from saesteer.steering.checks import Verdict, is_degenerate
+from saesteer.steering.checks import Verdict
+from saesteer.steering.grading import is_degenerate
 from saesteer.steering.plan import PlannedLatent, make_plan
 from saesteer.steering.rank_config import RankConfig
 from saesteer.steering.tasks import Task

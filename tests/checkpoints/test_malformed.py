@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints import files, run_state
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.shards import ShardReader, ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
+from saesteer.checkpoints.shards import ShardReader
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from saesteer.checkpoints.disk import folder_bytes
-from saesteer.checkpoints.shards import ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.footprint import train_footprint
 from saesteer.sae.training import train

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from saesteer.checkpoints.shards import ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
 
 SUITE = Path(__file__).with_name("kill_suite.py")
 

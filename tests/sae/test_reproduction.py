@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import plain, read_json, read_tensors, write_json, write_tensors
-from saesteer.checkpoints.shards import ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.models import load_model
 from saesteer.sae.reproduction import reproduce, train_config

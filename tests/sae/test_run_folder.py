@@ -20,7 +20,7 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.files import read_json, read_jsonl, write_json
 from saesteer.checkpoints.locks import LOCK_NAME, folder_lock
 from saesteer.checkpoints.run_state import has_state, load_state, save_state
-from saesteer.checkpoints.shards import ShardWriter
+from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.stopping import GRACE_SECONDS
 from saesteer.sae.training import train

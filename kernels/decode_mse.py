@@ -147,7 +147,7 @@ def decode_mse_triton(
         W_dec.stride(0),
         target.stride(0),
         BLOCK_K=8,
-        BLOCK_D=column_block(d_model, 512),
+        BLOCK_D=column_block(d_model, 256),
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
     )
     return squared_error, error, act_grads

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from saesteer.checkpoints import files
 from saesteer.checkpoints.background import BackgroundWriter
+from saesteer.checkpoints.durable import Draft
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.shards import ShardReader
@@ -50,14 +50,14 @@ def test_add_does_not_wait_for_the_disk_but_memory_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    original = files._sync
+    original = Draft.__enter__
 
-    def slow(path: Path) -> None:
+    def slow(draft: Draft) -> Draft:
         go.wait(10)
-        original(path)
+        return original(draft)
 
     inner = writer_for(tmp_path)
-    monkeypatch.setattr(files, "_sync", slow)
+    monkeypatch.setattr(Draft, "__enter__", slow)
     with BackgroundWriter(inner, 25) as writer:
         add(writer, 0, 10)  # fills a shard: the disk is busy from here on
         add(writer, 10, 10)
@@ -92,15 +92,15 @@ def test_checkpoint_returns_when_all_is_on_the_disk(tmp_path: Path) -> None:
 def test_an_error_reaches_the_caller_and_nothing_follows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = files._sync
+    original = Draft.__enter__
 
-    def full(path: Path) -> None:
-        if "shard-00001" in path.name:
+    def full(draft: Draft) -> Draft:
+        if "shard-00001" in draft.path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(path)
+        return original(draft)
 
     inner = writer_for(tmp_path)
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(Draft, "__enter__", full)
     with pytest.raises(UserError, match="no space left while writing .*shard-00001"):
         with BackgroundWriter(inner, 25) as writer:
             for start in range(0, 10_000, 10):

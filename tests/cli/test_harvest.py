@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from saesteer.checkpoints import files
+from saesteer.checkpoints.durable import Draft
 from saesteer.checkpoints.shards import ShardReader
 
 from .conftest import Cli
@@ -202,15 +202,15 @@ def test_full_disk_then_resume(
 ) -> None:
     out = tmp_path / "acts"
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "-o", out, "-q")
-    sync = files._sync
+    enter = Draft.__enter__
 
-    def full(path: Path) -> None:
-        if "shard-" in path.name:
+    def full(draft: Draft) -> Draft:
+        if "shard-" in draft.path.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(path)
+        return enter(draft)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_sync", full)
+        patch.setattr(Draft, "__enter__", full)
         line = cli(*words).error(1)
     assert "no space left while writing" in line
     assert "shard-00000.safetensors" in line

@@ -88,7 +88,7 @@ def test_help_shows_main_names_and_defaults(verb: str, capsys: pytest.CaptureFix
         if action.nargs != 0 and action.dest != "prompt":
             stated = ("(default", "(needed", "(live training)", "needed with", "repeatable")
             own = ("--activations", "--task", "--instruction", "--contents", "--plan", "--sae",
-                   "--latents", "--prompts")  # fmt: skip
+                   "--latents", "--prompts", "--gate")  # fmt: skip
             assert any(word in action.help for word in stated) or action.option_strings[0] in own
 
 

@@ -165,7 +165,7 @@ def test_fused_and_the_road_to_causal(cli: Cli, sae: Path, task: Path) -> None:
         (["--task", "french", "--by", "saif", "--read", "reply"], 2, "--by saif compares"),
         (["--task", "french", "--rank-contents", "0"], 2, "--rank-contents must be at least 1"),
         (["--task", "french", "--top", "0"], 2, "--top must be at least 1, got 0"),
-        (["--task", "french", "--method", "push"], 2, "--method must be one of add, set"),
+        (["--task", "french", "--method", "push"], 2, "--method must be one of add, add-keep-norm"),
         (["--task", "french", "--unit", "volt"], 2, "--unit must be one of raw, sigma"),
         (["--task", "french", "--scope", "some"], 2, "--scope must be one of generation"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer.checkpoints import files
+from saesteer.checkpoints.durable import Draft
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
@@ -298,20 +298,20 @@ def test_disk_full_keeps_what_was_whole(
 ) -> None:
     lm = shared_lm()
     harvest(lm, tmp_path / "whole", CONFIG)
-    original = files._sync
+    original = Draft.__enter__
     written = 0
 
-    def full(path: Path) -> None:
+    def full(draft: Draft) -> Draft:
         nonlocal written
-        if path.name.startswith(".shard"):
+        if draft.path.name.startswith("shard"):
             written += 1
             if written > 3:  # the second shard of the second layer
                 raise OSError(errno.ENOSPC, "No space left on device")
-        original(path)
+        return original(draft)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_sync", full)
+        patch.setattr(Draft, "__enter__", full)
         with pytest.raises(UserError, match="no space left while writing .*shard-00001.*--resume"):
             harvest(lm, out, CONFIG)
     reader = ShardReader(out)

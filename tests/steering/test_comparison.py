@@ -132,7 +132,9 @@ def test_a_judge_grades_every_answer_beside_the_programs(lm: LanguageModel, plan
     for arm in found.arms:
         assert [a.judged for a in arm.answers] == [Grade.B, None]
         assert arm.summary()["judged"]["n"] == 1
-        assert {a.verdict for a in arm.answers} == {Verdict.PASS}  # as without a judge
+    alone = compare(lm, TASK, {"steered": plan}, config)
+    for arm, same in zip(found.arms, alone.arms, strict=True):
+        assert [a.verdict for a in arm.answers] == [a.verdict for a in same.answers]
 
 
 def test_the_document_holds_every_figure(lm: LanguageModel, plan: Plan, sae: SAE) -> None:

@@ -146,8 +146,8 @@ def decode_mse_triton(
         latent_indices.stride(0),
         W_dec.stride(0),
         target.stride(0),
-        BLOCK_K=8,
-        BLOCK_D=column_block(d_model, 256),
+        BLOCK_K=4,  # with 8, compilers up to Triton 3.6 spill a few registers
+        BLOCK_D=column_block(d_model, 512),
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
     )
     return squared_error, error, act_grads

@@ -59,7 +59,8 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         for bias in (True, False):
             decode = {**block, "BLOCK_D": 512, "HAS_BIAS": bias}
             yield sparse_decode.sparse_decode_kernel, 4, decode, {"W_dec": matrix}
-        yield decode_mse.decode_mse_kernel, 4, {**block, "BLOCK_D": 256}, {"W_dec": matrix}
+        fused = {**block, "BLOCK_K": 4, "BLOCK_D": 512}
+        yield decode_mse.decode_mse_kernel, 4, fused, {"W_dec": matrix}
         dots = {**block, "BLOCK_D": 256}
         yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix}
         sums = {"CHUNK": 64, "BLOCK_N": 8, "BLOCK_D": 512, "ACC": tl.float32}

@@ -31,6 +31,7 @@ from side_by_side import (
     take_turns,
 )
 
+from saesteer.kernels import topk_encode
 from saesteer.kernels.ops import encode_topk
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.topk import InputScale
@@ -189,6 +190,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--d-sae", type=int, default=9216)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048, help="activations a step")
+    parser.add_argument(
+        "--plain-float32",
+        action="store_true",
+        help="leave the CPU's bfloat16 units alone, as on a CPU that has none",
+    )
     parser.add_argument("--auxk", action="store_true", help="auxiliary loss on, for everyone")
     parser.add_argument("--dead", type=float, default=0.1, help="share of dead latents with --auxk")
     add_flags(parser, rounds=9)
@@ -200,6 +206,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.plain_float32:
+        topk_encode.fast_bfloat16 = lambda: False
     leave_folder()
     if args.threads:
         torch.set_num_threads(args.threads)

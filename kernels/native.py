@@ -67,9 +67,10 @@ def loop(*, reorder: bool = False, keep: bool = False) -> Callable[[Any], Any]:
     """Compile a function of numpy arrays, on its first call.
 
     ``reorder`` lets sums be taken in vector lanes; it never assumes that values are finite.
-    ``keep`` stores the compiled code, so that it is made once per machine. Only for what Python
-    calls: a loop that finds a helper's stored code cannot merge with it as it does with a fresh
-    one, and its sums would be rounded otherwise than where both were compiled.
+    ``keep`` is for what Python calls: its compiled code is stored, so that it is made once per
+    machine. All others are helpers and become part of their callers. Left to itself the compiler
+    may call a helper instead, and then the code in memory and the code read back from the store
+    find different versions of it, whose sums are rounded differently.
     """
     import numba
 
@@ -77,8 +78,10 @@ def loop(*, reorder: bool = False, keep: bool = False) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+        if not keep:
+            return numba.njit(forceinline=True, **options)(function)
         try:
-            return numba.njit(cache=keep, **options)(function)
+            return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to keep the compiled code in
             return numba.njit(**options)(function)
 

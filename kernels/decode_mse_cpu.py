@@ -1,4 +1,8 @@
-"""Decode, error and slot gradients of one example at a time, as a compiled CPU loop."""
+"""Decode, error and slot gradients of one example at a time, as a compiled CPU loop.
+
+The small helpers stand again in every file of loops: stored code is made anew when its own file
+changes, not when another one does.
+"""
 
 from typing import no_type_check
 

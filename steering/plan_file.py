@@ -131,8 +131,10 @@ def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int], list[i
     unknown = tensors.keys() - {
         "directions", "W_enc", "b_enc", "threshold", "gate_W_enc", "gate_b_enc", "gate_threshold"
     }  # fmt: skip
-    rows = tensors["directions"].shape[0] if "directions" in tensors else -1
-    if not whole or unknown or rows != len(ids):
+    directions = tensors.get("directions")
+    rows = len(directions) if directions is not None and directions.dim() == 2 else -1
+    floats = all(tensor.is_floating_point() for tensor in tensors.values())
+    if not whole or unknown or rows != len(ids) or not floats:
         raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
     # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
     return {name: tensor.clone() for name, tensor in tensors.items()}, ids, gate_ids

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Read by torch, tokenizers and child processes when they start, so set before anything heavy is
@@ -24,6 +25,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")  # sae_lens pulls wandb in; it must never log
 
 USER_CACHE = os.environ.get("SAESTEER_CACHE")
+
+# The same examples at every run of the suite, so that a change is what makes it fail. A campaign
+# (make test-durable) sets FUZZ_EXAMPLES and looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if "FUZZ_EXAMPLES" not in os.environ:
+    hypothesis.settings.load_profile("repeatable")
 
 D_MODEL = 32
 N_LAYERS = 4

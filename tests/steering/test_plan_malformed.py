@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import read_header, read_tensors, write_tensors
 from saesteer.cli.__main__ import make_parser
 from saesteer.sae.models import wrap_model
 from saesteer.steering.plan import PlannedLatent, make_plan
@@ -154,5 +155,21 @@ def test_plan_tensors_with_any_bytes(plan: Path, at: int, change: int, cut: bool
         file.write_bytes(bytes(content[: at % len(content)]) if cut else bytes(content))
         if one_line(lambda: load_plan(plan)):
             assert torch.isfinite(load_plan(plan).directions).all()
+    finally:
+        file.write_bytes(before)
+
+
+def test_plan_tensors_of_integers(plan: Path) -> None:
+    """As long and as many as they should be; a damaged header can say so."""
+    file = plan / "plan.safetensors"
+    before = file.read_bytes()
+    tensors, metadata = read_tensors(file), read_header(file)["metadata"]
+    whole = {name: tensor.clone() for name, tensor in tensors.items()}
+    del tensors
+    try:
+        for name in whole:
+            write_tensors(file, {**whole, name: whole[name].to(torch.int32)}, metadata)
+            with pytest.raises(UserError, match="is not the tensor file of a plan"):
+                load_plan(plan)
     finally:
         file.write_bytes(before)

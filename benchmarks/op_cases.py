@@ -247,8 +247,6 @@ def _state(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _hyper(o: Operands) -> dict[str, object]:
-    if not hasattr(ops, "adam_schedule"):
-        return {"step": 1, "lr": _LR}
     values = ops.adam_schedule(1, _LR, *_BETAS)
     return {"schedule": torch.tensor(values, dtype=torch.float64, device=o.W.device)}
 

@@ -299,8 +299,7 @@ class ShardWriter:
                     if order is not None:
                         activations = activations[order]
                     tensors = {"activations": activations, **columns}
-                    files.write_tensors(self.folder / name, tensors)
-                    entries[-1]["sha256"] = files.sha256_file(self.folder / name)
+                    entries[-1]["sha256"] = files.write_tensors(self.folder / name, tensors)
             manifest = {
                 **self.manifest,
                 "complete": False,

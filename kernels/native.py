@@ -93,7 +93,8 @@ def _forget_workers() -> None:
     _workers = None  # a forked child has none of its parent's threads
 
 
-os.register_at_fork(after_in_child=_forget_workers)
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_forget_workers)
 
 
 def even_bounds(count: int, parts: int) -> list[int]:

@@ -16,11 +16,10 @@ from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
 from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.gather_dot import gather_dot_op
+from saesteer.kernels.operands import check, check_matrix, check_slots
 from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
-from saesteer.kernels.steer_add import steer_add_inplace_op, steer_add_op
-from saesteer.kernels.steer_clamp import MODES, steer_clamp_op
 from saesteer.kernels.topk_encode import topk_encode_op
 from saesteer.kernels.topk_encode_fused import encode_topk_fused_op
 
@@ -38,26 +37,7 @@ __all__ = [
     "sparse_decode",
     "sparse_pair_grads",
     "sparse_row_grads",
-    "steer_add",
-    "steer_add_",
-    "steer_clamp",
 ]
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be [{axes}] = {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check_matrix(name: str, tensor: Tensor, axes: str) -> None:
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must have two axes [{axes}], got {list(tensor.shape)}")
-
-
-def _check_slots(indices: Tensor) -> None:
-    _check_matrix("latent_indices", indices, "batch, k")
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"latent_indices must be int64 or int32, got {indices.dtype}")
 
 
 def encode_topk(
@@ -81,11 +61,11 @@ def encode_topk(
     Raises:
         ValueError: shapes disagree, or k is not in 1..d_sae.
     """
-    _check_matrix("x", x, "batch, d_model")
-    _check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
+    check_matrix("x", x, "batch, d_model")
+    check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
     d_sae = W_enc_rows.shape[0]
-    _check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
-    _check("b_enc", b_enc, (d_sae,), "d_sae")
+    check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
+    check("b_enc", b_enc, (d_sae,), "d_sae")
     if not 0 < k <= d_sae:
         raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
     acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
@@ -108,11 +88,11 @@ def sparse_decode(
         ValueError: shapes disagree.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    _check_matrix("W_dec", W_dec, "d_sae, d_model")
-    _check_slots(latent_indices)
-    _check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    check_matrix("W_dec", W_dec, "d_sae, d_model")
+    check_slots(latent_indices)
+    check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
     if b_dec is not None:
-        _check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+        check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
     out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec)
     return out
 
@@ -131,9 +111,9 @@ def gather_dot(
         ValueError: shapes disagree.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    _check_matrix("matrix", matrix, "d_sae, d_model")
-    _check_slots(latent_indices)
-    _check("vectors", vectors, (latent_indices.shape[0], matrix.shape[1]), "batch, d_model")
+    check_matrix("matrix", matrix, "d_sae, d_model")
+    check_slots(latent_indices)
+    check("vectors", vectors, (latent_indices.shape[0], matrix.shape[1]), "batch, d_model")
     out: Tensor = gather_dot_op(vectors, matrix, latent_indices)
     return out
 
@@ -159,13 +139,13 @@ def sparse_row_grads(
         ValueError: shapes disagree.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    _check_matrix("rows", rows, "batch, d_model")
-    _check_slots(latent_indices)
-    _check("weights", weights, tuple(latent_indices.shape), "batch, k")
-    _check("rows", rows, (latent_indices.shape[0], rows.shape[1]), "batch, d_model")
+    check_matrix("rows", rows, "batch, d_model")
+    check_slots(latent_indices)
+    check("weights", weights, tuple(latent_indices.shape), "batch, k")
+    check("rows", rows, (latent_indices.shape[0], rows.shape[1]), "batch, d_model")
     if order is not None:
-        _check("order.order", order.order, (latent_indices.numel(),), "batch * k")
-        _check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
+        check("order.order", order.order, (latent_indices.numel(),), "batch * k")
+        check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
     entries, starts = (None, None) if order is None else order
     grads, _, counts = sparse_row_grads_op(weights, latent_indices, rows, d_sae, entries, starts)
     return grads, counts
@@ -196,12 +176,12 @@ def sparse_pair_grads(
         ValueError: shapes disagree.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    _check_slots(latent_indices)
+    check_slots(latent_indices)
     batch, slots = latent_indices.shape[0], tuple(latent_indices.shape)
     for name, weights, rows in (("a", weights_a, rows_a), ("b", weights_b, rows_b)):
-        _check(f"weights_{name}", weights, slots, "batch, k")
-        _check_matrix(f"rows_{name}", rows, "batch, d_model")
-        _check(f"rows_{name}", rows, (batch, rows_a.shape[1]), "batch, d_model")
+        check(f"weights_{name}", weights, slots, "batch, k")
+        check_matrix(f"rows_{name}", rows, "batch, d_model")
+        check(f"rows_{name}", rows, (batch, rows_a.shape[1]), "batch, d_model")
     entries, starts = (None, None) if order is None else order
     grads_a, grads_b, sums_b, counts = sparse_pair_grads_op(
         weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, entries, starts
@@ -229,11 +209,11 @@ def decode_mse(
         ValueError: shapes disagree.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    _check_matrix("W_dec", W_dec, "d_sae, d_model")
-    _check_slots(latent_indices)
-    _check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
-    _check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
-    _check("target", target, (latent_indices.shape[0], W_dec.shape[1]), "batch, d_model")
+    check_matrix("W_dec", W_dec, "d_sae, d_model")
+    check_slots(latent_indices)
+    check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+    check("target", target, (latent_indices.shape[0], W_dec.shape[1]), "batch, d_model")
     squared_error, error, act_grads = decode_mse_op(
         latent_acts, latent_indices, W_dec, b_dec, target
     )
@@ -267,14 +247,14 @@ def auxk(
     Raises:
         ValueError: shapes disagree, or k_aux < 1.
     """
-    _check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
+    check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
     d_sae, d_model = W_enc_rows.shape
-    _check("W_dec", W_dec, (d_sae, d_model), "d_sae, d_model")
-    _check("b_enc", b_enc, (d_sae,), "d_sae")
-    _check_matrix("x", x, "batch, d_model")
-    _check("residual", residual, tuple(x.shape), "batch, d_model")
+    check("W_dec", W_dec, (d_sae, d_model), "d_sae, d_model")
+    check("b_enc", b_enc, (d_sae,), "d_sae")
+    check_matrix("x", x, "batch, d_model")
+    check("residual", residual, tuple(x.shape), "batch, d_model")
     if alive is not None:
-        _check("alive", alive, tuple(ids.shape), "dead")
+        check("alive", alive, tuple(ids.shape), "dead")
     if k_aux < 1:
         raise ValueError(f"k_aux must be at least 1, got {k_aux}")
     loss, W_enc_grads, b_enc_grads, W_dec_grads = auxk_op(
@@ -289,10 +269,10 @@ def _check_state(
     if param.dim() not in (1, 2) or (unit_rows and param.dim() != 2):
         wanted = "two axes with unit_rows" if unit_rows else "one or two axes"
         raise ValueError(f"param must have {wanted}, got {list(param.shape)}")
-    _check("schedule", schedule, (3,), "rate, root, step")
+    check("schedule", schedule, (3,), "rate, root, step")
     first, second = moments
     for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
-        _check(name, moment, tuple(param.shape), "the shape of param")
+        check(name, moment, tuple(param.shape), "the shape of param")
     half = param.dtype == torch.float32 and first.dtype == second.dtype == torch.bfloat16
     if not half and not first.dtype == second.dtype == param.dtype:
         raise ValueError(
@@ -329,9 +309,9 @@ def adam_rows_(
         ValueError: shapes or dtypes disagree, or unit_rows on a vector.
     """
     _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
-    _check("grad", grad, tuple(param.shape), "the shape of param")
+    check("grad", grad, tuple(param.shape), "the shape of param")
     if shadow is not None:
-        _check("shadow", shadow, tuple(param.shape), "the shape of param")
+        check("shadow", shadow, tuple(param.shape), "the shape of param")
     with torch.no_grad():
         adam_rows_op(
             param, grad, exp_avg, exp_avg_sq, shadow, schedule, grad_scale,
@@ -368,15 +348,15 @@ def adam_sparse_rows_(
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    _check_matrix("param", param, "d_sae, d_model")
+    check_matrix("param", param, "d_sae, d_model")
     _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
-    _check_slots(latent_indices)
-    _check("weights", weights, tuple(latent_indices.shape), "batch, k")
-    _check("rows", rows, (latent_indices.shape[0], param.shape[1]), "batch, d_model")
-    _check("order.order", order.order, (latent_indices.numel(),), "batch * k")
-    _check("order.starts", order.starts, (param.shape[0] + 1,), "d_sae + 1")
+    check_slots(latent_indices)
+    check("weights", weights, tuple(latent_indices.shape), "batch, k")
+    check("rows", rows, (latent_indices.shape[0], param.shape[1]), "batch, d_model")
+    check("order.order", order.order, (latent_indices.numel(),), "batch * k")
+    check("order.starts", order.starts, (param.shape[0] + 1,), "d_sae + 1")
     if extra is not None and extra_ids is not None:
-        _check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
+        check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
     with torch.no_grad():
         sums, counts = adam_sparse_rows_op(
             param, exp_avg, exp_avg_sq, weights, latent_indices, rows, *order, factor, schedule,
@@ -404,140 +384,12 @@ def encode_topk_fused(
     Raises:
         ValueError: shapes disagree, or k is not in 1..d_sae.
     """
-    _check_matrix("x", x, "batch, d_model")
-    _check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
+    check_matrix("x", x, "batch, d_model")
+    check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
     d_sae = W_enc_rows.shape[0]
-    _check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
-    _check("b_enc", b_enc, (d_sae,), "d_sae")
+    check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
+    check("b_enc", b_enc, (d_sae,), "d_sae")
     if not 0 < k <= d_sae:
         raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
     acts, indices = encode_topk_fused_op(x, W_enc_rows, b_enc, k, strided)
     return acts, indices
-
-
-def _check_steer_add(
-    h: Tensor, positions: Tensor, set_ids: Tensor, latent_ids: Tensor, alphas: Tensor, W_dec: Tensor
-) -> None:
-    _check_matrix("h", h, "tokens, d_model")
-    _check_matrix("W_dec", W_dec, "d_sae, d_model")
-    _check_matrix("latent_ids", latent_ids, "sets, latents")
-    _check("W_dec", W_dec, (W_dec.shape[0], h.shape[1]), "d_sae, d_model")
-    _check("alphas", alphas, tuple(latent_ids.shape), "sets, latents")
-    if positions.dim() != 1:
-        raise ValueError(f"positions must have one axis [spots], got {list(positions.shape)}")
-    _check("set_ids", set_ids, tuple(positions.shape), "spots")
-
-
-def steer_add(
-    h: Float[Tensor, "tokens d_model"],
-    positions: Int[Tensor, " spots"],
-    set_ids: Int[Tensor, " spots"],
-    latent_ids: Int[Tensor, "sets latents"],
-    alphas: Float[Tensor, "sets latents"],
-    W_dec: Float[Tensor, "d_sae d_model"],
-) -> Float[Tensor, "tokens d_model"]:
-    """``h`` with ``sum over j of alphas[s, j] * W_dec[latent_ids[s, j]]`` added at each position.
-
-    Position ``positions[i]`` gets set ``s = set_ids[i]``: one call serves a batch of requests with
-    different latents. Sets with fewer latents are filled up with id -1. Sums are accumulated in
-    float32 (float64 if an operand is); the result has the dtype of h, which is not changed.
-    Differentiable in h, alphas and W_dec.
-
-    Raises:
-        ValueError: shapes disagree, or a position repeats (checked on the CPU only).
-        IndexError: an index is out of range (checked on the CPU only).
-    """
-    _check_steer_add(h, positions, set_ids, latent_ids, alphas, W_dec)
-    out: Tensor = steer_add_op(h, positions, set_ids, latent_ids, alphas, W_dec)
-    return out
-
-
-def steer_add_(
-    h: Float[Tensor, "tokens d_model"],
-    positions: Int[Tensor, " spots"],
-    set_ids: Int[Tensor, " spots"],
-    latent_ids: Int[Tensor, "sets latents"],
-    alphas: Float[Tensor, "sets latents"],
-    W_dec: Float[Tensor, "d_sae d_model"],
-) -> None:
-    """`steer_add` into ``h`` itself, for servers that take no gradients.
-
-    Raises:
-        ValueError: as `steer_add`, or a gradient of h is being recorded.
-        IndexError: as `steer_add`.
-    """
-    _check_steer_add(h, positions, set_ids, latent_ids, alphas, W_dec)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, alphas, W_dec)):
-        raise ValueError(
-            "steer_add_ records no gradient: use steer_add, or call it under torch.no_grad()"
-        )
-    steer_add_inplace_op(h, positions, set_ids, latent_ids, alphas, W_dec)
-
-
-def steer_clamp(
-    h: Float[Tensor, "tokens d_model"],
-    W_enc_rows: Float[Tensor, "d_sae d_model"],
-    b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_model"],
-    latent_ids: Int[Tensor, " latents"],
-    values: Float[Tensor, " latents"],
-    mode: str = "clamp",
-    *,
-    activation: str = "relu",
-    threshold: float | Float[Tensor, " d_sae"] | None = None,
-    membership: str | None = None,
-) -> Float[Tensor, "tokens d_model"]:
-    """Give the chosen latents new activations in every row of h, and leave all else as it is.
-
-    With a their present activation and v their value, the new one is v (mode ``clamp`` or ``set``),
-    at least v (``min``), at most v (``max``), ``a * v`` (``scale``) or ``a + v`` (``add``); h moves
-    by the difference times the decoder row, so what the SAE does not reconstruct is kept. Only the
-    chosen rows of both matrices are read. An id given twice is edited twice, from the same a.
-    Differentiable in everything but the threshold.
-
-    Args:
-        b_enc: with the decoder bias folded in where the encoder subtracts it.
-        activation: ``relu``; ``jumprelu`` or ``batchtopk``, whose latents are active above
-            ``threshold``; ``topk``, see membership.
-        threshold: one for all, or one per latent.
-        membership: which latents a TopK keeps depends on all of them, so ``topk`` is refused
-            unless this is ``"threshold"``: then a latent counts as kept above ``threshold``.
-
-    Raises:
-        ValueError: shapes disagree; an unknown mode, activation or membership; a threshold that is
-            missing or not used.
-        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
-    """
-    _check_matrix("h", h, "tokens, d_model")
-    _check_matrix("W_dec", W_dec, "d_sae, d_model")
-    d_sae = W_dec.shape[0]
-    _check("W_dec", W_dec, (d_sae, h.shape[1]), "d_sae, d_model")
-    _check("W_enc_rows", W_enc_rows, (d_sae, h.shape[1]), "d_sae, d_model")
-    _check("b_enc", b_enc, (d_sae,), "d_sae")
-    _check("values", values, tuple(latent_ids.shape), "latents")
-    mode = "set" if mode == "clamp" else mode
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of clamp, {', '.join(MODES)}, got {mode!r}")
-    if activation not in ("relu", "jumprelu", "batchtopk", "topk"):
-        raise ValueError(
-            f"activation must be relu, jumprelu, batchtopk or topk, got {activation!r}"
-        )
-    if membership not in (None, "threshold"):
-        raise ValueError(f"membership must be None or 'threshold', got {membership!r}")
-    if activation == "topk" and membership is None:
-        raise ValueError(
-            "the latents that a TopK keeps depend on all of them: encode with encode_topk, or give "
-            "membership='threshold' and a threshold"
-        )
-    if (threshold is None) != (activation == "relu"):
-        found = "none was given" if threshold is None else "one was given"
-        raise ValueError(f"activation {activation!r}: {found} for threshold; relu takes none")
-    if isinstance(threshold, Tensor):
-        _check("threshold", threshold, (d_sae,), "d_sae")
-        limits = threshold.detach()[latent_ids]
-    else:
-        limits = torch.full_like(values, threshold or 0.0, requires_grad=False)
-    out: Tensor = steer_clamp_op(
-        h, W_enc_rows, b_enc, W_dec, latent_ids, values, limits.detach(), mode
-    )
-    return out

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer.kernels.ops import steer_add, steer_add_
 from saesteer.kernels.steer_add import steer_add_inplace_op, steer_add_op, steer_add_reference
+from saesteer.kernels.steering_ops import steer_add, steer_add_
 
 # tokens, spots, sets, latents per set, d_model, d_sae.
 SHAPES = [

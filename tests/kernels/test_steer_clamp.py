@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer.kernels.ops import encode_topk, sparse_decode, steer_clamp
+from saesteer.kernels.ops import encode_topk, sparse_decode
 from saesteer.kernels.steer_clamp import MODES, steer_clamp_op, steer_clamp_reference
+from saesteer.kernels.steering_ops import steer_clamp
 
 # tokens, latents, d_model, d_sae.
 SHAPES = [(1, 1, 1, 1), (7, 5, 41, 20), (3, 12, 1000, 12), (0, 2, 8, 9), (4, 0, 8, 9)]
@@ -193,7 +194,7 @@ def test_opcheck() -> None:
 
 COMPILED = """
 import torch
-from saesteer.kernels import ops
+from saesteer.kernels import ops, steering_ops
 
 torch.manual_seed(0)
 W_enc, b_enc, W_dec = torch.randn(300, 12), torch.randn(300), torch.randn(300, 12)
@@ -201,14 +202,14 @@ ids, values = torch.tensor([3, 250]), torch.tensor([1.0, 2.0])
 sets, alphas = torch.tensor([[3, 9], [7, -1]]), torch.randn(2, 2).requires_grad_()
 
 def run(h, positions, set_ids):
-    h = ops.steer_clamp(h, W_enc, b_enc, W_dec, ids, values, "min")
-    h = ops.steer_add(h, positions, set_ids, sets, alphas, W_dec)
+    h = steering_ops.steer_clamp(h, W_enc, b_enc, W_dec, ids, values, "min")
+    h = steering_ops.steer_add(h, positions, set_ids, sets, alphas, W_dec)
     acts, indices = ops.encode_topk_fused(h, W_enc, b_enc, 5)
     return ops.sparse_decode(acts, indices, W_dec)
 
 def write(h, positions, set_ids):
     with torch.no_grad():
-        ops.steer_add_(h, positions, set_ids, sets, alphas, W_dec)
+        steering_ops.steer_add_(h, positions, set_ids, sets, alphas, W_dec)
     return h + 1
 
 for f, takes_gradient in ((run, True), (write, False)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 os.environ["SAESTEER_KERNELS"] = "triton"
 
-from saesteer.kernels import ops, steer_add, steer_clamp, topk_encode_fused
+from saesteer.kernels import ops, steer_add, steer_clamp, steering_ops, topk_encode_fused
 from saesteer.kernels.dispatch import INTERPRETED
 from saesteer.kernels.topk_certificate import kept_per_tile, select_certified
 from saesteer.kernels.topk_encode import topk_encode_reference
@@ -179,10 +179,10 @@ def test_steer_add(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         h.double(), positions, set_ids, ids, alphas.double(), W_dec.double()
     )
     for indices in ((positions, set_ids, ids), (positions.int(), set_ids.int(), ids.int())):
-        out = ops.steer_add(h, *indices, alphas, W_dec)
+        out = steering_ops.steer_add(h, *indices, alphas, W_dec)
         torch.testing.assert_close(out.double(), expected, **CLOSE[dtype])
     wide = h.repeat(1, 2)[:, :d_model]  # rows further apart than they are long
-    ops.steer_add_(wide, positions, set_ids, ids, alphas, W_dec)
+    steering_ops.steer_add_(wide, positions, set_ids, ids, alphas, W_dec)
     assert torch.equal(wide, out)
 
 
@@ -196,7 +196,7 @@ def test_steer_clamp(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> N
     W_dec = normal(d_sae, d_model, seed=2, dtype=dtype)
     ids, values = torch.randperm(d_sae)[:m].to(DEVICE), normal(m, seed=4, dtype=dtype).abs()
     threshold = torch.linspace(-0.5, 1, d_sae).to(DEVICE, dtype)
-    out = ops.steer_clamp(
+    out = steering_ops.steer_clamp(
         h, W_enc, b, W_dec, ids, values, mode, activation="jumprelu", threshold=threshold
     )
     wide = (t.double() for t in (h, W_enc, b, W_dec))
@@ -209,7 +209,7 @@ def test_steer_clamp(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> N
     torch.testing.assert_close(out.double(), expected, **close)
     if mode == "set":
         strided = [t.t().contiguous().t() for t in (h, W_enc, W_dec)]
-        again = ops.steer_clamp(
+        again = steering_ops.steer_clamp(
             strided[0],
             strided[1],
             b,
@@ -228,11 +228,11 @@ def test_steering_beyond_32_bits() -> None:
     far = rows_far_apart(values)
     ids, ones = torch.tensor([[1], [0]], device=DEVICE), torch.ones(2, 1, device=DEVICE)
     spots = torch.arange(2, device=DEVICE)
-    near = ops.steer_add(values, spots, spots, ids, ones, values)
-    assert torch.equal(ops.steer_add(far, spots, spots, ids, ones, far), near)
+    near = steering_ops.steer_add(values, spots, spots, ids, ones, values)
+    assert torch.equal(steering_ops.steer_add(far, spots, spots, ids, ones, far), near)
     bias = torch.zeros(2, device=DEVICE)
     args = (bias, values, ids[:, 0], torch.ones(2, device=DEVICE))
-    clamped = ops.steer_clamp(values, values, *args)
-    assert torch.equal(ops.steer_clamp(far, far, bias, far, *args[2:]), clamped)
-    ops.steer_add_(far, spots, spots, ids, ones, values)
+    clamped = steering_ops.steer_clamp(values, values, *args)
+    assert torch.equal(steering_ops.steer_clamp(far, far, bias, far, *args[2:]), clamped)
+    steering_ops.steer_add_(far, spots, spots, ids, ones, values)
     assert torch.equal(far, near)

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
@@ -76,6 +77,30 @@ def fold_decoder_norms(sae: SAE) -> SAE:
         if (tensor := getattr(sae, name)) is not None:
             changes[name] = _wide(tensor) * n
     return _with(sae, **changes)
+
+
+def fold_centred_scale(
+    W_enc: Float[Tensor, "d_model d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+    mean: Float[Tensor, " d_model"],
+    factor: float,
+) -> dict[str, Float[Tensor, "..."]]:
+    """Weights for raw activations, of a ReLU or TopK SAE with unit decoder rows that was trained
+    on x~ = factor (x - mean).
+
+    Latents f = f~ / factor come from W_enc unchanged and b_enc = b_enc~ / factor - mean W_enc, and
+    the reconstruction from W_dec unchanged and b_dec = mean + b_dec~ / factor. Products are taken
+    in float64; float32 tensors on the CPU come out.
+    """
+    encoder, centre = _wide(W_enc.cpu()), _wide(mean.cpu())
+    return {
+        "W_enc": encoder.float().contiguous(),
+        "b_enc": (_wide(b_enc.cpu()) / factor - centre @ encoder).float(),
+        "W_dec": W_dec.detach().cpu().float().contiguous(),
+        "b_dec": (centre + _wide(b_dec.cpu()) / factor).float(),
+    }
 
 
 def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> SAE:

@@ -93,22 +93,39 @@ def load_state(
     Raises:
         UserError: there is no state, or its files are missing or damaged.
     """
-    place = Path(folder) / "state"
     if not has_state(folder):
         raise UserError(f"no saved state in {folder}: nothing to resume; run without --resume")
+    path, meta = find_state(Path(folder) / "state", which)
+    return files.read_tensors(path), meta
+
+
+def find_state(place: Path, which: str = "newest") -> tuple[Path, dict[str, Any]]:
+    """The file and the meta of a state in a `state` folder, by `load_state`'s rules, unread.
+
+    `which` may be the name of a kept file as well. Raises what `load_state` raises.
+    """
     entries = _entries(place)
     if which == "best":
         entries.sort(key=lambda entry: (entry["score"] is None, entry["score"] or 0.0))
-        entries = entries[:1]
+    if which != "newest":
+        named = entries if which == "best" else [e for e in entries if e["file"] == which]
+        if not named:
+            raise UserError(f"{place / which} is not among the states that {_POINTER} lists")
+        entries = named[:1]
     for entry in entries:
         path = place / entry["file"]
         if _is_whole(path, entry):
-            return files.read_tensors(path), entry["meta"]
+            return path, entry["meta"]
         _log.warning("the saved state %s is missing or damaged", path)
     raise UserError(
         f"the saved state {place / entries[0]['file']} is missing or damaged: start again with "
         "--force"
     )
+
+
+def is_state_file(path: Path) -> bool:
+    """Whether a path has the name of a state in a folder of states."""
+    return bool(_FILE_NAME.fullmatch(path.name)) and (path.parent / _POINTER).is_file()
 
 
 def has_state(folder: str | Path) -> bool:

@@ -88,7 +88,9 @@ def load_sae(
     """
     text = str(path_or_release)
     path = Path(text).expanduser()
-    if path.exists():
+    from saesteer.checkpoints.formats import training_state
+
+    if path.exists() or training_state.find(path, text):
         from saesteer.checkpoints import formats
         from saesteer.checkpoints.formats import detection
 

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +119,24 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
         return _checked_header(path, header, size - 8 - length)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory of their own, after `safetensors_header`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or those of some names that it has, in memory of their
+    own, after `safetensors_header`."""
+    from safetensors import SafetensorError, safe_open
 
     header = safetensors_header(path)
+    if names is not None:
+        wanted = set(names)
+        header = {name: info for name, info in header.items() if name in wanted}
     try:
-        loaded = load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            # The reader maps the file: own the memory, so that it may be replaced meanwhile.
+            found = file.keys() if names is None else header
+            loaded = {name: file.get_tensor(name).clone() for name in found}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({_short(error)}); {_AGAIN}") from error
     _same_as_header(path, loaded, header)
-    # The reader maps the file: own the memory, so that the file may be replaced meanwhile.
-    return {name: tensor.clone() for name, tensor in loaded.items()}
+    return loaded
 
 
 def npz_header(path: Path) -> dict[str, TensorInfo]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saesteer.checkpoints.folds import fold_centred_scale
 from saesteer.kernels.ops import (
     LatentOrder,
     auxk,
@@ -194,17 +195,12 @@ def gradients(done: TopKPass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor
 
 
 def canonical(parameters: TopKParameters, scale: InputScale) -> dict[str, Float[Tensor, "..."]]:
-    """Fold the input scale away: the same SAE on raw activations, latents in residual units.
-
-    With x~ = a (x - mu) and unit decoder rows, latents f = f~ / a come from W_enc unchanged and
-    b_enc = b_enc~ / a - mu W_enc, and the reconstruction from W_dec unchanged and
-    b_dec = mu + b_dec~ / a. Products are taken in float64; float32 tensors come out.
-    """
-    W_enc = parameters.W_enc_rows.detach().cpu().double().T
-    mean, factor = scale.mean.cpu(), scale.factor
-    return {
-        "W_enc": W_enc.float().contiguous(),
-        "b_enc": (parameters.b_enc.detach().cpu().double() / factor - mean @ W_enc).float(),
-        "W_dec": parameters.W_dec.detach().cpu().float().contiguous(),
-        "b_dec": (mean + parameters.b_dec.detach().cpu().double() / factor).float(),
-    }
+    """Fold the input scale away: the same SAE on raw activations, latents in residual units."""
+    return fold_centred_scale(
+        W_enc=parameters.W_enc_rows.T,
+        b_enc=parameters.b_enc,
+        W_dec=parameters.W_dec,
+        b_dec=parameters.b_dec,
+        mean=scale.mean,
+        factor=scale.factor,
+    )

@@ -284,11 +284,10 @@ class SAETrainer:
             "lr": self.lr() if self.step < self.config.steps else 0.0,
         }
 
-    def save(self, folder: Path, facts: dict[str, Any]) -> str:
-        """Write the SAE in canonical form; returns the SHA-256 of its weights."""
+    def spec(self, facts: dict[str, Any]) -> SAESpec:
+        """What the SAE is called and computes, in canonical form, as trained so far."""
         layer, site = self.variant.place
-        tensors = canonical(self.parameters, self.scale)
-        spec = SAESpec(
+        return SAESpec(
             architecture="topk",
             d_model=len(self.scale.mean),
             d_sae=self.variant.d_sae,
@@ -303,13 +302,16 @@ class SAETrainer:
                     "model": facts["model"],
                     "layer": layer,
                     "site": site,
-                    "tokens": self.config.steps * self.config.batch_tokens,
+                    "tokens": self.step * self.config.batch_tokens,
                     "text": facts["text"],
                     "input_scale": self.scale.factor,
                 },
             },
         )
-        return save_sae(folder, spec, **tensors)
+
+    def save(self, folder: Path, facts: dict[str, Any]) -> str:
+        """Write the SAE in canonical form; returns the SHA-256 of its weights."""
+        return save_sae(folder, self.spec(facts), **canonical(self.parameters, self.scale))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"param.{n}": p for n, p in self.parameters.named().items()}

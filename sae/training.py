@@ -424,6 +424,8 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "scales": [trainer.scale.factor for trainer in self.trainers],
+            # By these a state opens as an SAE without the run's settings.
+            "saes": {t.variant.folder: asdict(t.spec(self.facts)) for t in self.trainers},
             "peak_lrs": [trainer.peak_lr for trainer in self.trainers],
             "last": self._last,
             "metrics_bytes": [path.stat().st_size for path in logs],

@@ -14,6 +14,7 @@ from saesteer.checkpoints.formats import (
     saelens,
     saelens_checkpoint,
     sparsify,
+    training_state,
 )
 from saesteer.checkpoints.formats.place import Place
 from saesteer.checkpoints.safe_reading import TensorInfo
@@ -39,8 +40,13 @@ def detect(path: Path, source: str) -> tuple[str, Place]:
 
     Raises UserError when nothing there is an SAE, or when several things are.
     """
+    state = training_state.find(path, source)
     if path.is_dir():
         candidates = _candidates(path)
+        if state and (not candidates or state.folder == path):
+            return "saesteer-state", state
+    elif state:
+        return "saesteer-state", state
     else:
         # A file in Llama Scope's `checkpoints` belongs to the folder above.
         up = path.parent.name == "checkpoints" and path.parent.parent / llama_scope.HYPERPARAMS

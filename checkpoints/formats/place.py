@@ -26,6 +26,8 @@ class Place:
     """Name of the weights file, relative to the folder."""
     source: str
     """What the person wrote."""
+    part: str = ""
+    """Which SAE, where one file holds several."""
 
     def file(self, name: str) -> Path:
         """A regular file that stays in the folder, see `safe_reading.inner_file`."""

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints import files, run_state
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.shards import ShardReader
 
@@ -248,6 +249,40 @@ def test_entries_of_junk(tmp_path_factory: pytest.TempPathFactory, value: Any) -
         entry = {**pointer["earlier"][0], key: value}
         write_pointer(folder, {**pointer, "earlier": [entry]})
         one_line(lambda: run_state.load_state(folder))
+
+
+STATE_SPEC = {
+    "architecture": "topk", "d_model": 4, "d_sae": 6, "k": 2, "hook_name": "blocks.1.hook_mlp_out",
+}  # fmt: skip
+STATE_TENSORS = {
+    "0/param.W_enc_rows": torch.ones(6, 4), "0/param.W_dec": torch.ones(6, 4),
+    "0/param.b_enc": torch.zeros(6), "0/param.b_dec": torch.zeros(4),
+    "0/scale.mean": torch.zeros(4, dtype=torch.float64), "batches/rows": torch.ones(9),
+}  # fmt: skip
+
+
+@FUZZ
+@given(data=st.data())
+def test_states_of_junk_as_saes(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("state")
+    meta: dict[str, Any] = {"step": 3, "scales": [0.5], "saes": {"one": STATE_SPEC}}
+    run_state.save_state(folder, STATE_TENSORS, meta)
+    load_sae(folder)
+    where = data.draw(st.sampled_from(["meta", "spec", "tensor"]))
+    tensors = dict(STATE_TENSORS)
+    if where == "meta":
+        meta[data.draw(st.sampled_from(sorted(meta)))] = data.draw(junk)
+    elif where == "spec":
+        key = data.draw(st.sampled_from([*STATE_SPEC, "d_out", "dtype", "metadata", "x"]))
+        meta["saes"] = {"one": {**STATE_SPEC, key: data.draw(junk)}}
+    else:
+        shape = data.draw(st.lists(st.integers(0, 6), max_size=3))
+        tensors[data.draw(st.sampled_from(sorted(tensors)))] = torch.zeros(shape)
+    run_state.save_state(folder, tensors, meta)
+    one_line(lambda: load_sae(folder))
+    one_line(lambda: load_sae(folder / "state" / "one"))
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ All of them add a fixed vector at every position of a text, so only plans that c
 be exported; the rest are refused with the reason.
 """
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints import files, safe_reading, torch_files
-from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.models import LanguageModel
+from saesteer.steering import lm_eval_files
 from saesteer.steering.gguf_vectors import read_control_vectors, write_control_vectors
+from saesteer.steering.lm_eval_files import SteeredBlock
 from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plan_file import save_plan
 
@@ -31,10 +29,6 @@ EXPORTS = {
 }
 """Format to the name of the file it is written as."""
 
-_CSV_COLUMNS = (
-    "loader", "action", "sparse_model", "hookpoint", "feature_index", "steering_coefficient",
-    "head_index", "sae_id", "description",
-)  # fmt: skip
 _EVERYWHERE = (
     "the file steers every position, also the first and those of the chat template, which the "
     "scope `all` leaves out here"
@@ -72,9 +66,10 @@ def check_export(plan: Plan, format: str, as_scope: str | None = None) -> None:
             "all to export it as that, or change the plan's scope"
         )
     if format == "lm-eval-csv":
-        _clamp(plan)
+        lm_eval_files.source_of_clamp(plan)
         return
-    plan_vector(plan)
+    if format != "lm-eval" or not lm_eval_files.clamps_exactly(plan):
+        plan_vector(plan)
     if plan.site not in ("resid_post", "resid_pre"):
         raise UserError(
             f"the plan steers {plan.site}, and {format} adds to the output of a block: only "
@@ -118,17 +113,12 @@ def export_plan(
             "number in layer.N"
         )
     elif format == "lm-eval":
-        row = {
-            "steering_vector": plan_vector(plan),
-            "steering_coefficient": 1.0,
-            "action": "add",
-            "bias": None,
-            "head_index": None,
-        }
-        write_by(path, lambda temporary: torch.save({hookpoint: row}, temporary))
+        clamps = lm_eval_files.clamps_exactly(plan)
+        vector = None if clamps else plan_vector(plan)
+        lm_eval_files.write_dict(path, hookpoint, plan, vector)
         notes.append(f"the hook point is {hookpoint}, a module of the base model: check it there")
     else:
-        notes.append(_write_clamp(plan, path, hookpoint))
+        notes.append(lm_eval_files.write_csv(path, hookpoint, plan))
     notes.append("latents, scores and the task are not written: keep the plan")
     return {"files": [str(path)], "notes": notes}
 
@@ -136,9 +126,72 @@ def export_plan(
 def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
     """Vectors by the 0-based block whose output they are added to, and notes on them.
 
-    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and the
-    `.pt` dicts of lm-eval. Raises a one-line UserError for anything else, pickled objects included.
+    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and what
+    adds in lm-eval's `.pt` dicts and CSVs. Raises a one-line UserError for anything else, pickled
+    objects included.
     """
+    steered, notes = _read(path)
+    clamped = [row.block for row in steered if row.action != "add"]
+    if clamped:
+        raise UserError(f"--from {path} clamps at block {clamped[0]}: that is no vector to add")
+    return {row.block: row.vector * row.coefficient for row in steered}, notes
+
+
+def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
+    """Write plans that do what another tool's file says; returns `files` and `notes`.
+
+    One block makes a plan in `folder`, several make one in `folder/layer-N` each. A plan's only
+    latent is the vector itself, added; or, for lm-eval's clamps, the vector as a linear latent that
+    is set. Raises UserError for vectors that do not fit the model.
+    """
+    steered, notes = _read(path)
+    source = str(Path(path).expanduser().absolute())
+    plans = {}
+    for row in sorted(steered, key=lambda row: row.block):
+        if not 0 <= row.block < lm.n_layers or len(row.vector) != lm.d_model:
+            raise UserError(
+                f"--from {path} has a vector of {len(row.vector)} numbers for block {row.block}, "
+                f"and --model {lm.name} has {lm.n_layers} blocks of width {lm.d_model}: give the "
+                "model that it was made for"
+            )
+        plans[row.block] = _plan(row, lm, source)
+    many = len(plans) > 1
+    written = [
+        save_plan(plan, folder / f"layer-{block}" if many else folder)
+        for block, plan in plans.items()
+    ]
+    notes.append("steered with scope all, which leaves out the first position and templates")
+    return {"files": [str(file) for file in written], "notes": notes}
+
+
+def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
+    model = ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model)
+    common: dict[str, Any] = {
+        "model": model, "site": "resid_post", "layer": row.block, "scope": "all",
+    }  # fmt: skip
+    if row.action == "add":
+        return Plan(
+            sae=SAEIdentity(row.source or source, "", "vector"),
+            latents=(PlannedLatent(id=row.latent, value=1.0),),
+            directions=(row.vector * row.coefficient)[None],
+            **common,
+        )
+    wide = row.vector.double()
+    direction = (wide / wide.norm()).float()
+    bias = 0.0 if row.bias is None else -float(row.bias.double() @ direction.double())
+    return Plan(
+        sae=SAEIdentity(row.source or source, "", "linear"),
+        latents=(PlannedLatent(id=row.latent, value=row.coefficient),),
+        directions=direction[None],
+        method="set",
+        W_enc=direction[:, None].clone(),
+        b_enc=torch.tensor([bias]),
+        **common,
+    )
+
+
+def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
+    """What a file says of each block, and notes."""
     given = Path(path).expanduser()
     if given.is_dir():
         inside = [given / name for name in EXPORTS.values() if (given / name).is_file()]
@@ -148,51 +201,38 @@ def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]]
     file = safe_reading.inner_file(given.parent, given.name)
     if file.suffix == ".gguf":
         vectors, metadata = read_control_vectors(file)
-        return vectors, [f"for {metadata.get('controlvector.model_hint', 'an unnamed model')}"]
+        return _added(vectors), [
+            f"for {metadata.get('controlvector.model_hint', 'an unnamed model')}"
+        ]
     if file.suffix == ".safetensors":
-        return _checked(file, _numbered(file, safe_reading.read_safetensors(file))), []
+        numbered = _numbered(file, safe_reading.read_safetensors(file))
+        return _added(_checked(file, numbered)), []
+    if file.suffix == ".csv":
+        return _lm_eval(file, lm_eval_files.read_csv(file))
     if file.suffix in (".pt", ".pth"):
         content = torch_files.read_pt(file)
-        if content and all(isinstance(row, dict) for row in content.values()):
-            return _from_lm_eval(file, content)
-        return _checked(file, _numbered(file, content)), []
+        if lm_eval_files.is_dict_of_vectors(content):
+            return _lm_eval(file, lm_eval_files.read_dict(file, content))
+        return _added(_checked(file, _numbered(file, content))), []
     raise UserError(
-        f"--from {path} ends in {file.suffix or 'nothing'}; vectors end in .gguf, .safetensors or "
-        ".pt (a dict of {layer: tensor}; pickled objects are not opened)"
+        f"--from {path} ends in {file.suffix or 'nothing'}; vectors end in .gguf, .safetensors, "
+        ".pt (a dict of {layer: tensor}; pickled objects are not opened) or .csv (lm-eval's)"
     )
 
 
-def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
-    """Write plans that add the vectors of another tool's file; returns `files` and `notes`.
+def _added(vectors: Mapping[int, Tensor]) -> list[SteeredBlock]:
+    return [SteeredBlock(block, "add", vector, 1.0) for block, vector in vectors.items()]
 
-    One vector makes a plan in `folder`, several make one in `folder/layer-N` each. A plan's only
-    latent, 0, is the vector itself. Raises UserError for vectors that do not fit the model.
-    """
-    vectors, notes = read_vectors(path)
-    plans = {}
-    for block, vector in sorted(vectors.items()):
-        if not 0 <= block < lm.n_layers or len(vector) != lm.d_model:
-            raise UserError(
-                f"--from {path} has a vector of {len(vector)} numbers for block {block}, and "
-                f"--model {lm.name} has {lm.n_layers} blocks of width {lm.d_model}: give the model "
-                "that it was made for"
-            )
-        plans[block] = Plan(
-            model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-            sae=SAEIdentity(str(Path(path).expanduser().absolute()), "", "vector"),
-            site="resid_post",
-            layer=block,
-            latents=(PlannedLatent(id=0, value=1.0),),
-            directions=vector[None],
-            scope="all",
+
+def _lm_eval(file: Path, rows: list[SteeredBlock]) -> tuple[list[SteeredBlock], list[str]]:
+    blocks = [row.block for row in rows]
+    twice = sorted({block for block in blocks if blocks.count(block) > 1})
+    if twice:
+        raise UserError(
+            f"{file} has several rows for block {twice[0]}, of which lm-eval keeps the last: leave "
+            "one"
         )
-    many = len(plans) > 1
-    written = [
-        save_plan(plan, folder / f"layer-{block}" if many else folder)
-        for block, plan in plans.items()
-    ]
-    notes.append("steered with scope all, which leaves out the first position and templates")
-    return {"files": [str(file) for file in written], "notes": notes}
+    return rows, [f"block {row.block}: {row.action}, read as the block's output" for row in rows]
 
 
 def _block(plan: Plan) -> int:
@@ -222,55 +262,3 @@ def _checked(path: Path, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
     if not vectors:
         raise UserError(f"{path} holds no vector")
     return {number: vector.float() for number, vector in vectors.items()}
-
-
-def _from_lm_eval(path: Path, content: Mapping[Any, Any]) -> tuple[dict[int, Tensor], list[str]]:
-    vectors, notes = {}, []
-    for hookpoint, row in content.items():
-        vector, coefficient = row.get("steering_vector"), row.get("steering_coefficient", 1.0)
-        number = str(hookpoint).rpartition(".")[2]
-        plain = row.get("action", "add") == "add" and not isinstance(coefficient, bool)
-        named = number.isascii() and number.isdigit() and len(number) <= 6
-        if not plain or not named or not isinstance(vector, Tensor) or vector.numel() == 0:
-            raise UserError(
-                f"{path}: {str(hookpoint)[:60]!r} is not a vector added to a block's output, the "
-                "one thing of lm-eval's that is read"
-            )
-        if row.get("bias") is not None or row.get("head_index") is not None:
-            raise UserError(f"{path}: {hookpoint} has a bias or a head, which are not read")
-        if not isinstance(coefficient, int | float) or int(number) in vectors:
-            raise UserError(f"{path}: {hookpoint} has no coefficient, or comes twice")
-        vectors[int(number)] = vector.flatten() * float(coefficient)
-        notes.append(f"{hookpoint} was read as the output of block {number}")
-    return _checked(path, vectors), notes
-
-
-def _clamp(plan: Plan) -> tuple[str, str]:
-    """RELEASE and ID of the SAE of a plan that clamps one latent; UserError for any other."""
-    release, colon, sae_id = plan.sae.source.partition(":")
-    local = Path(plan.sae.source).exists()
-    for wrong, what in (
-        (plan.method != "set", f"has method {plan.method}: the CSV's clamps are method set"),
-        (len(plan.latents) != 1, "has several latents: lm-eval keeps one a site, the last"),
-        (not colon or local, f"comes from {plan.sae.source}, not from RELEASE:ID of sae_lens"),
-    ):
-        if wrong:
-            raise UserError(f"the plan {what}, so it cannot be lm-eval's CSV: use --format lm-eval")
-    return release, sae_id
-
-
-def _write_clamp(plan: Plan, path: Path, hookpoint: str) -> str:
-    release, sae_id = _clamp(plan)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    latent, value = plan.latents[0], plan.doses()[0]
-    label = json.dumps({"task": plan.task.name if plan.task else "", "lens": latent.lens[:3]})
-    writer.writerow(
-        ["sae_lens", "clamp", release, hookpoint, latent.id, repr(value), "", sae_id, label]
-    )
-    files.write_text(path, text.getvalue())
-    return (
-        "lm-eval's clamp sets the projection of x - b_dec on the direction, not the latent's "
-        "activation: the two agree only where the latent's encoder is its direction"
-    )

@@ -164,8 +164,8 @@ class SAESpec:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a latent depends on its own column of W_enc and on a sum over x alone."""
-        return self.architecture in ("standard", "jumprelu") and not self.scales_tokens
+        """Whether a latent depends on its own column of W_enc, x and the token's scale alone."""
+        return self.architecture in ("standard", "jumprelu")
 
     @property
     def centers_input(self) -> bool:

@@ -135,15 +135,9 @@ class SAE:
     def token_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """What each token's latents are multiplied by on the way out; 1 without token norms.
 
-        layer_norm: the standard deviation over d_model; constant_norm_rescale: ||x|| / sqrt(D).
+        See the function of this name.
         """
-        if self.spec.normalize_activations == "layer_norm":
-            std: Tensor = x.std(dim=-1, keepdim=True)
-            return std
-        if self.spec.normalize_activations == "constant_norm_rescale":
-            mean_square: Tensor = x.square().mean(dim=-1, keepdim=True)
-            return mean_square.sqrt()
-        return torch.ones_like(x[..., :1])
+        return token_scale(x, self.spec.normalize_activations)
 
     def row_norms(self) -> Float[Tensor, " d_sae"]:
         """Lengths of the decoder's rows, at least 1e-8."""
@@ -186,13 +180,34 @@ class SAE:
         x = x.to(self.W_enc.dtype)
         if self.spec.centers_input:
             x = x - x.mean(dim=-1, keepdim=True)
-        if self.spec.normalize_activations == "layer_norm":
-            centered = x - x.mean(dim=-1, keepdim=True)
-            x = centered / (self.token_scale(x) + _LAYER_NORM_EPS)
-        elif self.spec.normalize_activations == "constant_norm_rescale":
-            # A row of zeros has no direction: it stays zeros instead of becoming NaN.
-            x = x / self.token_scale(x).clamp(min=torch.finfo(x.dtype).tiny)
+        kind = self.spec.normalize_activations
+        if self.spec.scales_tokens:
+            centered = x - x.mean(dim=-1, keepdim=True) if kind == "layer_norm" else x
+            x = centered / token_divisor(x, kind)
         return x - self.b_dec if self.spec.apply_b_dec_to_input else x
+
+
+def token_scale(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, "*batch 1"]:
+    """What a normalisation multiplies each token's latents by on the way out; 1 for most.
+
+    layer_norm: the standard deviation over d_model; constant_norm_rescale: ||x|| / sqrt(D).
+    """
+    if kind == "layer_norm":
+        std: Tensor = x.std(dim=-1, keepdim=True)
+        return std
+    if kind == "constant_norm_rescale":
+        mean_square: Tensor = x.square().mean(dim=-1, keepdim=True)
+        return mean_square.sqrt()
+    return torch.ones_like(x[..., :1])
+
+
+def token_divisor(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, "*batch 1"]:
+    """What a normalisation divides each token by on the way in, after layer_norm's centering."""
+    scale = token_scale(x, kind)
+    if kind == "layer_norm":
+        return scale + _LAYER_NORM_EPS
+    # A row of zeros has no direction: it stays zeros instead of becoming NaN.
+    return scale.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> None:

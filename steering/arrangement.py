@@ -105,7 +105,8 @@ def _groups(one: OnePlan | ByRow, changes: Mapping[str, Any]) -> list[Group]:
 def _kind(plan: Plan, number: int) -> tuple[Any, ...]:
     """Plans of one kind share a hook."""
     if plan.method in ADDING_METHODS and not plan.gate and plan.scale != 0:
-        return plan.layer, plan.site, plan.method, plan.unit == "rel", plan.schedule
+        scaled = plan.sae.normalize_activations
+        return plan.layer, plan.site, plan.method, plan.unit == "rel", plan.schedule, scaled
     return (number,)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.sparse_autoencoder import token_scale
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.generation import generate
 from saesteer.sae.hooks import HookPoint, resolve_site, run_to
@@ -30,7 +31,8 @@ _REPLY_TOKENS = 40
 
 
 def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
-    """What an adding plan adds to each residual, in float64; with unit `rel`, per unit of ||h||.
+    """What an adding plan adds to each residual, in float64; with unit `rel`, per unit of ||h||,
+    and of an SAE that normalises tokens per unit of the token's scale.
 
     Raises UsageError for a plan that does not add the same vector everywhere.
     """
@@ -66,7 +68,10 @@ def with_directions(
     factor = 1.0 if relative else length / float(total.norm())
     return dataclasses.replace(
         plan,
-        sae=plan.sae if source == plan.sae.source else SAEIdentity(source, ""),
+        sae=plan.sae
+        if source == plan.sae.source
+        # Lengths stay in the same unit, also where that is each token's own.
+        else SAEIdentity(source, "", normalize_activations=plan.sae.normalize_activations),
         latents=tuple(
             PlannedLatent(id=i, value=weight * factor)
             for i, weight in zip(ids, weights, strict=True)
@@ -239,6 +244,8 @@ def logit_bias(lm: LanguageModel, plan: Plan, texts: Sequence[str]) -> Float[Ten
     vector = delta_vector(plan).float().to(h.device)
     if plan.unit == "rel":
         vector = vector * h.norm(dim=-1).median()
+    elif plan.sae.scales_tokens:
+        vector = vector * token_scale(h, plan.sae.normalize_activations).median()
     with torch.inference_mode():
         if norm is None:
             pushed = vector

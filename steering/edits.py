@@ -2,7 +2,8 @@
 
 For the chosen latents, with present value a_j and new value a'_j, the residual moves by
 sum_j (a'_j - a_j) d_j: what the SAE does not reconstruct stays as it was, exactly. A weight in
-[0, 1] makes that share of the move.
+[0, 1] makes that share of the move. The latents of an SAE that normalises tokens are in units of
+the token's own scale (its standard deviation, or ||h|| / sqrt(D)), which multiplies the move.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.sparse_autoencoder import token_scale
 from saesteer.steering.latent_reading import (
     LatentReader,
     edit_reader,
@@ -71,6 +73,8 @@ class AddEdit(Edit):
     def __init__(self, plans: Sequence[Plan]) -> None:
         self._relative = plans[0].unit == "rel"
         self._keep_norm = plans[0].method == "add-keep-norm"
+        # A share of ||h|| is the same share in any unit.
+        self._normalization = "none" if self._relative else plans[0].sae.normalize_activations
         self._vectors = torch.stack([_sum(plan) for plan in plans])
 
     def delta(
@@ -88,6 +92,8 @@ class AddEdit(Edit):
             moved = self._vectors[plan_of_row.clamp(min=0)][:, None]
         if weight is not None:
             moved = moved * weight[..., None]
+        if self._normalization != "none":
+            moved = moved * token_scale(h, self._normalization)
         if not (self._relative or self._keep_norm):
             return moved
         norms: Tensor = h.norm(dim=-1, keepdim=True)
@@ -123,6 +129,7 @@ class LatentEdit(Edit):
 
     def __init__(self, plan: Plan, reader: LatentReader, sae: SAE | None) -> None:
         self._method, self._reader = plan.method, reader
+        self._normalization = plan.sae.normalize_activations
         directions = plan.directions.float()
         if sae is not None and sae.spec.rescale_acts_by_decoder_norm:
             # Such latents are given in units of their decoder row.
@@ -137,8 +144,11 @@ class LatentEdit(Edit):
         plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
         t = self._tensors = on_device(self._tensors, h.device)
-        now = self._reader.read(h[mask])
+        rows = h[mask]
+        now = self._reader.read(rows)
         moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
+        if self._normalization != "none":
+            moved = moved * token_scale(rows, self._normalization)
         if weight is not None:
             moved = moved * weight[mask][:, None]
         delta = torch.zeros_like(h)

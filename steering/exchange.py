@@ -44,6 +44,7 @@ def plan_vector(plan: Plan) -> Float[Tensor, " d_model"]:
     for wrong, what in (
         (plan.method != "add", f"method {plan.method}, which depends on the activation"),
         (plan.unit == "rel", "unit rel, whose vector grows with the activation"),
+        (plan.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
         (bool(gate), f"the gate {gate!r}"),
         (schedule != "constant", f"the schedule {schedule!r}"),
     ):

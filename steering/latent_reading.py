@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
+from saesteer.checkpoints.sparse_autoencoder import token_divisor
 from saesteer.steering.gates import parse_gate
 from saesteer.steering.plan import Plan, encoder_columns
 
@@ -29,17 +30,22 @@ class LatentReader:
         columns: dict[str, Tensor] | None,
         sae: SAE | None,
         linear: bool = False,
+        normalization: str = "none",
     ) -> None:
         self._ids = list(ids)
         self._tensors = {name: tensor.float() for name, tensor in (columns or {}).items()}
         self._sae = sae
         self._linear = linear
+        self._normalization = normalization
 
     def read(self, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
         """The latents' values, in the order of the ids."""
         if self._sae is None:
             t = self._tensors = on_device(self._tensors, h.device)
-            q = h @ t["W_enc"] + t["b_enc"]
+            q = h @ t["W_enc"]
+            if self._normalization != "none":
+                q = q / token_divisor(h, self._normalization)
+            q = q + t["b_enc"]
             if self._linear:
                 return q
             return torch.relu(q) * (q > t["threshold"]) if "threshold" in t else torch.relu(q)
@@ -126,9 +132,13 @@ def _reader(
 ) -> LatentReader:
     if sae is not None:
         columns = encoder_columns(sae, ids)
-        return LatentReader(ids, columns, None if columns else sae)
+        return LatentReader(
+            ids, columns, None if columns else sae,
+            normalization=sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
+        )  # fmt: skip
     assert columns is not None, "matching_sae comes first"
-    return LatentReader(ids, columns, None, linear=plan.sae.architecture == "linear")
+    linear = plan.sae.architecture == "linear"
+    return LatentReader(ids, columns, None, linear, plan.sae.normalize_activations)
 
 
 def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.sae_spec import TOKEN_NORMALIZATIONS
 from saesteer.sae.hooks import sae_hook_point
 from saesteer.sae.models import LanguageModel
 from saesteer.steering.gates import Gate, parse_gate
@@ -66,6 +67,20 @@ class SAEIdentity:
     sha256: str
     architecture: str = "topk"
     k: int | None = None
+    normalize_activations: str = "none"
+    """How each token is scaled before the SAE reads it; what its latents add is scaled back."""
+
+    def __post_init__(self) -> None:
+        if self.normalize_activations not in ("none", *TOKEN_NORMALIZATIONS):
+            raise UserError(
+                f"sae.normalize_activations is {self.normalize_activations!r}; known are none, "
+                f"{', '.join(TOKEN_NORMALIZATIONS)}: make the plan again"
+            )
+
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether a latent's unit is a length of its own at each token."""
+        return self.normalize_activations != "none"
 
 
 @dataclass(frozen=True)
@@ -269,10 +284,10 @@ def make_plan(
     """
     # Whether the weights are those that the SAE was trained on is for the caller to ask.
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
-    if sae.spec.scales_tokens:
+    if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
         raise UserError(
-            f"--sae {sae.source} scales each token ({sae.spec.normalize_activations}), so what a "
-            "latent adds differs from token to token, which a plan cannot say: choose another SAE"
+            f"--sae {sae.source} scales each token by its length without its mean, which a plan "
+            "cannot say: choose another SAE"
         )
     for latent in latents:
         if not 0 <= latent.id < sae.spec.d_sae:
@@ -284,7 +299,13 @@ def make_plan(
     columns = encoder_columns(sae, ids)
     return Plan(
         model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity(_lasting(sae.source), sae.sha256, sae.spec.architecture, sae.spec.k),
+        sae=SAEIdentity(
+            _lasting(sae.source),
+            sae.sha256,
+            sae.spec.architecture,
+            sae.spec.k,
+            sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
+        ),
         site=point.site,
         layer=point.layer,
         latents=tuple(latents),
@@ -370,7 +391,8 @@ def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
 
     Whatever is subtracted from the input is folded in: (x - b_dec) W + b = x W + (b - b_dec W), and
     the same for a token's own mean, which is linear in x. Empty where a latent's value depends on
-    more than its column: on all the others (topk), or on a gate or the token's norm.
+    more than its column: on all the others (topk), or on a gate. Where the SAE normalises tokens,
+    x W is to be divided by `token_divisor` before the bias comes in.
     """
     if not sae.spec.reads_alone:
         return {}
@@ -379,7 +401,7 @@ def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
     bias = sae.b_enc[picked].detach().cpu().float()
     if sae.spec.apply_b_dec_to_input:
         bias = bias - sae.b_dec.detach().cpu().float() @ columns
-    if sae.spec.centers_input:
+    if sae.spec.centers_input or sae.spec.normalize_activations == "layer_norm":
         columns = columns - columns.mean(dim=0, keepdim=True)
     tensors = {"W_enc": columns.contiguous(), "b_enc": bias}
     if sae.threshold is not None:

@@ -40,7 +40,7 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
     document = {
         "schema_version": plan.schema_version,
         "model": dataclasses.asdict(plan.model),
-        "sae": dataclasses.asdict(plan.sae),
+        "sae": _sae_row(plan.sae),
         "site": plan.site,
         "layer": plan.layer,
         "latents": [_latent_row(latent) for latent in plan.latents],
@@ -80,6 +80,13 @@ def load_plan(path: str | Path) -> Plan:
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
         raise kind(f"--plan {path}: {error}") from error
+
+
+def _sae_row(sae: SAEIdentity) -> dict[str, Any]:
+    row = dataclasses.asdict(sae)
+    if not sae.scales_tokens:
+        del row["normalize_activations"]
+    return row
 
 
 def _task_row(task: TaskIdentity) -> dict[str, Any]:
@@ -156,8 +163,9 @@ def _plan_from(
         "name": str, "hash": str, "n_layers": int, "d_model": int,
     })  # fmt: skip
     sae = _fields(
-        "sae", top["sae"], {"source": str, "sha256": str}, {"architecture": str, "k": int}
-    )
+        "sae", top["sae"], {"source": str, "sha256": str},
+        {"architecture": str, "k": int, "normalize_activations": str},
+    )  # fmt: skip
     latents = tuple(_latent_from(row, i) for i, row in enumerate(top["latents"]))
     places = {latent: place for place, latent in enumerate(ids)}
     absent = [latent.id for latent in latents if latent.id not in places]

@@ -256,9 +256,17 @@ class SAETrainer:
         wanted = 2 * int(self.dead.sum()) + 64
         self._dead_capacity = min(self.variant.d_sae, 1 << (wanted - 1).bit_length())
 
+    def check_finite(self) -> None:
+        """Raise NonFiniteError when a step since the last log line was left out for its loss.
+
+        Waits for a GPU. A state saved after such a step would lack it, and say nothing of it.
+        """
+        if bool(self._failed):
+            raise self._not_finite()
+
     def _not_finite(self) -> NonFiniteError:
         return NonFiniteError(
-            f"the loss of {self.variant.folder} is not finite at step {self.step}: the state "
+            f"the loss of {self.variant.folder} is not finite at step {self.step}: the last state "
             f"before it was kept; lower --lr (now {self.peak_lr:.2g}) or look at the data there"
         )
 

@@ -409,7 +409,12 @@ class _Run:
         return results
 
     def save(self, *, now: bool = False) -> None:
-        """Save all that `load` needs to continue to the bit, beside the training unless `now`."""
+        """Save all that `load` needs to continue to the bit, beside the training unless `now`.
+
+        Raises NonFiniteError, and leaves the state before, when a GPU has left out a step.
+        """
+        for trainer in self.trainers:
+            trainer.check_finite()
         with self.producer.paused() as (tensors, stream):
             self._save({f"batches/{name}": t for name, t in tensors.items()}, stream, now)
 

@@ -18,6 +18,7 @@ from saesteer.checkpoints.run_state import has_state, load_state
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.shards import ShardReader
+from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae import trainer as trainer_module
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.models import LanguageModel
@@ -418,7 +419,8 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "topk_pass", poisoned)
         with pytest.raises(
-            NonFiniteError, match="the loss of layer-1_dsae-48_k-4_seed-1 .* at step 11: the state"
+            NonFiniteError,
+            match="the loss of layer-1_dsae-48_k-4_seed-1 .* at step 11: the last state",
         ):
             train(out, config, activations=shards, device="cpu")
     tensors, meta = load_state(out)
@@ -426,6 +428,34 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(
                                       t.is_floating_point())  # fmt: skip
     assert not weights(out), "no SAE is written"
     # Both SAEs stand where eleven steps left them, and the batch is not lost: the rest is equal.
+    train(out, config, activations=shards, device="cpu", resume=True)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert all_metrics(out) == all_metrics(tmp_path / "whole")
+
+
+def test_a_step_that_a_gpu_left_out_is_never_saved(shards: Path, tmp_path: Path) -> None:
+    """On a GPU a bad loss shows at the next log line; until then no state may be written."""
+    config = replace(CONFIG, layers=(1,), tokens=64 * 320, checkpoint_every=64 * 4, keep_states=1)
+    train(tmp_path / "whole", config, activations=shards, device="cpu")
+    out = tmp_path / "out"
+    made: list[Any] = []
+    original = trainer_module.SAETrainer.__init__
+
+    def remember(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        made.append(self)
+
+    def fails(stage: str, done: int, total: int, note: str) -> None:
+        # Between two log lines (every third step), just before a periodic save.
+        if stage == "train" and done == 64 * 160:
+            made[0]._failed.fill_(True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.SAETrainer, "__init__", remember)
+        patch.setattr(StateSaver, "ready", lambda self: True)
+        with pytest.raises(NonFiniteError, match="the last state before it was kept"):
+            train(out, config, activations=shards, device="cpu", progress=fails)
+    assert load_state(out)[1]["step"] < 160
     train(out, config, activations=shards, device="cpu", resume=True)
     assert weights(out) == weights(tmp_path / "whole")
     assert all_metrics(out) == all_metrics(tmp_path / "whole")

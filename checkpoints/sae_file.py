@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_SHARED = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+):(?P<id>.+)")
+
+
 def save_sae(
     folder: str | Path,
     spec: SAESpec,
@@ -75,11 +78,12 @@ def load_sae(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
 ) -> SAE:
-    """Open an SAE: a folder or weights file in any format of `saesteer.checkpoints.formats`, or
-    `RELEASE:ID` from SAELens' list on the Hub.
+    """Open an SAE: a folder or weights file in any format of `saesteer.checkpoints.formats`;
+    `RELEASE:ID` from SAELens' list on the Hub; or what `push` shared, as `REPO@REVISION:ID` or
+    `FOLDER:ID`.
 
-    The format is found by the names of files and tensors. `dtype` None keeps the dtype that the
-    file states.
+    A revision of 40 hexadecimal digits is a commit, which names those weights for ever. The format
+    is found by the names of files and tensors. `dtype` None keeps the dtype that the file states.
 
     Raises:
         UserError: nothing there, a file missing, cut short or unsafe, shapes or values that cannot
@@ -98,14 +102,31 @@ def load_sae(
             sae = formats.read(*detection.detect(path, text))
         except UserError as error:
             raise type(error)(_naming_sae(str(error), text)) from error
+    elif shared := _SHARED.fullmatch(text):
+        from saesteer.checkpoints import hub
+
+        return hub.from_pretrained(
+            shared["repo"], shared["id"], revision=shared["revision"], device=device, dtype=dtype
+        )
+    elif _holds_shared(text):
+        from saesteer.checkpoints import hub
+
+        folder, _, sae_id = text.rpartition(":")
+        return hub.from_pretrained(folder, sae_id, device=device, dtype=dtype)
     elif re.fullmatch(r"[\w./-]+:.+", text) and text[0] not in "./":
         sae = _load_release(text)
     else:
         raise UserError(
             f"--sae {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
-            " a folder or file in another format, or RELEASE:ID of sae_lens"
+            " a folder or file in another format, RELEASE:ID of sae_lens, or REPO@REVISION:ID"
         )
     return sae.to(device, dtype)
+
+
+def _holds_shared(text: str) -> bool:
+    """Whether a text is FOLDER:ID of a folder that `push` wrote."""
+    folder, colon, _ = text.rpartition(":")
+    return bool(colon) and (Path(folder).expanduser() / "saes.json").is_file()
 
 
 def _load_release(text: str) -> SAE:

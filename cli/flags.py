@@ -89,7 +89,8 @@ def add_sae(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sae",
         metavar="DIR",
-        help="SAE folder or file of any format, or RELEASE:ID of sae_lens (needed)",
+        help="SAE folder or file of any format, or RELEASE:ID of sae_lens, or REPO@REVISION:ID "
+        "(needed)",
     )
     add_model(group, "(default: the one the SAE names)")
     group.add_argument(

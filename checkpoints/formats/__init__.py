@@ -29,6 +29,7 @@ READERS: dict[str, str] = {
     "deepseek-r1": "linear_layers",
     "qwen-scope": "qwen_scope",
     "gpt2-attention": "linear_layers",
+    "transcoder-layers": "transcoder_layers",
     "saesteer-state": "training_state",
 }
 """Format to the module here that reads it."""

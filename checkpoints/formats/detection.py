@@ -15,6 +15,7 @@ from saesteer.checkpoints.formats import (
     saelens_checkpoint,
     sparsify,
     training_state,
+    transcoder_layers,
 )
 from saesteer.checkpoints.formats.place import Place
 from saesteer.checkpoints.safe_reading import TensorInfo
@@ -125,6 +126,8 @@ def _safetensors(place: Place, header: Mapping[str, TensorInfo]) -> str | None:
     if "W_dec" not in header and place.weights != saelens.WEIGHTS:
         return None
     if not place.has(saelens.CFG):
+        if "W_enc" in header and transcoder_layers.is_here(place):
+            return "transcoder-layers"
         raise UserError(
             f"--sae {place.source} holds no {saelens.CFG}: give a folder in SAELens format "
             f"({saelens.CFG} and {saelens.WEIGHTS})"

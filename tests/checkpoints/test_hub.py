@@ -77,6 +77,7 @@ def test_to_a_folder_and_back(sae: Path, tmp_path: Path) -> None:
         from_pretrained(shared, HOOK),
         from_pretrained(shared),
         from_pretrained(shared, sha256=original.sha256),
+        load_sae(f"{shared}:{HOOK}"),
     ):
         assert torch.equal(found.W_enc, original.W_enc) and found.spec == original.spec
         assert found.source == f"{shared}:{HOOK}" and found.sha256 == original.sha256
@@ -214,6 +215,8 @@ latest = from_pretrained("org/saes")
 found["sources"] = [pinned.source, latest.source]
 assert torch.equal(pinned.W_dec, load_sae(one).W_dec), "the pinned one is the old one"
 assert torch.equal(latest.W_dec, load_sae(two).W_dec)
+again = load_sae(pinned.source)
+assert again.source == pinned.source and torch.equal(again.W_dec, pinned.W_dec)
 for call in (
     lambda: from_pretrained("org/absent", "a"),
     lambda: from_pretrained("org/saes", "a"),

@@ -70,6 +70,37 @@ def arrays(sae: SAE) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.numpy() for name, tensor in sae.tensors().items()}
 
 
+class TestTranscoderLayers:
+    @pytest.mark.parametrize("config", ["wandb-config.yaml", "wanb-config.yaml"])
+    def test_as_sae_lens_reads_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+    ) -> None:
+        sae = make("standard", d_out=D_MODEL)
+        for layer in (3, 4):
+            turned = {**sae.tensors(), "W_enc": sae.W_enc.T.contiguous()}
+            save_file(turned, tmp_path / f"layer_{layer}.safetensors")
+        values = {"d_model": D_MODEL, "d_feature": D_SAE, "batch_size": 16}
+        lines = [f"{key}:\n  value: {value}\n" for key, value in values.items()]
+        (tmp_path / config).write_text("".join(lines))
+        (tmp_path / "config.yaml").write_text("model_name: some/model\n")
+        theirs = through_saelens(
+            monkeypatch, tmp_path, "mwhanna_transcoder_huggingface_loader", "r",
+            "layer_3.safetensors",
+        )  # fmt: skip
+        ours = load_sae(tmp_path / "layer_3.safetensors")
+        agree(ours, theirs)
+        assert ours.format == "transcoder-layers" and ours.spec.d_out == D_MODEL
+        assert ours.spec.hook_name == theirs.cfg.metadata.hook_name == "blocks.3.mlp.hook_in"
+        assert ours.spec.metadata["hook_name_out"] == theirs.cfg.metadata.hook_name_out
+        assert ours.spec.model_name == "some/model"
+        with pytest.raises(UserError, match="several SAEs"):
+            load_sae(tmp_path)
+        for bad in ("x: [", "a: &a [*a]"):
+            (tmp_path / "config.yaml").write_text(bad)
+            with pytest.raises(UserError, match="cannot be read"):
+                load_sae(tmp_path / "layer_3.safetensors")
+
+
 class TestGemmaScope:
     REPO = "google/gemma-scope-2b-pt-res"
     FOLDER = "layer_20/width_16k/average_l0_71"

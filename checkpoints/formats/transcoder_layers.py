@@ -1,0 +1,68 @@
+"""ReLU transcoders of one file per layer, `layer_N.safetensors` with the encoder turned, beside a
+`wandb-config.yaml` (or `wanb-config.yaml`, as some are called) and a `config.yaml`."""
+
+import re
+from typing import Any
+
+import yaml
+
+from saesteer.checkpoints import safe_reading
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.formats.place import (
+    Place,
+    all_float,
+    dtype_name,
+    exactly,
+    finish,
+    matrix,
+    spec_or_error,
+    text,
+)
+from saesteer.checkpoints.sparse_autoencoder import SAE
+from saesteer.checkpoints.yaml_text import parse_yaml
+
+CONFIGS = ("wandb-config.yaml", "wanb-config.yaml")
+_MODEL = "config.yaml"
+
+
+def is_here(place: Place) -> bool:
+    """Whether one of their configs lies beside the weights."""
+    return any(place.has(name) for name in CONFIGS)
+
+
+def read(name: str, place: Place) -> SAE:
+    """A transcoder from the MLP's input to its output, by the convention of the file's name."""
+    tensors = safe_reading.read_safetensors(place.weights_file())
+    exactly(place, tensors, ("W_enc", "b_enc", "W_dec", "b_dec"))
+    all_float(place, tensors)
+    d_sae, d_model = matrix(place, tensors, "W_enc")
+    _, d_out = matrix(place, tensors, "W_dec")
+    layer = re.search(r"_(\d{1,4})\.safetensors$", place.weights)
+    metadata: dict[str, Any] = {"prepend_bos": True}
+    if layer:
+        metadata["hook_name_out"] = f"blocks.{layer.group(1)}.hook_mlp_out"
+    spec = spec_or_error(
+        place,
+        architecture="standard",
+        d_model=d_model,
+        d_sae=d_sae,
+        d_out=d_out,
+        dtype=dtype_name(tensors["W_enc"]),
+        hook_name=f"blocks.{layer.group(1)}.mlp.hook_in" if layer else "",
+        model_name=text(_yaml(place, _MODEL), "model_name") if place.has(_MODEL) else "",
+        metadata=metadata,
+    )
+    notes = [] if layer else ["the file's name says no layer: give --layer and --site"]
+    return finish(place, name, spec, {**tensors, "W_enc": tensors["W_enc"].T}, notes)
+
+
+def _yaml(place: Place, name: str) -> dict[str, Any]:
+    path = place.file(name)
+    try:
+        if path.stat().st_size > safe_reading.MAX_CONFIG_BYTES:
+            raise UserError(f"{path} is too large for a config; download it again")
+        found = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({reason}); download it again") from error
+    return found if isinstance(found, dict) else {}

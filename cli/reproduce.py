@@ -1,4 +1,4 @@
-"""`saesteer reproduce`: run a recorded training once more and compare."""
+"""`saesteer reproduce`: run a recorded training or harvest once more and compare."""
 
 from argparse import Namespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common
 from saesteer.cli.inputs import reserved
-from saesteer.cli.output import Failed, number, paint, print_json
+from saesteer.cli.output import Failed, amount, number, paint, print_json
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 
@@ -23,7 +23,7 @@ def add_flags(parser: VerbParser) -> None:
         "run",
         nargs="?",
         metavar="RUN",
-        help="folder of a finished train run, or of one SAE of it (needed)",
+        help="folder of a finished train run, of one SAE of it, or of a finished harvest (needed)",
     )
     what.add_argument(
         "--model", metavar="NAME", help="where its model is now (default: where it was)"
@@ -71,7 +71,19 @@ def run(args: Namespace) -> int:
 
 
 def _print_findings(found: dict[str, Any]) -> None:
-    for sae in found["saes"]:
+    for shards in [found["shards"]] if "shards" in found else []:
+        equal = shards["equal"]
+        print(f"{paint('equal ', 'green') if equal else paint('DIFFER', 'red')} {found['run']}")
+        then, now = shards["tokens"]
+        print(f"  {amount(then)} tokens then, {amount(now)} now")
+        if equal and not shards["shards_equal"]:
+            print("  every row is equal; the shards are cut at other places, as a stop leaves them")
+        if shards["first_differing_row"] is not None:
+            print(
+                f"  rows differ from {shards['first_differing_row']} on, at most by "
+                f"{number(shards['max_abs_difference'])}"
+            )
+    for sae in found.get("saes", ()):
         equal = sae["weights_equal"] and sae["metrics_equal"]
         print(f"{paint('equal ', 'green') if equal else paint('DIFFER', 'red')} {sae['folder']}")
         if equal:

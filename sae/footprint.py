@@ -1,9 +1,15 @@
-"""What a training run will write, counted from its settings alone. Imports no torch."""
+"""What a run will write, counted from its settings alone. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FLOAT_BYTES = 4
+
+
+def harvest_row_bytes(d_model: int, element_bytes: int, keep_positions: bool) -> int:
+    """Bytes of one token of one layer in a shard: its activation and an int32 id, and, when asked,
+    an int32 position and an int64 context."""
+    return d_model * element_bytes + 4 + 12 * keep_positions
 
 
 @dataclass(frozen=True)

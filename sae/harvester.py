@@ -11,12 +11,15 @@ import torch
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.background import BackgroundWriter
+from saesteer.checkpoints.disk import folder_bytes, need_space
 from saesteer.checkpoints.errors import Interrupted, UserError
 from saesteer.checkpoints.files import claim_output, plain
-from saesteer.checkpoints.provenance import versions
+from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
+from saesteer.sae.footprint import harvest_row_bytes
 from saesteer.sae.hooks import HookPoint, last_block, resolve_site
 from saesteer.sae.memory import automatic_batch_size, peak_bytes
 from saesteer.sae.models import DTYPES, LanguageModel, as_language_model, compile_blocks
@@ -62,38 +65,50 @@ def harvest(
         The manifest that was written.
 
     Raises:
-        UserError: the text, the model or the folder cannot be used; the message says why.
+        UserError: the text, the model or the folder cannot be used, another process writes to it,
+        or its disk has too little room; the message says why.
         Interrupted: after Ctrl-C, with the tokens so far written.
     """
     from saesteer.checkpoints.model_files import cache_folder
 
     folder = Path(out).expanduser()
     ranks = join_ranks(config.rank_timeout)
-    if (resume or not force) and not ranks.rank:
-        claim_output(folder, resume=resume, force=force, can_resume=True)
-    lm = as_language_model(model, device=device, dtype=dtype)
-    points = [resolve_site(lm, layer, config.site) for layer in config.layers]
-    before = _batch_size_before(folder) if resume else None
-    config = replace(config, text=resolved_text(lm, config.text, before, ranks))
-    stream = open_activations(
-        lm,
-        points,
-        config.text,
-        replies=replies,
-        replies_folder=replies_folder or cache_folder() / "replies",
-        progress=progress,
-        ranks=ranks,
-    )
-    ranks.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
-    if force and not ranks.rank:  # only now, when model and text were found, may it be emptied
-        claim_output(folder, force=True)
-    ranks.wait_for_first()
-    job = _Job(folder, config, lm, points, stream, ranks, progress, warn)
-    finished = job.open(resume)
-    if finished is not None:
-        return finished
-    prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
-    return job.run()
+    # One process of torchrun holds the folder for all of them.
+    with contextlib.nullcontext() if ranks.rank else folder_lock(folder):
+        if (resume or not force) and not ranks.rank:
+            claim_output(folder, resume=resume, force=force, can_resume=True)
+        lm = as_language_model(model, device=device, dtype=dtype)
+        points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+        before = _batch_size_before(folder) if resume else None
+        config = replace(config, text=resolved_text(lm, config.text, before, ranks))
+        stream = open_activations(
+            lm,
+            points,
+            config.text,
+            replies=replies,
+            replies_folder=replies_folder or cache_folder() / "replies",
+            progress=progress,
+            ranks=ranks,
+        )
+        ranks.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
+        if not ranks.rank:
+            _check_disk(folder, config, lm, len(points))
+        if force and not ranks.rank:  # only now, when model and text were found, may it be emptied
+            claim_output(folder, force=True)
+        ranks.wait_for_first()
+        recipe = {
+            "model": as_given(lm.name),
+            "blocks": lm.blocks_path,
+            "replies": list(replies),
+            "device": str(lm.device),
+            "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        }
+        job = _Job(folder, config, lm, points, stream, ranks, recipe, progress, warn)
+        finished = job.open(resume)
+        if finished is not None:
+            return finished
+        prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
+        return job.run()
 
 
 def prepare(lm: LanguageModel, points: Sequence[HookPoint], consume: bool, compiled: bool) -> None:
@@ -116,6 +131,7 @@ class _Job:
         points: Sequence[HookPoint],
         stream: ActivationStream,
         ranks: Ranks,
+        recipe: Mapping[str, Any],
         progress: Progress,
         warn: Callable[[str], None],
     ) -> None:
@@ -125,6 +141,8 @@ class _Job:
         self.points = points
         self.stream = stream
         self.ranks = ranks
+        self.recipe = recipe
+        """What a repetition needs besides the config."""
         self.progress = progress
         self.warn = warn
         self.done = 0
@@ -135,11 +153,9 @@ class _Job:
 
     def open(self, resume: bool) -> dict[str, Any] | None:
         """Start the shards, or go on with those that are there; the manifest when all is done."""
-        default = torch.float32 if self.lm.dtype == torch.float32 else torch.bfloat16
-        named = self.config.store_dtype
-        dtype = DTYPES[named] if named else default
+        dtype = _stored_dtype(self.config, self.lm)
         layers = [point.layer for point in self.points]
-        facts = _facts(self.lm, self.points, self.config, self.stream)
+        facts = _facts(self.lm, self.points, self.config, self.stream, self.recipe)
         part = (self.ranks.rank, self.ranks.world)
         if resume and (self.folder / MANIFEST).exists():
             shared = files.read_json(self.folder / MANIFEST)
@@ -279,6 +295,19 @@ class _Job:
         return dict(files.read_json(self.folder / MANIFEST))
 
 
+def _stored_dtype(config: HarvestConfig, lm: LanguageModel) -> torch.dtype:
+    if config.store_dtype:
+        return DTYPES[config.store_dtype]
+    return torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
+
+
+def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: int) -> None:
+    """Refuse shards that would not fit; what lies in the folder now stays, or gives its place."""
+    row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
+    needed = config.tokens * row * places - folder_bytes(folder)
+    need_space(folder, needed, "harvesting writes", "lower --tokens or give fewer layers")
+
+
 def resolved_text(
     lm: LanguageModel, text: TextConfig, before: int | None, ranks: Ranks = ALONE
 ) -> TextConfig:
@@ -295,8 +324,17 @@ def _batch_size_before(folder: Path) -> int | None:
     return None
 
 
+def as_given(model: str) -> str:
+    """A model's name that means the same from any working folder."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
 def _facts(
-    lm: LanguageModel, points: Sequence[HookPoint], config: HarvestConfig, stream: ActivationStream
+    lm: LanguageModel,
+    points: Sequence[HookPoint],
+    config: HarvestConfig,
+    stream: ActivationStream,
+    recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a manifest says about where its activations came from."""
     return {
@@ -314,7 +352,10 @@ def _facts(
                 "keep_positions": config.keep_positions,
             }
         ),
+        "recipe": recipe,
         "versions": versions(),
+        "git_revision": git_revision(),
+        "machine": machine(),
     }
 
 

@@ -8,6 +8,7 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import HarvestConfig, Progress, no_progress
+from saesteer.sae.footprint import harvest_row_bytes
 from saesteer.sae.harvester import resolved_text
 from saesteer.sae.hooks import last_block, resolve_site
 from saesteer.sae.memory import held_bytes, model_bytes, peak_bytes
@@ -59,9 +60,7 @@ def predict_harvest(
     progress("dry run", _TIMED_BATCHES + 1, _TIMED_BATCHES + 1, "batches")
     native = "float32" if lm.dtype == torch.float32 else "bfloat16"
     stored = config.store_dtype or native
-    # Each token is d_model numbers and an int32 id, in the folder of every layer; and, when asked,
-    # an int32 position and an int64 context.
-    row = lm.d_model * getattr(torch, stored).itemsize + 4 + 12 * config.keep_positions
+    row = harvest_row_bytes(lm.d_model, getattr(torch, stored).itemsize, config.keep_positions)
     return {
         "model": lm.name,
         "model_dtype": str(lm.dtype).removeprefix("torch."),

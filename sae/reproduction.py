@@ -1,7 +1,7 @@
-"""Run a recorded training once more and compare what comes out."""
+"""Run a recorded training or harvest once more and compare what comes out."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -9,6 +9,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, plain, read_json, read_jsonl, read_tensors
 from saesteer.sae.config import Progress, TextConfig, TrainConfig, no_progress
+from saesteer.sae.harvest_reproduction import (
+    compare_shards,
+    harvest_config,
+    recorded_harvest,
+    repeat_harvest,
+)
 
 _TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer", "seconds")
 
@@ -22,7 +28,8 @@ def reproduce(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Repeat the training whose `run.json` lies in `run`, and compare weights and metrics.
+    """Repeat the training whose `run.json` lies in `run`, and compare weights and metrics; or the
+    harvest whose `manifest.json` lies there, and compare every row.
 
     The same machine, versions and inputs give the same bits; what differs between then and now is
     listed. The number of threads is set to the recorded one, since sums depend on it.
@@ -36,24 +43,58 @@ def reproduce(
     Returns:
         `equal` (every SAE and every metric, to the bit), `saes` (for each: `weights_equal`,
         `max_abs_difference` by tensor, `metrics_equal`, `first_differing_step`, `final` then and
-        now) and `differences` of inputs and environment, each with `what`, `then` and `now`.
+        now; of a harvest instead `shards`, what `harvest_reproduction.compare_shards` gives) and
+        `differences` of inputs and environment, each with `what`, `then` and `now`.
 
     Raises:
-        UserError: no finished training in `run`, or one that lacks what a repetition needs.
+        UserError: no finished training or harvest in `run`, or one that lacks what a repetition
+        needs.
     """
+    harvested = recorded_harvest(Path(run).expanduser())
+    if harvested is not None:
+        if activations is not None:
+            raise UsageError("--activations: this run is a harvest, give --model")
+        return _again(
+            out, force, lambda place: _reproduce_harvest(run, harvested, place, model, progress)
+        )
     before = _recorded(Path(run).expanduser())
     first = next(iter(before.values()))
     config = train_config(first["config"], str(run))
     recipe = first.get("recipe")
     if not isinstance(recipe, dict) or not {"model", "activations", "device"} <= recipe.keys():
         raise UserError(f"{run}: its run.json names no recipe: it was made before runs kept one")
+
+    def work(place: Path) -> dict[str, Any]:
+        again = _repeat(recipe, config, place, first, model, activations, progress)
+        return _compare(before, again, Path(run))
+
+    return _again(out, force, work)
+
+
+def _again(
+    out: str | Path | None, force: bool, work: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `work` finds in `out`, or in a folder that does not stay."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saesteer-reproduce-") as place:
-            again = _repeat(recipe, config, Path(place), first, model, activations, progress)
-            return _compare(before, again, Path(run), None)
+            return {**work(Path(place)), "again": None}
     folder = claim_output(out, force=force)
-    again = _repeat(recipe, config, folder, first, model, activations, progress)
-    return _compare(before, again, Path(run), folder)
+    return {**work(folder), "again": str(folder)}
+
+
+def _reproduce_harvest(
+    run: str | Path, then: Mapping[str, Any], place: Path, model: str | None, progress: Progress
+) -> dict[str, Any]:
+    config = harvest_config(then, str(run), _made)
+    with _threads(_recorded_threads(then)):
+        now = repeat_harvest(then, config, place, model, progress)
+    found = compare_shards(Path(run).expanduser(), place)
+    return {
+        "run": str(run),
+        "equal": found["equal"],
+        "shards": found,
+        "differences": _all_differences(then, now),
+    }
 
 
 def train_config(recorded: Any, where: str) -> TrainConfig:
@@ -121,7 +162,7 @@ def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
             raise UserError(f"the run in {place} was not finished: finish it with --resume first")
         runs[place] = run
     if not runs:
-        raise UsageError(f"{folder} holds no run.json: give a folder that train wrote")
+        raise UsageError(f"{folder} holds no run.json: give a folder that train or harvest wrote")
     return runs
 
 
@@ -154,11 +195,15 @@ def _repeat(
             dtype=str(recipe.get("lm_dtype") or "auto"),
             blocks_path=recipe.get("blocks"),
         )
-    machine = first.get("machine")
-    threads = machine.get("threads") if isinstance(machine, dict) else None
-    with _threads(threads if isinstance(threads, int) else None):
+    with _threads(_recorded_threads(first)):
         runs = train(folder, config, device=device, progress=progress, **source)
     return {Path(run["folder"]): run for run in runs}
+
+
+def _recorded_threads(record: Mapping[str, Any]) -> int | None:
+    machine = record.get("machine")
+    threads = machine.get("threads") if isinstance(machine, dict) else None
+    return threads if isinstance(threads, int) else None
 
 
 @contextmanager
@@ -178,7 +223,6 @@ def _compare(
     before: Mapping[Path, dict[str, Any]],
     again: Mapping[Path, dict[str, Any]],
     run: Path,
-    out: Path | None,
 ) -> dict[str, Any]:
     saes = []
     for place, then in before.items():
@@ -188,16 +232,20 @@ def _compare(
             raise UserError(f"{place}: the repetition made no SAE of that name; restore its name")
         saes.append(_compare_sae(place, then, same[0], again[same[0]]))
     first, now = next(iter(before.values())), next(iter(again.values()))
-    differences = []
-    for part in ("model", "data", "recipe", "versions", "git_revision", "machine"):
-        differences += _differences(part, plain(first.get(part)), plain(now.get(part)))
     return {
         "run": str(run),
-        "again": None if out is None else str(out),
         "equal": all(sae["weights_equal"] and sae["metrics_equal"] for sae in saes),
         "saes": saes,
-        "differences": differences,
+        "differences": _all_differences(first, now),
     }
+
+
+def _all_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of inputs and environment."""
+    found = []
+    for part in ("model", "data", "recipe", "versions", "git_revision", "machine"):
+        found += _differences(part, plain(then.get(part)), plain(now.get(part)))
+    return found
 
 
 def _compare_sae(

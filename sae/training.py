@@ -28,7 +28,7 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.config import Progress, TrainConfig, no_progress
 from saesteer.sae.footprint import train_footprint
-from saesteer.sae.harvester import check_same_run, model_facts, prepare, resolved_text
+from saesteer.sae.harvester import as_given, check_same_run, model_facts, prepare, resolved_text
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.memory import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
@@ -114,7 +114,7 @@ def train(
             d_model, dtype = reader.d_model, reader.dtype
         # What a repetition needs besides the config.
         facts["recipe"] = {
-            "model": None if model is None else _as_given(lm.name),
+            "model": None if model is None else as_given(lm.name),
             "blocks": None if model is None else lm.blocks_path,
             "activations": None if activations is None else str(Path(activations).absolute()),
             "replies": list(replies),
@@ -130,11 +130,6 @@ def train(
             with restoring(folder):
                 run.load()
         return run.fit()
-
-
-def _as_given(model: str) -> str:
-    """A model's name that means the same from any working folder."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _live_source(

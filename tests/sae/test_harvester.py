@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,48 @@ def test_a_folder_in_use(shared_lm: Shared, tmp_path: Path) -> None:
     assert again["tokens"] == 100 and len(again["shards"]) < len(first["shards"])
     on_disk = {str(p.relative_to(tmp_path / "out")) for p in tmp_path.rglob("*.safetensors")}
     assert on_disk == {entry["file"] for entry in again["shards"]}, "nothing of the old is left"
+
+
+def test_two_harvests_into_one_folder(
+    shared_lm: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = shared_lm()
+    refused: list[str] = []
+
+    def second(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "harvest" and not refused:
+            for options in ({}, {"resume": True}, {"force": True}):
+                with pytest.raises(UserError, match="is being written by process") as error:
+                    harvest(lm, tmp_path / "out", CONFIG, **options)
+                refused.append(str(error.value))
+
+    harvest(lm, tmp_path / "out", CONFIG, progress=second)
+    assert len(refused) == 3 and "choose another --out" in refused[0]
+    harvest(lm, tmp_path / "whole", CONFIG)
+    assert equal(stored(tmp_path / "out"), stored(tmp_path / "whole"))
+    assert not list((tmp_path / "out").glob(".*")), "the lock goes with its holder"
+
+
+def test_a_disk_without_room_is_seen_before_the_work(
+    shared_lm: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = shared_lm()
+    row = 32 * 4 + 4  # float32 activations of width 32, and an id
+    places = len(CONFIG.layers)
+    # The lock file, of a few hundred bytes, counts as what lies there.
+    free = [CONFIG.tokens * row * places - 1000]
+    monkeypatch.setattr(
+        "saesteer.checkpoints.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free[0])
+    )
+    with pytest.raises(UserError, match="harvesting writes up to .* lower --tokens"):
+        harvest(lm, tmp_path / "out", CONFIG)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    free[0] += 1000
+    harvest(lm, tmp_path / "out", CONFIG)
+    # What lies there makes room for what replaces it, or is not written again.
+    free[0] = 0
+    assert harvest(lm, tmp_path / "out", CONFIG, resume=True)["complete"]
+    assert harvest(lm, tmp_path / "out", CONFIG, force=True)["complete"]
 
 
 # --- stopping and resuming

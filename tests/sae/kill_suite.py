@@ -1,7 +1,8 @@
-"""Kill a training run at random instants until it is done; compare it with one left in peace.
+"""Kill a run at random instants until it is done; compare it with one left in peace.
 
-    python tests/sae/kill_suite.py FOLDER shards|live SOURCE --kills 20 --seed 1
+    python tests/sae/kill_suite.py FOLDER shards|live|gloo SOURCE --kills 20 --seed 1
 
+`shards` and `live` train in one process; `gloo` harvests with two, of which one or both are killed.
 Children are forked from this process, which has imported everything and computed nothing, so that
 a leg starts within milliseconds and many fit into a minute. The last line on stdout is JSON.
 """
@@ -11,11 +12,13 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ import torch
 
 from saesteer.checkpoints.files import read_json, read_jsonl
 from saesteer.checkpoints.run_state import has_state, load_state
-from saesteer.sae.config import TextConfig, TrainConfig
+from saesteer.sae.config import HarvestConfig, TextConfig, TrainConfig
+from saesteer.sae.harvester import harvest
 from saesteer.sae.models import load_model
 from saesteer.sae.training import train
 
@@ -36,6 +40,12 @@ SHARDS = TrainConfig(
 LIVE = replace(
     SHARDS, layers=(1, 2), tokens=32 * 500, init_seed=(0,),
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
+)  # fmt: skip
+
+
+HARVEST = HarvestConfig(
+    layers=(1, 2), tokens=24_000, shard_tokens=700, keep_positions=True, shuffle=True,
+    rank_timeout=30, text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
 )  # fmt: skip
 
 
@@ -55,14 +65,51 @@ def fork(work: Callable[[], object]) -> int:
     return pid
 
 
-def finished(pid: int) -> bool:
-    """Whether the child ended by itself. Raises when it failed."""
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return False
-    if os.waitstatus_to_exitcode(status) != 0:
+def fork_two(work: Callable[[], object]) -> list[int]:
+    """Two children that find each other as the processes of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def joined(rank: int) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), **where}
+        work()
+
+    return [fork(partial(joined, rank)) for rank in range(2)]
+
+
+def finished(pids: Sequence[int]) -> bool:
+    """Whether the children ended by themselves. Raises when one failed while none was killed."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    if -signal.SIGKILL in codes:
+        return False  # the other one says that it lost its partner
+    if any(codes):
         sys.exit("a leg failed")
     return True
+
+
+def harvest_of(folder: Path) -> dict[str, Any]:
+    """All that a harvest leaves but its times: every shard, and what the manifest says."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.*"))
+        if path.suffix != ".json"
+    }
+    manifest = read_json(folder / "manifest.json")
+    for name in ("seconds", "peak_memory_bytes"):
+        manifest.pop(name)
+    return {**found, **{f"manifest.{name}": value for name, value in manifest.items()}}
+
+
+def saved_tokens(folder: Path) -> int:
+    """Tokens in the shards of all processes."""
+    parts = folder.glob("manifest-part-*.json")
+    return sum(int(read_json(part)["tokens"]) for part in parts)
+
+
+def saved_step(folder: Path) -> int:
+    return int(load_state(folder)[1]["step"]) if has_state(folder) else 0
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -90,29 +137,41 @@ def result_of(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("mode", choices=["shards", "live"])
+    parser.add_argument("mode", choices=["shards", "live", "gloo"])
     parser.add_argument("source")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the usual length of a run")
     args = parser.parse_args()
-    config, source = SHARDS, {"activations": args.source}
-    if args.mode == "live":
-        config, source = LIVE, {"model": load_model(args.source, device="cpu")}
+    config: TrainConfig | HarvestConfig = {"shards": SHARDS, "live": LIVE, "gloo": HARVEST}[
+        args.mode
+    ]
     config = replace(config, tokens=round(config.tokens * args.share / 32) * 32)
-    steps = config.tokens // config.batch_tokens
+    source: dict[str, Any] = {"activations": args.source}
+    if args.mode != "shards":
+        source = {"model": load_model(args.source, device="cpu")}
 
-    def run(folder: Path) -> None:
-        train(folder, config, device="cpu", resume=True, **source)
+    def run(folder: Path) -> list[int]:
+        if isinstance(config, HarvestConfig):
+            lm = source["model"]
+            return fork_two(lambda: harvest(lm, folder, config, device="cpu", resume=True))
+        return [fork(lambda: train(folder, config, device="cpu", resume=True, **source))]
 
+    results, saved = result_of, saved_step
+    if args.mode == "gloo":
+        results, saved = harvest_of, saved_tokens
     whole = args.folder / "whole"
     started = time.monotonic()
-    assert finished(fork(lambda: run(whole)))
+    assert finished(run(whole))
     seconds = time.monotonic() - started
-    expected = result_of(whole)
-    lines = [[row["step"] for row in rows] for name, rows in expected.items() if "metrics" in name]
-    every = max(1, steps // 100)
-    assert all(line == list(range(every, steps + 1, every)) for line in lines), lines
+    expected = results(whole)
+    steps = config.tokens
+    if isinstance(config, TrainConfig):
+        steps = config.tokens // config.batch_tokens
+        every = max(1, steps // 100)
+        logs = [rows for name, rows in expected.items() if "metrics" in name]
+        lines = [[row["step"] for row in rows] for rows in logs]
+        assert all(line == list(range(every, steps + 1, every)) for line in lines), lines
     rng = random.Random(args.seed)
     kills, runs, at_steps = 0, 0, []
     while kills < args.kills:
@@ -120,17 +179,18 @@ def main() -> None:
         out = args.folder / f"killed-{runs}"
         killed_here = 0
         while True:
-            pid = fork(lambda out=out: run(out))
+            pids = run(out)
             # The last leg of the last run is left in peace.
             if kills < args.kills:
                 time.sleep(rng.uniform(0, 0.5 * seconds))
-                os.kill(pid, signal.SIGKILL)
-            if finished(pid):
+                for pid in rng.choice([pids, *([pid] for pid in pids)]):
+                    os.kill(pid, signal.SIGKILL)
+            if finished(pids):
                 break
             kills += 1
             killed_here += 1
-            at_steps.append(load_state(out)[1]["step"] if has_state(out) else 0)
-        found = result_of(out)
+            at_steps.append(saved(out))
+        found = results(out)
         differing = [key for key in expected if found.get(key) != expected[key]]
         if differing or found.keys() != expected.keys():
             sys.exit(f"seed {args.seed}: after {killed_here} kills these differ: {differing}")
@@ -140,7 +200,7 @@ def main() -> None:
         "kills": kills,
         "runs": runs,
         "steps": steps,
-        "saved_steps_at_kills": at_steps,
+        "saved_at_kills": at_steps,
         "things_compared": len(expected),
         "seconds_uninterrupted": round(seconds, 2),
     }

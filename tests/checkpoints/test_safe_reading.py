@@ -473,7 +473,7 @@ WHOLE = {kind: whole(kind) for kind in ("pt", "npz", "safetensors")}
 NAMES = {"pt": "sae.pt", "npz": "params.npz", "safetensors": "params.safetensors"}
 FUZZ = settings(
     deadline=None,
-    max_examples=60,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -543,37 +543,86 @@ def test_any_config(tmp_path: Path, changes: dict[str, Any]) -> None:
     survives(with_config(**changes)(tmp_path / "sae"))
 
 
-FOREIGN = {
-    "cfg.json": ("sae.safetensors", ("activation", "k", "d_in", "num_latents", "transcode")),
-    "config.json": ("ae.pt", ("trainer", "buffer")),
-    "hyperparams.json": (
-        "checkpoints/final.safetensors",
+def linear(decoder: bool = True) -> dict[str, torch.Tensor]:
+    found = tensors()
+    named = {"encoder.weight": found["W_enc"].T.contiguous(), "encoder.bias": found["b_enc"]}
+    if not decoder:
+        return {**named, "W_dec": found["W_dec"], "b_dec": found["b_dec"]}
+    turned = {"decoder.weight": found["W_dec"].T.contiguous(), "decoder.bias": found["b_dec"]}
+    return {**named, **turned}
+
+
+def openmoss() -> dict[str, torch.Tensor]:
+    names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
+    return {names[key]: value for key, value in tensors().items() if key in names}
+
+
+def plain() -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors().items() if key != "threshold"}
+
+
+# Config, weights, what is in them, and the keys that the reader asks for.
+FOREIGN: dict[str, tuple[str, str, Callable[[], dict[str, torch.Tensor]], tuple[str, ...]]] = {
+    "sparsify": (
+        "cfg.json", "sae.safetensors", lambda: linear(decoder=False),
+        ("activation", "k", "d_in", "num_latents", "transcode"),
+    ),
+    "dictionary_learning": ("config.json", "ae.pt", linear, ("trainer", "buffer")),
+    "llama-scope": (
+        "hyperparams.json", "checkpoints/final.safetensors", linear,
         ("dataset_average_activation_norm", "jump_relu_threshold", "hook_point_in"),
     ),
-}
+    "llama-scope-r1": (
+        "config.json", "sae_weights.safetensors",
+        lambda: {**linear(), "log_jumprelu_threshold": tensors()["b_enc"]},
+        ("dataset_average_activation_norm", "hook_point_in", "act_fn", "d_model"),
+    ),
+    "openmoss": (
+        "config.json", "sae_weights.safetensors", openmoss,
+        ("sae_type", "act_fn", "top_k", "norm_activation", "sparsity_include_decoder_norm",
+         "hook_point_in", "hook_point_out", "use_glu_encoder", "d_model"),
+    ),
+    "gemma-scope-2": (
+        "config.json", "params.safetensors",
+        lambda: {key.replace("W_", "w_"): value for key, value in tensors().items()},
+        ("architecture", "model_name", "hf_hook_point_in", "hf_hook_point_out"),
+    ),
+    "transcoder-layers": ("config.yaml", "layer_3.safetensors", plain, ("model_name",)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 @FUZZ
 @given(data=st.data())
 def test_any_config_of_other_formats(tmp_path: Path, name: str, data: st.DataObject) -> None:
-    weights, keys = FOREIGN[name]
-    found = tensors()
+    config_file, weights, build, keys = FOREIGN[name]
     (tmp_path / weights).parent.mkdir(exist_ok=True)
-    linear = {
-        "encoder.weight": found["W_enc"].T.contiguous(), "encoder.bias": found["b_enc"],
-        "decoder.weight": found["W_dec"].T.contiguous(), "decoder.bias": found["b_dec"],
-    }  # fmt: skip
-    if name == "config.json":
-        torch.save(linear, tmp_path / weights)
-    elif name == "cfg.json":
-        kept = {k: v for k, v in linear.items() if k.startswith("encoder")}
-        save_file({**kept, "W_dec": found["W_dec"], "b_dec": found["b_dec"]}, tmp_path / weights)
+    if weights.endswith(".pt"):
+        torch.save(build(), tmp_path / weights)
     else:
-        save_file(linear, tmp_path / weights)
+        save_file(build(), tmp_path / weights)
+    if name == "transcoder-layers":
+        (tmp_path / "wandb-config.yaml").write_text("")
     config = data.draw(st.dictionaries(st.sampled_from(keys), JSON))
-    (tmp_path / name).write_text(json.dumps(config))
+    (tmp_path / config_file).write_text(json.dumps(config))
     survives(tmp_path)
+
+
+@FUZZ
+@given(
+    scaler=st.dictionaries(st.sampled_from(["scaling_factor", "has_whitening"]), JSON),
+    changes=st.dictionaries(
+        st.sampled_from(["architecture", "normalize_activations", "rescale_acts_by_decoder_norm"]),
+        st.sampled_from(["topk", "batchtopk", "expected_average_only_in", True]) | JSON,
+    ),
+)
+def test_any_scaler_of_a_checkpoint(
+    tmp_path: Path, scaler: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "sae"
+    with_config(**changes)(folder)
+    (folder / "activation_scaler.json").write_text(json.dumps(scaler))
+    survives(folder)
 
 
 @FUZZ

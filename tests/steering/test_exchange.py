@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -234,7 +235,9 @@ def test_bad_gguf_files(tmp_path: Path, raw: bytes) -> None:
 
 
 @settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 100)),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_changed_gguf_bytes(tmp_path: Path, data: st.DataObject) -> None:

@@ -80,7 +80,7 @@ def run(args: Namespace) -> int:
     """Convert, and print the report."""
     source = need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
     kind = args.format or ("gguf" if _is_plan(source) else "saelens")
-    with reserved(args, **{"from": source, "activations": args.activations}):
+    with reserved(args, locked=False, **{"from": source, "activations": args.activations}):
         with reporting(args) as report:
             if kind in _SAE_FORMATS:
                 found = _convert_sae(args, source, kind, report)

@@ -92,7 +92,7 @@ def run(args: Namespace) -> int:
 
     first = is_first()  # of the processes of torchrun: the one that speaks, and owns the folder
     args.quiet = args.quiet or not first
-    folder = reserved(args, model=args.model, data=args.data)
+    folder = reserved(args, locked=False, model=args.model, data=args.data)
     with folder if first else contextlib.nullcontext(), reporting(args) as report:
         check_data(args)
         replies = reply_texts(args)

@@ -10,6 +10,7 @@ from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output
+from saesteer.checkpoints.locks import folder_lock
 from saesteer.cli.flags import DEFAULT_MODEL
 from saesteer.cli.progress import Report
 
@@ -119,11 +120,16 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 @contextlib.contextmanager
-def reserved(args: Namespace, **inputs: str | Path | Sequence[str] | None) -> Iterator[None]:
+def reserved(
+    args: Namespace, *, locked: bool = True, **inputs: str | Path | Sequence[str] | None
+) -> Iterator[None]:
     """Refuse an `--out` that cannot be used before the work, and leave no empty folder if it fails.
 
     A folder that `--force` will empty is left alone here: the results in it are the last good ones
     until there is something to put in their place. `inputs` are the paths given with other flags.
+
+    Two commands cannot write one folder: it is locked meanwhile, unless `locked` is False, for
+    verbs whose call does that, or puts the whole folder in place at once.
     """
     if args.out is None:
         yield
@@ -137,7 +143,8 @@ def reserved(args: Namespace, **inputs: str | Path | Sequence[str] | None) -> It
     if resume or not args.force or not folder.is_dir():
         claim_output(folder, resume=resume, force=args.force, can_resume=hasattr(args, "resume"))
     try:
-        yield
+        with folder_lock(folder) if locked else contextlib.nullcontext():
+            yield
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):  # not empty: what is in it is worth keeping

@@ -50,7 +50,7 @@ def run(args: Namespace) -> int:
         )  # fmt: skip
         raise UsageError(f"--{flag} is part of the record: reproduce repeats what was recorded")
     inputs = {"run": args.run, "activations": args.activations}
-    with reserved(args, **inputs), reporting(args) as report:
+    with reserved(args, locked=False, **inputs), reporting(args) as report:
         from saesteer.sae import reproduce
 
         found = reproduce(

@@ -178,7 +178,9 @@ def run(args: Namespace) -> int:
         raise UsageError("--layer is missing: the block to train on, such as --layer 20")
     need(args, "--out", "the folder for the SAE")
     with (
-        reserved(args, model=args.model, activations=args.activations, data=args.data),
+        reserved(
+            args, locked=False, model=args.model, activations=args.activations, data=args.data
+        ),
         reporting(args) as report,
     ):
         check_data(args)

@@ -93,6 +93,18 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_two_commands_cannot_write_one_folder(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "new"
+    with reserved(claim(out)):
+        with pytest.raises(UserError, match="--out .* is being written by process"):
+            with reserved(claim(out, force=force)):
+                pass
+    with reserved(claim(out, force=force)):
+        assert [path.name for path in out.iterdir()] == [".saesteer.lock"]
+    assert list(out.iterdir()) == []
+
+
 def test_a_failure_leaves_no_empty_folder(tmp_path: Path) -> None:
     out = tmp_path / "new"
     with pytest.raises(KeyboardInterrupt):

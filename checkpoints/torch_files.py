@@ -120,7 +120,7 @@ def describe_pt(path: Path) -> dict[Any, Any]:
     Raises a one-line UserError for anything but a whole archive of plain data and tensors.
     """
     with safe_reading._reading(path):
-        if not zipfile.is_zipfile(path):
+        if not _is_zip(path):
             raise UserError(
                 f"{path} is not a zip archive as torch.save writes it since 1.6: if you trust it, "
                 "load it and save it again with torch.save"
@@ -144,6 +144,13 @@ def describe_pt(path: Path) -> dict[Any, Any]:
     safe_reading.check_sizes(path, named, _ITEM_BYTES)
     assert isinstance(plain, dict)
     return plain
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it says more than yes or no of an archive over several disks
+        return False
 
 
 def read_pt(path: Path) -> dict[Any, Any]:

@@ -511,6 +511,14 @@ def test_any_bytes(tmp_path: Path, kind: str, raw: bytes) -> None:
     survives(path)
 
 
+def test_an_archive_over_several_disks(tmp_path: Path) -> None:
+    raw = bytearray(WHOLE["pt"])
+    locator = raw.rindex(b"PK\x06\x07")
+    raw[locator + 4] = 1
+    (tmp_path / "sae.pt").write_bytes(raw)
+    refusal(tmp_path / "sae.pt")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),

@@ -35,6 +35,7 @@ def fold_average_norm(sae: SAE, scale: float) -> SAE:
     W_enc *= scale, W_dec /= scale, b_dec /= scale; latents keep the values that they had on scaled
     activations, and so does the threshold.
     """
+    _refuse_pursuit(sae)
     if not math.isfinite(scale) or scale <= 0:
         raise UserError(f"the scale of the input must be a positive number, got {scale}")
     return _with(
@@ -58,7 +59,7 @@ def fold_decoder_norms(sae: SAE) -> SAE:
     norms = torch.linalg.vector_norm(_wide(sae.W_dec), dim=-1)
     n = torch.where(norms > 0, norms, torch.ones_like(norms)).clamp(min=1e-8)
     architecture = sae.spec.architecture
-    chooses = architecture in (*TOPK_FAMILY, "groupmax")
+    chooses = architecture in (*TOPK_FAMILY, "groupmax", "matching_pursuit")
     if chooses and not sae.spec.rescale_acts_by_decoder_norm:
         # 1e-3: bfloat16 rows that were normalised before rounding.
         if bool(((norms - 1).abs() < 1e-3).all()):
@@ -108,6 +109,7 @@ def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> S
 
     `inverse` is the inverse of `matrix`. Raises UserError for shapes that do not fit.
     """
+    _refuse_pursuit(sae)
     width = sae.spec.d_model
     shapes = (tuple(mean.shape), tuple(matrix.shape), tuple(inverse.shape))
     if shapes != ((width,), (width, width), (width, width)):
@@ -143,6 +145,7 @@ def canonical(sae: SAE) -> SAE:
 
 
 def _shift_input_bias(sae: SAE, remove: bool) -> SAE:
+    _refuse_pursuit(sae)
     shift = _wide(sae.b_dec) @ _wide(sae.W_enc)
     return _with(sae, **_shifted(sae, -shift if remove else shift), apply_b_dec_to_input=not remove)
 
@@ -164,6 +167,13 @@ def _with(sae: SAE, **changes: Any) -> SAE:
             tensors[name] = value.to(kind)
     fields = {name: value for name, value in changes.items() if name not in tensors}
     return dataclasses.replace(sae, **tensors, spec=dataclasses.replace(sae.spec, **fields))
+
+
+def _refuse_pursuit(sae: SAE) -> None:
+    if sae.spec.architecture == "matching_pursuit":
+        raise UserError(
+            "a matching_pursuit SAE reads by its decoder's rows: nothing of its input can be folded"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:

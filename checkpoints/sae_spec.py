@@ -4,6 +4,7 @@ Every format in `saesteer.checkpoints.formats` is read into this one description
 stands for is in `saesteer.checkpoints.sparse_autoencoder`.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -12,7 +13,9 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError
 
-Architecture = Literal["topk", "standard", "jumprelu", "gated", "abstopk", "groupmax"]
+Architecture = Literal[
+    "topk", "standard", "jumprelu", "gated", "abstopk", "groupmax", "matching_pursuit"
+]  # fmt: skip
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
 TOPK_FAMILY = ("topk", "abstopk")
@@ -93,6 +96,13 @@ class SAESpec:
     rescale_acts_by_decoder_norm: bool = False
     """For topk and abstopk: whether latents are chosen, and given, in units of their decoder
     row."""
+    residual_threshold: float = 0.0
+    """matching_pursuit: the length of what is left at which no more latents are chosen; 0 is
+    never."""
+    max_iterations: int | None = None
+    """matching_pursuit: most rounds; None is d_model."""
+    stop_on_duplicate_support: bool = True
+    """matching_pursuit: stop once a round has chosen no new latent."""
     dtype: str = "float32"
     """dtype of the weights: "float32", "bfloat16", "float16" or "float64"."""
     hook_name: str = ""
@@ -125,6 +135,8 @@ class SAESpec:
             )
         if self.architecture not in TOPK_FAMILY and self.rescale_acts_by_decoder_norm:
             raise UsageError("rescale_acts_by_decoder_norm is for topk only; leave it out")
+        if self.architecture == "matching_pursuit":
+            self._check_pursuit()
         if self.normalize_activations not in NORMALIZATIONS:
             raise UsageError(
                 f"normalize_activations must be one of {', '.join(NORMALIZATIONS)}, "
@@ -141,6 +153,16 @@ class SAESpec:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def _check_pursuit(self) -> None:
+        if self.d_out is not None:
+            raise UsageError("matching_pursuit reads by its decoder's rows: no transcoder can")
+        if not 0 <= self.residual_threshold < math.inf:
+            raise UsageError(
+                f"residual_threshold must be a number >= 0, got {self.residual_threshold}"
+            )
+        if self.max_iterations is not None and not 1 <= self.max_iterations <= 2**20:
+            raise UsageError(f"max_iterations must be in 1..{2**20}, got {self.max_iterations}")
 
     @property
     def layer(self) -> int | None:

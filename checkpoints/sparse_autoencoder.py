@@ -75,8 +75,13 @@ class SAE:
         positive; among equals the lowest index wins; NaN is never chosen. abstopk keeps the k
         largest magnitudes with their signs. groupmax applies ReLU and keeps the maximum of each of
         k contiguous groups. gated is 1[u + b_gate > 0] * relu(u * exp(r_mag) + b_mag) with
-        u = s W_enc.
+        u = s W_enc. matching_pursuit takes the latent of the largest product with what is left of
+        s, adds the product to it, takes its part away, and goes on; see `SAESpec` for the end.
         """
+        if self.spec.architecture == "matching_pursuit":
+            s = self._read(x)
+            acts = _pursue(s.reshape(-1, s.shape[-1]), self.W_dec, self.spec)
+            return acts.reshape(*s.shape[:-1], self.spec.d_sae)
         if self.spec.architecture == "gated":
             assert self.b_mag is not None and self.r_mag is not None
             u = self._read(x) @ self.W_enc
@@ -187,6 +192,29 @@ class SAE:
         return x - self.b_dec if self.spec.apply_b_dec_to_input else x
 
 
+def _pursue(
+    rest: Float[Tensor, "rows d_model"], W_dec: Float[Tensor, "d_sae d_model"], spec: SAESpec
+) -> Float[Tensor, "rows d_sae"]:
+    acts = rest.new_zeros(len(rest), len(W_dec))
+    done = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+    chosen = torch.zeros_like(acts, dtype=torch.bool)
+    for _ in range(spec.max_iterations or spec.d_model):
+        best = torch.relu(rest @ W_dec.T).argmax(dim=1)
+        rows = W_dec[best]
+        amount = torch.relu((rest * rows).sum(dim=1)).masked_fill(done, 0)
+        acts.scatter_add_(1, best[:, None], amount[:, None])
+        rest = rest - amount[:, None] * rows
+        if spec.stop_on_duplicate_support:
+            now = acts != 0
+            done = done | (now == chosen).all(dim=1)
+            chosen = now
+        if spec.residual_threshold > 0:
+            done = done | (rest.norm(dim=1) < spec.residual_threshold)
+        if bool(done.all()):
+            break
+    return acts
+
+
 def token_scale(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, "*batch 1"]:
     """What a normalisation multiplies each token's latents by on the way out; 1 for most.
 
@@ -240,6 +268,14 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> No
             )
         if not bool(torch.isfinite(tensors[name]).all()):
             raise UserError(f"{what}: {name} holds NaN or infinity; make or download the SAE again")
+    if spec.architecture == "matching_pursuit":
+        bare = spec.apply_b_dec_to_input or not bool(tensors["b_dec"].any())
+        tied = torch.equal(tensors["W_enc"], tensors["W_dec"].T)
+        if not (tied and bare) or bool(tensors["b_enc"].any()):
+            raise UserError(
+                f"{what}: a matching_pursuit SAE reads by its decoder's rows: W_enc must be W_dec "
+                "turned, b_enc 0, and b_dec 0 unless the input is without it"
+            )
     if spec.architecture == "jumprelu" and bool((tensors["threshold"] < 0).any()):
         _log.warning("%s: some thresholds are negative, which act like 0", what)
 

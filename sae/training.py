@@ -347,7 +347,7 @@ class _Run:
                     self.save()
                     due = False
             self.save()
-        return self.finish()
+            return self.finish()
 
     def log(self, clock: "_Clock") -> None:
         """One line per SAE in its metrics.jsonl."""
@@ -367,7 +367,9 @@ class _Run:
 
     def finish(self) -> list[dict[str, Any]]:
         """Write each SAE with its run.json."""
+        # Meanwhile the last state is written; only a run that can be resumed calls itself complete.
         hashes = [t.save(self.place_of(t.variant), self.facts) for t in self.trainers]
+        self.saver.wait()
         config = plain(asdict(self.config))
         results = []
         for trainer, last, sha256 in zip(self.trainers, self._last, hashes, strict=True):

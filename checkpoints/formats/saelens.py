@@ -5,6 +5,7 @@ Also our own format, which is the same layout with more architectures: a transco
 ones that it has ("transcoder", "skip_transcoder", "jumprelu_skip_transcoder").
 """
 
+import math
 from collections.abc import Mapping
 from importlib import metadata as installed
 from pathlib import Path
@@ -29,7 +30,7 @@ CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 
 SAELENS_ARCHITECTURES = (
-    "standard", "gated", "jumprelu", "topk", "abstopk",
+    "standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit",
     "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
 )  # fmt: skip
 """What `sae_lens.SAE.load_from_disk` opens and this package computes."""
@@ -38,7 +39,6 @@ BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 """Training architectures whose finished SAE is a jumprelu."""
 
 _REFUSED = {
-    "matching_pursuit": "chooses its latents one after the other",
     "temporal": "holds attention layers",
 }
 
@@ -147,6 +147,9 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     whole = {"d_model": config["d_in"], "d_sae": config["d_sae"]}
     whole |= {"d_out": config["d_out"]} if transcoder else {}
     whole |= {"k": config["k"]} if counted and config.get("k") is not None else {}
+    pursuit = _pursuit(config, source) if architecture == "matching_pursuit" else {}
+    if pursuit.get("max_iterations") is not None:
+        whole["max_iterations"] = pursuit.pop("max_iterations")
     for key, value in whole.items():
         whole_float = isinstance(value, float) and value.is_integer()
         if isinstance(value, bool) or not (isinstance(value, int) or whole_float):
@@ -157,6 +160,7 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
         place,
         architecture=architecture,
         **{key: int(value) for key, value in whole.items()},
+        **pursuit,
         apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", not transcoder)),
         normalize_activations=normalization,
         reshape_activations=config.get("reshape_activations") or "none",
@@ -168,6 +172,21 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
         model_name=_popped(metadata, "model_name"),
         metadata=metadata,
     )
+
+
+def _pursuit(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """When a matching pursuit ends; SAELens' defaults where the file does not say."""
+    threshold = config.get("residual_threshold", 1e-2)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise UserError(
+            f"--sae {source}: {CFG} is wrong: residual_threshold must be a number, got "
+            f"{threshold!r:.60}"
+        )
+    return {
+        "residual_threshold": float(threshold) if abs(threshold) < 1e300 else math.inf,
+        "max_iterations": config.get("max_iterations"),
+        "stop_on_duplicate_support": bool(config.get("stop_on_duplicate_support", True)),
+    }
 
 
 def own_names(tensors: Mapping[str, Tensor], spec: SAESpec, source: str) -> dict[str, Tensor]:
@@ -183,6 +202,12 @@ def own_names(tensors: Mapping[str, Tensor], spec: SAESpec, source: str) -> dict
         )
     if spec.architecture == "jumprelu" and "log_threshold" in found and "threshold" not in found:
         found["threshold"] = found.pop("log_threshold").exp()
+    tied = spec.architecture == "matching_pursuit" and not {"W_enc", "b_enc"} & found.keys()
+    if tied and "W_dec" in found and found["W_dec"].dim() == 2:
+        found["W_enc"] = found["W_dec"].T.contiguous()
+        found["b_enc"] = found["W_dec"].new_zeros(len(found["W_dec"]))
+        if not spec.apply_b_dec_to_input and "b_dec" in found:
+            found["b_dec"] = torch.zeros_like(found["b_dec"])  # SAELens never adds it then
     if spec.architecture == "gated" and "b_gate" in found and "b_enc" not in found:
         found["b_enc"] = found.pop("b_gate")
     return found
@@ -240,6 +265,10 @@ def save(folder: Path, sae: SAE) -> str:
         config["k"] = spec.k
     if spec.architecture in TOPK_FAMILY:
         config["rescale_acts_by_decoder_norm"] = spec.rescale_acts_by_decoder_norm
+    if spec.architecture == "matching_pursuit":
+        for key in ("residual_threshold", "max_iterations", "stop_on_duplicate_support"):
+            config[key] = getattr(spec, key)
+        del tensors["W_enc"], tensors["b_enc"]  # they are the decoder's
     config["metadata"] = {
         "hook_head_index": None,
         **spec.metadata,

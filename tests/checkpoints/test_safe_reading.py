@@ -541,9 +541,10 @@ def test_any_header(tmp_path: Path, changes: dict[str, Any]) -> None:
         st.sampled_from(
             ["architecture", "d_in", "d_sae", "d_out", "k", "dtype", "metadata", "hook_name",
              "normalize_activations", "reshape_activations", "apply_b_dec_to_input",
-             "sae_lens_version", "activation_fn_kwargs", "rescale_acts_by_decoder_norm"]
+             "sae_lens_version", "activation_fn_kwargs", "rescale_acts_by_decoder_norm",
+             "residual_threshold", "max_iterations", "stop_on_duplicate_support"]
         ),  # fmt: skip
-        JSON,
+        JSON | st.sampled_from(["matching_pursuit", "gated", "topk"]),
         min_size=1,
     )
 )  # fmt: skip

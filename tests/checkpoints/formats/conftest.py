@@ -42,6 +42,14 @@ def make(architecture: str = "topk", skip: bool = False, seed: int = 0, **change
     if architecture == "gated":
         tensors["b_mag"] = size * noise(spec.d_sae)
         tensors["r_mag"] = noise(spec.d_sae) / 2
+    if architecture == "matching_pursuit":
+        # Rows much longer than 1 overshoot at each round, and never end.
+        lengths = 0.8 + 0.2 * torch.rand(spec.d_sae, 1, generator=generator)
+        tensors["W_dec"] *= lengths / tensors["W_dec"].norm(dim=1, keepdim=True)
+        tensors["W_enc"] = tensors["W_dec"].T.contiguous()
+        tensors["b_enc"] = torch.zeros(spec.d_sae)
+        if not spec.apply_b_dec_to_input:
+            tensors["b_dec"] = torch.zeros(width)
     if skip:
         tensors["W_skip"] = noise(width, spec.d_model)
     return SAE(spec=spec, **tensors).check("the zoo")

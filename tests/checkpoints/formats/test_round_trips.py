@@ -34,6 +34,8 @@ CASES: dict[str, SAE] = {
     "topk by decoder norm": make("topk", rescale_acts_by_decoder_norm=True, **BIAS),
     "abstopk": make("abstopk", **BIAS),
     "groupmax": make("groupmax", **BIAS),
+    "matching pursuit": make("matching_pursuit", residual_threshold=0.5, **BIAS),
+    "matching pursuit, no input bias": make("matching_pursuit", max_iterations=6),
     "topk, layer_norm": make("topk", normalize_activations="layer_norm", **BIAS),
     "jumprelu, constant norm": make("jumprelu", normalize_activations="constant_norm_rescale"),
     "relu transcoder": make("standard", d_out=D_OUT),

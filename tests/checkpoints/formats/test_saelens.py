@@ -24,6 +24,12 @@ CASES: dict[str, dict[str, Any]] = {
     "topk, rescaled": {"architecture": "topk", "rescale_acts_by_decoder_norm": True},
     "abstopk": {"architecture": "abstopk"},
     "abstopk, rescaled": {"architecture": "abstopk", "rescale_acts_by_decoder_norm": True},
+    "matching_pursuit": {"architecture": "matching_pursuit", "residual_threshold": 0.5},
+    "matching_pursuit, rounds": {
+        "architecture": "matching_pursuit",
+        "max_iterations": 4,
+        "stop_on_duplicate_support": False,
+    },
     "transcoder": {"architecture": "standard", "d_out": D_OUT},
     "skip_transcoder": {"architecture": "standard", "d_out": D_OUT, "skip": True},
     "jumprelu_transcoder": {"architecture": "jumprelu", "d_out": D_OUT},
@@ -83,7 +89,7 @@ def test_our_own_architectures(tmp_path: Path, options: dict[str, Any]) -> None:
     assert again.spec.d_out == sae.spec.d_out and again.spec.k == sae.spec.k
 
 
-@pytest.mark.parametrize("name", ["matching_pursuit", "temporal", "nonsense", None, 3])
+@pytest.mark.parametrize("name", ["temporal", "nonsense", None, 3])
 def test_architectures_we_do_not_compute(tmp_path: Path, name: Any) -> None:
     formats.write("saelens", make(), tmp_path)
     edit(tmp_path, architecture=name)

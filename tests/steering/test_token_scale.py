@@ -25,13 +25,13 @@ from saesteer.steering.plan_file import load_plan, save_plan
 
 WIDTH, D_SAE = 32, 24
 NORMS = ["layer_norm", "constant_norm_rescale"]
-ARCHITECTURES = ["standard", "jumprelu", "gated", "topk", "abstopk"]
+ARCHITECTURES = ["standard", "jumprelu", "gated", "topk", "abstopk", "matching_pursuit"]
 IDS = (3, 11, 17)
 VALUES: dict[str, tuple[float | None, ...]] = {
     "add": (1.5, -0.5, 2.0),
     "set": (0.7, 0.0, 2.0),
     "min": (0.7, 0.1, 2.0),
-    "max": (0.2, 0.0, 0.5),
+    "max": (-0.5, 0.0, 0.5),
     "scale": (0.5, 2.0, 0.0),
     "ablate": (None, None, None),
 }
@@ -59,10 +59,11 @@ def make_sae(folder: Path, norm: str, architecture: str = "standard", **changes:
         more["threshold"] = noise(D_SAE).abs()
     if architecture == "gated":
         more = {"b_mag": noise(D_SAE), "r_mag": noise(D_SAE) / 3}
-    sae = SAE(
-        spec=spec, W_enc=noise(WIDTH, D_SAE), b_enc=noise(D_SAE), W_dec=2 * noise(D_SAE, WIDTH),
-        b_dec=noise(WIDTH), **more,
-    )  # fmt: skip
+    W_enc, b_enc, W_dec = noise(WIDTH, D_SAE), noise(D_SAE), 2 * noise(D_SAE, WIDTH)
+    if architecture == "matching_pursuit":
+        W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
+        W_enc, b_enc = W_dec.T.contiguous(), torch.zeros(D_SAE)
+    sae = SAE(spec=spec, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=noise(WIDTH), **more)
     sae.save(folder)
     return load_sae(folder)
 

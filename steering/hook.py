@@ -284,7 +284,9 @@ class _SteerHook:
     ) -> None:
         records, call = self._report._records, tokens.call
         while len(records) <= call.number:
-            records.append(Record.empty(self._tracker.calls[len(records)], len(h), h.device))
+            # A call that ended before its first pass has a record too.
+            before = self._tracker.calls[len(records)]
+            records.append(Record.empty(before, before.rows, h.device))
         norms = delta.detach().norm(dim=-1)
         records[call.number].write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
 

@@ -95,6 +95,7 @@ class PositionTracker:
         self._known_lengths = sorted({len(tokens) for tokens in self._known}, reverse=True)
         self._call: Call | None = None
         self._generating = False
+        self._drafting = False
         self._inside_outer = False
         self.on_reorder: list[Callable[[Tensor], None]] = []
         """Told the old row of every row when beams are reordered."""
@@ -139,6 +140,9 @@ class PositionTracker:
         tokens = embeds if ids is None else ids
         if not isinstance(tokens, Tensor):
             return  # the model itself says what is missing
+        if self._drafting:
+            self.current = None
+            return
         self.passes += 1
         batch, length = tokens.shape[:2]
         cache = _cache_in(given)
@@ -222,6 +226,15 @@ class PositionTracker:
     @contextlib.contextmanager
     def _generate_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """One call of `generate`: its inputs are the prompts."""
+        if self._generating:
+            # The model drafts for itself (early exit). Drafts are left alone: what is kept of them
+            # passes again, and is steered then.
+            self._drafting = True
+            try:
+                yield
+            finally:
+                self._drafting = False
+            return
         self._generating, self._call = True, None
         ids = args[0] if args else kwargs.get("inputs")
         ids = kwargs.get("input_ids") if ids is None else ids

@@ -34,13 +34,14 @@ class Edit(ABC):
     def delta(
         self,
         h: Float[Tensor, "batch seq d_model"],
-        mask: Bool[Tensor, "batch seq"],
-        weight: Float[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        weight: Float[Tensor, "batch seq"] | float | None = None,
         plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
         """What to add to `h` (float32); right where `mask` is True, anything elsewhere.
 
         Args:
+            mask: None is everywhere.
             weight: the share of the edit at each token; None makes all of it.
             plan_of_row: which of the edit's plans each row follows, where it holds several.
         """
@@ -80,8 +81,8 @@ class AddEdit(Edit):
     def delta(
         self,
         h: Float[Tensor, "batch seq d_model"],
-        mask: Bool[Tensor, "batch seq"],
-        weight: Float[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        weight: Float[Tensor, "batch seq"] | float | None = None,
         plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
         self._vectors = on_device({"vectors": self._vectors}, h.device)["vectors"]
@@ -90,8 +91,7 @@ class AddEdit(Edit):
         else:
             # Rows without a plan are never in the mask; any vector will do there.
             moved = self._vectors[plan_of_row.clamp(min=0)][:, None]
-        if weight is not None:
-            moved = moved * weight[..., None]
+        moved = _share(moved, weight)
         if self._normalization != "none":
             moved = moved * token_scale(h, self._normalization)
         if not (self._relative or self._keep_norm):
@@ -115,13 +115,13 @@ class ProjectEdit(Edit):
     def delta(
         self,
         h: Float[Tensor, "batch seq d_model"],
-        mask: Bool[Tensor, "batch seq"],
-        weight: Float[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        weight: Float[Tensor, "batch seq"] | float | None = None,
         plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
         basis = self._basis = on_device({"basis": self._basis}, h.device)["basis"]
         moved = torch.neg((h @ basis.T) @ basis)
-        return moved if weight is None else moved * weight[..., None]
+        return _share(moved, weight)
 
 
 class LatentEdit(Edit):
@@ -139,18 +139,21 @@ class LatentEdit(Edit):
     def delta(
         self,
         h: Float[Tensor, "batch seq d_model"],
-        mask: Bool[Tensor, "batch seq"],
-        weight: Float[Tensor, "batch seq"] | None = None,
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        weight: Float[Tensor, "batch seq"] | float | None = None,
         plan_of_row: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "#batch #seq d_model"]:
         t = self._tensors = on_device(self._tensors, h.device)
-        rows = h[mask]
+        rows = h.flatten(0, 1) if mask is None else h[mask]
         now = self._reader.read(rows)
         moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
         if self._normalization != "none":
             moved = moved * token_scale(rows, self._normalization)
-        if weight is not None:
-            moved = moved * weight[mask][:, None]
+        if mask is None:
+            return _share(moved.view_as(h), weight)
+        if isinstance(weight, Tensor):
+            weight = weight[mask]
+        moved = _share(moved, weight)
         delta = torch.zeros_like(h)
         delta[mask] = moved
         return delta
@@ -168,6 +171,13 @@ class LatentEdit(Edit):
             case "scale":
                 return now * dose
         return torch.zeros_like(now)
+
+
+def _share(moved: Tensor, weight: Tensor | float | None) -> Tensor:
+    """The part of a move that is made; a tensor weighs each vector."""
+    if weight is None:
+        return moved
+    return moved * (weight[..., None] if isinstance(weight, Tensor) else weight)
 
 
 def _sum(plan: Plan) -> Float[Tensor, " d_model"]:

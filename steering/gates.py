@@ -22,6 +22,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 
+_ROOM = 64
+
 Node = Union["Above", "Not", "Every", "Either"]
 
 
@@ -185,6 +187,7 @@ class GateState:
         real: Bool[Tensor, "batch seq"],
         prompt: Bool[Tensor, "batch seq"],
         prompt_lengths: Int[Tensor, " batch"],
+        columns: int,
     ) -> Bool[Tensor, "batch seq"]:
         """Where the gate is open; what the pass showed is remembered.
 
@@ -193,22 +196,32 @@ class GateState:
             p, real: positions, and which columns are tokens.
             prompt: the tokens that count for a gate on the prompt.
             prompt_lengths: P of each row.
+            columns: more than any position of the pass.
         """
         places = {latent: i for i, latent in enumerate(self.gate.ids)}
         if self.gate.on_prompt:
             states = iter([acts[..., places[leaf.latent]] > leaf.on for leaf in self.gate.leaves])
             held = _evaluate(self.gate.root, states) & prompt
-            (held_at,) = self._remember([held], p, real)
+            (held_at,) = self._remember([held], p, real, columns)
             decided = held_at.any(dim=1, keepdim=True)
             return decided & (p >= prompt_lengths[:, None] - 1)
         found = []
+        remembers = any(leaf.on != leaf.off for leaf in self.gate.leaves)
         for number, leaf in enumerate(self.gate.leaves):
             values = acts[..., places[leaf.latent]]
-            before = self._before(number, p, real)
-            found.append(_with_memory(values > leaf.on, values <= leaf.off, before, real))
-        if any(leaf.on != leaf.off for leaf in self.gate.leaves):
-            self._remember(found, p, real)
+            on = values > leaf.on
+            if leaf.on != leaf.off:
+                before = self._before(number, p, real, columns)
+                on = _with_memory(on, values <= leaf.off, before, real)
+            found.append(on)
+        if remembers:
+            self._remember(found, p, real, columns)
         return _evaluate(self.gate.root, iter(found))
+
+    def decided(self, batch: int) -> Bool[Tensor, " batch"]:
+        """For a gate on the prompt, once the prompt has passed: the rows where it is open."""
+        (held_at,) = self._history
+        return _wide(held_at, batch, 1).any(dim=1)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Row i takes over what row `rows[i]` remembers."""
@@ -217,14 +230,18 @@ class GateState:
         ]
 
     def _before(
-        self, number: int, p: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]
+        self,
+        number: int,
+        p: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        columns: int,
     ) -> Bool[Tensor, " batch"]:
         """The state of a condition before the pass's first token of each row."""
         if len(self._history) <= number:
             return torch.zeros(len(p), dtype=torch.bool, device=p.device)
         # A pass that begins with padding begins with the position after it.
         first = torch.where(real[:, 0], p[:, 0], p[:, 0] + 1).clamp(min=0)
-        history = _wide(self._history[number].to(p.device), len(p), int(first.max()) + 1)
+        history = _wide(self._history[number].to(p.device), len(p), columns + 1)
         return history.gather(1, first[:, None])[:, 0]
 
     def _remember(
@@ -232,8 +249,9 @@ class GateState:
         states: list[Bool[Tensor, "batch seq"]],
         p: Int[Tensor, "batch seq"],
         real: Bool[Tensor, "batch seq"],
+        columns: int,
     ) -> list[Bool[Tensor, "rows columns"]]:
-        batch, width = len(p), int(p.max()) + 2
+        batch, width = len(p), columns + 1
         if not self._history:
             empty = torch.zeros((batch, 1), dtype=torch.bool, device=p.device)
             self._history = [empty] * len(states)
@@ -278,6 +296,7 @@ def _wide(history: Tensor, batch: int, width: int) -> Tensor:
     if len(history) < batch:
         history = history.repeat_interleave(batch // len(history), dim=0)
     if history.shape[1] < width:
-        more = history.new_zeros((len(history), width - history.shape[1]))
+        # With room for what follows: generation adds one column at a time.
+        more = history.new_zeros((len(history), width + _ROOM - history.shape[1]))
         history = torch.cat([history, more], dim=1)
     return history

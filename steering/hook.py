@@ -18,10 +18,11 @@ from saesteer.steering.chats import reply_header
 from saesteer.steering.edits import make_edit
 from saesteer.steering.gates import GateState
 from saesteer.steering.latent_reading import gate_reader, matching_sae, needs_sae
+from saesteer.steering.passes import Call, PassTokens
 from saesteer.steering.plan import Plan
-from saesteer.steering.positions import Call, PassTokens, PositionTracker
+from saesteer.steering.positions import PositionTracker
 from saesteer.steering.schedules import parse_schedule
-from saesteer.steering.scope import NOWHERE, Rows, Scope, parse_scope
+from saesteer.steering.scope import NO_END, NOWHERE, RowInfo, Rows, Scope, parse_scope
 from saesteer.steering.touched import Record
 from saesteer.steering.touched import SteerReport as SteerReport
 from saesteer.steering.touched import TouchedRow as TouchedRow
@@ -155,6 +156,32 @@ class _CallRows:
     """The prompt's own tokens, for gates that are decided on it."""
     prompt_lengths: Int[Tensor, " batch"]
     plan_of_row: Int[Tensor, " batch"] | None
+    behind: "_Behind"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Behind:
+    """What the scopes say of columns behind the prompts, as numbers: no tensor is looked at.
+
+    Column n behind its prompt has position length + n in each row, and scopes are intervals.
+    """
+
+    some_until: int
+    """From this column on no row is covered: scopes that reach behind a prompt begin in it."""
+    all_until: int
+    """Up to this column every row is covered."""
+
+    @classmethod
+    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_Behind":
+        ends = call.lengths
+        pairs = list(zip(covered, ends, strict=True))
+        some_until = max(row.stop - end for row, end in pairs)
+        exact = call.prompt_lengths == ends and all(
+            not row.excluded or row.excluded[-1] < end for row, end in pairs
+        )
+        if not exact or any(row.start > end for row, end in pairs):
+            return cls(NO_END, 0)
+        return cls(some_until, min(row.stop - end for row, end in pairs))
 
 
 class _SteerHook:
@@ -198,13 +225,19 @@ class _SteerHook:
         if tokens is None:
             return None  # a block that is run by itself is in no row
         self._report.passes = self._tracker.passes
-        if h.shape != (*tokens.p.shape, self._d_model):
+        if h.shape != (tokens.batch, tokens.length, self._d_model):
             raise UserError(
                 f"--site {self.point.site} ({self.point.module_path}) carries a tensor of shape "
                 f"{list(h.shape)}, not [batch, tokens, {self._d_model}]: choose a site on the "
                 "residual stream, such as resid_post"
             )
         rows = self._call_rows(tokens)
+        if tokens.after is not None:
+            if tokens.after >= rows.behind.some_until:
+                return None
+            if self._special is None and tokens.after + tokens.length <= rows.behind.all_until:
+                if self._schedule.is_constant or tokens.length == 1:
+                    return self._behind(h, tokens, rows)
         covered = self._mask(tokens, rows)
         weight = None
         if not self._schedule.is_constant:
@@ -223,12 +256,38 @@ class _SteerHook:
         # Untouched positions keep their very bits: `where`, not a product with the mask.
         return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
 
+    def _behind(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
+        """The same for a pass behind the prompts that is covered in every row: decoding.
+
+        Nothing here waits for a device, nor builds a mask where none is needed.
+        """
+        assert tokens.after is not None
+        weight = None
+        if not self._schedule.is_constant:
+            weight = self._schedule.weight(tokens.after + 1)
+            if weight == 0:
+                return None
+        wide = h.float()
+        touched = None
+        if self._gate is not None:
+            touched = self._open(wide, tokens, rows).to(h.device)
+        norms = wide.detach().norm(dim=-1)
+        record = self._record(tokens, h.device)
+        if touched is not None and h.device.type == "cpu" and not touched.any():
+            record.log(tokens.after, touched, norms, norms[:1, :1])
+            return None
+        plan_of_row = None if rows.plan_of_row is None else rows.plan_of_row.to(h.device)
+        delta = self._edit.delta(wide, None, weight, plan_of_row)
+        record.log(tokens.after, touched, norms, delta.detach().norm(dim=-1))
+        moved = (wide + delta).to(h.dtype)
+        return moved if touched is None else torch.where(touched[..., None], moved, h)
+
     def _call_rows(self, tokens: PassTokens) -> _CallRows:
         """The rows of the present call, once for each number of rows per prompt."""
-        call, p = tokens.call, tokens.p
+        call, device = tokens.call, tokens.device
         if self._rows_call is not call:
             self._rows, self._rows_call = {}, call
-        factor = call.factor(len(p))
+        factor = call.factor(tokens.batch)
         if factor not in self._rows:
             pairs = list(zip(call.prompt_lengths, call.prompts, strict=True))
             chosen = self._group.plans_of(call.number, len(pairs))
@@ -239,14 +298,15 @@ class _SteerHook:
             on_prompt = None
             if self._gate is not None and self._gate_prompt is not None:
                 where = [self._gate_prompt.row(length, prompt) for length, prompt in pairs]
-                on_prompt = Rows.stack(where, p.device).expand(factor)
+                on_prompt = Rows.stack(where, device).expand(factor)
             self._rows[factor] = _CallRows(
-                covered=Rows.stack(covered, p.device).expand(factor),
+                covered=Rows.stack(covered, device).expand(factor),
                 prompt=on_prompt,
-                prompt_lengths=_expanded(call.prompt_lengths, factor, p.device),
+                prompt_lengths=_expanded(call.prompt_lengths, factor, device),
                 plan_of_row=(
-                    _expanded(chosen, factor, p.device) if len(self._group.plans) > 1 else None
+                    _expanded(chosen, factor, device) if len(self._group.plans) > 1 else None
                 ),
+                behind=_Behind.of(call, covered),
             )
         return self._rows[factor]
 
@@ -271,24 +331,31 @@ class _SteerHook:
     ) -> Bool[Tensor, "batch seq"]:
         """Where the gate is open, by the residual as it arrives."""
         assert self._gate is not None
+        if self._gate.on_prompt and tokens.after is not None:
+            decided = self._states[tokens.call.number].decided(tokens.batch)
+            return decided[:, None].expand(tokens.batch, tokens.length)
         acts = self._gate_reader.read(h.flatten(0, 1)).unflatten(0, h.shape[:2])
         state = self._states.setdefault(tokens.call.number, GateState(self._gate))
         nowhere = torch.zeros_like(tokens.real)
         on_prompt = nowhere if rows.prompt is None else rows.prompt.mask(tokens.p, tokens.real)
         return state.open(
-            acts.to(tokens.p.device), tokens.p, tokens.real, on_prompt, rows.prompt_lengths
-        )
+            acts.to(tokens.device), tokens.p, tokens.real, on_prompt, rows.prompt_lengths,
+            tokens.columns,
+        )  # fmt: skip
 
     def _write(
         self, tokens: PassTokens, covered: Tensor, touched: Tensor, h: Tensor, delta: Tensor
     ) -> None:
-        records, call = self._report._records, tokens.call
-        while len(records) <= call.number:
-            # A call that ended before its first pass has a record too.
-            before = self._tracker.calls[len(records)]
-            records.append(Record.empty(before, before.rows, h.device))
         norms = delta.detach().norm(dim=-1)
-        records[call.number].write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
+        record = self._record(tokens, h.device)
+        record.write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
+
+    def _record(self, tokens: PassTokens, device: torch.device) -> Record:
+        """The record of the present call; one that ended before its first pass has one too."""
+        records, calls = self._report._records, self._tracker.calls
+        while len(records) <= tokens.call.number:
+            records.append(Record.empty(calls[len(records)], device))
+        return records[tokens.call.number]
 
     def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Beams moved: what was remembered and written of a row moves with it."""

@@ -11,60 +11,16 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import EncodedPrompt
-
-
-@dataclass(eq=False)
-class Call:
-    """One batch of prompts: a call of `generate`, or a row given to the model directly."""
-
-    number: int
-    prompt_lengths: list[int]
-    """P of each row, in real tokens."""
-    prompts: list[EncodedPrompt | None]
-    real: Bool[Tensor, "rows width"]
-    """Which columns of the prompt hold tokens and not padding."""
-    ids: Int[Tensor, "rows width"] | None
-    generating: bool
-    first_pass: int = 0
-    """Number of the first pass of the model that belongs to it."""
-
-    @property
-    def rows(self) -> int:
-        return len(self.prompt_lengths)
-
-    def factor(self, batch: int) -> int:
-        """How many rows of a pass belong to each prompt: beams, returned sequences."""
-        if batch % self.rows:
-            raise UserError(
-                f"a forward pass has {batch} rows and the call began with {self.rows} prompts: "
-                "steering cannot tell which row belongs to which prompt"
-            )
-        return batch // self.rows
-
-
-@dataclass(frozen=True, eq=False)
-class PassTokens:
-    """The tokens of one forward pass."""
-
-    call: Call
-    p: Int[Tensor, "batch seq"]
-    """Position of each token among the real tokens of its row."""
-    real: Bool[Tensor, "batch seq"]
-    """False for padding, whose `p` means nothing."""
-    ids: Int[Tensor, "batch seq"] | None
-    """Token ids, where the pass was given ids and not embeddings."""
-    columns: int
-    """Width of the row so far, earlier tokens and padding included."""
+from saesteer.steering.passes import Call, PassTokens
 
 
 class PositionTracker:
@@ -149,20 +105,21 @@ class PositionTracker:
         past = _past_length(cache, self._lm.name)
         if self._generating and self.on_reorder:
             self._watch_cache(cache)
-        real = self._real_columns(given.get("attention_mask"), batch, past + length, tokens.device)
-        if not self._generating and past == 0 and not self._continues(ids, real):
-            self._call = None
-        if self._call is None:
-            self._call = self._open(ids, real, self._generating)
-        self._call.factor(batch)
-        if self._generating and self.passes > self._call.first_pass and cache is None:
+        call, real = self._call, None
+        if not (self._generating and call and cache is not None and past >= call.width):
+            mask = given.get("attention_mask")
+            real = self._real_columns(mask, batch, past + length, tokens.device)
+            if not self._generating and past == 0 and not self._continues(ids, real):
+                call = None
+        # else: nothing that follows the prompts of `generate` is padding.
+        if call is None:
+            assert real is not None
+            call = self._call = self._open(ids, real, self._generating)
+        call.factor(batch)
+        if self._generating and self.passes > call.first_pass and cache is None:
             self._check_whole(length)
         self.current = PassTokens(
-            call=self._call,
-            p=(real.cumsum(dim=1) - 1)[:, past:],
-            real=real[:, past:],
-            ids=ids,
-            columns=past + length,
+            call, batch, length, past + length, tokens.device, ids, real_columns=real
         )
 
     def _check_whole(self, length: int) -> None:

@@ -43,6 +43,10 @@ class Schedule:
             return (1 + self.omega * steps.float()) ** -self.power
         return torch.ones_like(steps, dtype=torch.float32)
 
+    def weight(self, step: int) -> float:
+        """The share at one step."""
+        return float(self.weights(torch.tensor([[step]])))
+
 
 def parse_schedule(text: str) -> Schedule:
     """Parse the value of `--schedule`.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.steering.positions import Call, PassTokens
+from saesteer.steering.passes import Call, PassTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +102,21 @@ class SteerReport:
         return [leaf for part in self.parts for leaf in part._leaves()] if self.parts else [self]
 
 
+# So many columns of passes behind the prompts are kept as they came before they are put in place.
+_LOGGED_COLUMNS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class _Logged:
+    """What one pass behind the prompts did, all its positions being covered."""
+
+    after: int
+    touched: Bool[Tensor, "batch seq"] | None
+    """None: everywhere."""
+    residual: Float[Tensor, "batch seq"]
+    delta: Float[Tensor, "#batch #seq"]
+
+
 @dataclass(eq=False)
 class Record:
     """Norms by row and position of one call; NaN where nothing was touched.
@@ -113,11 +128,61 @@ class Record:
     call: Call
     residual: Float[Tensor, "batch columns"]
     delta: Float[Tensor, "batch columns"]
+    _log: list[_Logged] = field(default_factory=list)
+    _logged: int = 0
 
     @classmethod
-    def empty(cls, call: Call, batch: int, device: torch.device) -> "Record":
-        nothing = torch.full((batch, 1), torch.nan, device=device)
+    def empty(cls, call: Call, device: torch.device) -> "Record":
+        nothing = torch.full((call.rows, 1), torch.nan, device=device)
         return cls(call, nothing, nothing)
+
+    def log(
+        self,
+        after: int,
+        touched: Bool[Tensor, "batch seq"] | None,
+        residual: Float[Tensor, "batch seq"],
+        delta: Float[Tensor, "#batch #seq"],
+    ) -> None:
+        """Keep what a pass did whose every position is behind its prompt and covered.
+
+        Putting it in place waits until somebody looks.
+        """
+        self._log.append(_Logged(after, touched, residual, delta))
+        self._logged += residual.shape[1]
+        if self._logged >= _LOGGED_COLUMNS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put in place what was logged: passes that follow each other at once."""
+        entries, self._log, self._logged = self._log, [], 0
+        first = 0
+        for i in range(1, len(entries) + 1):
+            last = entries[i - 1]
+            if i < len(entries):
+                follows = entries[i].after == last.after + last.residual.shape[1]
+                if follows and len(entries[i].residual) == len(last.residual):
+                    continue
+            self._put(entries[first:i])
+            first = i
+
+    def _put(self, entries: Sequence[_Logged]) -> None:
+        residual = torch.cat([entry.residual for entry in entries], dim=1)
+        delta = torch.cat([entry.delta.expand_as(entry.residual) for entry in entries], dim=1)
+        if any(entry.touched is not None for entry in entries):
+            everywhere = torch.ones_like(residual, dtype=torch.bool)
+            parts = everywhere.split([entry.residual.shape[1] for entry in entries], dim=1)
+            touched = torch.cat(
+                [
+                    part if entry.touched is None else entry.touched
+                    for part, entry in zip(parts, entries, strict=True)
+                ],
+                dim=1,
+            )
+            delta = delta.masked_fill(~touched, torch.nan)
+        batch, count = residual.shape
+        after = entries[0].after
+        column = self.call.behind(batch, after, count, residual.device) + 1
+        self._scatter(column, self.call.width + after + count + 1, residual, delta)
 
     def write(
         self,
@@ -127,19 +192,30 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
+        """Put in place what any pass did."""
+        self.settle()
         column = torch.where(tokens.real, tokens.p + 1, 0).to(residual.device)
-        width = tokens.columns + 1
         # What is not covered is written too: another beam may have been here.
         nothing = torch.nan
-        self.residual = _grown(self.residual, len(covered), width).scatter(
-            1, column, residual.masked_fill(~covered, nothing)
-        )
-        self.delta = _grown(self.delta, len(covered), width).scatter(
-            1, column, torch.where(touched, delta, nothing)
-        )
+        self._scatter(
+            column, tokens.columns + 1,
+            residual.masked_fill(~covered, nothing), torch.where(touched, delta, nothing),
+        )  # fmt: skip
+
+    def _scatter(
+        self,
+        column: Int[Tensor, "batch seq"],
+        width: int,
+        residual: Float[Tensor, "batch seq"],
+        delta: Float[Tensor, "batch seq"],
+    ) -> None:
+        batch = len(residual)
+        self.residual = _grown(self.residual, batch, width).scatter(1, column, residual)
+        self.delta = _grown(self.delta, batch, width).scatter(1, column, delta)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Row i becomes what row `rows[i]` was, as beams do."""
+        self.settle()
         if len(rows) == len(self.residual):
             rows = rows.to(self.residual.device)
             self.residual = self.residual.index_select(0, rows)
@@ -156,6 +232,8 @@ def median(parts: Iterable[Tensor]) -> float | None:
 def _touched(records: Sequence[Record]) -> list[TouchedRow]:
     """The rows of one call, as one or more plans left them."""
     call = records[0].call
+    for record in records:
+        record.settle()
     batch = max(len(record.residual) for record in records)
     width = max(record.residual.shape[1] for record in records)
     residual = torch.full((batch, width - 1), torch.nan)

@@ -1,0 +1,309 @@
+"""What steering costs: time in the hooks as a share of generation, and rivals side by side.
+
+    python benchmarks/steering_overhead.py                  # SmolLM2-135M, batch 16, 24 new tokens
+    python benchmarks/steering_overhead.py --only "add;gate" --rounds 9
+    python benchmarks/steering_overhead.py --tokens 64 --no-rivals --json
+
+Every contender generates the same number of tokens from the same prompts inside one process,
+taking turns, and opens its steering anew each time. Two figures for each: the time inside its
+hooks as a share of the whole of the same run (a busy machine slows both alike), and the whole over
+that of the unsteered run (what a person waits; noisy where the difference is small). Hooks are
+clocked from outside, through `register_forward_hook`, ours and those of others by the same lines;
+on a GPU that is the time to launch them. Rivals add the same vector in the same block as "add"
+does; one that is missing is listed as `not installed`.
+"""
+
+import argparse
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from side_by_side import (
+    Contender,
+    Timing,
+    add_flags,
+    choose_device,
+    deliver,
+    facts,
+    leave_folder,
+    percentile,
+    say,
+    take_turns,
+)
+from steering_rivals import RIVALS, HookClock, Rival, Steering
+from torch import Tensor
+
+from saesteer.checkpoints.sae_file import SAE, SAESpec
+from saesteer.sae.models import LanguageModel, load_model
+from saesteer.sae.prompts import encode_prompt, pad_left
+from saesteer.steering.arrangement import ByRow, Plans
+from saesteer.steering.damage import neutral_questions
+from saesteer.steering.hook import steer
+from saesteer.steering.latent_reading import with_gate
+from saesteer.steering.plan import Plan, PlannedLatent, make_plan
+
+PLAIN = "unsteered"
+
+
+@dataclass
+class Bench:
+    """One loaded model, its prompts, and SAEs with random weights: no result depends on them."""
+
+    lm: LanguageModel
+    layer: int
+    ids: Tensor
+    mask: Tensor
+    options: dict[str, Any]
+    d_sae: int
+    clock: HookClock
+    saes: dict[str, SAE] = field(default_factory=dict)
+
+    def sae(self, architecture: str) -> SAE:
+        if architecture not in self.saes:
+            generator = torch.Generator().manual_seed(0)
+            d_model = self.lm.d_model
+            W_dec = torch.randn(self.d_sae, d_model, generator=generator)
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            spec = SAESpec(
+                architecture=architecture,  # type: ignore[arg-type]
+                d_model=d_model, d_sae=self.d_sae, k=32 if architecture == "topk" else None,
+                hook_name=f"blocks.{self.layer}.hook_resid_post",
+            )  # fmt: skip
+            self.saes[architecture] = SAE(
+                spec=spec, W_enc=W_dec.T.contiguous(), b_enc=torch.zeros(self.d_sae), W_dec=W_dec,
+                b_dec=torch.zeros(d_model), source="random", sha256=architecture,
+            ).to(self.lm.device)  # fmt: skip
+        return self.saes[architecture]
+
+    def plan(self, k: int, architecture: str = "standard", **fields: Any) -> Plan:
+        latents = [PlannedLatent(id=7 * i, mu=20.0, sigma=4.0, max=60.0) for i in range(k)]
+        return make_plan(self.lm, self.sae(architecture), latents, **fields)
+
+    def generate(self) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = self.lm.model.generate(
+                input_ids=self.ids, attention_mask=self.mask, **self.options
+            )
+        return found
+
+    def steered(self, plans: Plans, sae: SAE | None = None) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with self.clock.watching(), steer(self.lm, plans, sae=sae):
+                return self.generate()
+
+        return run
+
+
+def _gated(bench: Bench, gate: str, **fields: Any) -> Callable[[], Tensor]:
+    sae = bench.sae("standard")
+    return bench.steered(with_gate(bench.plan(15, **fields), gate, sae))
+
+
+OURS: dict[str, Callable[[Bench], Callable[[], Tensor]]] = {
+    "add": lambda b: b.steered(b.plan(1)),
+    "add, k 15": lambda b: b.steered(b.plan(15)),
+    "add, relative dose": lambda b: b.steered(b.plan(15, unit="rel", scale=0.3)),
+    "add, decay": lambda b: b.steered(b.plan(15, schedule="decay:0.1,3")),
+    "keep norm": lambda b: b.steered(b.plan(15, method="add-keep-norm")),
+    "clamp": lambda b: b.steered(b.plan(1, method="set")),
+    "clamp, k 15": lambda b: b.steered(b.plan(15, method="min")),
+    "clamp, TopK SAE": lambda b: b.steered(b.plan(15, "topk", method="min"), b.sae("topk")),
+    "project, k 15": lambda b: b.steered(b.plan(15, method="project")),
+    "gate": lambda b: _gated(b, "7 > -1"),
+    "gate, hysteresis": lambda b: _gated(b, "7 > 2 : 1 | 14 > 3 & !(21 > 9)"),
+    "a plan for each row": lambda b: b.steered(
+        ByRow([b.plan(1 + i % 4) for i in range(len(b.ids))])
+    ),
+    "two plans": lambda b: b.steered([b.plan(15), b.plan(15, method="min")]),
+}
+
+
+def contenders(bench: Bench, names: list[str], job: Steering) -> dict[str, Callable[[], Rival]]:
+    """How each is made ready: ours first, then the rivals."""
+    found: dict[str, Callable[[], Rival]] = {}
+    given = f"saesteer {version('saesteer')}"
+    for name in names:
+        if name in OURS:
+            found[name] = lambda name=name: Rival(OURS[name](bench), given)  # type: ignore[misc]
+        else:
+            found[name] = lambda name=name: RIVALS[name](job)  # type: ignore[misc]
+    return found
+
+
+def prepare(
+    makers: dict[str, Callable[[], Rival]], plain: Tensor
+) -> tuple[dict[str, Rival], dict[str, str]]:
+    """Those that run and change what is generated, and why the others do not."""
+    ready: dict[str, Rival] = {}
+    missing: dict[str, str] = {}
+    for name, make in makers.items():
+        say(f"preparing {name}")
+        try:
+            with quiet():
+                rival = make()
+                found = rival.run()
+            if torch.equal(found[:, -1], plain[:, -1]) and torch.equal(found, plain):
+                raise RuntimeError("it generates what the unsteered model does")
+        except Exception as error:
+            if name in OURS:
+                raise
+            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            absent = isinstance(error, ModuleNotFoundError)
+            missing[name] = "not installed" if absent else f"failed: {type(error).__name__}"
+        else:
+            ready[name] = rival
+    return ready, missing
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Rivals warn and print while they run; stdout belongs to the result."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def measure(
+    bench: Bench, ready: dict[str, Rival], device: torch.device, rounds: int, warmup: int
+) -> tuple[dict[str, Timing], dict[str, list[float]]]:
+    """Whole runs, and the seconds in hooks of each."""
+    hooks: dict[str, list[float]] = {name: [] for name in ready}
+
+    def step(name: str, rival: Rival) -> Callable[[int], object]:
+        def run(number: int) -> None:
+            bench.clock.seconds = 0.0
+            rival.run()
+            hooks[name].append(bench.clock.seconds)
+
+        return run
+
+    turns = {PLAIN: Contender(lambda number: bench.generate(), "")}
+    turns |= {name: Contender(step(name, rival), rival.given) for name, rival in ready.items()}
+    with quiet():
+        timings = take_turns(turns, device, rounds=rounds, warmup=warmup)
+    return timings, {name: seconds[warmup:] for name, seconds in hooks.items()}
+
+
+def rows_of(
+    names: list[str],
+    ready: dict[str, Rival],
+    missing: dict[str, str],
+    timings: dict[str, Timing],
+    hooks: dict[str, list[float]],
+    passes: int,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"contender": PLAIN, "status": "ok", "given": "", **timings[PLAIN].columns()}
+    ]
+    for name in names:
+        if name in missing:
+            rows.append({"contender": name, "status": missing[name], "given": ""})
+            continue
+        whole = timings[name]
+        row = {
+            "contender": name,
+            "status": "ok",
+            "given": ready[name].given,
+            **whole.columns(),
+            **{f"over_unsteered_{k}": v for k, v in whole.over(timings[PLAIN]).items()},
+        }
+        if ready[name].clocked:
+            shares = [h / s for h, s in zip(hooks[name], whole.seconds, strict=True)]
+            row |= {
+                "hook_share": percentile(shares, 0.5),
+                "hook_share_p20": percentile(shares, 0.2),
+                "hook_share_p80": percentile(shares, 0.8),
+                "hook_us_per_pass": 1e6 * percentile(hooks[name], 0.5) / passes,
+            }
+        rows.append(row)
+    return rows
+
+
+def _hook(row: dict[str, Any]) -> str:
+    if "hook_share" not in row:
+        return "-"
+    low, high = 100 * row["hook_share_p20"], 100 * row["hook_share_p80"]
+    return f"{100 * row['hook_share']:.2f} % ({low:.2f} to {high:.2f})"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if "over_unsteered_ratio" not in row:
+        return "-"
+    low, high = row["over_unsteered_ratio_p20"], row["over_unsteered_ratio_p80"]
+    return f"{row['over_unsteered_ratio']:.3f} x ({low:.3f} to {high:.3f})"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "contender": lambda row: row["contender"],
+    "in hooks (p20 to p80)": lambda row: _hook(row) if row["status"] == "ok" else row["status"],
+    "us a pass": lambda row: f"{row['hook_us_per_pass']:.0f}" if "hook_share" in row else "-",
+    "over unsteered (p20 to p80)": _ratio,
+    "given": lambda row: row["given"],
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--layer", type=int, help="block that is steered (default: the middle)")
+    parser.add_argument("--d-sae", type=int, help="latents (default: 8 x d_model)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens of each row")
+    parser.add_argument("--only", help="names with semicolons between them")
+    parser.add_argument("--no-rivals", action="store_true")
+    add_flags(parser, rounds=5)
+    args = parser.parse_args(argv)
+    known = [*OURS, *RIVALS]
+    args.names = known if args.only is None else [n.strip() for n in args.only.split(";")]
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        parser.error(f"--only must be some of {'; '.join(known)}, got {unknown[0]}")
+    if args.no_rivals:
+        args.names = [name for name in args.names if name in OURS]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    leave_folder()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    lm = load_model(args.model, device=device.type, dtype=args.dtype)
+    layer = lm.n_layers // 2 if args.layer is None else args.layer
+    questions = neutral_questions()
+    texts = [questions[i % len(questions)].prompt for i in range(args.batch)]
+    prompts = [encode_prompt(lm, text, chat=lm.has_chat_template).token_ids for text in texts]
+    ids, mask = pad_left(lm, prompts)
+    options = {
+        "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
+        "pad_token_id": lm.pad_id,
+    }  # fmt: skip
+    clock = HookClock()
+    bench = Bench(lm, layer, ids, mask, options, args.d_sae or 8 * lm.d_model, clock)
+    plan = bench.plan(1)
+    vector = (torch.tensor(plan.doses()) @ plan.directions.float()).to(lm.device, lm.dtype)
+    job = Steering(lm, layer, vector, ids, mask, options, clock)
+    plain = bench.generate()
+    ready, missing = prepare(contenders(bench, args.names, job), plain)
+    say(f"timing {args.rounds} rounds after {args.warmup}")
+    timings, hooks = measure(bench, ready, device, args.rounds, args.warmup)
+    rows = rows_of(args.names, ready, missing, timings, hooks, args.tokens)
+    shape = {
+        "model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "layer": layer,
+        "d_sae": bench.d_sae, "batch": args.batch, "prompt": ids.shape[1], "tokens": args.tokens,
+    }  # fmt: skip
+    found = {**facts(device, shape), "rounds": args.rounds}
+    deliver(args, f"steering_overhead-{device.type}", found, rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ has no hook of its own that could be clocked, `clocked` is False.
 """
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import sys
@@ -168,7 +169,8 @@ def _control_module() -> ModuleType:
 def nnsight(job: Steering) -> Rival:
     from nnsight import LanguageModel as Traced
 
-    traced = Traced(job.lm.model, tokenizer=job.lm.tokenizer)
+    # It changes every module of the model it is given, for good.
+    traced = Traced(copy.deepcopy(job.lm.model), tokenizer=job.lm.tokenizer)
     block = traced
     for part in f"{job.lm.blocks_path}.{job.layer}".split("."):
         block = block[int(part)] if part.isdigit() else getattr(block, part)

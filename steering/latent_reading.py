@@ -51,8 +51,25 @@ class LatentReader:
             return torch.relu(q) * (q > t["threshold"]) if "threshold" in t else torch.relu(q)
         sae = self._sae = self._sae.to(h.device, torch.float32)
         step = max(1, _ENCODE_NUMBERS // sae.spec.d_sae)
-        parts = [sae.encode(piece)[:, self._ids] for piece in torch.split(h, step)]
+        parts = [self._encoded(sae, piece) for piece in torch.split(h, step)]
         return torch.cat(parts) if parts else h.new_zeros((0, len(self._ids)))
+
+    def _encoded(self, sae: SAE, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
+        """What `sae.encode` says of the latents, without its dense result where none is needed."""
+        if sae.spec.architecture != "topk" or h.device.type != "cpu" or not len(h):
+            return sae.encode(h)[:, self._ids]
+        assert sae.spec.k is not None
+        q = sae.pre_acts(h)
+        largest = q.topk(sae.spec.k, dim=-1).values
+        last, own = largest[:, -1:], q[:, self._ids]
+        # Among equals the lowest index wins, and NaN is never among the largest: both are rare and
+        # for the SAE itself to say.
+        tied = (own == last) & (own > 0)
+        if bool(largest[:, 0].isnan().any()) or (
+            bool(tied.any()) and bool(((q >= last).sum(dim=-1) > sae.spec.k).any())
+        ):
+            return sae.encode(h)[:, self._ids]
+        return torch.relu(own) * (own >= last)
 
 
 def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

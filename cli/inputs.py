@@ -77,14 +77,15 @@ def read_prompts(args: Namespace) -> list[str]:
     """
     texts = list(args.prompt or ())
     if args.prompts is not None:
-        texts += _prompts_in(args.prompts)
+        texts += prompts_in(args.prompts)
     if not texts:
         raise UsageError("no prompt: give -p TEXT, or --prompts FILE (.jsonl, .txt, - for stdin)")
     return texts
 
 
-def _prompts_in(name: str) -> list[str]:
-    what = f"--prompts {name}"
+def prompts_in(name: str, flag: str = "--prompts") -> list[str]:
+    """The prompts of a .jsonl or .txt file, or of stdin (-); errors name the flag."""
+    what = f"{flag} {name}"
     try:
         if name == "-":
             content = sys.stdin.read()

@@ -3,17 +3,17 @@
 import argparse
 import dataclasses
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import paint, print_json, write_run
+from saesteer.cli.output import print_json
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
-from saesteer.cli.values import count, latents, number, one_layer
+from saesteer.cli.steer_output import print_blocks, print_changes, write_answers
+from saesteer.cli.values import budget, count, latents, number, one_layer
 
 EXAMPLE = 'saesteer steer --plan runs/plan -p "The weather is nice today." --baseline'
 
@@ -26,6 +26,12 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument(
         "--also", action=Repeated, metavar="FILE",
         help="a further plan, which edits what the one before left; repeatable",
+    )  # fmt: skip
+    what.add_argument(
+        "--beside", action=Repeated, metavar="WAY",
+        help="answer in another way too and show it beside: the path of a plan, meandiff (the mean "
+        "difference of the plan's task at the same length), prompt (its instruction, unsteered) or "
+        "prompt:TEXT; repeatable",
     )  # fmt: skip
     what.add_argument(
         "--sae", metavar="DIR",
@@ -57,6 +63,15 @@ def add_flags(parser: VerbParser) -> None:
     how.add_argument(
         "--scale", type=number, metavar="X",
         help="multiplies every dose (default with --latents: 1)",
+    )  # fmt: skip
+    how.add_argument(
+        "--dose", type=budget, metavar="KIND=X",
+        help="find the scale that costs so many nats a token on neutral questions: ce=0.1 (rise of "
+        "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan",
+    )  # fmt: skip
+    how.add_argument(
+        "--dose-on", metavar="FILE",
+        help="with --dose: prompts to measure on, like --prompts (default: neutral questions)",
     )  # fmt: skip
     how.add_argument(
         "--beta", type=number, metavar="X",
@@ -117,6 +132,10 @@ def add_flags(parser: VerbParser) -> None:
         "--baseline", action="store_true",
         help="generate the unsteered text too; alone, without a plan, only that",
     )  # fmt: skip
+    work.add_argument(
+        "--explain", action="store_true",
+        help="table: change of each latent of the plan that was asked for, and that came of it",
+    )  # fmt: skip
     add_common(
         parser,
         out="folder for results.jsonl (default: print only)",
@@ -133,14 +152,20 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         lm, plan, sae = _open(args, report)
+        if args.dose is not None:
+            plan = _dosed(args, lm, plan, report)
         rows = _generate(args, texts, lm, plan, sae, report)
+        if args.beside:
+            _add_beside(args, texts, lm, plan, rows, report)
+        changes = _explained(args, texts, lm, plan, sae) if args.explain else []
         if args.out is not None:
-            _write(take_folder(args), args, lm, rows)
+            write_answers(take_folder(args), args, lm, rows, plan if args.dose else None)
     if args.json:
         for row in rows:
             print_json(row, one_a_line=True)
     else:
-        _print_blocks(args, rows)
+        print_blocks(args, rows)
+        print_changes(changes)
     return 0
 
 
@@ -159,11 +184,24 @@ def _check_flags(args: Namespace) -> None:
                 "unsteered model give --baseline alone"
             )
         _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope", "schedule",
-                "gate", "also", reason="needs --plan, or --sae with --latents")  # fmt: skip
+                "gate", "also", "dose", reason="needs --plan, or --sae with --latents")  # fmt: skip
     if args.plan is not None:
         _refuse(args, "site", reason="is for --latents: a plan says where it steers")
     if args.latents is not None:
         _refuse(args, "beta", reason="needs a plan's mu and sigma; with --latents use --scale")
+    if args.dose is not None and (args.dose[0] not in ("ce", "kl") or not args.dose[1] > 0):
+        raise UsageError(
+            f"--dose must be ce=NATS or kl=NATS above 0, got {args.dose[0]}={args.dose[1]:g}"
+        )
+    if args.dose is not None and args.scale is not None:
+        raise UsageError("--dose finds the scale: leave --scale out")
+    if args.dose_on is not None and args.dose is None:
+        raise UsageError("--dose-on is for --dose: give --dose ce=0.1, or leave it out")
+    if args.explain and (args.json or (args.plan is None and args.sae is None)):
+        raise UsageError(
+            "--explain is a table about a plan's latents: give a plan and leave --json out (in "
+            "Python it is steering.read_back)"
+        )
     if args.scale == 0:
         raise UsageError(
             "--scale 0 would steer nothing: leave out the plan and give --baseline for the "
@@ -215,6 +253,68 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     return lm, plan, sae.to(lm.device)
 
 
+def _dosed(args: Namespace, lm: Any, plan: Any, report: Report) -> Any:
+    """The plan at the scale that `--dose` asks for."""
+    from saesteer.cli.inputs import prompts_in
+    from saesteer.steering import Budget, dose_plan
+
+    texts = None if args.dose_on is None else prompts_in(args.dose_on, "--dose-on")
+    found = dose_plan(lm, plan, Budget(*args.dose), texts=texts, progress=report)
+    report.say(
+        f"--dose {found.target.kind}={found.target.limit:g}: scale {found.plan.scale:.4g} costs "
+        f"{found.cost:.3g} nats a token, relative dose {figure(found.damage.relative_dose, 3)}"
+    )
+    return found.plan
+
+
+def _generation(args: Namespace) -> dict[str, Any]:
+    """Arguments that every way to answer shares."""
+    return {
+        "chat": args.chat,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed or 0,
+        "batch_size": args.batch_size,
+        "include_first": args.include_first,
+        "include_template": args.include_template,
+        "exclude_special": args.exclude_special,
+        "force": args.force,
+    }
+
+
+def _add_beside(
+    args: Namespace,
+    texts: list[str],
+    lm: Any,
+    plan: Any,
+    rows: list[dict[str, Any]],
+    report: Report,
+) -> None:
+    """Put the answers of the other ways into the rows."""
+    from saesteer.steering import generate_beside
+
+    found = generate_beside(lm, texts, args.beside, plan=plan, progress=report, **_generation(args))
+    for place, row in enumerate(rows):
+        row["beside"] = {
+            way: {
+                "completion": answers[place].completion,
+                "tokens_touched": answers[place].tokens_touched,
+                "relative_dose": answers[place].relative_dose,
+            }
+            for way, answers in found.items()
+        }
+
+
+def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) -> list[Any]:
+    from saesteer.steering import read_back
+
+    return read_back(
+        lm, plan, texts, sae=sae, max_new_tokens=args.max_new_tokens, chat=args.chat,
+        batch_size=args.batch_size, force=args.force,
+    )  # fmt: skip
+
+
 def _generate(
     args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any, report: Report
 ) -> list[dict[str, Any]]:
@@ -234,19 +334,10 @@ def _generate(
         lm,
         texts,
         plan if not args.also else [plan, *args.also],
-        chat=args.chat,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed or 0,
-        batch_size=args.batch_size,
-        include_first=args.include_first,
-        include_template=args.include_template,
-        exclude_special=args.exclude_special,
         sae=sae,
-        force=args.force,
         baseline=args.baseline,
         progress=on_batch,
+        **_generation(args),
     )
     report("generate", done, done, "new tokens")
     rows = []
@@ -271,36 +362,3 @@ def _generate(
             "relative dose is 0): choose another --method, or other latents"
         )
     return rows
-
-
-def _write(folder: Path, args: Namespace, lm: Any, rows: list[dict[str, Any]]) -> None:
-    import json
-
-    from saesteer.checkpoints.files import plain, write_text
-
-    lines = (json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
-    write_text(folder / "results.jsonl", "".join(lines))
-    write_run(folder, "steer", vars(args), model={"name": lm.name, "hash": lm.fingerprint})
-
-
-def _print_blocks(args: Namespace, rows: list[dict[str, Any]]) -> None:
-    steered = args.plan is not None or args.sae is not None
-    for row in rows:
-        _print_labelled("prompt", row["prompt"], "dim")
-        if "baseline" in row:
-            _print_labelled("unsteered", row["baseline"], "bold")
-        if steered:
-            _print_labelled("steered", row["completion"], "green")
-            print(
-                f"{row['tokens_touched']} tokens touched, relative dose "
-                f"{figure(row['relative_dose'], 3)}"
-            )
-        print()
-    if args.out is not None:
-        print(f"written to {args.out / 'results.jsonl'}")
-
-
-def _print_labelled(label: str, text: str, colour: str) -> None:
-    """A label, and a text whose further lines are indented below its first."""
-    indented = ("\n" + " " * 11).join(text.splitlines() or ["(nothing)"])
-    print(f"{paint(label.ljust(10), colour)} {indented}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saesteer.steering.applying import SteeredText as SteeredText
     from saesteer.steering.applying import generate_steered as generate_steered
     from saesteer.steering.arrangement import ByRow as ByRow
+    from saesteer.steering.beside import generate_beside as generate_beside
     from saesteer.steering.calibration import Budget as Budget
     from saesteer.steering.calibration import Grid as Grid
     from saesteer.steering.calibration import calibrate as calibrate
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from saesteer.steering.damage import NeutralProbe as NeutralProbe
     from saesteer.steering.directions import mean_difference as mean_difference
     from saesteer.steering.directions import plan_from_directions as plan_from_directions
+    from saesteer.steering.dosing import Dose as Dose
+    from saesteer.steering.dosing import dose_plan as dose_plan
     from saesteer.steering.evaluation import ArmSpec as ArmSpec
     from saesteer.steering.evaluation import Decoding as Decoding
     from saesteer.steering.evaluation import evaluate as evaluate
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from saesteer.steering.ifeval import evaluate_ifeval as evaluate_ifeval
     from saesteer.steering.ifeval import load_ifeval as load_ifeval
     from saesteer.steering.judge import Judge as Judge
+    from saesteer.steering.latent_changes import LatentChange as LatentChange
+    from saesteer.steering.latent_changes import read_back as read_back
     from saesteer.steering.latent_reading import with_gate as with_gate
     from saesteer.steering.plan import Plan as Plan
     from saesteer.steering.plan import PlannedLatent as PlannedLatent
@@ -55,6 +60,11 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ByRow": "arrangement",
+    "generate_beside": "beside",
+    "Dose": "dosing",
+    "dose_plan": "dosing",
+    "LatentChange": "latent_changes",
+    "read_back": "latent_changes",
     "encode_chat": "chats",
     "mean_difference": "directions",
     "plan_from_directions": "directions",

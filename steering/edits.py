@@ -146,7 +146,7 @@ class LatentEdit(Edit):
         t = self._tensors = on_device(self._tensors, h.device)
         rows = h.flatten(0, 1) if mask is None else h[mask]
         now = self._reader.read(rows)
-        moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
+        moved = (new_values(self._method, now, t["doses"]) - now) @ t["directions"]
         if self._normalization != "none":
             moved = moved * token_scale(rows, self._normalization)
         if mask is None:
@@ -158,19 +158,21 @@ class LatentEdit(Edit):
         delta[mask] = moved
         return delta
 
-    def _new_value(
-        self, now: Float[Tensor, "tokens n"], dose: Float[Tensor, " n"]
-    ) -> Float[Tensor, "tokens n"]:
-        match self._method:
-            case "set":
-                return dose.expand_as(now)
-            case "min":
-                return torch.maximum(now, dose)
-            case "max":
-                return torch.minimum(now, dose)
-            case "scale":
-                return now * dose
-        return torch.zeros_like(now)
+
+def new_values(
+    method: str, now: Float[Tensor, "tokens n"], dose: Float[Tensor, " n"]
+) -> Float[Tensor, "tokens n"]:
+    """a' of each latent under a method that reads a."""
+    match method:
+        case "set":
+            return dose.expand_as(now)
+        case "min":
+            return torch.maximum(now, dose)
+        case "max":
+            return torch.minimum(now, dose)
+        case "scale":
+            return now * dose
+    return torch.zeros_like(now)
 
 
 def _share(moved: Tensor, weight: Tensor | float | None) -> Tensor:

@@ -88,6 +88,11 @@ def needs_sae(plan: Plan) -> bool:
     )
 
 
+def readable(plan: Plan) -> bool:
+    """Whether the plan holds what reading its own latents takes."""
+    return _edit_columns(plan) is not None
+
+
 def with_gate(plan: Plan, gate: str, sae: SAE | None = None) -> Plan:
     """The plan with another gate ("" for none).
 

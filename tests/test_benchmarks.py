@@ -307,10 +307,62 @@ def test_unknown_ops_are_named(load: Load, capsys: pytest.CaptureFixture[str]) -
 
 
 # ---------------------------------------------------------------------------------------------
+# steering_overhead.py
+
+
+def test_every_kind_of_steering_beside_its_rivals(
+    load: Load,
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overhead = load("steering_overhead")
+    page = tmp_path / "steering.md"
+    page.write_text("<!-- begin steering_overhead-cpu -->\n<!-- end steering_overhead-cpu -->\n")
+    overhead.main([
+        "--model", str(tiny_model_dir("llama")), "--dtype", "float32", "--batch", "3", "--tokens",
+        "4", "--rounds", "1", "--warmup", "0", "--device", "cpu", "--json", "--csv", str(tmp_path),
+        "--page", str(page),
+    ])  # fmt: skip
+    document = json.loads(capsys.readouterr().out)
+    rows = {row["contender"]: row for row in document["rows"]}
+    assert list(rows) == ["unsteered", *overhead.OURS, *overhead.RIVALS]
+    for name in overhead.OURS:
+        row = rows[name]
+        assert row["status"] == "ok" and 0 < row["hook_share"] < 1, name
+        ratio = row["median_ms"] / rows["unsteered"]["median_ms"]
+        assert row["over_unsteered_ratio"] == pytest.approx(ratio)
+        assert row["hook_us_per_pass"] == pytest.approx(
+            1e3 * row["hook_share"] * row["median_ms"] / 4
+        )
+    for name in overhead.RIVALS:
+        # Missing, or it ran; one that fails with the libraries that are here is named, no more.
+        assert rows[name]["status"] in ("ok", "not installed") or "failed" in rows[name]["status"]
+    table = (tmp_path / "steering_overhead-cpu.md").read_text()
+    assert between(page.read_text(), "steering_overhead-cpu") == table
+    assert table.count("\n|") == 2 + len(rows)
+
+
+def test_hooks_are_clocked_and_left_as_they_were(load: Load) -> None:
+    rivals = load("steering_rivals")
+    layer, clock = torch.nn.Linear(2, 2), rivals.HookClock()
+    register = torch.nn.Module.register_forward_hook
+    with clock.watching():
+        handle = layer.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.nn.Module.register_forward_hook is register
+    x = torch.zeros(1, 2)
+    assert torch.equal(layer(x), layer.bias[None] + 1)
+    assert clock.calls == 1 and clock.seconds > 0
+    handle.remove()
+    layer(x)
+    assert clock.calls == 1
+
+
+# ---------------------------------------------------------------------------------------------
 # as programs
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "kernels.py"])
+@pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "steering_overhead.py"])
 def test_the_scripts_start(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True

@@ -224,3 +224,62 @@ def test_schedules_gates_and_further_plans(cli: Cli, model: Path, sae: Path, pla
     (once,) = rows_of(cli(*words, "--plan", plan).out)
     (twice,) = rows_of(cli(*words, "--plan", plan, "--also", plan).out)
     assert once["tokens_touched"] == twice["tokens_touched"]
+
+
+def test_other_ways_beside_a_plan(cli: Cli, model: Path, plan: Path, tmp_path: Path) -> None:
+    """A second plan, prompting and the unsteered model in one command."""
+    other = shutil.copytree(plan, tmp_path / "other")
+    words = ("steer", "--model", model, "--plan", plan, "-p", "Hello", "-p", "A bus.", *SMALL)
+    ways = ("--beside", other, "--beside", "prompt", "--beside", "prompt:Say it twice.")
+    rows = rows_of(cli(*words, *ways, "--baseline", "--json").out)
+    for row in rows:
+        beside = row["beside"]
+        assert isinstance(beside, dict)
+        assert list(beside) == [str(other), "prompt", "prompt:Say it twice."]
+        # The same plan says the same.
+        assert beside[str(other)]["completion"] == row["completion"]
+        assert beside[str(other)]["tokens_touched"] == row["tokens_touched"]
+        assert beside["prompt"]["tokens_touched"] == 0
+    blocks = cli(*words, *ways).out
+    assert "\nother      " in blocks and blocks.count("\nprompt     ") == 5
+    assert "given twice" in cli(*words, *ways, "--beside", other).error(2)
+    # The fixture's task is a file, so nothing says where its contents are.
+    assert "late is not built in" in cli(*words, "--beside", "meandiff").error(2)
+
+
+def test_a_dose_in_nats_is_found_and_kept(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Where did the heron stand?\nWho?\n")
+    words = ("steer", "--plan", plan, "-p", "Hello", *SMALL)
+    out = tmp_path / "out"
+    outcome = cli(*words, "--dose", "ce=0.2", "--dose-on", prompts, "--json", "-o", out)
+    assert outcome.status == 0, outcome.err
+    (row,) = rows_of(outcome.out)
+    (again,) = rows_of(cli("steer", "--plan", out / "plan", "-p", "Hello", "--json", *SMALL).out)
+    assert again == row
+    from saesteer.steering import load_plan
+
+    facts = load_plan(out / "plan").metrics["dose"]
+    assert facts["measured"] == pytest.approx(0.2, rel=0.05)
+    assert (facts["unit"], facts["asked"], facts["texts"]) == ("ce", 0.2, 2)
+    assert "leave --scale out" in cli(*words, "--dose", "ce=0.2", "--scale", 2).error(2)
+    assert "--dose-on is for --dose" in cli(*words, "--dose-on", prompts).error(2)
+    for wrong in ("volt=1", "ce=0", "ce=-1"):
+        assert "--dose must be ce=NATS or kl=NATS" in cli(*words, "--dose", wrong).error(2)
+    assert "--dose ce=1000 is out of reach" in cli(
+        *words, "--dose", "ce=1000", "--dose-on", prompts
+    ).error(1)
+
+
+def test_explain_shows_asked_and_measured_changes(cli: Cli, plan: Path, sae: Path) -> None:
+    words = ("steer", "--plan", plan, "-p", "Hello", "--sae", sae, *SMALL)
+    outcome = cli(*words, "--explain")
+    assert outcome.status == 0, outcome.err
+    head, *lines = outcome.out.split("change of each latent, ")[1].splitlines()
+    assert head == "mean over the 5 tokens that were changed"
+    assert lines[0].split() == ["latent", "before", "after", "asked", "measured", "on"]
+    assert len(lines) == 4
+    for line in lines[1:]:
+        _, before, after, _, measured, *_ = line.split()
+        assert float(after) - float(before) == pytest.approx(float(measured), abs=2e-3)
+    assert "leave --json out" in cli(*words, "--explain", "--json").error(2)

@@ -112,7 +112,8 @@ def _asked(
     if plan.unit == "rel":
         length = (dose @ plan.directions.double()).norm()
         norms: Tensor = h.double().cpu().norm(dim=1, keepdim=True)
-        return norms * (dose * plan.scale / length)
+        asked: Tensor = norms * (dose * plan.scale / length)
+        return asked
     return dose.expand_as(now)
 
 

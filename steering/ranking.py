@@ -32,7 +32,8 @@ from saesteer.steering.rerank import CausalTrial, causal_scores, causal_trials, 
 from saesteer.steering.samples import Samples, contrasts, read_prompts, read_replies
 from saesteer.steering.scores import NEUTRAL, detect, significance_of, to_tensor
 from saesteer.steering.selection import LEADERS, best_first, duplicates, filter_masks, fuse
-from saesteer.steering.stability import Stability, stability
+from saesteer.steering.shuffled import Shuffled, shuffled
+from saesteer.steering.stability import Stability, jaccard, stability
 from saesteer.steering.tasks import Task, load_task
 
 STABLE_K = 15
@@ -78,6 +79,8 @@ class Ranking:
     duplicate_of: Mapping[int, int]
     """Of the best latents, those whose direction a better one has already; and that one."""
     stability: Stability
+    shuffled: Shuffled | None = None
+    """The detection score with shuffled labels; None when that was not asked for."""
     trials: tuple[CausalTrial, ...] = ()
     """What `--by causal` steered with."""
     replies_used: tuple[int, int] | None = None
@@ -136,6 +139,16 @@ class Ranking:
         counts = {name: int((mask & scored).sum()) for name, mask in self.filters.items()}
         return {**counts, "duplicate": len(self.duplicate_of)}
 
+    def overlap(self) -> dict[str, float]:
+        """For every score, the Jaccard index of its best `STABLE_K` latents with those by `by`."""
+
+        def best(name: str, column: Tensor) -> set[int]:
+            order = best_first(column, self.mu)[:STABLE_K].tolist()
+            return {i for i in order if column[i] > NEUTRAL.get(name, 0.0)}
+
+        own = best(self.config.resolved_by, self.score)
+        return {name: jaccard(best(name, column), own) for name, column in self.columns.items()}
+
     def explain(self, latent: int) -> dict[str, Any]:
         """Everything that is known of one latent, JSON-ready."""
         row: dict[str, Any] = {
@@ -157,6 +170,8 @@ class Ranking:
         row["template_rate"] = float(self.template_rate[latent])
         row["scores"] = {name: float(column[latent]) for name, column in self.columns.items()}
         row["stability"] = self.stability.of(latent)
+        if self.shuffled is not None:
+            row["shuffled"] = self.shuffled.of(latent)
         row["filters"] = self.flags(latent)
         if self.trials:
             row["trials"] = [
@@ -266,6 +281,13 @@ class _Ranker:
         masked = score if gone is None else score.masked_fill(gone, -torch.inf)
         leaders = best_first(masked, self.mu)[:LEADERS].tolist()
         leaders = [i for i in leaders if masked[i] > NEUTRAL.get(by, 0.0)]
+        texts = samples.for_score(config.detection)
+        chance = None
+        if config.shuffles:
+            chance = shuffled(
+                config.detection, texts, STABLE_K, shuffles=config.shuffles, seed=config.seed,
+                max_fdr=config.max_fdr,
+            )  # fmt: skip
         return Ranking(
             task=self.task,
             config=config,
@@ -287,12 +309,12 @@ class _Ranker:
             control_rate=self.reader.control.text,
             template_rate=self.reader.control.other,
             duplicate_of=duplicates(leaders, self.reader.sae.W_dec[leaders]),
-            stability=stability(config.detection, samples.for_score(config.detection), self.task,
-                                STABLE_K),
+            stability=stability(config.detection, texts, self.task, STABLE_K),
+            shuffled=chance,
             trials=self.trials,
             replies_used=samples.replies_used,
             excluded={"sinks": self.reader.sinks},
-        )  # fmt: skip
+        )
 
     def _output_side(self, by: str) -> None:
         """Add the column `by`, and those that it is made of."""

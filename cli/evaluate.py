@@ -160,6 +160,7 @@ def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
         comparisons,
         sweeps={name: found.get("sweep") for name, found in beside.items()},
         stability={name: found.get("stability") for name, found in beside.items()},
+        shuffled={name: found.get("shuffled") for name, found in beside.items()},
         ifeval=ifeval,
         judge=args.judge_model,
     )
@@ -208,7 +209,7 @@ def _arm_names(plans: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(paths: list[str]) -> dict[str, Any]:
-    """What lies beside the first plan of a task: its sweep, and the stability of its ranking."""
+    """What lies beside the first plan of a task: its sweep, and what its ranking says."""
     from saesteer.checkpoints.files import read_json
 
     given = Path(paths[0]).expanduser()
@@ -217,9 +218,10 @@ def _beside(paths: list[str]) -> dict[str, Any]:
     if (folder / "sweep.json").is_file():
         found["sweep"] = read_json(folder / "sweep.json")
     if (folder / "ranking.json").is_file():
-        stability = read_json(folder / "ranking.json").get("stability")
-        if isinstance(stability, dict):
-            found["stability"] = stability
+        ranking = read_json(folder / "ranking.json")
+        for name in ("stability", "shuffled"):
+            if isinstance(ranking.get(name), dict):
+                found[name] = ranking[name]
     return found
 
 

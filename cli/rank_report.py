@@ -122,8 +122,8 @@ def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
         chance = row["shuffled"]
         lines.append(
             ("shuffled", f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
-             f"best latent of {chance['reached']:.0%} of the shuffles: p {figure(chance['p'])} for "
-             "all latents at once")
+             f"best latent of {chance['reached']:.0%} of the shuffles: p {figure(chance['p'], 2)} "
+             f"for all latents at once (by auroc {figure(chance['auroc_p'], 2)})")
         )  # fmt: skip
     lines += [
         (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "

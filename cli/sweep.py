@@ -183,7 +183,7 @@ def _plans(
 def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
     from saesteer.checkpoints.files import plain, write_json, write_text
     from saesteer.steering import save_plan
-    from saesteer.steering.report import pareto_chart
+    from saesteer.steering.report_charts import pareto_chart
 
     save_plan(found.plan(), folder)
     write_json(folder / "sweep.json", document)

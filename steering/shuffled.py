@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saesteer.steering.scores import Array, Ints, Texts, detect, significance_of
+from saesteer.steering.scores import Array, Detection, Ints, Texts, detect, significance_of
 from saesteer.steering.stability import jaccard, top_places
 
 
@@ -42,6 +42,9 @@ class Shuffled:
     """Numbers of the latents that are ever on, in order."""
     scores: Array
     """Their scores with the real labels."""
+    aurocs: Array
+    """Their AUROC likewise. It knows no scale: where a score does, as a mean difference, the best
+    by chance is a latent with large values."""
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready: for each figure the real one, and mean and highest of the shuffles."""
@@ -57,19 +60,23 @@ class Shuffled:
 
     def of(self, latent: int) -> dict[str, float]:
         """For one latent: its score, the share of shuffles whose best latent scores as much, and
-        what that is as a p-value for all latents at once (max-T: Westfall and Young, 1993).
+        what that is as a p-value for all latents at once (max-T: Westfall and Young, 1993); the
+        same p-value of its AUROC.
 
         Empty where the latent is never on.
         """
         place = int(np.searchsorted(self.latents, latent))
         if place == len(self.latents) or self.latents[place] != latent:
             return {}
-        score = float(self.scores[place])
+        score, auroc = float(self.scores[place]), float(self.aurocs[place])
         reached = sum(look.best >= score for look in self.looks)
+        by_auroc = sum(look.best_auroc >= auroc for look in self.looks)
+        total = len(self.looks)
         return {
             "score": score,
-            "reached": reached / len(self.looks),
-            "p": (1 + reached) / (1 + len(self.looks)),
+            "reached": reached / total,
+            "p": (1 + reached) / (1 + total),
+            "auroc_p": (1 + by_auroc) / (1 + total),
         }
 
 
@@ -82,7 +89,7 @@ def shuffled(
         return None
     generator = np.random.default_rng(seed)
 
-    def look(one: Texts, real_top: set[int] | None) -> tuple[Look, Array, set[int]]:
+    def look(one: Texts, real_top: set[int] | None) -> tuple[Look, Detection, set[int]]:
         test = significance_of(by)
         found = detect(one, [by, test, "auroc"])
         score = found.scores[by]
@@ -94,11 +101,11 @@ def shuffled(
             discoveries=_discoveries(found.p[test], texts.d_sae, max_fdr),
             overlap=1.0 if real_top is None else jaccard(top, real_top),
         )
-        return seen, score, top
+        return seen, found, top
 
-    real, scores, top = look(small, None)
+    real, found, top = look(small, None)
     looks = tuple(look(relabelled(small, generator), top)[0] for _ in range(shuffles))
-    return Shuffled(by, k, real, looks, latents, scores)
+    return Shuffled(by, k, real, looks, latents, found.scores[by], found.scores["auroc"])
 
 
 def relabelled(texts: Texts, generator: np.random.Generator) -> Texts:

@@ -64,6 +64,7 @@ def test_a_real_latent_stands_out_and_chance_does_not(by: str) -> None:
     assert figures["overlap"]["real"] == 1.0 > figures["overlap"]["mean"]
     assert found.of(CARRIER)["reached"] == 0 and found.of(CARRIER)["p"] == 1 / 20
     assert found.of(CARRIER)["score"] == detect(texts(), [by]).scores[by][CARRIER]
+    assert found.of(CARRIER)["auroc_p"] == 1 / 20
     # What follows the content scores the same under every labelling, and never stands out.
     assert found.of(OF_CONTENT)["reached"] == 1.0 and found.of(OF_CONTENT)["p"] == 1.0
     assert found.of(3) == {}  # never on

@@ -353,6 +353,18 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
         [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
     ]
     parts.append(_table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
+    if ifeval.get("tests"):
+        rows = [
+            [
+                f"{test['ours']} − {test['theirs']}",
+                test["measure"],
+                f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+                _figure(test["p"], 2),
+            ]
+            for test in ifeval["tests"]
+        ]
+        parts.append("<p>Prompt by prompt:</p>")
+        parts.append(_table(["difference", "measure", "mean [95 %]", "p"], rows))
     names = list(ifeval["arms"])
     types = sorted(ifeval["arms"][names[0]]["scores"]["by_type"])
     rows = []

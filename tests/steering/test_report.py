@@ -204,10 +204,11 @@ def test_ifeval_is_shown_by_arm_and_by_type() -> None:
     }
     by_type = {"punctuation:no_comma": {"strict": RATE, "loose": RATE}}
     document = {**DOCUMENT, "tasks": [], "ifeval": {
-        "prompts": 20, "stand_ins": {"a:b": "something else"},
+        "prompts": 20, "stand_ins": {"a:b": "something else"}, "tests": TASK["tests"],
         "arms": {"prompted": {"scores": {**scores, "by_type": by_type}}},
     }}  # fmt: skip
     page = " ".join(Page(render_html(document)).text)
+    assert "steered − unsteered" in page and "+0.45 [+0.20, +0.70]" in page
     assert "punctuation:no_comma" in page and "a:b: judged with something else." in page
 
 

@@ -77,7 +77,7 @@ def stability_section(
         if isinstance(found, Mapping) and "jaccard" in found
     }
     parts = [f"<p>{_null(shuffled)}</p>"] if shuffled else []
-    if groups:
+    if any(found.get("jaccard_pairs") for found in groups.values()):
         best = (stability or {}).get("k", "latents")
         parts.append(
             f"<p>The ranking again on parts of the texts. Above the diagonal: overlap of the top "

@@ -220,20 +220,20 @@ def test_each_row_gets_the_plan_for_its_only_instruction(lm: LanguageModel) -> N
 
 def test_matched_rows_are_steered_each_by_its_own_plan(lm: LanguageModel, tmp_path: Path) -> None:
     """What a row says under the plans of all rows is what it says under its own alone."""
-    quoted = {**ROW, "key": 8, "instruction_id_list": ["startend:quotation"]}
-    other = {**ROW, "key": 9, "instruction_id_list": ["detectable_format:title"]}
+    said = "A tuple needs a comma."
+    first = {**ROW, "prompt_without_instruction": said}
+    quoted = {**first, "key": 8, "instruction_id_list": ["startend:quotation"]}
+    other = {**first, "key": 9, "instruction_id_list": ["detectable_format:title"]}
     bare = {key: value for key, value in ROW.items() if key != "prompt_without_instruction"}
-    rows = load_ifeval(written(tmp_path, ROW, other, quoted, bare))
+    rows = load_ifeval(written(tmp_path, first, other, quoted, bare))
     directions = torch.randn(2, 1, lm.d_model, generator=torch.Generator().manual_seed(0))
-    plans = [plan_from_directions(lm, one, layer=1, scale=6.0) for one in directions]
+    plans = [plan_from_directions(lm, one, layer=1, scale=0.4) for one in directions]
     matched = [(task("n", "no_comma"), plans[0]), (task("q", "quotes"), plans[1])]
-    found = evaluate_ifeval(lm, rows, matched=matched, max_new_tokens=6)
+    found = evaluate_ifeval(lm, rows, matched=matched, max_new_tokens=8)
     assert list(found["arms"]) == ["prompted", "unsteered", "steered", "steered + prompted"]
     steered = found["arms"]["steered"]["answers"]
     assert [row["key"] for row in steered] == [7, 8]
-    alone = [
-        generate_steered(lm, ["Say it."], one, max_new_tokens=6)[0].completion for one in plans
-    ]
+    alone = [generate_steered(lm, [said], one, max_new_tokens=8)[0].completion for one in plans]
     assert [row["output"] for row in steered] == alone and alone[0] != alone[1]
     assert alone[0] != found["arms"]["unsteered"]["answers"][0]["output"]
     assert [(test["ours"], test["theirs"], test["measure"]) for test in found["tests"]][:2] == [

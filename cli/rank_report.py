@@ -97,7 +97,7 @@ def _chance(found: dict[str, Any]) -> list[str]:
     return [
         f"with shuffled labels ({found['shuffles']} times): best {found['by']} {against('best')}, "
         f"best auroc {against('best_auroc')},",
-        f"  latents that differ {against('discoveries')}, top {found['k']} shared with the real "
+        f"  latents that differ ({found['test']}) {against('discoveries')}, top {found['k']} shared with the real "
         f"one {figure(found['overlap']['mean'], 2)}",
     ]
 

@@ -119,6 +119,7 @@ def _null(found: Mapping[str, Any]) -> str:
     return (
         f"With labels shuffled within each content, {found['shuffles']} times, against the real "
         f"ones: best {escape(str(found['by']))} {against('best', '.3g')}; best AUROC "
-        f"{against('best_auroc', '.2f')}; latents that differ {against('discoveries', '.3g')}; "
+        f"{against('best_auroc', '.2f')}; latents that differ ({escape(str(found['test']))}) "
+        f"{against('discoveries', '.3g')}; "
         f"overlap of the top {found['k']} with the real one {found['overlap']['mean']:.2f}."
     )

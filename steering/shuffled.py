@@ -24,7 +24,7 @@ class Look:
     """The score of the k-th best latent."""
     best_auroc: float
     discoveries: int
-    """Latents at the false discovery rate asked for."""
+    """Latents at the false discovery rate asked for, by the test that stands beside the score."""
     overlap: float
     """Jaccard index of its top k with that of the real labels."""
 
@@ -56,7 +56,13 @@ class Shuffled:
                 "mean": float(np.mean(column)),
                 "highest": max(column),
             }
-        return {"by": self.by, "k": self.k, "shuffles": len(self.looks), **figures}
+        return {
+            "by": self.by,
+            "test": significance_of(self.by),
+            "k": self.k,
+            "shuffles": len(self.looks),
+            **figures,
+        }
 
     def of(self, latent: int) -> dict[str, float]:
         """For one latent: its score, the share of shuffles whose best latent scores as much, and

@@ -30,7 +30,7 @@ def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
     assert alike.startswith("agreement by rate (Jaccard@15 / Spearman): variants ")
     assert shared.startswith("top 15 shared with those by other scores (Jaccard): saif ")
     assert one.startswith("with shuffled labels (20 times): best rate ")
-    assert two.startswith("  latents that differ ")
+    assert two.startswith("  latents that differ (mcnemar) ")
     assert used == "ranked with 4 of 6 contents (of the train split); 0 attention sinks left out"
     assert outcome.err.startswith("warning: ranked with 4 of 6 contents, which is few")
 

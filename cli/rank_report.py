@@ -97,8 +97,8 @@ def _chance(found: dict[str, Any]) -> list[str]:
     return [
         f"with shuffled labels ({found['shuffles']} times): best {found['by']} {against('best')}, "
         f"best auroc {against('best_auroc')},",
-        f"  latents that differ ({found['test']}) {against('discoveries')}, top {found['k']} shared "
-        f"with the real one {figure(found['overlap']['mean'], 2)}",
+        f"  latents that differ ({found['test']}) {against('discoveries')}, top {found['k']} "
+        f"shared with the real one {figure(found['overlap']['mean'], 2)}",
     ]
 
 

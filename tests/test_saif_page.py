@@ -222,12 +222,18 @@ def test_latents_are_listed_with_what_they_say(text: str) -> None:
     assert "| rate | reply | 274 | – | – | 0.88 |" in latents
 
 
-def test_other_numbers_give_another_page(page: ModuleType, folder: Path, text: str) -> None:
+def test_other_numbers_give_another_page(
+    page: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changed = folder / "report-changed"
     changed.mkdir()
     (changed / "report.json").write_text(json.dumps(report("french", 9, 18, 0.3)))
     out = folder / "other.md"
-    page.main(["--reports", str(changed), str(folder / "report-french"), "-o", str(out)])
+    unfinished = folder / "report-later"
+    unfinished.mkdir()
+    given = [str(path) for path in (changed, folder / "report-french", unfinished)]
+    page.main(["--reports", *given, "-o", str(out)])
+    assert "left out: " in capsys.readouterr().err
     other = out.read_text(encoding="utf-8")
     assert "french (report-changed)" in other and "french (report-french)" in other
     assert "0.45 [0.26, 0.66]" in section(other, "**Loose success")

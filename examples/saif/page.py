@@ -9,6 +9,7 @@ Every sentence about a result is computed from the files given, also the ones ab
 import argparse
 import html
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -399,7 +400,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     def read(folders: Sequence[Path], name: str) -> dict[str, Any]:
-        return {folder.name: json.loads((folder / name).read_text("utf-8")) for folder in folders}
+        found = {}
+        for folder in folders:
+            if (folder / name).is_file():
+                found[folder.name] = json.loads((folder / name).read_text("utf-8"))
+            else:
+                print(f"left out: {folder} holds no {name}", file=sys.stderr)
+        return found
 
     parts = [] if args.head is None else [args.head.read_text(encoding="utf-8").strip()]
     reports, rankings = read(args.reports, "report.json"), read(args.rankings, "ranking.json")

@@ -195,7 +195,10 @@ def test_claims_stand_beside_measurements(text: str) -> None:
     claims = section(text, "## The paper's claims")
     assert "above .30 in 0 of 2: french 0.10 [0.03, 0.30], json 0.10 [0.03, 0.30]" in claims
     assert "reaches 0 in 0 of 2" in claims
-    assert "french, layer 20, loose: unsteered 0.00, 1 latents 0.05, 5 latents 0.60" in claims
+    assert (
+        "french, layer 20, read last, by saif, loose: unsteered 0.00, 1 latents 0.05, "
+        "5 latents 0.60"
+    ) in claims
 
 
 def test_experiments_have_a_plot_and_a_table(text: str) -> None:

@@ -352,11 +352,18 @@ def claims_table(rows: Sequence[Steered], experiments: Sequence[Report]) -> str:
     for report in experiments:
         facts = report["settings"]
         told = [f"{arm['name']} {arm['loose']['value']:.2f}" for arm in report["arms"]]
-        where = sentence([f"layer {layer}" for layer in
-                          dict.fromkeys(sae["layer"] for sae in facts["sae"])])  # fmt: skip
         cells.append([f"{facts['experiment']}: {CLAIMS[facts['experiment']]}",
-                      f"{facts['task']}, {where}, loose: {sentence(told)}"])  # fmt: skip
+                      f"{facts['task']}, {where(facts)}, loose: {sentence(told)}"])  # fmt: skip
     return table(["the paper says", "measured here"], cells)
+
+
+def where(facts: Report) -> str:
+    """Layers, and where samples were read and by what latents were ranked, unless that varies."""
+    layers = dict.fromkeys(sae["layer"] for sae in facts["sae"])
+    said = [f"layer{'s' if len(layers) > 1 else ''} {sentence(list(map(str, layers)))}"]
+    if facts["experiment"] != "read":
+        said.append(f"read {facts['read']}, by {facts['by']}")
+    return ", ".join(said)
 
 
 def experiment_section(report: Report) -> Iterator[str]:
@@ -364,7 +371,7 @@ def experiment_section(report: Report) -> Iterator[str]:
     name = facts["experiment"]
     saes = ", ".join(f"layer {s['layer']} with {s['d_sae']} latents" for s in facts["sae"])
     n = report["arms"][0]["n"]
-    yield f"### {name}: {facts['task']}"
+    yield f"### {name}: {facts['task']}, {where(facts)}"
     yield f"The paper: {CLAIMS[name]}."
     yield (
         f"{saes}; read {facts['read']}, by {facts['by']}, k {facts['k']}, scale "

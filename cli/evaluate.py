@@ -34,12 +34,14 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--ifeval", metavar="FILE",
-        help="answer and grade these IFEval prompts too (the standard .jsonl; plans steer the rows "
-        "that have prompt_without_instruction) (default: none)",
+        help="answer and grade these IFEval prompts too (the standard .jsonl; of rows that have "
+        "prompt_without_instruction, each plan steers those whose one instruction its task is "
+        "about) (default: none)",
     )  # fmt: skip
     what.add_argument(
         "--ifeval-only", type=names, metavar="ID,...",
-        help="keep the IFEval rows all of whose instructions are among these (default: all)",
+        help="keep the IFEval rows all of whose instructions are among these; every plan then "
+        "steers all of them (default: all)",
     )  # fmt: skip
     how = parser.add_argument_group("protocol")
     how.add_argument(
@@ -148,8 +150,9 @@ def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
     ifeval = None
     if ifeval_rows is not None:
         ifeval = evaluate_ifeval(
-            lm, ifeval_rows, _arm_names(plans) if plans else None,
-            only=args.ifeval_only or (), n=args.n, decoding=decoding,
+            lm, ifeval_rows, _arm_names(plans) if plans and args.ifeval_only else None,
+            matched=() if args.ifeval_only else _matched(groups), only=args.ifeval_only or (),
+            n=args.n, decoding=decoding,
             max_new_tokens=args.max_new_tokens or 256, progress=report,
         )  # fmt: skip
     beside = {
@@ -160,6 +163,7 @@ def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
         comparisons,
         sweeps={name: found.get("sweep") for name, found in beside.items()},
         stability={name: found.get("stability") for name, found in beside.items()},
+        shuffled={name: found.get("shuffled") for name, found in beside.items()},
         ifeval=ifeval,
         judge=args.judge_model,
     )
@@ -177,6 +181,21 @@ def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
 
 def _controls(given: tuple[str, ...]) -> tuple[str, ...]:
     return () if given == ("none",) else given
+
+
+def _matched(groups: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, Any]]:
+    """Each plan with its task, for IFEval. Raises UsageError where IFEval has no such task."""
+    from saesteer.steering.ifeval import INSTRUCTION_OF
+
+    found = []
+    for task, members in groups:
+        if task.check_name not in INSTRUCTION_OF:
+            raise UsageError(
+                f"IFEval has no instruction like the task {task.name!r}: give --ifeval-only the "
+                "ids of the rows to steer"
+            )
+        found += [(task, plan) for plan in members.values()]
+    return found
 
 
 def _by_task(args: Namespace, plans: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
@@ -208,7 +227,7 @@ def _arm_names(plans: dict[str, Any]) -> dict[str, Any]:
 
 
 def _beside(paths: list[str]) -> dict[str, Any]:
-    """What lies beside the first plan of a task: its sweep, and the stability of its ranking."""
+    """What lies beside the first plan of a task: its sweep, and what its ranking says."""
     from saesteer.checkpoints.files import read_json
 
     given = Path(paths[0]).expanduser()
@@ -217,9 +236,10 @@ def _beside(paths: list[str]) -> dict[str, Any]:
     if (folder / "sweep.json").is_file():
         found["sweep"] = read_json(folder / "sweep.json")
     if (folder / "ranking.json").is_file():
-        stability = read_json(folder / "ranking.json").get("stability")
-        if isinstance(stability, dict):
-            found["stability"] = stability
+        ranking = read_json(folder / "ranking.json")
+        for name in ("stability", "shuffled"):
+            if isinstance(ranking.get(name), dict):
+                found[name] = ranking[name]
     return found
 
 
@@ -280,6 +300,17 @@ def _print_ifeval(ifeval: dict[str, Any]) -> None:
         [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
     ]
     print_table(["arm", *(key.replace("_", " ") for key in keys)], rows, "arm", indent=2)
+    rows = [
+        [
+            f"{test['ours']} - {test['theirs']}",
+            test["measure"],
+            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+            figure(test["p"], 2),
+        ]
+        for test in ifeval["tests"]
+    ]
+    if rows:
+        print_table(["difference", "measure", "mean", "p"], rows, "difference,measure", indent=2)
     for name, what in ifeval["stand_ins"].items():
         print(f"  {name}: judged with {what}")
     print()

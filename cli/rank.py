@@ -29,6 +29,7 @@ _RANK_FIELDS = {
     "pool": "pool",
     "drop": "drop",
     "max_fdr": "max_fdr",
+    "shuffles": "shuffles",
     "rank_contents": "contents",
     "reply_variants": "reply_variants",
     "effect_contents": "effect_contents",
@@ -81,6 +82,10 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument(
         "--max-fdr", type=number, metavar="Q",
         help="false discovery rate that --drop fdr lets pass (default: 0.05)",
+    )  # fmt: skip
+    read.add_argument(
+        "--shuffles", type=count, metavar="N",
+        help="rankings with shuffled labels, to show what chance finds; 0: none (default: 20)",
     )  # fmt: skip
     read.add_argument(
         "--position", metavar="WHERE",
@@ -286,6 +291,8 @@ def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> di
         "dropped": list(config.drop),
         "filters": ranking.dropped(),
         "stability": ranking.stability.summary(),
+        "overlap": ranking.overlap(),
+        "shuffled": None if ranking.shuffled is None else ranking.shuffled.summary(),
         "unsteered": _unsteered(ranking),
         "contents_used": [
             min(config.contents, len(ranking.task.contents["train"])),

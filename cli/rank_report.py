@@ -73,10 +73,33 @@ def _findings(document: dict[str, Any]) -> list[str]:
         lines.append(
             f"agreement by {parts['by']} (Jaccard@{parts['k']} / Spearman): {', '.join(alike)}"
         )
+    others = {name: x for name, x in document["overlap"].items() if name != document["by"]}
+    shared = ", ".join(f"{name} {x:.2f}" for name, x in others.items())
+    lines.append(f"top {parts['k']} shared with those by other scores (Jaccard): {shared}")
+    if document["shuffled"]:
+        lines += _chance(document["shuffled"])
     if document["unsteered"]:
         plain = document["unsteered"]
         lines.append(f"unsteered, {plain['successes']} of {plain['n']} answers pass")
     return lines
+
+
+def _chance(found: dict[str, Any]) -> list[str]:
+    """What the ranking finds with shuffled labels."""
+
+    def against(name: str) -> str:
+        one = found[name]
+        return (
+            f"{figure(one['mean'], 3)} (at most {figure(one['highest'], 3)}) against "
+            f"{figure(one['real'], 3)}"
+        )
+
+    return [
+        f"with shuffled labels ({found['shuffles']} times): best {found['by']} {against('best')}, "
+        f"best auroc {against('best_auroc')},",
+        f"  latents that differ ({found['test']}) {against('discoveries')}, top {found['k']} "
+        f"shared with the real one {figure(found['overlap']['mean'], 2)}",
+    ]
 
 
 def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
@@ -95,6 +118,13 @@ def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
         ("scores", ", ".join(f"{name} {figure(x)}" for name, x in row["scores"].items())),
         ("chance", f"p {figure(row['p'])}, q {figure(row['q'])} ({document['test']})"),
     ]  # fmt: skip
+    if row.get("shuffled"):
+        chance = row["shuffled"]
+        lines.append(
+            ("shuffled", f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
+             f"best latent of {chance['reached']:.0%} of the shuffles: p {figure(chance['p'], 2)} "
+             f"for all latents at once (by auroc {figure(chance['auroc_p'], 2)})")
+        )  # fmt: skip
     lines += [
         (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "
          f"{figure(part['highest'])}, in the top {document['stability']['k']} of "

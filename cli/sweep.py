@@ -15,7 +15,7 @@ from saesteer.cli.values import budget, count, grid, number, rounds
 
 EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
 
-_AXES = ("k", "beta", "scale", "scope", "position", "read", "by")
+_AXES = ("k", "beta", "scale", "scope", "layer", "position", "read", "by")
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -27,7 +27,8 @@ def add_flags(parser: VerbParser) -> None:
     )  # fmt: skip
     what.add_argument(
         "--sae", action=Repeated, metavar="DIR",
-        help="an SAE to rank with first; repeatable: one of each layer",
+        help="an SAE to rank with first; repeatable: one of each layer, or {layer} in a name with "
+        "--grid layer=...",
     )  # fmt: skip
     what.add_argument(
         "--task", metavar="NAME/FILE",
@@ -37,8 +38,9 @@ def add_flags(parser: VerbParser) -> None:
     how = parser.add_argument_group("grid and race")
     how.add_argument(
         "--grid", action=Repeated, type=grid, metavar="AXIS=V,...",
-        help="values of k, beta, scale or scope, and with --sae of position, read or by; numbers "
-        "also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, scope=generation)",
+        help="values of k, beta, scale or scope, and with --sae of layer, position, read or by; "
+        "numbers also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, "
+        "scope=generation)",
     )  # fmt: skip
     how.add_argument(
         "--rounds", type=rounds, default=((12, 4), (40, 1)), metavar="N:KEEP,...",
@@ -97,20 +99,25 @@ def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
     for name, values in args.grid or ():
         if name not in _AXES:
             raise UsageError(f"--grid {name} is none of the axes {', '.join(_AXES)}")
-        if name in ("position", "read", "by") and args.plan:
+        if name in ("layer", "position", "read", "by") and args.plan:
             raise UsageError(f"--grid {name} needs --sae: a plan is ranked already")
         axes[name] = _typed(name, values)
+    if args.sae and ("layer" in axes) != all("{layer}" in name for name in args.sae):
+        raise UsageError(
+            "--grid layer=... and {layer} in the name of every --sae belong together: give both, "
+            "such as --sae runs/sae/layer-{layer}_dsae-4096_k-32_seed-0"
+        )
     return axes
 
 
 def _typed(name: str, values: tuple[str, ...]) -> tuple[Any, ...]:
     if name in ("scope", "position", "read", "by"):
         return values
-    kind = int if name == "k" else float
+    kind = int if name in ("k", "layer") else float
     try:
         typed = tuple(kind(value) for value in values)
     except ValueError:
-        what = "whole numbers" if name == "k" else "numbers"
+        what = "whole numbers" if kind is int else "numbers"
         raise UsageError(f"--grid {name} must be {what}, got {','.join(values)}") from None
     if name == "k" and min(typed) < 1:
         raise UsageError(f"--grid k must be at least 1, got {min(typed)}")
@@ -165,9 +172,16 @@ def _plans(
             plans = loaded
     else:
         task = load_task(args.task)
-        saes = [load_sae(path) for path in args.sae]
+        names = [
+            name.replace("{layer}", str(layer))
+            for name in args.sae
+            for layer in axes.get("layer", ("",))
+        ]
+        saes = [load_sae(name) for name in names]
         lm = open_model(args, report, name=saes[0].spec.model_name)
-        for sae in saes:
+        layers = [sae.spec.layer for sae in saes]
+        for sae, source in zip(saes, names, strict=True):
+            alone = layers.count(sae.spec.layer) == 1
             for position, read, by in product(
                 *(axes.get(name, (None,)) for name in ("position", "read", "by"))
             ):
@@ -176,14 +190,15 @@ def _plans(
                 config = RankConfig(seed=args.seed or 0, **chosen)
                 ranking = rank(lm, sae.to(lm.device), task, config, progress=report)
                 plan = plan_from_ranking(lm, sae, ranking, top=top)
-                plans[" ".join([f"layer {plan.layer}", *chosen.values()])] = plan
+                what = f"layer {plan.layer}" if alone else Path(source).name
+                plans[" ".join([what, *chosen.values()])] = plan
     return lm, task, {"": next(iter(plans.values()))} if len(plans) == 1 else plans
 
 
 def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
     from saesteer.checkpoints.files import plain, write_json, write_text
     from saesteer.steering import save_plan
-    from saesteer.steering.report import pareto_chart
+    from saesteer.steering.report_charts import pareto_chart
 
     save_plan(found.plan(), folder)
     write_json(folder / "sweep.json", document)

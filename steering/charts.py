@@ -24,6 +24,8 @@ class Bar:
     low: float
     high: float
     colour: int = 0
+    group: str = ""
+    """Bars of one group stand together under its name."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,25 @@ def bars(rows: Sequence[Bar], label: str, width: float = 640.0) -> str:
     right = 130.0
     span = max(width - left - right, 120.0)
     step, top = 24.0, 8.0
-    height = top + step * len(rows) + 22
+    places: list[float] = []
+    titles: list[tuple[float, str]] = []
+    y, group = top, ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            titles.append((y + step / 2 + (8 if places else 4), group))
+            y += step + (6 if places else 0)
+        places.append(y)
+        y += step
+    height = y + 22
     body = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = left + span * tick
         body.append(_line(x, top, x, height - 20, _FAINT))
         body.append(_text(x, height - 5, f"{tick:g}", "middle"))
-    for place, row in enumerate(rows):
-        y = top + step * place
+    for y, title in titles:
+        body.append(_text(left - 6, y, title, "end", 'font-weight="bold"'))
+    for y, row in zip(places, rows, strict=True):
         middle = y + step / 2
         colour = COLOURS[row.colour % len(COLOURS)]
         body.append(_text(left - 6, middle + 4, row.label, "end"))
@@ -170,11 +183,15 @@ def scatter(
     x_label: str,
     y_label: str,
     front: Sequence[Point] = (),
+    limit: float | None = None,
     joined: bool = False,
     width: float = 560.0,
     height: float = 320.0,
 ) -> str:
-    """Shares against a cost: one colour a series, the front as a stair, series joined by lines."""
+    """Shares against a cost: one colour a series, the front as a stair, series joined by lines.
+
+    `limit` is drawn as a dotted line across where it lies on the axis.
+    """
     series = list(dict.fromkeys(point.series for point in points))
     frame = _Frame([*points, *front], x_label, y_label, _SHARES, series, width, height)
     if front:
@@ -188,6 +205,10 @@ def scatter(
             f'<polyline points="{path}" fill="none" stroke="currentColor" '
             'stroke-opacity="0.55" stroke-dasharray="5 4"/>'
         )
+    if limit is not None and limit <= frame.x_ticks[-1]:
+        x = frame.x(limit)
+        style = 'stroke="currentColor" stroke-dasharray="2 4"'
+        frame.body.append(_line(x, frame.top, x, frame.bottom, style))
     for place, name in enumerate(series):
         colour = COLOURS[place % len(COLOURS)]
         own = [point for point in points if point.series == name]
@@ -212,12 +233,16 @@ def heat_map(
 ) -> str:
     """Values between 0 and 1 as shades, with the figure in every cell."""
     left = 12 + _CHAR * max(map(len, rows), default=0)
-    cell, top = 40.0, 20 + 0.62 * _CHAR * max(map(len, columns), default=0)
+    longest = max(map(len, columns), default=0)
+    turn = longest * _CHAR > 36
+    cell, top = 40.0, 20 + (0.62 * _CHAR * longest if turn else 2.0)
     body = []
     for place, name in enumerate(columns):
         x = left + cell * (place + 0.5)
         turned = f'transform="rotate(-38 {x:.1f} {top - 8:.1f})"'
-        body.append(_text(x, top - 8, name, "start", turned))
+        body.append(
+            _text(x, top - 8, name, "start", turned) if turn else _text(x, top - 8, name, "middle")
+        )
     for i, name in enumerate(rows):
         y = top + cell * i
         body.append(_text(left - 6, y + cell / 2 + 4, name, "end"))
@@ -228,6 +253,6 @@ def heat_map(
                 f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.75 * min(max(value, 0), 1):.2f}"/>'
             )
             body.append(_text(x + cell / 2, y + cell / 2 + 4, f"{value:.2f}", "middle"))
-    overhang = 0.8 * _CHAR * max(map(len, columns), default=0)
+    overhang = 0.8 * _CHAR * longest if turn else 6
     width = left + cell * len(columns) + overhang
     return _svg(width, top + cell * len(rows) + 6, label, body)

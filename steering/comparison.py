@@ -309,6 +309,7 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
             "layer": plan.layer,
             "site": plan.site,
             "latents": [latent.id for latent in plan.latents],
+            "lens": [list(latent.lens) for latent in plan.latents],
             "k": len(plan.latents),
             "method": plan.method,
             "unit": plan.unit,

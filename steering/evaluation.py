@@ -14,6 +14,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.models import LanguageModel, as_language_model
 from saesteer.steering.applying import SteeredText, generate_steered
+from saesteer.steering.arrangement import Plans
 from saesteer.steering.checks import Verdict
 from saesteer.steering.grading import (
     Grade,
@@ -377,7 +378,7 @@ def two_ways_to_ask(task: Task, contents: Sequence[str]) -> tuple[list[str], lis
 def answer(
     lm: LanguageModel,
     texts: Sequence[str],
-    plan: Plan | None,
+    plan: Plans | None,
     max_new_tokens: int,
     decoding: Decoding,
     stage: str = "generate",

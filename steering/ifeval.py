@@ -10,10 +10,28 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.models import LanguageModel, as_language_model
+from saesteer.steering.arrangement import ByRow
 from saesteer.steering.evaluation import Decoding, Rate, answer
 from saesteer.steering.grading import loose_variants
 from saesteer.steering.ifeval_checks import CHECKERS, stand_ins
+from saesteer.steering.intervals import paired_difference, sign_test
 from saesteer.steering.plan import Plan
+from saesteer.steering.tasks import Task
+
+INSTRUCTION_OF = {
+    "no_comma": "punctuation:no_comma",
+    "uppercase": "change_case:english_capital",
+    "lowercase": "change_case:english_lowercase",
+    "json": "detectable_format:json_format",
+    "quotes": "startend:quotation",
+    "bullets": "detectable_format:number_bullet_lists",
+    "title": "detectable_format:title",
+    "end_phrase": "startend:end_checker",
+    "language": "language:response_language",
+    "keyword": "keywords:existence",
+    "forbidden": "keywords:forbidden_words",
+}
+"""The instruction of IFEval that a task of ours is about, by the name of the task's check."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,29 @@ def ifeval_scores(verdicts: Sequence[Sequence[Followed]]) -> IFEvalScores:
     )
 
 
+def plan_for_row(row: IFEvalPrompt, plans: Sequence[tuple[Task, Plan]]) -> Plan | None:
+    """The first plan whose task is about the row's only instruction; None where there is none.
+
+    A language, a phrase to end with and keywords have to be those of the task.
+    """
+    if len(row.instructions) != 1:
+        return None
+    (kwargs,) = row.kwargs
+    for task, plan in plans:
+        if INSTRUCTION_OF.get(task.check_name or "") != row.instructions[0]:
+            continue
+        ours = task.check_arguments or {}
+        pairs = (
+            ("language", ours.get("lang")),
+            ("end_phrase", ours.get("phrase")),
+            ("keywords", [ours.get("keyword")]),
+            ("forbidden_words", ours.get("keywords")),
+        )
+        if all(kwargs[name] == wanted for name, wanted in pairs if name in kwargs):
+            return plan
+    return None
+
+
 def evaluate_ifeval(
     model: str | LanguageModel,
     prompts: Sequence[IFEvalPrompt],
@@ -157,6 +198,7 @@ def evaluate_ifeval(
     *,
     only: Sequence[str] = (),
     n: int | None = None,
+    matched: Sequence[tuple[Task, Plan]] = (),
     max_new_tokens: int = 256,
     decoding: Decoding = Decoding(temperature=0.0),  # noqa: B008 (frozen: one may serve all)
     device: str = "auto",
@@ -166,39 +208,49 @@ def evaluate_ifeval(
     """Answer IFEval prompts and grade the answers.
 
     Arms: `prompted` (the prompts as they are); where rows have their prompt without the
-    instruction, also `unsteered` (that) and each plan (that, steered).
+    instruction, also `unsteered` (that) and each plan (that, steered). With `matched`, the arms
+    `steered` and `steered + prompted` give each row the plan for its instruction.
 
     Args:
+        plans: each steers every row.
+        matched: plans with the tasks they are for; rows that `plan_for_row` has no plan for are
+            left out. Not together with `plans`.
         only: keep rows all of whose instructions are among these ids; with plans, give those that
             the plans are for.
         n: keep the first so many rows.
 
     Returns:
-        JSON-ready: scores and answers by arm, and what stood in for missing packages.
+        JSON-ready: scores and answers by arm, paired tests of every steered arm against the other
+        two (prompts are the units), and what stood in for missing packages.
 
     Raises:
         UserError: no row is left, or plans were given and no row has a prompt without instruction.
     """
     chosen = [row for row in prompts if not only or set(row.instructions) <= set(only)]
-    if plans:
+    if plans or matched:
         chosen = [row for row in chosen if row.plain is not None]
+    if matched:
+        chosen = [row for row in chosen if plan_for_row(row, matched) is not None]
     chosen = chosen[: len(chosen) if n is None else n]
     if not chosen:
         raise UserError(
-            "no IFEval row is left: --plan needs rows with prompt_without_instruction, and "
-            "--ifeval-only the ids of instructions that occur"
+            "no IFEval row is left: --plan needs rows with prompt_without_instruction and an "
+            "instruction that the plan is for, --ifeval-only the ids of instructions that occur"
         )
     if plans and {"prompted", "unsteered"} & plans.keys():
         raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")
     lm = as_language_model(model, device=device, dtype=dtype)
-    arms: list[tuple[str, list[str], Plan | None]] = [
-        ("prompted", [row.prompt for row in chosen], None)
-    ]
+    asked = [row.prompt for row in chosen]
+    arms: list[tuple[str, list[str], Plan | ByRow | None]] = [("prompted", asked, None)]
     if all(row.plain is not None for row in chosen):
         plain = [row.plain or "" for row in chosen]
         arms.append(("unsteered", plain, None))
         arms += [(name, plain, plan) for name, plan in (plans or {}).items()]
+        if matched:
+            by_row = ByRow([plan_for_row(row, matched) for row in chosen])
+            arms += [("steered", plain, by_row), ("steered + prompted", asked, by_row)]
     found: dict[str, Any] = {}
+    verdicts_of: dict[str, list[list[Followed]]] = {}
     for name, texts, plan in arms:
         replies = answer(
             lm, texts, plan, max_new_tokens, replace(decoding), f"IFEval: {name}", progress
@@ -206,6 +258,7 @@ def evaluate_ifeval(
         verdicts = [
             follow(row, reply.completion) for row, reply in zip(chosen, replies, strict=True)
         ]
+        verdicts_of[name] = verdicts
         found[name] = {
             "scores": ifeval_scores(verdicts).row(),
             "answers": [
@@ -218,4 +271,30 @@ def evaluate_ifeval(
                 for row, reply, verdict in zip(chosen, replies, verdicts, strict=True)
             ],
         }
-    return {"prompts": len(chosen), "stand_ins": stand_ins(), "arms": found}
+    return {
+        "prompts": len(chosen),
+        "stand_ins": stand_ins(),
+        "arms": found,
+        "tests": _paired_tests(verdicts_of),
+    }
+
+
+def _paired_tests(verdicts: Mapping[str, Sequence[Sequence[Followed]]]) -> list[dict[str, Any]]:
+    """Every steered arm against unsteered and prompted, prompt by prompt."""
+    tests = []
+    for ours in verdicts:
+        if ours in ("prompted", "unsteered"):
+            continue
+        for theirs in ("unsteered", "prompted"):
+            for measure in ("loose", "strict"):
+                one, other = (
+                    [float(all(getattr(each, measure) for each in row)) for row in verdicts[name]]
+                    for name in (ours, theirs)
+                )
+                gap = paired_difference(one, other)
+                more, less, p = sign_test(one, other)
+                tests.append(
+                    {"ours": ours, "theirs": theirs, "measure": measure, "difference": gap.value,
+                     "low": gap.low, "high": gap.high, "wins": more, "losses": less, "p": p}
+                )  # fmt: skip
+    return tests

@@ -41,6 +41,8 @@ class RankConfig:
     out is reported all the same."""
     max_fdr: float = 0.05
     """Largest false discovery rate (Benjamini-Hochberg) that the filter `fdr` lets pass."""
+    shuffles: int = 20
+    """Times that the texts are scored with shuffled labels, to show what chance finds."""
     contents: int = 48
     """Contents of the train split to use."""
     reply_variants: int = 2
@@ -93,6 +95,8 @@ class RankConfig:
         ):
             if count < 1:
                 raise UsageError(f"{flag} must be at least 1, got {count}")
+        if self.shuffles < 0:
+            raise UsageError(f"--shuffles must be at least 0, got {self.shuffles}")
         if not self.max_norm_ratio > 1:
             raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
         if not 0 < self.max_fdr <= 1:

@@ -3,13 +3,16 @@
 The page is made from the document alone, so nothing in it can differ from `report.json`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from saesteer.sae.models import LanguageModel
-from saesteer.steering.charts import Bar, Point, bars, heat_map, scatter
+from saesteer.steering.charts import Bar, Point, bars, scatter
 from saesteer.steering.comparison import Comparison, comparison_document
+from saesteer.steering.evaluation import Rate
+from saesteer.steering.report_charts import dose_response, pareto_chart, stability_section
 
 SCHEMA_VERSION = 1
 EXAMPLES = 4
@@ -24,6 +27,7 @@ def report_document(
     *,
     sweeps: Mapping[str, Any] | None = None,
     stability: Mapping[str, Any] | None = None,
+    shuffled: Mapping[str, Any] | None = None,
     ifeval: Mapping[str, Any] | None = None,
     judge: str | None = None,
 ) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def report_document(
 
     Args:
         sweeps: documents of `Sweep.document`, by task name.
-        stability: the `stability` of `ranking.json`, by task name.
+        stability: the `stability` of `ranking.json`, by task name; `shuffled` likewise.
         ifeval: what `evaluate_ifeval` returns.
         judge: the name of the language model that graded as well.
     """
@@ -40,6 +44,7 @@ def report_document(
         document = comparison_document(one)
         document["sweep"] = (sweeps or {}).get(one.task.name)
         document["stability"] = (stability or {}).get(one.task.name)
+        document["shuffled"] = (shuffled or {}).get(one.task.name)
         document["answers"] = {arm.name: [a.row() for a in arm.answers] for arm in one.arms}
         tasks.append(document)
     return {
@@ -58,7 +63,7 @@ _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{margin-top:2.6rem;border-bottom:1px solid #8884}
-h3{margin-top:1.8rem}p.note{color:#777;margin:.2rem 0}
+h3{margin-top:1.8rem}h4{margin:1rem 0 .2rem}p.note{color:#777;margin:.2rem 0}
 table{border-collapse:collapse;margin:.6rem 0;font-size:13.5px;display:block;overflow-x:auto}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8883;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto;margin:.4rem 0}
@@ -109,15 +114,24 @@ def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for task in tasks:
         for kind in kinds:
-            arm = next((arm for arm in task["arms"] if arm["kind"] == kind), None)
-            if arm is not None:
-                label = f"{task['task']['name']}: {arm['name']}"
-                rows.append(_bar(label, arm["loose"], _KIND_COLOURS[kind]))
+            arms = [arm for arm in task["arms"] if arm["kind"] == kind]
+            shown = [(arm["name"], arm["loose"]) for arm in arms]
+            if kind == "random" and arms:
+                shown = [("random latents", _pooled(task, arms))]
+            rows += [
+                _bar(name, rate, _KIND_COLOURS[kind], task["task"]["name"]) for name, rate in shown
+            ]
     return "<h2>All tasks, loose success</h2>" + bars(rows, "Loose success by task and arm", 820.0)
 
 
-def _bar(label: str, rate: Mapping[str, Any], colour: int) -> Bar:
-    return Bar(label, rate["value"], rate["low"], rate["high"], colour)
+def _pooled(task: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Loose success of several arms as one, their draws counted like seeds."""
+    hits = [row["grade"] != "C" for arm in arms for row in task["answers"][arm["name"]]]
+    return dataclasses.asdict(Rate.of(hits, len(arms) * len(task["seeds"])))
+
+
+def _bar(label: str, rate: Mapping[str, Any], colour: int, group: str = "") -> Bar:
+    return Bar(label, rate["value"], rate["low"], rate["high"], colour, group)
 
 
 def _task_section(task: Mapping[str, Any]) -> str:
@@ -132,6 +146,7 @@ def _task_section(task: Mapping[str, Any]) -> str:
         "new tokens</p>",
         "".join(f"<p>{_plan_line(name, plan)}</p>" for name, plan in task["plans"].items()),
         "".join(f'<p class="note">Note: {escape(note)}</p>' for note in task["notes"]),
+        "".join(f"<p>{line}</p>" for line in _in_short(task)),
         "<h3>Success</h3>",
     ]
     for measure in ("loose", "strict"):
@@ -142,24 +157,49 @@ def _task_section(task: Mapping[str, Any]) -> str:
         parts.append(f"<p>{measure}</p>" + bars(rows, f"{measure} success by arm", 760.0))
     parts.append(_grades_table(task["arms"]))
     parts.append(_tests_table(task["tests"]))
-    parts.append(_damage_table(task["arms"]))
+    parts.append(_damage_tables(task["arms"]))
     parts.append(_pareto(task))
     if task.get("sweep"):
         parts.append(dose_response(task["sweep"]))
-    if task.get("stability"):
-        parts.append(_stability(task["stability"]))
+    parts.append(stability_section(task.get("stability"), task.get("shuffled")))
     parts.append(_examples(task))
     return "\n".join(parts)
+
+
+def _in_short(task: Mapping[str, Any]) -> list[str]:
+    """Of each steered arm: its rates, and what it gains over the others."""
+    lines = []
+    for arm in task["arms"]:
+        if arm["kind"] != "steered":
+            continue
+        gaps = [
+            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] over "
+            f"{escape(test['theirs'])}"
+            for test in task["tests"]
+            if test["ours"] == arm["name"] and test["measure"] == "loose"
+        ]
+        lines.append(
+            f"<b>{escape(arm['name'])}, in short</b>: loose {_rate(arm['loose'])}, strict "
+            f"{_rate(arm['strict'])}, degenerate {_rate(arm['degenerate'])}"
+            + (f". Loose: {'; '.join(gaps)}." if gaps else ".")
+        )
+    return lines
 
 
 def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
     length = "" if plan["delta_norm"] is None else f", ‖delta‖ {plan['delta_norm']:.4g}"
     if plan["unit"] == "rel":
         length = f", ‖delta‖ = {plan['scale']:g} ‖h‖"
+    says = plan.get("lens") or [[]] * len(plan["latents"])
+    latents = [
+        f"{i} ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})" if lens
+        else str(i)
+        for i, lens in zip(plan["latents"][:30], says, strict=False)
+    ]  # fmt: skip
     return (
         f"<b>{escape(name)}</b>: layer {plan['layer']} ({escape(plan['site'])}), {plan['k']} "
-        f"latents ({', '.join(map(str, plan['latents'][:30]))}), {escape(plan['method'])}, scale "
-        f"{plan['scale']:g}, beta {plan['beta']:g}, scope {escape(plan['scope'])}{length}"
+        f"latent{'' if plan['k'] == 1 else 's'}: {', '.join(latents)}; {escape(plan['method'])}, "
+        f"scale {plan['scale']:g}, beta {plan['beta']:g}, scope {escape(plan['scope'])}{length}"
     )
 
 
@@ -215,42 +255,62 @@ def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _damage_table(arms: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
+_ANSWERS = {
+    "perplexity": "perplexity", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3", "repetition": "repetition", "zlib_ratio": "zlib",
+    "truncated": "truncated",
+}  # fmt: skip
+_NEUTRAL = {
+    "relative_dose": "‖delta‖/‖h‖", "kl": "KL(plain‖steered)", "kl_reverse": "KL(steered‖plain)",
+    "delta_ce": "ΔCE", "top1_agreement": "top-1 kept", "norm_ratio": "length",
+}  # fmt: skip
+
+
+def _damage_tables(arms: Sequence[Mapping[str, Any]]) -> str:
+    answers = [
+        [arm["name"], *(_figure(arm["fluency"].get(key)) for key in _ANSWERS)] for arm in arms
+    ]
+    neutral = []
     for arm in arms:
-        fluent, damage = arm["fluency"], arm["damage"] or {}
+        damage = arm["damage"]
+        if damage is None:
+            continue
         flips = "–"
         if damage.get("right_to_wrong") is not None:
             flips = f"{damage['right_to_wrong']} of {damage['right_before']}"
-        rows.append(
-            [
-                arm["name"],
-                *(
-                    _figure(fluent[key])
-                    for key in ("perplexity", "distinct_2", "repetition", "zlib_ratio", "truncated")
-                ),
-                *(
-                    _figure(damage.get(key))
-                    for key in ("kl", "kl_reverse", "top1_agreement", "delta_ce", "relative_dose")
-                ),
-                flips,
-            ]
-        )
-    headers = [
-        "arm", "perplexity", "distinct-2", "repetition", "zlib", "truncated",
-        "KL(p‖s)", "KL(s‖p)", "top-1 kept", "ΔCE", "‖delta‖/‖h‖", "right → wrong",
-    ]  # fmt: skip
-    return (
-        "<h3>Damage</h3><p>Left of KL: the answers themselves (perplexity under the unsteered "
-        "model, without the prompt). From KL on: neutral questions, teacher forced on the "
-        "unsteered model's answers, in nats per token; right → wrong counts the questions that "
-        "were answered right before.</p>" + _table(headers, rows)
-    )
+        neutral.append([arm["name"], *(_figure(damage.get(key)) for key in _NEUTRAL), flips])
+    parts = [
+        "<h3>Damage</h3><p>The answers: perplexity under the unsteered model, without the prompt; "
+        "shares of distinct n-grams; share covered by the most repeated 4-gram; how far zlib "
+        "packs them; share cut off at the longest length.</p>",
+        _table(["arm", *_ANSWERS.values()], answers),
+    ]
+    if neutral:
+        parts += [
+            "<p>Neutral questions, teacher forced on the unsteered model's answers, in nats per "
+            "token; length: of edited residuals over unedited ones; right → wrong: of the "
+            "questions that were answered right before.</p>",
+            _table(["arm", *_NEUTRAL.values(), "right → wrong"], neutral),
+        ]
+    return "".join(parts)
 
 
 def _pareto(task: Mapping[str, Any]) -> str:
     if task.get("sweep"):
-        return "<h3>Success against damage</h3>" + pareto_chart(task["sweep"])
+        budget = task["sweep"].get("budget")
+        over = len(task["sweep"].get("skipped") or ())
+        spent = ""
+        if budget:
+            dotted = ", dotted," if budget["kind"] == "kl" else ""
+            spent = (
+                f" The budget{dotted} is {escape(budget['kind'])} {budget['limit']:g}; {over} "
+                "settings over it answered nothing."
+            )
+        return (
+            "<h3>Success against damage</h3><p>Settings of the sweep on development contents, each "
+            "on as many as it came to. Ringed: the one chosen. Dashed: the front, which no setting "
+            f"beats in success without more KL.{spent}</p>" + pareto_chart(task["sweep"])
+        )
     points = [
         Point(arm["damage"]["kl"], arm["loose"]["value"], arm["kind"], arm["name"])
         for arm in task["arms"]
@@ -264,80 +324,6 @@ def _pareto(task: Mapping[str, Any]) -> str:
         points, "Loose success against KL", x_label="KL on neutral questions (nats per token)",
         y_label="loose success",
     )  # fmt: skip
-
-
-def pareto_chart(sweep: Mapping[str, Any]) -> str:
-    """Settings of a sweep: loose success against KL, the front dashed, the chosen one ringed."""
-    latest = [row for row in sweep["trials"] if row["latest"] and row["damage"]]
-    chosen = sweep["chosen"]
-    points = [
-        Point(
-            row["damage"]["kl"], row["loose"]["value"], _series(row), _setting(row),
-            _setting(row) == _setting(chosen) and row["n"] == chosen["n"],
-        )
-        for row in latest
-    ]  # fmt: skip
-    points.append(Point(0.0, sweep["unsteered"]["loose"]["value"], "unsteered", "unsteered"))
-    front = sorted(
-        (Point(r["damage"]["kl"], r["loose"]["value"], "") for r in latest if r["on_front"]),
-        key=lambda point: point.x,
-    )
-    return scatter(
-        points, "Loose success against KL", front=front,
-        x_label="KL on neutral questions (nats per token)", y_label="loose success (dev)",
-    )  # fmt: skip
-
-
-def dose_response(sweep: Mapping[str, Any]) -> str:
-    """Loose success by dose, one line for each number of latents and scope."""
-    first = sweep["trials"][0]["n"]
-    rows = [row for row in sweep["trials"] if row["n"] == first]
-    points = [
-        Point(row["relative_dose"], row["loose"]["value"], _series(row), _setting(row))
-        for row in rows
-    ]
-    title = f"<h3>Dose and response</h3><p>First round: {first} development contents a setting.</p>"
-    return title + scatter(
-        points, "Loose success by relative dose", joined=True,
-        x_label="‖delta‖ / ‖h‖ (median over edited positions)", y_label="loose success (dev)",
-    )  # fmt: skip
-
-
-def _series(row: Mapping[str, Any]) -> str:
-    name = f"k {row['k']}, {row['scope']}"
-    if row["beta"]:
-        name += f", beta {row['beta']:g}"
-    return f"{row['plan']}: {name}" if row["plan"] else name
-
-
-def _setting(row: Mapping[str, Any]) -> str:
-    return f"layer {row['layer']}, {_series(row)}, scale {row['scale']:g}"
-
-
-_AGREEMENT = {
-    "jaccard": "Jaccard, mean",
-    "jaccard_lowest": "Jaccard, lowest",
-    "spearman": "Spearman, mean",
-    "spearman_lowest": "Spearman, lowest",
-}
-
-
-def _stability(stability: Mapping[str, Any]) -> str:
-    """How alike the rankings of parts of the texts are: wordings, languages, contents."""
-    parts = {
-        name: found
-        for name, found in stability.items()
-        if isinstance(found, Mapping) and found.keys() >= _AGREEMENT.keys()
-    }
-    if not parts:
-        return ""
-    values = [[found[key] for key in _AGREEMENT] for found in parts.values()]
-    chart = heat_map(values, list(parts), list(_AGREEMENT.values()), "Stability of the ranking")
-    return (
-        "<h3>Stability of the ranking</h3><p>Between the rankings of parts of the texts: overlap "
-        f"of the top {stability.get('k', 'latents')} (Jaccard) and rank correlation (Spearman)."
-        f"</p>{chart}"
-    )
 
 
 def _examples(task: Mapping[str, Any]) -> str:
@@ -367,6 +353,18 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
         [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
     ]
     parts.append(_table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
+    if ifeval.get("tests"):
+        rows = [
+            [
+                f"{test['ours']} − {test['theirs']}",
+                test["measure"],
+                f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+                _figure(test["p"], 2),
+            ]
+            for test in ifeval["tests"]
+        ]
+        parts.append("<p>Prompt by prompt:</p>")
+        parts.append(_table(["difference", "measure", "mean [95 %]", "p"], rows))
     names = list(ifeval["arms"])
     types = sorted(ifeval["arms"][names[0]]["scores"]["by_type"])
     rows = []

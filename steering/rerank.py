@@ -8,10 +8,11 @@ from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.hooks import HookPoint
 from saesteer.sae.models import LanguageModel
-from saesteer.steering.applying import SteeredText, generate_steered
+from saesteer.steering.applying import generate_steered
+from saesteer.steering.arrangement import ByRow
 from saesteer.steering.checks import Verdict
 from saesteer.steering.grading import is_degenerate
-from saesteer.steering.plan import PlannedLatent, make_plan
+from saesteer.steering.plan import Plan, PlannedLatent, make_plan
 from saesteer.steering.rank_config import RankConfig
 from saesteer.steering.tasks import Task
 
@@ -45,45 +46,59 @@ def causal_trials(
     """Steer greedily with one latent at a time, at the same ||delta|| / ||h|| for all of them.
 
     The first trial is the unsteered model; then each latent in the order given, dose by dose.
-    `contents` are train contents: no others may choose latents.
+    `contents` are train contents: no others may choose latents. Every trial of a content is a row
+    of one run with its own plan, so that batches are full however few contents there are.
 
     Raises UsageError for a task without a check.
     """
     require_check(task)
     sample = list(contents[: config.causal_contents])
-    total = 1 + len(ids) * len(config.doses)
+    settings: list[tuple[int | None, float]] = [(None, 0.0)]
+    settings += [(latent, dose) for latent in ids for dose in config.doses]
+    plans = [_plan(lm, sae, point, *setting) for setting in settings]
+    total, done = len(settings) * len(sample), 0
     stage = "rank: steer the shortlist"
-    trials: list[CausalTrial] = []
+    progress(stage, 0, total, "answers")
 
-    def run(latent: int | None, dose: float) -> None:
-        progress(stage, len(trials), total, f"trials of {len(sample)} answers")
-        plan = None
-        if latent is not None:
-            plan = make_plan(
-                lm, sae, [PlannedLatent(id=latent, value=1.0)],
-                layer=point.layer, site=point.site, unit="rel", scale=dose,
-            )  # fmt: skip
-        texts = generate_steered(
-            lm,
-            sample,
-            plan,
-            chat=config.chat,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            # Whether the SAE belongs to the model was asked at the start.
-            force=True,
-        )
-        broken = [is_degenerate(text.token_ids) for text in texts]
-        passed = [_passes(task, *pair) for pair in zip(texts, sample, strict=True)]
-        good = sum(ok and not bad for ok, bad in zip(passed, broken, strict=True))
-        trials.append(CausalTrial(latent, dose, good, sum(broken), len(sample)))
+    def on_batch(new_tokens: int) -> None:
+        nonlocal done
+        done = min(done + config.batch_size, total)
+        progress(stage, done, total, "answers")
 
-    run(None, 0.0)
-    for latent in ids:
-        for dose in config.doses:
-            run(latent, dose)
-    progress(stage, total, total, f"trials of {len(sample)} answers")
-    return trials
+    # All trials of a content lie together: prompts of one length, so no batch pads much.
+    rows = [(content, trial) for content in sample for trial in range(len(settings))]
+    by_row = [plans[trial] for _, trial in rows]
+    texts = generate_steered(
+        lm,
+        [content for content, _ in rows],
+        ByRow(by_row) if any(by_row) else None,
+        chat=config.chat,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        # Whether the SAE belongs to the model was asked at the start.
+        force=True,
+        progress=on_batch,
+    )
+    good, broken = [0] * len(settings), [0] * len(settings)
+    for (content, trial), text in zip(rows, texts, strict=True):
+        bad = is_degenerate(text.token_ids)
+        broken[trial] += bad
+        good[trial] += not bad and task.verdict(text.completion, content) is Verdict.PASS
+    return [
+        CausalTrial(*setting, passed, bad, len(sample))
+        for setting, passed, bad in zip(settings, good, broken, strict=True)
+    ]
+
+
+def _plan(
+    lm: LanguageModel, sae: SAE, point: HookPoint, latent: int | None, dose: float
+) -> Plan | None:
+    if latent is None:
+        return None
+    return make_plan(
+        lm, sae, [PlannedLatent(id=latent, value=1.0)],
+        layer=point.layer, site=point.site, unit="rel", scale=dose,
+    )  # fmt: skip
 
 
 def require_check(task: Task) -> None:
@@ -103,7 +118,3 @@ def causal_scores(trials: Sequence[CausalTrial]) -> dict[int, float]:
         if trial.latent is not None:
             best[trial.latent] = max(best.get(trial.latent, -1.0), trial.rate - floor)
     return best
-
-
-def _passes(task: Task, text: SteeredText, content: str) -> bool:
-    return task.verdict(text.completion, content) is Verdict.PASS

@@ -52,6 +52,14 @@ def filter_masks(control: ControlRates, q: Float[Tensor, " d_sae"], max_fdr: flo
     }
 
 
+def masked_out(
+    filters: Mapping[str, Bool[Tensor, " d_sae"]], drop: Sequence[str]
+) -> Bool[Tensor, " d_sae"] | None:
+    """The latents that the chosen filters take out; `duplicate` needs an order and is not here."""
+    masks = [filters[name] for name in drop if name != "duplicate"]
+    return torch.stack(masks).any(dim=0) if masks else None
+
+
 def duplicates(leaders: Sequence[int], directions: Float[Tensor, "n d_model"]) -> dict[int, int]:
     """For each latent whose direction a better one already has: that better one.
 

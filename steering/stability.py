@@ -24,6 +24,9 @@ class Agreement:
     spearman: float
     """Mean rank correlation of the scores, over latents that are on in any text."""
     spearman_lowest: float
+    jaccard_pairs: tuple[tuple[float, ...], ...] = ()
+    """The index of each part with each, `[parts, parts]`."""
+    spearman_pairs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,8 @@ class Stability:
             name: {
                 "lowest": float(scores[:, place].min()),
                 "highest": float(scores[:, place].max()),
-                "in_top": sum(place in _top(row, self.k, self.by) for row in scores) / len(scores),
+                "in_top": sum(place in top_places(row, self.k, self.by) for row in scores)
+                / len(scores),
             }
             for name, (_, scores) in self.parts.items()
         }
@@ -106,15 +110,29 @@ def _has_both(texts: Texts, mask: Bools) -> bool:
 
 def compare(parts: tuple[str, ...], scores: Array, k: int, by: str) -> Agreement:
     """Jaccard at k and Spearman over all pairs of rows of a score."""
-    tops = [_top(row, k, by) for row in scores]
+    tops = [top_places(row, k, by) for row in scores]
     ranks = [midranks(row) for row in scores]
+    alike = [[jaccard(one, other) for other in tops] for one in tops]
+    rho = [[_correlation(one, other) for other in ranks] for one in ranks]
     pairs = list(combinations(range(len(scores)), 2))
-    alike = [len(tops[i] & tops[j]) / max(len(tops[i] | tops[j]), 1) for i, j in pairs]
-    rho = [_correlation(ranks[i], ranks[j]) for i, j in pairs]
-    return Agreement(parts, float(np.mean(alike)), min(alike), float(np.mean(rho)), float(min(rho)))
+    found = [alike[i][j] for i, j in pairs], [rho[i][j] for i, j in pairs]
+    return Agreement(
+        parts,
+        float(np.mean(found[0])),
+        min(found[0]),
+        float(np.mean(found[1])),
+        float(min(found[1])),
+        tuple(map(tuple, alike)),
+        tuple(map(tuple, rho)),
+    )
 
 
-def _top(scores: Array, k: int, by: str) -> set[int]:
+def jaccard(one: set[int], other: set[int]) -> float:
+    """|A and B| / |A or B|; 0 where both are empty."""
+    return len(one & other) / max(len(one | other), 1)
+
+
+def top_places(scores: Array, k: int, by: str) -> set[int]:
     """Places of the k best, ties by number; none that is no better than neutral."""
     best = np.argsort(-scores, kind="stable")[:k]
     return set(best[scores[best] > NEUTRAL.get(by, 0.0)].tolist())

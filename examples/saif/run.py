@@ -39,6 +39,7 @@ from saesteer.steering import (
     rank,
     run_arms,
 )
+from saesteer.steering.intervals import paired_difference
 
 COUNTS = (1, 2, 5, 10, 15, 20, 30)
 BETAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -143,7 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for sae in experiment.saes
     ]
     facts["model"] = experiment.lm.name
-    report = {"settings": facts, "arms": [arm.summary() for arm in arms]}
+    floor = [float(hit) for hit in arms[0].hits("loose")]
+    rows = []
+    for arm in arms:
+        gain = paired_difference([float(hit) for hit in arm.hits("loose")], floor)
+        rows.append({**arm.summary(), "gain": dataclasses.asdict(gain)})
+    report = {"settings": facts, "arms": rows}
     path = args.out / f"{args.experiment}-{args.task}-layer-{facts['sae'][0]['layer']}.json"
     path.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     print(f"written to {path}")

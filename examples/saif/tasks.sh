@@ -18,4 +18,4 @@ for task in ${TASKS:-french german json question python}; do
         -o "$out/report-$task" --force
 done
 python "$(dirname "$0")/page.py" --head "$(dirname "$0")/head.md" --reports "$out"/report-* \
-    --results "$out/results" -o "$page"
+    --rankings "$out"/plan-* --results "$out/results" -o "$page"

@@ -83,6 +83,27 @@ def test_ifeval_alone_and_with_a_plan(cli: Cli, model: Path, plan: Path, tmp_pat
     ).error(1)
 
 
+def test_ifeval_rows_are_steered_by_the_plan_for_them(
+    cli: Cli, plan: Path, task: Path, tmp_path: Path
+) -> None:
+    row = {
+        "key": 1, "prompt": "Say it without commas.", "kwargs": [{}],
+        "instruction_id_list": ["punctuation:no_comma"], "prompt_without_instruction": "Say it.",
+    }  # fmt: skip
+    data = tmp_path / "ifeval.jsonl"
+    data.write_text(json.dumps(row))
+    own = tmp_path / "task.yaml"
+    own.write_text(task.read_text().replace("name: length", "name: no_comma"))
+    words = ("evaluate", "--plan", plan, "--ifeval", data, "--max-new-tokens", 3, "--n", 1,
+             "--controls", "none", "--temperature", 0, "--dtype", "float32", "-q")  # fmt: skip
+    outcome = cli(*words, "--task", own)
+    assert outcome.status == 0, outcome.err
+    assert "\n  steered + prompted " in outcome.out and "\n  steered - unsteered " in outcome.out
+    assert "IFEval has no instruction like the task 'late'" in cli(*words, "--task", task).error(2)
+    chosen = (*words, "--task", task, "--ifeval-only", "punctuation:no_comma", "--json")
+    assert set(cli(*chosen).json()["ifeval"]["arms"]) == {"prompted", "unsteered", "steered"}
+
+
 def test_a_plan_for_a_task_of_ones_own_needs_its_file(cli: Cli, plan: Path) -> None:
     said = cli("evaluate", "--plan", plan, "-q").error(2)
     assert "is for 'late', which is not built in: give --task NAME or FILE" in said

@@ -17,7 +17,7 @@ SMALL = ("--by", "rate", "--read", "span", "--dtype", "float32", "-q")
 def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
     outcome = cli("rank", "--model", model, "--sae", sae, "--task", task, *SMALL, "--top", 3)
     assert outcome.status == 0, outcome.err
-    what, header, *rows, chance, filters, alike, used = outcome.out.splitlines()
+    what, header, *rows, chance, filters, alike, shared, one, two, used = outcome.out.splitlines()
     assert what.startswith("late at layer 1 (resid_post), by rate, read span, ")
     assert header.split() == ["rank", "latent", "score", "on+", "on-", "mu", "sigma", "lens"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3"]
@@ -28,6 +28,9 @@ def test_table(cli: Cli, model: Path, sae: Path, task: Path) -> None:
     assert filters.startswith("latents that each filter finds: dense ")
     assert filters.endswith("; dropped: none")
     assert alike.startswith("agreement by rate (Jaccard@15 / Spearman): variants ")
+    assert shared.startswith("top 15 shared with those by other scores (Jaccard): saif ")
+    assert one.startswith("with shuffled labels (20 times): best rate ")
+    assert two.startswith("  latents that differ (mcnemar) ")
     assert used == "ranked with 4 of 6 contents (of the train split); 0 attention sinks left out"
     assert outcome.err.startswith("warning: ranked with 4 of 6 contents, which is few")
 
@@ -116,6 +119,14 @@ def test_explain(cli: Cli, sae: Path, task: Path) -> None:
         scores = next(line for line in lines if line.split()[0] == "scores")
         assert all(f" {name} " in scores for name in ("saif", "paired-t", "auroc", "mi"))
     found = cli(*words, "--explain", "--json").json()
+    assert found["shuffled"]["shuffles"] == 20 and found["overlap"]["rate"] == 1.0
+    assert found["explain"][0]["shuffled"]["p"] <= 1
+    best = found["latents"][0]["id"]
+    report = cli(*words, "--explain", best).out.split("\n\n")[1]
+    assert "\n  shuffled   rate " in report and report.count(" for all latents at once") == 1
+    without = cli(*words, "--shuffles", 0, "--explain", "--json").json()
+    assert without["shuffled"] is None and "shuffled" not in without["explain"][0]
+    assert "--shuffles must be at least 0" in cli(*words, "--shuffles", -1).error(2)
     assert [row["id"] for row in found["explain"]] == [found["latents"][0]["id"]]
     assert "--explain 64 is out of range" in cli(*words, "--explain", 64).error(2)
 

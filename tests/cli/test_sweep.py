@@ -8,7 +8,7 @@ import pytest
 
 from saesteer.steering import load_plan
 
-from .conftest import Cli
+from .conftest import Cli, run_once
 
 SMALL = ("--rounds", "1:2,1:1", "--temperature", 0, "--dtype", "float32", "-q")
 
@@ -61,6 +61,27 @@ def test_an_sae_is_ranked_here(cli: Cli, model: Path, sae: Path, task: Path) -> 
     }  # fmt: skip
 
 
+def test_layers_are_an_axis_by_the_names_of_saes(
+    cli: Cli, acts: Path, sae: Path, task: Path, tmp_path: Path
+) -> None:
+    run_once("train", "--activations", acts, "--layer", 3, "--d-sae", 64, "--k", 4, "--tokens",
+             1280, "--batch-tokens", 128, "-o", tmp_path / "at-3")  # fmt: skip
+    (tmp_path / "at-1").symlink_to(sae)
+    words = ("sweep", "--task", task, *SMALL, "--grid", "k=1", "--grid", "scale=1", "--grid",
+             "by=rate", "--json")  # fmt: skip
+    named = ("--sae", tmp_path / "at-{layer}")
+    found = cli(*words, *named, "--grid", "layer=1,3").json()
+    assert {(row["plan"], row["layer"]) for row in found["trials"]} == {
+        ("layer 1 rate", 1), ("layer 3 rate", 3)
+    }  # fmt: skip
+    said = "--grid layer=... and {layer} in the name of every --sae belong together"
+    assert said in cli(*words, *named).error(2)
+    assert said in cli(*words, "--sae", sae, "--grid", "layer=1").error(2)
+    # Two SAEs of one layer compete too, and bear the names of their folders.
+    both = cli(*words, "--sae", tmp_path / "at-1", "--sae", sae).json()
+    assert {row["plan"] for row in both["trials"]} == {"at-1 rate", f"{sae.name} rate"}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -69,6 +90,8 @@ def test_an_sae_is_ranked_here(cli: Cli, model: Path, sae: Path, task: Path) -> 
         (("--sae", "b"), "--task is missing: --sae ranks for a task first"),
         (("--plan", "a", "--grid", "luck=1"), "--grid luck is none of the axes k, beta"),
         (("--plan", "a", "--grid", "read=last"), "--grid read needs --sae"),
+        (("--plan", "a", "--grid", "layer=1"), "--grid layer needs --sae"),
+        (("--sae", "b", "--task", "t", "--grid", "layer=x"), "--grid layer must be whole numbers"),
         (("--plan", "a", "--grid", "k=1.5"), "--grid k must be whole numbers, got 1.5"),
         (("--plan", "a", "--grid", "k=0"), "--grid k must be at least 1, got 0"),
         (("--plan", "a", "--grid", "k"), "--grid must be AXIS=VALUE,... such as k=1,5,15"),

@@ -19,6 +19,31 @@ def test_bars_are_as_long_as_their_shares() -> None:
     assert svg.get("aria-label") == "x & y"
 
 
+def test_bars_of_a_group_stand_under_its_name() -> None:
+    rows = [Bar("a", 0.5, 0.4, 0.6, 0, "one"), Bar("b", 0.5, 0.4, 0.6, 0, "one"),
+            Bar("c", 0.5, 0.4, 0.6, 0, "two")]  # fmt: skip
+    svg = ET.fromstring(bars(rows, "x"))
+    heights = {text.text: float(text.get("y", 0)) for text in svg.findall(f"{NS}text")}
+    order = ["one", "a", "b", "two", "c"]
+    assert sorted(order, key=lambda name: heights[name]) == order
+    assert heights["c"] < float(svg.get("height", 0)) - 20
+
+
+def test_a_limit_is_drawn_where_it_lies_on_the_axis() -> None:
+    points = [Point(0.0, 0.0, "a", "low"), Point(2.0, 1.0, "a", "high")]
+
+    def dotted(limit: float) -> list[float]:
+        text = scatter(points, "s", x_label="x", y_label="y", limit=limit)
+        lines = ET.fromstring(text).findall(f"{NS}line")
+        return [float(line.get("x1", 0)) for line in lines if line.get("stroke-dasharray")]
+
+    (half,), (whole,) = dotted(1.0), dotted(2.0)
+    marks = re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="4" fill="[^"]+" fill-opacity',
+                       scatter(points, "s", x_label="x", y_label="y"))  # fmt: skip
+    assert whole == float(marks[1]) and half == pytest.approx(sum(map(float, marks)) / 2, abs=0.1)
+    assert dotted(50.0) == []
+
+
 def test_scatter_places_points_notes_rings_and_the_front() -> None:
     points = [Point(0.0, 0.0, "one", "low"), Point(2.0, 1.0, "two", "high <1>", True)]
     text = scatter(points, "s", x_label="KL", y_label="success", front=points)

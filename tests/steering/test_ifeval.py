@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.models import LanguageModel, wrap_model
-from saesteer.steering import ifeval
+from saesteer.steering import generate_steered, ifeval, plan_from_directions
+from saesteer.steering.checks import CHECKS
 from saesteer.steering.evaluation import Decoding
 from saesteer.steering.ifeval import (
+    INSTRUCTION_OF,
     Followed,
     IFEvalPrompt,
     evaluate_ifeval,
     follow,
     ifeval_scores,
     load_ifeval,
+    plan_for_row,
 )
 from saesteer.steering.ifeval_checks import CHECKERS
+from saesteer.steering.tasks import Task
 
 ENGLISH = "this is a plain english sentence about the weather in the north of the country."
 
@@ -177,6 +182,66 @@ def test_rows_are_answered_with_and_without_their_instruction(
     assert only["prompts"] == 1
     with pytest.raises(UserError, match="no IFEval row is left"):
         evaluate_ifeval(lm, rows, only=("startend:quotation",))
+
+
+# --- plans for the rows' own instructions --------------------------------------------------------
+
+
+def task(name: str, check: str, **arguments: Any) -> Task:
+    return Task(name, "Do it.", (), {}, check_name=check, check_arguments=arguments)
+
+
+def test_each_row_gets_the_plan_for_its_only_instruction(lm: LanguageModel) -> None:
+    comma, french, end, words = (
+        plan_from_directions(lm, torch.ones(1, lm.d_model), layer=layer) for layer in range(4)
+    )
+    plans = [
+        (task("n", "no_comma"), comma),
+        (task("f", "language", lang="fr"), french),
+        (task("e", "end_phrase", phrase="The end."), end),
+        (task("k", "forbidden", keywords=["cat"]), words),
+    ]
+
+    def plan(*names: str, **kwargs: Any) -> Any:
+        given = tuple(kwargs if i == 0 else {} for i in range(len(names)))
+        return plan_for_row(IFEvalPrompt(1, "x", names, given), plans)
+
+    assert plan("punctuation:no_comma") is comma
+    assert plan("language:response_language", language="fr") is french
+    assert plan("language:response_language", language="de") is None
+    assert plan("startend:end_checker", end_phrase="The end.") is end
+    assert plan("startend:end_checker", end_phrase="Bye.") is None
+    assert plan("keywords:forbidden_words", forbidden_words=["cat"]) is words
+    assert plan("keywords:forbidden_words", forbidden_words=["cat", "dog"]) is None
+    assert plan("startend:quotation") is None
+    assert plan("punctuation:no_comma", "startend:quotation") is None
+    assert set(INSTRUCTION_OF) <= set(CHECKS) and set(INSTRUCTION_OF.values()) <= set(CHECKERS)
+
+
+def test_matched_rows_are_steered_each_by_its_own_plan(lm: LanguageModel, tmp_path: Path) -> None:
+    """What a row says under the plans of all rows is what it says under its own alone."""
+    said = "A tuple needs a comma."
+    first = {**ROW, "prompt_without_instruction": said}
+    quoted = {**first, "key": 8, "instruction_id_list": ["startend:quotation"]}
+    other = {**first, "key": 9, "instruction_id_list": ["detectable_format:title"]}
+    bare = {key: value for key, value in ROW.items() if key != "prompt_without_instruction"}
+    rows = load_ifeval(written(tmp_path, first, other, quoted, bare))
+    directions = torch.randn(2, 1, lm.d_model, generator=torch.Generator().manual_seed(0))
+    plans = [plan_from_directions(lm, one, layer=1, scale=0.4) for one in directions]
+    matched = [(task("n", "no_comma"), plans[0]), (task("q", "quotes"), plans[1])]
+    found = evaluate_ifeval(lm, rows, matched=matched, max_new_tokens=8)
+    assert list(found["arms"]) == ["prompted", "unsteered", "steered", "steered + prompted"]
+    steered = found["arms"]["steered"]["answers"]
+    assert [row["key"] for row in steered] == [7, 8]
+    alone = [generate_steered(lm, [said], one, max_new_tokens=8)[0].completion for one in plans]
+    assert [row["output"] for row in steered] == alone and alone[0] != alone[1]
+    assert alone[0] != found["arms"]["unsteered"]["answers"][0]["output"]
+    assert [(test["ours"], test["theirs"], test["measure"]) for test in found["tests"]][:2] == [
+        ("steered", "unsteered", "loose"), ("steered", "unsteered", "strict")
+    ]  # fmt: skip
+    assert len(found["tests"]) == 8
+    with pytest.raises(UserError, match="an instruction that the plan is for"):
+        evaluate_ifeval(lm, rows, matched=[(task("f", "json"), plans[0])])
 
 
 # --- beside an independent package ---------------------------------------------------------------

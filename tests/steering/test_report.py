@@ -55,7 +55,8 @@ TASK: dict[str, Any] = {
     "plans": {
         "steered": {
             "layer": 20, "site": "resid_post", "latents": [4, 2421], "k": 2, "method": "add",
-            "unit": "raw", "scale": 1.5, "beta": 0.0, "scope": "all", "delta_norm": 61.5,
+            "lens": [[" le", " la", "\n"], []], "unit": "raw", "scale": 1.5, "beta": 0.0,
+            "scope": "all", "delta_norm": 61.5,
         }
     },
     "arms": [
@@ -74,17 +75,27 @@ TASK: dict[str, Any] = {
             setting(1, 1.0, 0.2, 0.1), setting(1, 2.0, 0.6, 0.4), setting(3, 1.0, 0.5, 0.3),
             setting(3, 2.0, 1.4, 0.8),
         ],
+        "budget": {"kind": "kl", "limit": 1.5}, "skipped": [{}, {}],
         "chosen": setting(3, 2.0, 1.4, 0.8), "unsteered": {"loose": {**RATE, "value": 0.0}},
     },
     "stability": {
         "by": "saif", "k": 15,
         "variants": {
-            "parts": ["en 1", "en 2"], "jaccard": 0.42, "jaccard_lowest": 0.17, "spearman": 0.8,
-            "spearman_lowest": -0.1,
+            "parts": ["Use <French>, " + 40 * "x", "In French"], "jaccard": 0.42,
+            "jaccard_lowest": 0.17, "spearman": 0.8, "spearman_lowest": -0.1,
+            "jaccard_pairs": [[1.0, 0.42], [0.42, 1.0]],
+            "spearman_pairs": [[1.0, -0.1], [-0.1, 1.0]],
         },
         "contents": {
             "parts": ["1", "2"], "jaccard": 0.9, "jaccard_lowest": 0.77, "spearman": 0.95,
             "spearman_lowest": 0.93,
+        },
+    },
+    "shuffled": {
+        "by": "saif", "test": "mcnemar", "k": 15, "shuffles": 20,
+        **{
+            name: {"real": 0.92, "mean": 0.11, "highest": 0.19}
+            for name in ("best", "last", "best_auroc", "discoveries", "overlap")
         },
     },
     "answers": {
@@ -136,7 +147,7 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
     page = Page(text)
     assert page.fetched == []
     assert "url(" not in text and "@import" not in text
-    assert len(re.findall("<svg", text)) == 5  # loose, strict, Pareto, dose, stability
+    assert len(re.findall("<svg", text)) == 5  # loose, strict, Pareto, dose, wordings
 
 
 def test_what_others_wrote_is_shown_and_not_run() -> None:
@@ -155,7 +166,11 @@ def test_the_figures_are_those_of_the_document() -> None:
     page = " ".join(Page(render_html(DOCUMENT)).text)
     for figure in (
         "0.50 [0.31, 0.69]", "+0.45 [+0.20, +0.70]", "0.0039", "0.023", "1.23", "34.5", "3 of 20",
-        "0.42", "-0.10", "top 15", "9 / 0", "61.5",
+        "0.42", "-0.10", "top 15", "9 / 0", "61.5", "4 (le la '\\n'), 2421; add",
+        "best saif 0.11 (at most 0.19) against 0.92", "that differ (mcnemar) 0.11",
+        "Jaccard 0.90 on average, at least 0.77",
+        "loose 0.50 [0.31, 0.69], strict 0.50 [0.31, 0.69], degenerate", "over unsteered",
+        "is kl 1.5; 2 settings over it",
     ):  # fmt: skip
         assert figure in page, figure
 
@@ -169,8 +184,18 @@ def test_several_tasks_get_an_overview_and_a_judge_is_named() -> None:
     for one in document["tasks"][0]["arms"]:
         one["judged"] = {"n": 20, "loose": RATE, "strict": RATE}
     page = " ".join(Page(render_html(document)).text)
-    assert "All tasks, loose success" in page and "german: steered" in page
+    overview = page[page.index("All tasks, loose success") :].split("“")[0]
+    for name in ("french", "german", "prompted", "random latents"):
+        assert f" {name} " in overview.replace("\n", " "), name
+    # One of two answers of the only draw is no C.
+    assert "0.50 [0.09, 0.91]" in overview
     assert "language model some-judge" in page and "judge: strict" in page
+
+
+def test_the_agreement_of_two_parts_stands_above_the_diagonal_and_below_it() -> None:
+    page = " ".join(Page(render_html(DOCUMENT)).text)
+    wordings = page[page.index("variants") :]
+    assert re.search(r"1\. Use <French>, x+… 1\.00 0\.42 2\. In French -0\.10 1\.00", wordings)
 
 
 def test_ifeval_is_shown_by_arm_and_by_type() -> None:
@@ -180,10 +205,11 @@ def test_ifeval_is_shown_by_arm_and_by_type() -> None:
     }
     by_type = {"punctuation:no_comma": {"strict": RATE, "loose": RATE}}
     document = {**DOCUMENT, "tasks": [], "ifeval": {
-        "prompts": 20, "stand_ins": {"a:b": "something else"},
+        "prompts": 20, "stand_ins": {"a:b": "something else"}, "tests": TASK["tests"],
         "arms": {"prompted": {"scores": {**scores, "by_type": by_type}}},
     }}  # fmt: skip
     page = " ".join(Page(render_html(document)).text)
+    assert "steered − unsteered" in page and "+0.45 [+0.20, +0.70]" in page
     assert "punctuation:no_comma" in page and "a:b: judged with something else." in page
 
 

@@ -13,7 +13,10 @@ from saesteer.sae.hooks import sae_hook_point
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.steering import rerank as rerank_module
 from saesteer.steering.applying import SteeredText, generate_steered
-from saesteer.steering.plan import Plan
+from saesteer.steering.arrangement import ByRow
+from saesteer.steering.checks import Verdict
+from saesteer.steering.grading import is_degenerate
+from saesteer.steering.plan import Plan, PlannedLatent, make_plan
 from saesteer.steering.ranking import RankConfig, plan_from_ranking, rank
 from saesteer.steering.rerank import CausalTrial, causal_scores, causal_trials
 from saesteer.steering.tasks import Task, Variant
@@ -52,16 +55,16 @@ def sae() -> SAE:
 
 
 def scripted(
-    monkeypatch: pytest.MonkeyPatch, answers: Callable[[Plan | None, int], str]
+    monkeypatch: pytest.MonkeyPatch, answers: Callable[[Plan | None, str], str]
 ) -> list[dict[str, Any]]:
     """Replace steered answers by scripted ones; returns what was asked for."""
     calls: list[dict[str, Any]] = []
 
     def generate(
-        lm: LanguageModel, texts: Sequence[str], plan: Plan | None, **settings: Any
+        lm: LanguageModel, texts: Sequence[str], plan: ByRow, **settings: Any
     ) -> list[SteeredText]:
-        calls.append({"texts": list(texts), "plan": plan, **settings})
-        says = [answers(plan, i) for i in range(len(texts))]
+        calls.append({"texts": list(texts), "plans": list(plan.plans), **settings})
+        says = [answers(one, text) for one, text in zip(plan.plans, texts, strict=True)]  # type: ignore[arg-type]
         # "loop" comes out as one token over and over, which is degenerate.
         ids = [[7] * 40 if "loop" in text else list(range(40)) for text in says]
         return [SteeredText(*row) for row in zip(texts, says, ids, strict=True)]
@@ -73,9 +76,9 @@ def scripted(
 def test_the_check_judges_each_latent_at_each_dose(
     lm: LanguageModel, sae: SAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answers(plan: Plan | None, i: int) -> str:
+    def answers(plan: Plan | None, content: str) -> str:
         if plan is None:
-            return "indeed" if i == 0 else "no"
+            return "indeed" if content == TRAIN[0] else "no"
         if plan.ids == (4,):
             return "indeed a loop" if plan.scale > 0.4 else "yes, indeed"
         return "no"
@@ -92,12 +95,58 @@ def test_the_check_judges_each_latent_at_each_dose(
         CausalTrial(9, 0.6, 0, 0, 3),
     ]
     assert causal_scores(trials) == {4: pytest.approx(2 / 3), 9: pytest.approx(-1 / 3)}
-    for call in calls:
-        assert call["texts"] == list(TRAIN) and call["max_new_tokens"] == 9
-    plans = [call["plan"] for call in calls[1:]]
-    assert [(plan.ids, plan.unit, plan.scale) for plan in plans] == [
-        ((4,), "rel", 0.3), ((4,), "rel", 0.6), ((9,), "rel", 0.3), ((9,), "rel", 0.6),
+    (call,) = calls
+    assert call["max_new_tokens"] == 9
+    asked = [
+        (text, None if plan is None else (plan.ids, plan.unit, plan.scale))
+        for text, plan in zip(call["texts"], call["plans"], strict=True)
+    ]
+    assert asked == [
+        (text, trial)
+        for text in TRAIN
+        for trial in (
+            None, ((4,), "rel", 0.3), ((4,), "rel", 0.6), ((9,), "rel", 0.3), ((9,), "rel", 0.6),
+        )
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_together_is_as_one_by_one(batch_size: int, lm: LanguageModel, sae: SAE) -> None:
+    """Rows with plans of their own say what each plan says alone, whatever the batches."""
+    steered: list[SteeredText] = []
+
+    def spy(*args: Any, **settings: Any) -> list[SteeredText]:
+        steered.extend(generate_steered(*args, **settings))
+        return steered
+
+    point, ids, doses = sae_hook_point(sae, lm), [2, 5, 11], (0.3, 2.0)
+    config = RankConfig(
+        causal_contents=3, doses=doses, max_new_tokens=6, batch_size=batch_size
+    )  # fmt: skip
+    # A check that about half of the answers pass, so that a mixed-up row changes a count.
+    check = dataclasses.replace(
+        TASK, check_name="length", check_arguments={"unit": "characters", "minimum": 22}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rerank_module, "generate_steered", spy)
+        trials = causal_trials(lm, sae, point, check, config, ids, list(TRAIN))
+    expected, texts = [], {}
+    for latent, dose in [(None, 0.0), *((i, dose) for i in ids for dose in doses)]:
+        plan = None if latent is None else make_plan(
+            lm, sae, [PlannedLatent(id=latent, value=1.0)], layer=1, site="resid_post", unit="rel",
+            scale=dose,
+        )  # fmt: skip
+        alone = [generate_steered(lm, [text], plan, max_new_tokens=6)[0] for text in TRAIN]
+        passed = [check.verdict(one.completion, text) is Verdict.PASS
+                  for one, text in zip(alone, TRAIN, strict=True)]  # fmt: skip
+        broken = [is_degenerate(one.token_ids) for one in alone]
+        good = sum(ok and not bad for ok, bad in zip(passed, broken, strict=True))
+        expected.append(CausalTrial(latent, dose, good, sum(broken), 3))
+        texts[latent, dose] = [one.token_ids for one in alone]
+    assert trials == expected
+    assert len({tuple(map(tuple, said)) for said in texts.values()}) > 4  # steering said much
+    together = [one.token_ids for one in steered]
+    assert together == [said[place] for place in range(3) for said in texts.values()]
 
 
 def test_doses_are_the_same_for_every_latent(lm: LanguageModel, sae: SAE) -> None:
@@ -114,8 +163,8 @@ def test_doses_are_the_same_for_every_latent(lm: LanguageModel, sae: SAE) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rerank_module, "generate_steered", spy)
         causal_trials(lm, sae, sae_hook_point(sae, lm), TASK, config, [0, 15], list(TRAIN))
-    assert doses[:2] == [None, None]  # unsteered
-    assert doses[2:] == pytest.approx([0.25] * 4, rel=1e-4)
+    assert doses[::3] == [None, None]  # unsteered
+    assert doses[1::3] + doses[2::3] == pytest.approx([0.25] * 4, rel=1e-4)
 
 
 def test_causal_ranks_by_what_steering_does(
@@ -126,7 +175,7 @@ def test_causal_ranks_by_what_steering_does(
     fused = rank(lm, sae, TASK, config)
     short = fused.top(4)
     wanted = short[2]
-    scripted(monkeypatch, lambda plan, i: "indeed" if plan and plan.ids == (wanted,) else "no")
+    scripted(monkeypatch, lambda plan, text: "indeed" if plan and plan.ids == (wanted,) else "no")
     ranking = rank(lm, sae, TASK, dataclasses.replace(config, by="causal", shortlist=4))
     assert ranking.top(15) == [wanted]
     assert {t.latent for t in ranking.trials} == {None, *short}
@@ -138,7 +187,7 @@ def test_causal_ranks_by_what_steering_does(
     torch.testing.assert_close(ranking.columns["fused"], fused.score)
     # Only candidates were tried for the output score, and they were the best before it.
     assert int((~fused.columns["output"].isnan()).sum()) == 6
-    scripted(monkeypatch, lambda plan, i: "no")
+    scripted(monkeypatch, lambda plan, text: "no")
     ranking = rank(lm, sae, TASK, dataclasses.replace(config, by="causal", shortlist=4))
     with pytest.raises(UserError, match="no latent of 4 on the shortlist makes more .* 0 of 3"):
         ranking.top(15)

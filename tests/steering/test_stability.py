@@ -36,6 +36,9 @@ def test_jaccard_counts_what_tops_share() -> None:
     # {0,1,2} {1,2,3} {0,1}: the third has no third latent above neutral.
     assert found.jaccard == pytest.approx((2 / 4 + 2 / 3 + 1 / 4) / 3)
     assert found.jaccard_lowest == 1 / 4
+    assert found.jaccard_pairs == ((1, 2 / 4, 2 / 3), (2 / 4, 1, 1 / 4), (2 / 3, 1 / 4, 1))
+    assert [row[i] for i, row in enumerate(found.spearman_pairs)] == pytest.approx([1, 1, 1])
+    assert found.spearman_pairs[0][1] == found.spearman_pairs[1][0]
 
 
 def test_parts_are_scored_alone() -> None:

@@ -3,6 +3,8 @@
     python benchmarks/harvest.py                   # SmolLM2-135M at a quarter, half and full depth
     python benchmarks/harvest.py --layer 14 --rounds 7
 
+    python benchmarks/harvest.py --layer 14 --csv benchmarks/results
+
 Everything runs in one process on one loaded model, taking turns round by round, so that a machine
 whose speed drifts slows all of them; what to quote is the ratio of medians. Where other programs
 use the CPU as well, the ratio by CPU time (of all threads of this process) says more than the
@@ -18,6 +20,7 @@ out what its users get:
     sparsify            its Trainer's pass: the whole base model, a hook that flattens
     dictionary_learning ActivationBuffer, out_batch_size as here
 
+All of them profit from `sae.memory.keep_pages`, which the first stream of the process calls.
 Toolkits that are not installed, or that do not run with the installed transformers, are named and
 left out. Absolute figures mean nothing on another machine.
 """
@@ -25,8 +28,6 @@ left out. Absolute figures mean nothing on another machine.
 import argparse
 import contextlib
 import io
-import json
-import platform
 import shutil
 import statistics
 import tempfile
@@ -37,6 +38,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harvest_rivals import (
+    BATCH_TOKENS,
+    Round,
+    dictionary_learning,
+    sae_lens_default,
+    sae_lens_hf,
+    sparsify,
+)
+from side_by_side import add_flags, choose_device, deliver, facts, leave_folder, say
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
@@ -49,9 +59,8 @@ from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.topk import InputScale
 from saesteer.sae.trainer import SAETrainer, Variant
 
-BATCH_TOKENS = 2048
-Round = Callable[[], int]
-"""Does some work and returns for how many tokens."""
+# A shard a round: half of what `harvest` takes, so that a round stays short.
+SHARD_TOKENS = 32_768
 
 
 class Bench:
@@ -112,13 +121,13 @@ def to_shards(bench: Bench) -> Round:
     writer = ShardWriter(
         bench.folder / "shards", layers=[bench.layer], sites=["resid_post"],
         d_model=bench.lm.d_model, dtype=bench.lm.dtype, facts={"model": bench.lm.name},
-        shard_tokens=8000,
+        shard_tokens=SHARD_TOKENS,
     )  # fmt: skip
-    background = BackgroundWriter(writer, 8000)
+    background = BackgroundWriter(writer, SHARD_TOKENS)
 
     def run() -> int:
         tokens = 0
-        for _ in range(4):
+        while tokens < SHARD_TOKENS:
             batch = stream.next_batch()
             assert batch is not None
             background.add(batch.activations, batch.token_ids, stream.state_dict())
@@ -171,149 +180,6 @@ def live_train(bench: Bench) -> Round:
     return run
 
 
-def sae_lens(bench: Bench, model: Any, hook: str) -> Round:
-    from datasets import Dataset
-    from sae_lens.training.activations_store import ActivationsStore
-
-    store = ActivationsStore(
-        model=model,
-        dataset=Dataset.from_dict({"text": bench.documents}),
-        streaming=False,
-        hook_name=hook,
-        hook_head_index=None,
-        context_size=bench.text.context,
-        d_in=bench.lm.d_model,
-        n_batches_in_buffer=20,
-        total_training_tokens=1,
-        store_batch_size_prompts=bench.text.batch_size,
-        train_batch_size_tokens=BATCH_TOKENS,
-        prepend_bos=True,
-        normalize_activations="none",
-        device=bench.lm.device,
-        dtype=str(bench.lm.dtype).removeprefix("torch."),
-    )
-    store.next_batch()
-
-    def run() -> int:
-        return sum(len(store.next_batch()) for _ in range(4))
-
-    return run
-
-
-def sae_lens_hf(bench: Bench) -> Round:
-    from sae_lens.load_model import HookedProxyLM
-
-    name = f"{bench.lm.blocks_path}.{bench.layer}"
-    proxy = HookedProxyLM(bench.lm.model, bench.lm.tokenizer, hook_names=[name])
-    return sae_lens(bench, proxy, name)
-
-
-def sae_lens_default(bench: Bench) -> Round:
-    """TransformerLens knows models by Hub name; here its own conversion of Llama is called."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-
-    given = bench.lm.model.config
-    if given.model_type != "llama":
-        raise RuntimeError("only Llama-like models are converted here")
-    rope = getattr(given, "rope_parameters", None) or {}
-    cfg = HookedTransformerConfig(
-        d_model=given.hidden_size, n_layers=given.num_hidden_layers, d_mlp=given.intermediate_size,
-        d_head=given.hidden_size // given.num_attention_heads, n_heads=given.num_attention_heads,
-        n_key_value_heads=given.num_key_value_heads, n_ctx=bench.text.context,
-        d_vocab=given.vocab_size, act_fn="silu", eps=given.rms_norm_eps,
-        normalization_type="RMS", final_rms=True, positional_embedding_type="rotary",
-        gated_mlp=True,
-        rotary_adjacent_pairs=False, rotary_dim=given.hidden_size // given.num_attention_heads,
-        rotary_base=rope.get("rope_theta", getattr(given, "rope_theta", 10_000)),
-        original_architecture="LlamaForCausalLM", dtype=bench.lm.dtype,
-        device=str(bench.lm.device), default_prepend_bos=False,
-    )  # fmt: skip
-    hooked = HookedTransformer(cfg, bench.lm.tokenizer, move_to_device=False)
-    hooked.load_state_dict(convert_llama_weights(bench.lm.model, cfg), strict=False)
-    hooked.to(bench.lm.device, print_details=False)
-    ids = torch.randint(1000, 2000, (1, 16), device=bench.lm.device)
-    hook = f"blocks.{bench.layer}.hook_resid_post"
-    with torch.inference_mode():
-        theirs = hooked.run_with_cache(ids, names_filter=hook)[1][hook].float()
-        ours = bench.lm.model(ids, output_hidden_states=True).hidden_states[1].float()
-        ours = ours if bench.layer == 0 else _at(bench, ids)
-    off = float((theirs - ours)[:, 1:].norm() / ours[:, 1:].norm())
-    if off > 0.1:
-        raise RuntimeError(f"its conversion gives other activations (off by {off:.0%})")
-    return sae_lens(bench, hooked, hook)
-
-
-def _at(bench: Bench, ids: torch.Tensor) -> torch.Tensor:
-    from saesteer.sae.hooks import run_to
-
-    return run_to(bench.lm, [bench.point], input_ids=ids)[bench.point.key].float()
-
-
-def sparsify(bench: Bench) -> Round:
-    """The part of `sparsify.Trainer.fit` before its SAE: the whole base model under a hook."""
-    import sparsify as _  # noqa: F401
-    from datasets import Dataset
-    from sparsify.data import chunk_and_tokenize
-
-    rows = chunk_and_tokenize(
-        Dataset.from_dict({"text": bench.documents}), bench.lm.tokenizer,
-        max_seq_len=bench.text.context, num_proc=1,
-    )  # fmt: skip
-    loader = torch.utils.data.DataLoader(rows, batch_size=bench.text.batch_size)
-    base = bench.lm.text_model
-
-    def forever() -> Iterator[Any]:
-        while True:
-            yield from loader
-
-    batches = forever()
-
-    def run() -> int:
-        tokens = 0
-        got: list[torch.Tensor] = []
-        hook = bench.point.module.register_forward_hook(
-            lambda module, inputs, outputs: got.append(
-                (outputs[0] if isinstance(outputs, tuple) else outputs).flatten(0, 1)
-            )
-        )
-        with torch.no_grad():
-            for _ in range(2):
-                ids = next(batches)["input_ids"].to(bench.lm.device)
-                base(ids)
-                tokens += ids.numel()
-        hook.remove()
-        return tokens
-
-    return run
-
-
-def dictionary_learning(bench: Bench) -> Round:
-    from dictionary_learning import ActivationBuffer
-    from nnsight import LanguageModel as Traced
-
-    traced = Traced(bench.lm.model, tokenizer=bench.lm.tokenizer)
-
-    def texts() -> Iterator[str]:
-        while True:
-            yield from bench.documents
-
-    module = traced
-    for part in f"{bench.lm.blocks_path}.{bench.layer}".split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    buffer = ActivationBuffer(
-        texts(), traced, module, d_submodule=bench.lm.d_model, n_ctxs=64,
-        ctx_len=bench.text.context, refresh_batch_size=bench.text.batch_size,
-        out_batch_size=BATCH_TOKENS, device=str(bench.lm.device),
-    )  # fmt: skip
-    next(buffer)
-
-    def run() -> int:
-        return sum(len(next(buffer)) for _ in range(4))
-
-    return run
-
-
 CONTENDERS: dict[str, Callable[[Bench], Round]] = {
     "bare": bare,
     "harvest to shards": to_shards,
@@ -326,14 +192,15 @@ CONTENDERS: dict[str, Callable[[Bench], Round]] = {
 }
 
 
-def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
+def measure(bench: Bench, names: list[str], rounds: int, warmup: int) -> list[dict[str, Any]]:
     runs: dict[str, Round] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:
             with quiet():
                 runs[name] = CONTENDERS[name](bench)
-                runs[name]()  # warm up
+                for _ in range(warmup):
+                    runs[name]()
         except Exception as error:
             absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
             runs.pop(name, None)
@@ -350,18 +217,27 @@ def measure(bench: Bench, names: list[str], rounds: int) -> dict[str, Any]:
             synchronise()
             speeds[name].append(tokens / (time.perf_counter() - started))
             work[name].append((time.process_time() - worked) / tokens)
-    median = {name: statistics.median(found) for name, found in speeds.items()}
-    seconds = {name: statistics.median(found) for name, found in work.items()}
-    rows = {
-        name: {
-            "tokens_per_second": median[name],
+    usual = statistics.median(speeds["bare"])
+    worked_bare = statistics.median(work["bare"])
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": bench.layer,
+            "contender": name,
+            "status": "ok",
+            "tokens_per_second": statistics.median(found),
+            "share_of_bare": statistics.median(found) / usual,
+            "share_of_bare_by_cpu_time": worked_bare / statistics.median(work[name]),
             "fastest_over_slowest": max(found) / min(found),
-            "share_of_bare": median[name] / median["bare"],
-            "share_by_cpu_time": seconds["bare"] / seconds[name],
+            "slowest": min(found),
+            "fastest": max(found),
         }
         for name, found in speeds.items()
-    }
-    return {"layer": bench.layer, "results": rows, "left_out": absent}
+    ]
+    missing = [
+        {"layer": bench.layer, "contender": name, "status": reason}
+        for name, reason in absent.items()
+    ]
+    return rows + missing
 
 
 def synchronise() -> None:
@@ -376,51 +252,60 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda row: text(row) if row["status"] == "ok" else "-"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "contender": lambda row: row["contender"],
+    "block": lambda row: str(row["layer"]),
+    "tokens/s": lambda row: (
+        f"{row['tokens_per_second']:,.0f}" if row["status"] == "ok" else row["status"]
+    ),
+    "slowest to fastest round": _measured(
+        lambda row: f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
+    ),
+    "of bare": _measured(lambda row: f"{row['share_of_bare']:.0%}"),
+    "by CPU time": _measured(lambda row: f"{row['share_of_bare_by_cpu_time']:.0%}"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--layer", type=int, help="one block (default: quarter, half, full depth)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="names with commas between them; bare always runs")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    lm = load_model(args.model)
+    parser.add_argument("--batch-size", type=int, default=16, help="contexts (default 16)")
+    parser.add_argument("--context", type=int, default=256, help="tokens (default 256)")
+    parser.add_argument("--only", help="names with semicolons between them; bare always runs")
+    parser.add_argument("--name", default="harvest", help="of the files of --csv")
+    add_flags(parser, rounds=5)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    leave_folder()
+    lm = load_model(args.model, device=device.type)
     n = lm.n_layers
     layers = [args.layer] if args.layer is not None else [n // 4 - 1, n // 2 - 1, n - 1]
-    chosen = args.only.split(",") if args.only else list(CONTENDERS)
+    chosen = args.only.split(";") if args.only else list(CONTENDERS)
     names = ["bare", *(name for name in chosen if name != "bare")]
-    facts = {
-        "model": lm.name,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "batch": (args.batch_size, args.context),
-        "rounds": args.rounds,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-    }
-    found = []
-    if not args.json:
-        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    rows = []
     for layer in layers:
+        say(f"block {layer} of {n}: timing {args.rounds} rounds")
         bench = Bench(lm, layer, args.batch_size, args.context)
         with bench.cleanup:
-            result = measure(bench, names, args.rounds)
+            rows += measure(bench, names, args.rounds, args.warmup)
         shutil.rmtree(bench.folder)
-        found.append(result)
-        if args.json:
-            continue
-        print(f"layer {result['layer']} of {n}{'':18}tokens/s   spread  of bare  by CPU time")
-        for name, row in result["results"].items():
-            print(
-                f"  {name:28}{row['tokens_per_second']:>8,.0f}{row['fastest_over_slowest']:>8.2f}x"
-                f"{row['share_of_bare']:>8.0%}{row['share_by_cpu_time']:>12.0%}"
-            )
-        for name, reason in result["left_out"].items():
-            print(f"  {name:28}left out ({reason})")
-    if args.json:
-        print(json.dumps({**facts, "layers": found}, indent=2))
+    shape = {"blocks": n, "d_model": lm.d_model, "batch": args.batch_size, "context": args.context}
+    found = {
+        "model": lm.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        **facts(device, shape),
+        "rounds": args.rounds,
+    }
+    deliver(args, f"{args.name}-{device.type}", found, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -139,8 +139,8 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         )  # fmt: skip
 
 
-def add_reading(group: argparse._ArgumentGroup) -> None:
-    """How `harvest` and live `train` put text through the model."""
+def add_documents(group: argparse._ArgumentGroup) -> None:
+    """What attention sees and what is kept of packed documents; `train` and `metrics` alike."""
     from saesteer.sae.config import TextConfig
 
     group.add_argument(
@@ -153,6 +153,11 @@ def add_reading(group: argparse._ArgumentGroup) -> None:
         help="leave out what the chat template writes around messages "
         f"{default(TextConfig, 'exclude_template')}",
     )  # fmt: skip
+
+
+def add_reading(group: argparse._ArgumentGroup) -> None:
+    """How `harvest` and live `train` put text through the model."""
+    add_documents(group)
     group.add_argument(
         "--device-map", choices=("auto",), metavar="auto",
         help="spread a large model over all devices with accelerate (default: --device alone)",

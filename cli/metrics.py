@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from saesteer.cli.flags import add_common, add_sae, add_text, default, given, need
+from saesteer.cli.flags import add_common, add_documents, add_sae, add_text, default, given, need
 from saesteer.cli.inputs import check_data, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import amount, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
@@ -34,6 +34,7 @@ def add_flags(parser: VerbParser) -> None:
     add_sae(what)
     text = parser.add_argument_group("held-out text")
     add_text(text, epochs=False, replies=False)
+    add_documents(text)
     work = parser.add_argument_group("measurement")
     work.add_argument(
         "--tokens", type=count, metavar="N",
@@ -100,6 +101,8 @@ def _print_table(found: dict[str, Any], out: Path | None) -> None:
         f"{amount(found['documents'])} documents; left out {amount(excluded['special'])} special "
         f"tokens and {amount(excluded['sinks'])} attention sinks"
     )
+    if excluded["template"]:
+        print(f"left out {amount(excluded['template'])} tokens of the chat template")
     if found["seen_in_training"]:
         print(_SEEN)
     if out is not None:

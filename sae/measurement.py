@@ -17,6 +17,7 @@ from saesteer.sae.harvester import model_facts
 from saesteer.sae.hooks import HookPoint, hooked, run_to, sae_hook_point
 from saesteer.sae.models import LanguageModel, as_language_model
 from saesteer.sae.sinks import SinkFilter
+from saesteer.sae.stream import model_inputs
 from saesteer.sae.text import ContextBatch, open_contexts
 
 
@@ -43,10 +44,12 @@ def metrics(
       `ce_recovered` = (ce_ablated - ce_spliced) / (ce_ablated - ce_plain).
     - `kl`: KL(plain || spliced) in nats per token.
 
-    Rows measured are those with a next token to predict. Attention sinks and special tokens are
-    left out of every figure and stay as they are in the spliced runs. Figures of the form {"value",
-    "low", "high"} carry a 95 % bootstrap interval over documents (over contexts, where there are
-    fewer than ten documents). `seen_in_training` says whether the SAE was trained on one of these
+    Text is read as `config.text` says, isolation and template included: give what the SAE was
+    trained with. Rows measured are those with a next token to predict. Attention sinks, special
+    tokens and what else is not kept are left out of every figure and stay as they are in the
+    spliced runs. Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over
+    documents (over contexts, where there are fewer than
+    ten documents). `seen_in_training` says whether the SAE was trained on one of these
     texts, as far as its file tells (else it is None).
 
     Raises:
@@ -61,14 +64,15 @@ def metrics(
     kept: list[Bool[Tensor, "rows context"]] = []
     sinks = SinkFilter(config.text.max_norm_ratio)
     total = Moments(lm.d_model)
-    excluded = {"special": 0, "sinks": 0}
+    excluded = {"special": 0, "template": 0, "sinks": 0}
+    isolated = config.text.isolate_documents
     progress("metrics: mean", 0, config.tokens, "tokens")
     # First pass: which rows count, their mean, and how often each latent fires.
     while total.count < config.tokens:
         batch = contexts.next_batch(config.text.batch_size)
         if batch is None:
             break
-        rows, keep = _read(lm, point, batch, sinks, excluded)
+        rows, keep = _read(lm, point, batch, isolated, sinks, excluded)
         total.add(rows)
         batches.append(batch)
         kept.append(keep)
@@ -81,7 +85,8 @@ def metrics(
     done = 0
     progress("metrics: splice", 0, total.count, "tokens")
     for batch, keep in _pieces(batches, kept, max(_vocabulary(lm), sae.spec.d_sae)):
-        done += _measure(lm, sae, point, batch, keep.to(lm.device), mean, tally, fired)
+        inputs = model_inputs(lm, batch, isolated)
+        done += _measure(lm, sae, point, batch, inputs, keep.to(lm.device), mean, tally, fired)
         progress("metrics: splice", done, total.count, "tokens")
     progress("metrics: splice", total.count, total.count, "tokens")
     return {
@@ -118,17 +123,20 @@ def _read(
     lm: LanguageModel,
     point: HookPoint,
     batch: ContextBatch,
+    isolated: bool,
     sinks: SinkFilter,
     excluded: dict[str, int],
 ) -> tuple[Float[Tensor, "kept d_model"], Bool[Tensor, "rows context"]]:
     """The kept rows of a batch and where they stand."""
     with torch.inference_mode():
-        h = run_to(lm, [point], input_ids=batch.token_ids.to(lm.device))[point.key]
+        h = run_to(lm, [point], **model_inputs(lm, batch, isolated))[point.key]
         text = batch.keep.to(lm.device)
         near = sinks.keep({point.key: h[text]})
         keep = text.clone()
         keep[text] = near
-        excluded["special"] += int((~text).sum())
+        special = torch.isin(batch.token_ids, lm.special_ids)
+        excluded["special"] += int(special.sum())
+        excluded["template"] += int((~batch.keep & ~special).sum())
         excluded["sinks"] += int((~near).sum())
         return h[keep], keep.cpu()
 
@@ -253,6 +261,7 @@ def _measure(
     sae: SAE,
     point: HookPoint,
     batch: ContextBatch,
+    inputs: dict[str, Tensor],
     keep: Bool[Tensor, "rows context"],
     mean: Float[Tensor, " d_model"],
     tally: _Tally,
@@ -262,7 +271,7 @@ def _measure(
 
     Every kept row is replaced; the figures are over those that have a next token to predict.
     """
-    ids = batch.token_ids.to(lm.device)
+    ids = inputs["input_ids"]
     scored = keep.clone()
     scored[:, -1] = False
     values: dict[str, Tensor] = {}
@@ -286,11 +295,11 @@ def _measure(
         return _replaced(h, keep, mean.float().expand(int(keep.sum()), -1))
 
     with torch.inference_mode():
-        plain = _log_probs(lm, ids)
+        plain = _log_probs(lm, inputs)
         with hooked(point, splice):
-            spliced = _log_probs(lm, ids)
+            spliced = _log_probs(lm, inputs)
         with hooked(point, ablate):
-            ablated = _log_probs(lm, ids)
+            ablated = _log_probs(lm, inputs)
         following = ids[:, 1:, None]
         for name, log_probs in (("plain", plain), ("spliced", spliced), ("ablated", ablated)):
             nats = -log_probs[:, :-1].gather(2, following).squeeze(2)
@@ -303,9 +312,9 @@ def _measure(
 
 
 def _log_probs(
-    lm: LanguageModel, ids: Int[Tensor, "rows context"]
+    lm: LanguageModel, inputs: dict[str, Tensor]
 ) -> Float[Tensor, "rows context vocabulary"]:
-    logits = lm.model(input_ids=ids, use_cache=False).logits
+    logits = lm.model(**inputs, use_cache=False).logits
     return torch.log_softmax(logits.float(), dim=-1)
 
 

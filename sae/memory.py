@@ -16,6 +16,10 @@ _DENSE_ROWS = 1024
 _MOST_BATCH_TOKENS = 16_384
 # Of the free memory, what one batch may fill; the rest is for shards, buffers and other programs.
 _BATCH_SHARE = 0.25
+# From <malloc.h>; larger blocks are mapped on their own, more free memory than this is given back.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BLOCK = 256 * 2**20
+_KEPT_FREE = 2**30
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -52,6 +56,23 @@ def held_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return peak_bytes()
+
+
+def keep_pages() -> None:
+    """Have the C library keep freed memory up to some size for the next tensor. Process-wide.
+
+    By default glibc gives large blocks, and a large free end of its heap, back to the system. The
+    next layer then faults the same pages in again, zeroed: a pass of SmolLM2-135M over 4,096 tokens
+    took 140,000 faults up to half depth, a fifth to a third of its time. Does nothing elsewhere.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return
+    mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
 
 
 def _cgroup_room() -> int:

@@ -1,12 +1,16 @@
 """What a harvest will take: a few real batches timed, bytes counted."""
 
 import math
+import statistics
+import tempfile
 import time
 from typing import Any
 
 import torch
 
+from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import HarvestConfig, Progress, no_progress
 from saesteer.sae.footprint import harvest_row_bytes
 from saesteer.sae.harvester import resolved_text
@@ -15,16 +19,19 @@ from saesteer.sae.memory import held_bytes, model_bytes, peak_bytes
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.stream import open_activations
 
-# The first batch pays for warming up; a few more, for as long, are steady enough to predict hours.
+# The first batches pay for warming up; a few more, for as long, are steady enough to predict hours.
+_WARM_UP = 2
 _TIMED_BATCHES = 4
-_TIMED_SECONDS = 4.0
+_TIMED_SECONDS = 6.0
 _MOST_BATCHES = 200
 
 
 def predict_harvest(
     lm: LanguageModel, config: HarvestConfig, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Run some batches and count from them to the whole harvest. Writes nothing.
+    """Run some batches and count from them to the whole harvest. Leaves nothing behind.
+
+    The time is that of `harvest` after the model was loaded and replies were sampled.
 
     Returns:
         `tokens_per_second`, `seconds`, `bytes` (of the shards), `memory_bytes` (the process's peak)
@@ -38,28 +45,40 @@ def predict_harvest(
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     text = resolved_text(lm, config.text, None)
     stream = open_activations(lm, points, text, replies_folder=cache_folder())
-    batches = kept = read = 0
-    started = time.monotonic()
-    progress("dry run", 0, _TIMED_BATCHES + 1, "batches")
-    for batch in stream:
-        batches += 1
-        progress("dry run", min(batches, _TIMED_BATCHES), _TIMED_BATCHES + 1, "batches")
-        read += len(batch.token_ids)
-        if batches == 1:
-            started = time.monotonic()
-            continue
-        kept += len(batch.token_ids)
-        enough = time.monotonic() - started > _TIMED_SECONDS or batches > _MOST_BATCHES
-        if batches > _TIMED_BATCHES and enough:
-            break
-    if not kept:  # a corpus of one batch
+    native = "float32" if lm.dtype == torch.float32 else "bfloat16"
+    stored = config.store_dtype or native
+    read: list[int] = []
+    times: list[float] = []
+    steps = _WARM_UP + _TIMED_BATCHES
+    progress("dry run", 0, steps, "batches")
+    with tempfile.TemporaryDirectory(prefix="saesteer-") as scratch:
+        # Writing takes a share of the cores and of the disk: it belongs to what is timed.
+        shards = ShardWriter(
+            scratch, layers=[point.layer for point in points], sites=[config.site],
+            d_model=lm.d_model, dtype=getattr(torch, stored), shard_tokens=config.shard_tokens,
+            facts={"model": lm.name},
+        )  # fmt: skip
+        with BackgroundWriter(shards, config.shard_tokens) as writer:
+            since = begun = time.monotonic()
+            for batch in stream:
+                writer.add(batch.activations, batch.token_ids)
+                now = time.monotonic()
+                read.append(len(batch.token_ids))
+                times.append(now - since)
+                since = now
+                progress("dry run", min(len(times), steps - 1), steps, "batches")
+                timed = len(times) - _WARM_UP
+                begun = now if timed == 0 else begun
+                enough = now - begun > _TIMED_SECONDS or timed > _MOST_BATCHES
+                if timed >= _TIMED_BATCHES and enough:
+                    break
+    if len(times) < 2:
         raise UsageError(
             "--dry-run needs two batches of text to time: give more --data or a lower --batch-size"
         )
-    speed = kept / max(time.monotonic() - started, 1e-9)
-    progress("dry run", _TIMED_BATCHES + 1, _TIMED_BATCHES + 1, "batches")
-    native = "float32" if lm.dtype == torch.float32 else "bfloat16"
-    stored = config.store_dtype or native
+    measured = times[_WARM_UP:] or times[1:]
+    speed = statistics.mean(read) / max(statistics.mean(measured), 1e-9)
+    progress("dry run", steps, steps, "batches")
     row = harvest_row_bytes(lm.d_model, getattr(torch, stored).itemsize, config.keep_positions)
     return {
         "model": lm.name,
@@ -71,7 +90,7 @@ def predict_harvest(
         "tokens": config.tokens,
         "context": text.context,
         "batch_size": text.batch_size,
-        "contexts": math.ceil(config.tokens / (read / (batches * text.batch_size))),
+        "contexts": math.ceil(config.tokens * len(read) * text.batch_size / sum(read)),
         "store_dtype": stored,
         "bytes": config.tokens * row * len(points),
         "model_bytes": model_bytes(lm, last_block(lm, points)),

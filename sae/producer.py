@@ -30,10 +30,8 @@ class Producer:
     error of the thread is raised by `next_batch` once the batches made before it are used up.
     """
 
-    def __init__(
-        self, batches: BatchStream, device: torch.device, threads: int | None = None
-    ) -> None:
-        """`device` is the trainer's; batches arrive there. `threads` are for this thread's work."""
+    def __init__(self, batches: BatchStream, device: torch.device) -> None:
+        """`device` is the trainer's; batches arrive there."""
         self._batches = batches
         self._device = device
         self._ahead: deque[Tensor] = deque()

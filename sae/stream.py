@@ -12,6 +12,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
 from saesteer.sae.config import Progress, TextConfig, no_progress
 from saesteer.sae.hooks import HookPoint, run_to
+from saesteer.sae.memory import keep_pages
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.ranks import ALONE, Ranks
 from saesteer.sae.replies import ReplyConfig, sample_replies
@@ -60,6 +61,8 @@ class ActivationStream:
     ) -> None:
         if not config.batch_size:
             raise ValueError("an automatic batch size must be resolved before the stream opens")
+        if lm.device.type == "cpu":
+            keep_pages()
         self.lm = lm
         self.points = list(points)
         self.contexts = contexts
@@ -127,15 +130,10 @@ class ActivationStream:
 
     def _run(self, contexts: ContextBatch) -> dict[tuple[int, str], Tensor]:
         """What passes the hook points, `[contexts, seq, d_model]` each."""
-        inputs = {"input_ids": contexts.token_ids.to(self.lm.device)}
         if not len(contexts.token_ids):  # this process has no share of the last contexts
             width = (*contexts.token_ids.shape, self.lm.d_model)
             return {point.key: torch.empty(width, dtype=self.lm.dtype) for point in self.points}
-        if self.config.isolate_documents:
-            positions = document_positions(contexts.document_ids)
-            # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
-            if bool((positions[:, -1] < positions.shape[1] - 1).any()):
-                inputs["position_ids"] = positions.to(self.lm.device)
+        inputs = model_inputs(self.lm, contexts, self.config.isolate_documents)
         seen = run_to(self.lm, self.points, **inputs)
         for (_, site), values in seen.items():
             if values.shape[-1] != self.lm.d_model:
@@ -190,6 +188,17 @@ class ActivationStream:
         self._position, self._ahead = dict(state["contexts"]), None
         self.sinks.load_state_dict(state["sinks"])
         self.excluded, self.batches = dict(state["excluded"]), state["batches"]
+
+
+def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
+    """What the model is called with, on its device; `isolated` keeps attention in each document."""
+    inputs = {"input_ids": contexts.token_ids.to(lm.device)}
+    if isolated:
+        positions = document_positions(contexts.document_ids)
+        # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
+        if bool((positions[:, -1] < positions.shape[1] - 1).any()):
+            inputs["position_ids"] = positions.to(lm.device)
+    return inputs
 
 
 def document_positions(

@@ -87,7 +87,7 @@ def test_dry_run_writes_nothing(cli: Cli, model: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_ends(cli: Cli, model: Path, tmp_path: Path) -> None:
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "--dry-run")
-    assert "dry run: done, 5 batches in" in cli(*words).err
+    assert "dry run: done, 6 batches in" in cli(*words).err
     text = tmp_path / "text.txt"  # two batches of 4 contexts of 32 tokens, and no more
     text.write_text("\n\n".join(["heron stood still " * 20] * 4))
     outcome = cli(*words, "--data", text, "--context", 16, "--batch-size", 2)

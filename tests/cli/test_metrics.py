@@ -124,3 +124,13 @@ def test_too_little_text(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> No
 def test_bootstrap_out_of_range(cli: Cli, sae: Path, value: str) -> None:
     line = cli("metrics", "--sae", sae, "-q", "--bootstrap", value).error(2)
     assert f"--bootstrap must be at least 1, got {value}" in line
+
+
+def test_text_is_read_as_in_training(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "herons"}, {"role": "assistant", "content": "stand"}]
+    chat.write_text("".join(json.dumps({"messages": messages}) + "\n" for _ in range(40)))
+    flags = ("--exclude-template", "--isolate-documents", "--max-norm-ratio", "1e9")
+    outcome = cli("metrics", "--sae", sae, "--model", model, "--data", chat, *SMALL, *flags)
+    assert outcome.status == 0, outcome.err
+    assert "tokens of the chat template" in outcome.out

@@ -1,5 +1,6 @@
 """Figures of an SAE equal a slow computation, and are right for SAEs one can foresee."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,49 @@ def test_dead_means_never_on_this_text(shared_lm: Shared) -> None:
     assert found["dead_fraction"] == pytest.approx(16 / 64)
 
 
+def test_isolated_documents_are_measured_as_if_alone(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    path = tmp_path / "short.jsonl"
+    lines = [{"text": f"document {n} is about {n * n} herons and no more"} for n in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = replace(TEXT, data=(str(path),), max_norm_ratio=1e9, context=64, isolate_documents=True)
+    config = replace(CONFIG, text=text)
+    found = metrics(rough(lm), lm, config)
+    nats = rows = 0.0
+    for batch in contexts_for(lm, config):
+        for ids, keep, owners in zip(batch.token_ids, batch.keep, batch.document_ids, strict=True):
+            for owner in owners.unique():
+                inside = owners == owner
+                alone = torch.log_softmax(lm.model(input_ids=ids[inside][None]).logits[0], dim=-1)
+                scored = keep[inside][:-1]
+                following = ids[inside][1:, None]
+                nats -= float(alone[:-1].gather(1, following)[:, 0][scored].sum())
+                rows += int(scored.sum())
+                # Across a boundary a kept row has the next document's first token to predict.
+                assert not keep[inside][-1] or inside.nonzero()[-1, 0] == len(ids) - 1
+    assert found["tokens"] == rows
+    assert found["ce_plain"]["value"] == pytest.approx(nats / rows, rel=1e-4)
+    crossing = metrics(rough(lm), lm, replace(config, text=replace(text, isolate_documents=False)))
+    assert abs(crossing["ce_plain"]["value"] - found["ce_plain"]["value"]) > 1e-4
+
+
+def test_the_template_is_left_out_when_asked(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    path = tmp_path / "chat.jsonl"
+    messages = [
+        {"role": "user", "content": "where does a heron stand"},
+        {"role": "assistant", "content": "in the water, on one leg"},
+    ]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    text = replace(TEXT, data=(str(path),), epochs=40, max_norm_ratio=1e9)
+    config = replace(CONFIG, tokens=10_000, text=text)
+    found = metrics(rough(lm), lm, config)
+    without = metrics(rough(lm), lm, replace(config, text=replace(text, exclude_template=True)))
+    assert found["excluded"]["template"] == 0 < without["excluded"]["template"]
+    assert without["excluded"]["special"] == found["excluded"]["special"]
+    assert without["tokens"] < found["tokens"] - without["excluded"]["template"] / 2
+
+
 def test_sinks_and_special_tokens_stay_as_they_are(fresh_lm: Shared) -> None:
     lm = fresh_lm()
     token = int(lm.tokenizer(" the")["input_ids"][0])
@@ -214,7 +258,9 @@ def test_sinks_and_special_tokens_stay_as_they_are(fresh_lm: Shared) -> None:
     ids = torch.cat([batch.token_ids for batch in batches])
     special = torch.isin(ids, lm.special_ids)
     sinks = ids == token
-    assert found["excluded"] == {"special": int(special.sum()), "sinks": int(sinks.sum())}
+    assert found["excluded"] == {
+        "special": int(special.sum()), "template": 0, "sinks": int(sinks.sum())
+    }  # fmt: skip
     assert found["excluded"]["sinks"] > 2 and found["excluded"]["special"] > 0
     assert found["tokens"] == int((~special & ~sinks)[:, :-1].sum())
     # One sink would hold nearly all of the variance.

@@ -1,5 +1,8 @@
 """Memory is said before it is taken, and refused with advice."""
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -103,3 +106,30 @@ def test_what_cannot_fit_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch)
         refuse_what_cannot_fit(need, 9, gpu)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     refuse_what_cannot_fit(need, 9, CPU)
+
+
+def test_kept_pages_are_used_again() -> None:
+    """Forty-megabyte tensors, one after the other, in a process of their own."""
+    script = """
+import resource, sys, torch
+from saesteer.sae.memory import keep_pages
+if sys.argv[1] == "keep":
+    keep_pages()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(10_000_000)
+before = faults()
+for _ in range(10):
+    torch.ones(10_000_000)
+print(faults() - before)
+"""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("no glibc")
+    counts = [
+        int(subprocess.run([sys.executable, "-P", "-c", script, word], capture_output=True,
+                           text=True, check=True).stdout)
+        for word in ("keep", "leave")
+    ]  # fmt: skip
+    assert counts[0] < 1000
+    assert counts[1] > 10 * counts[0]

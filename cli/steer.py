@@ -67,7 +67,8 @@ def add_flags(parser: VerbParser) -> None:
     how.add_argument(
         "--dose", type=budget, metavar="KIND=X",
         help="find the scale that costs so many nats a token on neutral questions: ce=0.1 (rise of "
-        "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan (default: the plan's own)",
+        "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan (default: the scale "
+        "of the plan)",
     )  # fmt: skip
     how.add_argument(
         "--dose-on", metavar="FILE",

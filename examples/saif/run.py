@@ -76,8 +76,8 @@ class Experiment:
             plan = self.plan(sae, max(COUNTS))
             for count in COUNTS:
                 if count <= len(plan.latents):
-                    name = "1 latent" if count == 1 else f"{count} latents"
-                    yield ArmSpec(name, "steered", plan=plan.top(count))
+                    label = "1 latent" if count == 1 else f"{count} latents"
+                    yield ArmSpec(label, "steered", plan=plan.top(count))
         elif name in ("layers", "width"):
             for one in self.saes:
                 label = f"layer {one.spec.layer}, {one.spec.d_sae} latents"

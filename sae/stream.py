@@ -1,5 +1,7 @@
 """Contexts through a language model, kept activations out."""
 
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError
 from saesteer.sae.config import Progress, TextConfig, no_progress
 from saesteer.sae.hooks import HookPoint, run_to
 from saesteer.sae.memory import keep_pages
@@ -72,7 +74,7 @@ class ActivationStream:
         self.excluded = {"special": 0, "template": 0, "sinks": 0}
         self.batches = 0
         self._position = contexts.state_dict()
-        self._ahead: tuple[ContextBatch | None, dict[str, Any]] | UserError | None = None
+        self._ahead: tuple[ContextBatch | None, dict[str, Any]] | Exception | None = None
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         while (batch := self.next_batch()) is not None:
@@ -87,9 +89,8 @@ class ActivationStream:
         if contexts is None:
             return None
         with torch.inference_mode():
-            seen = self._run(contexts)
-            # The device computes on; the text of the next batch is prepared meanwhile.
-            self._read_ahead()
+            with self._reading_ahead():
+                seen = self._run(contexts)
             keep = self._keep(contexts, norms_of(seen))
             where = keep.flatten().nonzero()[:, 0]
             rows = {
@@ -115,17 +116,27 @@ class ActivationStream:
     def _read(self) -> tuple[ContextBatch | None, dict[str, Any]]:
         """The next contexts and the place after them."""
         ahead, self._ahead = self._ahead, None
-        if isinstance(ahead, UserError):
+        if isinstance(ahead, Exception):
             raise ahead
         if ahead is not None:
             return ahead
         batch = self.contexts.next_batch(self.config.batch_size)
         return batch, self.contexts.state_dict()
 
+    @contextlib.contextmanager
+    def _reading_ahead(self) -> Iterator[None]:
+        """Prepare the text of the next batch in a thread while this one is computed."""
+        thread = threading.Thread(target=self._read_ahead, name="text of the next batch")
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+
     def _read_ahead(self) -> None:
         try:
             self._ahead = self._read()
-        except UserError as error:
+        except Exception as error:
             self._ahead = error  # of the next batch, not of this one
 
     def _run(self, contexts: ContextBatch) -> dict[tuple[int, str], Tensor]:

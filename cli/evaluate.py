@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_model
+from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import number as figure
 from saesteer.cli.output import print_json, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
-from saesteer.cli.values import count, counts, names, number
+from saesteer.cli.values import count, counts, names
 
 EXAMPLE = "saesteer evaluate --plan runs/sweep --n 40 -o runs/report"
 
@@ -61,20 +61,11 @@ def add_flags(parser: VerbParser) -> None:
         "--random-draws", type=count, default=2, metavar="N",
         help="arms of random latents (default: 2)",
     )  # fmt: skip
-    how.add_argument(
-        "--temperature", type=number, default=0.7, metavar="T",
-        help="of sampling; 0 is greedy (default: 0.7)",
-    )  # fmt: skip
-    how.add_argument(
-        "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
-    )
+    add_answering(how)
     how.add_argument(
         "--max-new-tokens", type=count, metavar="N",
         help="longest answer to an IFEval prompt (default: 256); tasks have their own",
     )  # fmt: skip
-    how.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="prompts at once (default: 64)"
-    )
     judge = parser.add_argument_group("a language model as judge (default: none, programs alone)")
     judge.add_argument(
         "--judge", metavar="URL",
@@ -274,18 +265,7 @@ def _print(args: Namespace, document: dict[str, Any]) -> None:
             ["arm", "loose", "strict", "degenerate", "perplexity", "KL", "||delta||/||h||"],
             rows, "arm", indent=2,
         )  # fmt: skip
-        rows = [
-            [
-                f"{test['ours']} - {test['theirs']}",
-                test["measure"],
-                f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
-                figure(test["p_holm"], 2),
-            ]
-            for test in task["tests"]
-        ]
-        if rows:
-            print_table(["difference", "measure", "mean", "p (Holm)"], rows, "difference,measure",
-                        indent=2)  # fmt: skip
+        _print_tests(task["tests"], "p_holm", "p (Holm)")
         print()
     if document["ifeval"]:
         _print_ifeval(document["ifeval"])
@@ -300,20 +280,26 @@ def _print_ifeval(ifeval: dict[str, Any]) -> None:
         [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
     ]
     print_table(["arm", *(key.replace("_", " ") for key in keys)], rows, "arm", indent=2)
+    _print_tests(ifeval["tests"], "p", "p")
+    for name, what in ifeval["stand_ins"].items():
+        print(f"  {name}: judged with {what}")
+    print()
+
+
+def _print_tests(tests: list[dict[str, Any]], p: str, headed: str) -> None:
+    """Paired differences with their intervals, and p-values under `headed`."""
     rows = [
         [
             f"{test['ours']} - {test['theirs']}",
             test["measure"],
             f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
-            figure(test["p"], 2),
+            figure(test[p], 2),
         ]
-        for test in ifeval["tests"]
+        for test in tests
     ]
     if rows:
-        print_table(["difference", "measure", "mean", "p"], rows, "difference,measure", indent=2)
-    for name, what in ifeval["stand_ins"].items():
-        print(f"  {name}: judged with {what}")
-    print()
+        headers = ["difference", "measure", "mean", headed]
+        print_table(headers, rows, "difference,measure", indent=2)
 
 
 def _rate(rate: dict[str, Any]) -> str:

@@ -139,6 +139,20 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         )  # fmt: skip
 
 
+def add_answering(group: argparse._ArgumentGroup) -> None:
+    """How contents are answered where answers are graded."""
+    group.add_argument(
+        "--temperature", type=number, default=0.7, metavar="T",
+        help="of sampling; 0 is greedy (default: 0.7)",
+    )  # fmt: skip
+    group.add_argument(
+        "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
+    )
+    group.add_argument(
+        "--batch-size", type=count, default=64, metavar="N", help="prompts at once (default: 64)"
+    )
+
+
 def add_documents(group: argparse._ArgumentGroup) -> None:
     """What attention sees and what is kept of packed documents; `train` and `metrics` alike."""
     from saesteer.sae.config import TextConfig

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_model
+from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import number as figure
 from saesteer.cli.output import print_json, print_next, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
-from saesteer.cli.values import budget, count, grid, number, rounds
+from saesteer.cli.values import budget, grid, rounds
 
 EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
 
@@ -51,16 +51,7 @@ def add_flags(parser: VerbParser) -> None:
         "--budget", type=budget, metavar="KIND=X",
         help="most damage on neutral questions, in nats a token: kl=0.5 or ce=0.5 (default: none)",
     )  # fmt: skip
-    how.add_argument(
-        "--temperature", type=number, default=0.7, metavar="T",
-        help="of sampling; 0 is greedy (default: 0.7)",
-    )  # fmt: skip
-    how.add_argument(
-        "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
-    )
-    how.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="prompts at once (default: 64)"
-    )
+    add_answering(how)
     add_common(
         parser,
         out="folder for the chosen plan, sweep.json and sweep.svg (default: print only)",

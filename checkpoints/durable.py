@@ -34,10 +34,20 @@ class Draft:
     Args:
         path: the name it takes, of a file that may exist.
         cancelled: asked before every piece of 4 MiB; once true, `write` raises `Cancelled`.
+        cached: whether the system may keep the bytes in its file cache. Long streams of data do
+            better without: they would push out the files of other programs, and on a virtual
+            machine every page that the cache grows by may cost more than the write itself.
     """
 
-    def __init__(self, path: Path, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        cached: bool = True,
+    ) -> None:
         self.path = path
+        self._cached = cached
         self.bytes = 0
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._cancelled = cancelled
@@ -75,6 +85,8 @@ class Draft:
             try:
                 if kind is None:
                     os.fsync(self._descriptor)
+                    if not self._cached:
+                        _leave_cache(self._descriptor)
             finally:
                 os.close(self._descriptor)
             if kind is None:
@@ -118,6 +130,14 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _leave_cache(descriptor: int) -> None:
+    """Take a file that is on the disk out of the file cache, where that can be asked."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is not None:
+        with contextlib.suppress(OSError):  # a wish, no more
+            advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,21 +91,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_tensors(
     path: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
     metadata: Mapping[str, str] | None = None,
     *,
     cancelled: Callable[[], bool] = lambda: False,
+    cached: bool = True,
 ) -> str:
     """Write tensors of any shape as safetensors, whole or not at all; returns the file's SHA-256.
 
     Tensors may lie on any device and share memory: each is written as its own contiguous copy.
-    Once `cancelled` answers true, which it is asked every few megabytes, the write ends with
-    `durable.Cancelled`. A full disk raises a one-line `UserError`. Either leaves no temporary file.
+    One may be given as the pieces it consists of, row after row. Once `cancelled` answers true,
+    which it is asked every few megabytes, the write ends with `durable.Cancelled`. Without `cached`
+    the file leaves the system's file cache when it is on the disk (see `durable.Draft`). A full
+    disk raises a one-line `UserError`. Neither way to fail leaves a temporary file.
     """
     from saesteer.checkpoints.tensor_bytes import tensor_bytes
 
     path = Path(path)
-    with writing(path), Draft(path, cancelled) as draft:
+    with writing(path), Draft(path, cancelled, cached=cached) as draft:
         for piece in tensor_bytes(tensors, metadata):
             draft.write(piece)
     return draft.sha256

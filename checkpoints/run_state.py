@@ -64,7 +64,7 @@ def save_state(
         with writing(path):
             sync_file(path)
     try:
-        sha256 = files.write_tensors(place / name, tensors, cancelled=cancelled)
+        sha256 = files.write_tensors(place / name, tensors, cancelled=cancelled, cached=False)
         size = (place / name).stat().st_size
         newest = {"file": name, "bytes": size, "sha256": sha256, "score": score, "meta": meta}
         pointer = files.plain({"schema_version": 1, **newest, "earlier": before})

@@ -289,18 +289,16 @@ class ShardWriter:
         number = self._next_number()
         try:
             if self._buffered:
-                columns = {name: torch.cat(pieces) for name, pieces in self._columns.items()}
                 order = self._order(number)
-                if order is not None:
-                    columns = {name: column[order] for name, column in columns.items()}
                 for place, rows in self._rows.items():
                     name = f"{folder_name(*place)}/shard-{number:05d}.safetensors"
                     entries.append({"file": name, "tokens": self._buffered, "sha256": ""})
-                    activations = torch.cat(rows)
+                    columns = {"activations": rows, **self._columns}
                     if order is not None:
-                        activations = activations[order]
-                    tensors = {"activations": activations, **columns}
-                    entries[-1]["sha256"] = files.write_tensors(self.folder / name, tensors)
+                        columns = {key: [torch.cat(parts)[order]] for key, parts in columns.items()}
+                    entries[-1]["sha256"] = files.write_tensors(
+                        self.folder / name, columns, cached=False
+                    )
             manifest = {
                 **self.manifest,
                 "complete": False,

@@ -6,7 +6,8 @@ checksum costs no second reading. The bytes are those that the library writes.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,33 +34,44 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
 def tensor_bytes(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
     """The header, then the data of each tensor; nothing of the next is copied before its turn.
 
-    Tensors may have any shapes and strides, lie on any device and share memory. Raises TypeError
-    for a dtype that safetensors does not know.
+    Tensors may have any shapes and strides, lie on any device and share memory; one may be given as
+    pieces of equal dtype and width, whose rows follow each other in the file. Raises TypeError for
+    a dtype that safetensors does not know.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold")
-    order = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
+    pieces = {name: _pieces(given) for name, given in tensors.items()}
+    kinds = {name: parts[0].dtype for name, parts in pieces.items()}
+    for name, kind in kinds.items():
+        if kind not in _NAMES:
+            raise TypeError(f"{name} has dtype {kind}, which safetensors cannot hold")
+    order = sorted(pieces, key=lambda name: (-_RANK[kinds[name]], name))
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
     end = 0
     for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        parts = pieces[name]
+        shape = list(parts[0].shape)
+        if len(parts) > 1:
+            shape[0] = sum(len(part) for part in parts)
+        start, end = end, end + math.prod(shape) * kinds[name].itemsize
+        header[name] = {"dtype": _NAMES[kinds[name]], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
-        if tensors[name].numel():
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            yield flat.view(torch.uint8).numpy().data
+        for part in pieces[name]:
+            if part.numel():
+                flat = part.detach().cpu().contiguous().reshape(-1)
+                yield flat.view(torch.uint8).numpy().data
+
+
+def _pieces(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """A tensor as its pieces. Raises ValueError for none, or for some that do not fit together."""
+    parts = [given] if isinstance(given, Tensor) else given
+    if not parts or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        raise ValueError("a tensor wants pieces of one dtype and width, at least one")
+    return parts

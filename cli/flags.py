@@ -181,7 +181,10 @@ def add_reading(group: argparse._ArgumentGroup) -> None:
         help="8bit or 4bit weights for the language model, with bitsandbytes (default: none)",
     )  # fmt: skip
     group.add_argument(
-        "--compile", action="store_true", help="run the model's blocks through torch.compile"
+        "--compile", action="store_true",
+        help="run the model's blocks through torch.compile: some seconds at the start, faster from "
+        "then on, rounded otherwise; harvest --dry-run --compile tells what it gains "
+        "(default: off)",
     )  # fmt: skip
 
 

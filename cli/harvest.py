@@ -107,7 +107,6 @@ def run(args: Namespace) -> int:
             resume=args.resume,
             force=args.force,
             consume_model=True,
-            compile_model=args.compile,
             progress=report,
             warn=report.warn if first else lambda message: None,
         )

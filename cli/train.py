@@ -200,7 +200,6 @@ def run(args: Namespace) -> int:
             resume=args.resume,
             force=args.force,
             consume_model=True,
-            compile_model=args.compile,
             progress=report,
             say=report.say,
         )

@@ -38,6 +38,8 @@ class TextConfig:
     """Let attention see only the document that a token belongs to, not what is packed before it."""
     exclude_template: bool = False
     """Leave out what the chat template writes around the messages of a chat."""
+    compile: bool = False
+    """Harvest and train with the model's blocks compiled: faster, and rounded otherwise."""
     seed: int = 0
     """Orders the documents."""
 

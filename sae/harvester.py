@@ -22,7 +22,7 @@ from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
 from saesteer.sae.footprint import harvest_row_bytes
 from saesteer.sae.hooks import HookPoint, last_block, resolve_site
 from saesteer.sae.memory import automatic_batch_size, peak_bytes
-from saesteer.sae.models import DTYPES, LanguageModel, as_language_model, compile_blocks
+from saesteer.sae.models import DTYPES, LanguageModel, as_language_model
 from saesteer.sae.ranks import ALONE, Ranks, join_ranks
 from saesteer.sae.stopping import stop_requests
 from saesteer.sae.stream import ActivationBatch, ActivationStream, open_activations
@@ -40,7 +40,6 @@ def harvest(
     resume: bool = False,
     force: bool = False,
     consume_model: bool = False,
-    compile_model: bool = False,
     progress: Progress = no_progress,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -58,7 +57,6 @@ def harvest(
         resume: continue after the last whole shard of an interrupted harvest.
         consume_model: free the weights of `model` that are not needed (later blocks, the output
             embedding); it can do nothing else afterwards. A model given by name always is freed.
-        compile_model: run the blocks through `torch.compile`.
         warn: called with one line when the corpus ends before `config.tokens`.
 
     Returns:
@@ -107,17 +105,16 @@ def harvest(
         finished = job.open(resume)
         if finished is not None:
             return finished
-        prepare(lm, points, consume_model or not isinstance(model, LanguageModel), compile_model)
+        if consume_model or not isinstance(model, LanguageModel):
+            keep_only_read(lm, points)
         return job.run()
 
 
-def prepare(lm: LanguageModel, points: Sequence[HookPoint], consume: bool, compiled: bool) -> None:
-    """Free what a pass up to the last point does not need, and compile the rest, if asked."""
+def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
+    """Free what a pass up to the last point does not need; the model can do nothing else then."""
     last = last_block(lm, points)
-    if consume and last is not None:
+    if last is not None:
         lm.keep_only(last)
-    if compiled:
-        compile_blocks(lm)
 
 
 class _Job:

@@ -13,11 +13,11 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import MetricsConfig, Progress, no_progress
+from saesteer.sae.forward import model_inputs
 from saesteer.sae.harvester import model_facts
 from saesteer.sae.hooks import HookPoint, hooked, run_to, sae_hook_point
 from saesteer.sae.models import LanguageModel, as_language_model
 from saesteer.sae.sinks import SinkFilter
-from saesteer.sae.stream import model_inputs
 from saesteer.sae.text import ContextBatch, open_contexts
 
 

@@ -341,12 +341,6 @@ def _placement(
     return {"device_map": device_map or {"": target}, "quantization_config": wanted}
 
 
-def compile_blocks(lm: LanguageModel) -> None:
-    """Compile every block with `torch.compile`; hooks stay outside and work as before."""
-    for block in lm.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
-
-
 def as_language_model(
     model: "str | LanguageModel", *, device: str = "auto", dtype: str = "auto"
 ) -> LanguageModel:

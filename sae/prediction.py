@@ -103,7 +103,6 @@ def predict_harvest(
 def _peak_bytes(config: HarvestConfig, row: int, layer_row: int, tokens: int) -> int:
     """The process's peak: what it has by now, or now and the shards on their way to the disk."""
     shard = min(config.shard_tokens, tokens)
-    # One shard fills while as many tokens may wait; one layer's file is put together (and shuffled)
-    # when it is written.
-    waiting = min(2 * shard, tokens) * row + (1 + config.shuffle) * shard * layer_row
+    # One shard fills while as many tokens may wait; to shuffle, one layer's rows are joined first.
+    waiting = min(2 * shard, tokens) * row + 2 * config.shuffle * shard * layer_row
     return max(peak_bytes(), held_bytes() + waiting)

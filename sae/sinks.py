@@ -46,7 +46,7 @@ class SinkFilter:
         Raises NotFinite.
         """
         device = next(iter(activations.values())).device
-        norms = norms_of(activations)[:, None]
+        norms = norms_of(activations)[:, None].cpu()
         return self.keep_contexts(
             norms, torch.ones(norms.shape[1:], dtype=torch.bool), list(activations)
         )[0].to(device)
@@ -94,7 +94,7 @@ class SinkFilter:
 
 
 def norms_of(activations: Mapping[Place, Float[Tensor, "..."]]) -> Float[Tensor, "places ..."]:
-    """Length of every row in float32, one line a hook point, on the CPU.
+    """Length of every row in float32, one line a hook point, on the device of the first.
 
     The one transfer that a batch waits for: everything else is decided from these numbers.
     """
@@ -103,7 +103,7 @@ def norms_of(activations: Mapping[Place, Float[Tensor, "..."]]) -> Float[Tensor,
         for rows in activations.values()
     ]
     first = lengths[0].device
-    return torch.stack([length.float().to(first) for length in lengths]).cpu()
+    return torch.stack([length.float().to(first) for length in lengths])
 
 
 def block_medians(

@@ -2,23 +2,26 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError, UsageError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.sae.compiled import CompiledBlocks
 from saesteer.sae.config import Progress, TextConfig, no_progress
+from saesteer.sae.corpora import reason_of
+from saesteer.sae.forward import Forward
 from saesteer.sae.hooks import HookPoint, run_to
 from saesteer.sae.memory import keep_pages
 from saesteer.sae.models import LanguageModel
 from saesteer.sae.ranks import ALONE, Ranks
 from saesteer.sae.replies import ReplyConfig, sample_replies
-from saesteer.sae.sinks import NotFinite, SinkFilter, block_medians, norms_of
+from saesteer.sae.sinks import NotFinite, SinkFilter, block_medians
 from saesteer.sae.text import ContextBatch, Contexts, open_contexts
 
 
@@ -73,8 +76,13 @@ class ActivationStream:
         self.sinks = SinkFilter(config.max_norm_ratio)
         self.excluded = {"special": 0, "template": 0, "sinks": 0}
         self.batches = 0
+        self.keeps_busy = lm.device.type == "cuda"
+        """Whether the next pass is begun before a batch is sorted out: for a device that computes
+        while the CPU does something else."""
+        self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
         self._position = contexts.state_dict()
-        self._ahead: tuple[ContextBatch | None, dict[str, Any]] | Exception | None = None
+        self._text: _Text | Exception | None = None
+        self._begun: _Begun | Exception | None = None
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         while (batch := self.next_batch()) is not None:
@@ -85,18 +93,15 @@ class ActivationStream:
 
         Raises NonFiniteError naming the batch; the stream then still stands before it.
         """
-        contexts, after = self._read()
-        if contexts is None:
-            return None
         with torch.inference_mode():
-            with self._reading_ahead():
-                seen = self._run(contexts)
-            keep = self._keep(contexts, norms_of(seen))
-            where = keep.flatten().nonzero()[:, 0]
-            rows = {
-                key: values.flatten(0, 1).index_select(0, where.to(values.device))
-                for key, values in seen.items()
-            }
+            begun = self._take()
+            if begun is None:
+                return None
+            contexts, forward, after = begun
+            if self.keeps_busy:
+                self._begun = _outcome(self._begin)
+            keep = self._keep(contexts, forward.norms())
+            rows = forward.rows(keep.flatten().nonzero()[:, 0])
         own = keep.sum(dim=1)
         special = torch.isin(contexts.token_ids, self.lm.special_ids)
         self.excluded["special"] += int(special.sum())
@@ -113,46 +118,38 @@ class ActivationStream:
             self.ranks.interleave(own, self.config.batch_size, fill=0),
         )
 
-    def _read(self) -> tuple[ContextBatch | None, dict[str, Any]]:
-        """The next contexts and the place after them."""
-        ahead, self._ahead = self._ahead, None
-        if isinstance(ahead, Exception):
-            raise ahead
-        if ahead is not None:
-            return ahead
+    def _take(self) -> "_Begun | None":
+        """The pass that was begun, or the next one; None when the text has ended."""
+        begun, self._begun = self._begun, None
+        return _given(begun) if begun is not None else self._begin()
+
+    def _begin(self) -> "_Begun | None":
+        """Read the next contexts and start their pass."""
+        text, self._text = self._text, None
+        contexts, after = _given(text) if text is not None else self._read()
+        if contexts is None:
+            return None
+        isolated = self.config.isolate_documents
+        with contextlib.nullcontext() if self.keeps_busy else self._reading_ahead(), self._blocks:
+            return contexts, Forward.begin(self.lm, self.points, contexts, isolated), after
+
+    def _read(self) -> "_Text":
         batch = self.contexts.next_batch(self.config.batch_size)
         return batch, self.contexts.state_dict()
 
     @contextlib.contextmanager
     def _reading_ahead(self) -> Iterator[None]:
         """Prepare the text of the next batch in a thread while this one is computed."""
-        thread = threading.Thread(target=self._read_ahead, name="text of the next batch")
+
+        def read() -> None:
+            self._text = _outcome(self._read)
+
+        thread = threading.Thread(target=read, name="text of the next batch")
         thread.start()
         try:
             yield
         finally:
             thread.join()
-
-    def _read_ahead(self) -> None:
-        try:
-            self._ahead = self._read()
-        except Exception as error:
-            self._ahead = error  # of the next batch, not of this one
-
-    def _run(self, contexts: ContextBatch) -> dict[tuple[int, str], Tensor]:
-        """What passes the hook points, `[contexts, seq, d_model]` each."""
-        if not len(contexts.token_ids):  # this process has no share of the last contexts
-            width = (*contexts.token_ids.shape, self.lm.d_model)
-            return {point.key: torch.empty(width, dtype=self.lm.dtype) for point in self.points}
-        inputs = model_inputs(self.lm, contexts, self.config.isolate_documents)
-        seen = run_to(self.lm, self.points, **inputs)
-        for (_, site), values in seen.items():
-            if values.shape[-1] != self.lm.d_model:
-                raise UsageError(
-                    f"--site {site} has width {values.shape[-1]}, the residual stream of "
-                    f"{self.lm.name} has {self.lm.d_model}: give a site of that width"
-                )
-        return {point.key: seen[point.key] for point in self.points}
 
     def _keep(
         self,
@@ -164,8 +161,7 @@ class ActivationStream:
         try:
             medians = block_medians(norms, contexts.keep, places)
         except NotFinite as error:
-            self.contexts.load_state_dict(self._position)  # the batch is not lost
-            self._ahead = None
+            self._go_to(self._position)  # the batch is not lost
             layer, _ = error.place
             raise NonFiniteError(
                 f"{self.lm.name} gave NaN or infinite activations at layer {layer} in batch "
@@ -185,6 +181,29 @@ class ActivationStream:
         """What text was read."""
         return self.contexts.identity()
 
+    def _go_to(self, position: dict[str, Any]) -> None:
+        """Go on at a place in the text, and forget what was begun at another."""
+        self.contexts.load_state_dict(position)
+        self._position, self._text, self._begun = dict(position), None, None
+
+    def compile(self) -> None:
+        """Run one pass over nothing in particular, which compiles the blocks where that is asked.
+
+        Raises UserError when that fails.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        ids = torch.zeros(self.config.batch_size, self.config.context, dtype=torch.long)
+        try:
+            with torch.inference_mode(), self._blocks:
+                run_to(self.lm, self.points, input_ids=ids.to(self.lm.device))
+        except TorchDynamoException as error:
+            needs = " (on a CPU it needs a C++ compiler such as g++)"
+            raise UserError(
+                f"--compile does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
+                f"leave it out. PyTorch says: {reason_of(error)}"
+            ) from error
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands; JSON-ready."""
         return {
@@ -195,37 +214,30 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.contexts.load_state_dict(state["contexts"])
-        self._position, self._ahead = dict(state["contexts"]), None
+        self._go_to(state["contexts"])
         self.sinks.load_state_dict(state["sinks"])
         self.excluded, self.batches = dict(state["excluded"]), state["batches"]
 
 
-def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
-    """What the model is called with, on its device; `isolated` keeps attention in each document."""
-    inputs = {"input_ids": contexts.token_ids.to(lm.device)}
-    if isolated:
-        positions = document_positions(contexts.document_ids)
-        # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
-        if bool((positions[:, -1] < positions.shape[1] - 1).any()):
-            inputs["position_ids"] = positions.to(lm.device)
-    return inputs
+_Text = tuple[ContextBatch | None, dict[str, Any]]
+"""Contexts, and the place in the text after them."""
+_Begun = tuple[ContextBatch, Forward, dict[str, Any]]
+"""Contexts, their pass, and the place in the text after them."""
+_Got = TypeVar("_Got")
 
 
-def document_positions(
-    document_ids: Int[Tensor, "rows context"],
-) -> Int[Tensor, "rows context"]:
-    """Positions that start anew at every document; the models' masks follow them.
+def _outcome(work: Callable[[], _Got]) -> _Got | Exception:
+    """What `work` gives, or the error it ends with: one of the next batch, not of this one."""
+    try:
+        return work()
+    except Exception as error:
+        return error
 
-    The beginning-of-text token in front of a context belongs to its first document.
-    """
-    owners = document_ids.clone()
-    if owners.shape[1] > 1:
-        owners[:, 0] = torch.where(owners[:, 0] == -1, owners[:, 1], owners[:, 0])
-    places = torch.arange(owners.shape[1]).expand_as(owners)
-    starts = torch.zeros_like(places)
-    starts[:, 1:] = places[:, 1:] * (owners[:, 1:] != owners[:, :-1])
-    return places - starts.cummax(dim=1).values
+
+def _given(outcome: _Got | Exception) -> _Got:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def open_activations(
@@ -251,4 +263,9 @@ def open_activations(
         if not ranks.rank:
             ranks.wait_for_first()
     contexts = open_contexts(lm, config, replies_file, ranks)
-    return ActivationStream(lm, points, contexts, config, ranks)
+    stream = ActivationStream(lm, points, contexts, config, ranks)
+    if config.compile:
+        progress("compile", 0, 1, "model")
+        stream.compile()
+        progress("compile", 1, 1, "model")
+    return stream

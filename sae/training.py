@@ -28,7 +28,13 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.config import Progress, TrainConfig, no_progress
 from saesteer.sae.footprint import train_footprint
-from saesteer.sae.harvester import as_given, check_same_run, model_facts, prepare, resolved_text
+from saesteer.sae.harvester import (
+    as_given,
+    check_same_run,
+    keep_only_read,
+    model_facts,
+    resolved_text,
+)
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.memory import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.models import LanguageModel, as_language_model, pick_device
@@ -58,7 +64,6 @@ def train(
     resume: bool = False,
     force: bool = False,
     consume_model: bool = False,
-    compile_model: bool = False,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
@@ -74,7 +79,6 @@ def train(
         replies: user texts that the model answers first (live only); see `harvest`.
         resume: continue from the last saved state in `out`, or start when there is none.
         consume_model: free the weights of `model` that are not needed; see `harvest`.
-        compile_model: run the model's blocks through `torch.compile`.
         say: called with one line about the memory, before anything large is taken.
 
     Returns:
@@ -104,8 +108,8 @@ def train(
             config = replace(config, text=resolved_text(lm, config.text, before))
             live, facts = _live_source(lm, config, replies, replies_folder, progress)
             source, points = live, live.stream.points
-            consume = consume_model or not isinstance(model, LanguageModel)
-            prepare(lm, points, consume, compile_model)
+            if consume_model or not isinstance(model, LanguageModel):
+                keep_only_read(lm, points)
             d_model, dtype = lm.d_model, lm.dtype
         else:
             assert activations is not None

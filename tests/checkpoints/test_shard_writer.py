@@ -1,12 +1,13 @@
-"""Shuffled shards, further columns, and several writers in one folder."""
+"""Shuffled shards, further columns, several writers in one folder, and the file cache."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from saesteer.checkpoints.files import read_json
+from saesteer.checkpoints.files import read_json, write_tensors
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import ShardReader
 
@@ -125,3 +126,32 @@ def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path)
     reader.read_ahead(0, reader.places)
     assert torch.equal(reader.shard(0, 0)[0][:, 0], torch.arange(12.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked")
+def test_shards_leave_the_file_cache_once_they_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def spy(name: str, result: Any) -> None:
+        def call(descriptor: int, *arguments: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            calls.append((name, Path(path).name))
+            if arguments:
+                assert arguments == (0, 0, os.POSIX_FADV_DONTNEED)
+                raise result
+            return result
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("fsync", None)
+    spy("posix_fadvise", OSError(22, "a wish that cannot be granted"))
+    writer = writer_for(tmp_path / "acts")
+    add(writer, 0, 10)
+    about_shards = [name for name, file in calls if file.startswith(".shard-")]
+    assert about_shards == ["fsync", "posix_fadvise"] * 2
+    assert ShardReader(tmp_path / "acts").tokens == 10
+    calls.clear()
+    write_tensors(tmp_path / "sae.safetensors", {"W": torch.ones(2)})
+    assert "posix_fadvise" not in [name for name, _ in calls], "what is read soon stays"

@@ -33,3 +33,19 @@ def test_strides_and_shared_memory_are_resolved() -> None:
 def test_a_dtype_it_does_not_know() -> None:
     with pytest.raises(TypeError, match="a has dtype torch.complex128"):
         joined({"a": torch.zeros(1, dtype=torch.complex128)})
+
+
+def test_a_tensor_in_pieces() -> None:
+    grid, ids = torch.randn(6, 4, dtype=torch.bfloat16), torch.arange(6, dtype=torch.int32)
+    pieces = {"grid": [grid[:1], grid[1:1], grid[1:].T.contiguous().T], "ids": [ids]}
+    assert joined(pieces) == save({"grid": grid, "ids": ids})
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[], [torch.zeros(2, 3), torch.zeros(2, 4)], [torch.zeros(1), torch.zeros(1).double()]],
+    ids=["none", "widths", "dtypes"],
+)
+def test_pieces_that_do_not_fit_together(pieces: list[torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="pieces of one dtype and width"):
+        joined({"a": pieces})

@@ -17,7 +17,6 @@ from saesteer.checkpoints.model_files import ResolvedModel
 from saesteer.sae.hooks import resolve_site, run_to
 from saesteer.sae.models import (
     LanguageModel,
-    compile_blocks,
     find_blocks,
     has_fast_bfloat16,
     load_model,
@@ -373,14 +372,3 @@ def test_quantised_weights(bits: str, tiny_lm: Any, tmp_path: Path) -> None:
         exact = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
     assert torch.equal(rows, reported)
     assert 0 < float((rows.float() - exact).norm() / exact.norm()) < 0.5
-
-
-@pytest.mark.slow
-def test_compiled_blocks_read_the_same(fresh_lm: Any, shared_lm: Any) -> None:
-    lm, whole = fresh_lm("llama"), shared_lm("llama")
-    compile_blocks(lm)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.inference_mode():
-        seen = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
-        expected = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
-    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)

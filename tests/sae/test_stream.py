@@ -11,9 +11,10 @@ import torch
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.sae.config import TextConfig
+from saesteer.sae.forward import Forward
 from saesteer.sae.hooks import resolve_site, run_to
 from saesteer.sae.models import LanguageModel
-from saesteer.sae.stream import ActivationStream, document_positions, open_activations
+from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.text import open_contexts
 
 Shared = Callable[..., LanguageModel]
@@ -70,13 +71,6 @@ def corpus(folder: Path, count: int = 60) -> str:
     lines = [{"text": f"document {n} is about {n * n} herons and no more"} for n in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
-
-
-def test_document_positions() -> None:
-    owners = torch.tensor([[-1, 7, 7, 8, 8, 9], [3, 3, 3, 3, 3, 3], [-1, -2, -2, -3, 4, 4]])
-    assert document_positions(owners).tolist() == [
-        [0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 0, 1]
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -171,10 +165,66 @@ def test_a_template_that_rewrites_messages_cannot_be_told_apart(
         stream_of(lm, text).next_batch()
 
 
+# --- a pass that is begun before the last batch is sorted out
+
+
+def test_passes_begun_ahead_change_nothing(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    text = replace(TEXT, data=(corpus(tmp_path),), max_norm_ratio=1.2)
+
+    def read(ahead: bool, state: dict[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
+        stream = stream_of(lm, text)
+        stream.keeps_busy = ahead
+        if state is not None:
+            stream.next_batch()  # what was begun after it must not come after the state
+            stream.load_state_dict(state)
+        batches, states = [], []
+        while (batch := stream.next_batch()) is not None:
+            batches.append((batch.activations[2, "resid_post"], batch.token_ids, batch.contexts))
+            states.append(json.loads(json.dumps(stream.state_dict())))
+        assert stream.next_batch() is None, "the end is not the end"
+        return batches, states
+
+    batches, states = read(False)
+    assert len(batches) > 3
+    for state, already in ((None, 0), (states[1], 2)):
+        others, other_states = read(True, state)
+        assert other_states == states[already:]
+        for one, two in zip(batches[already:], others, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
+
+
+def test_a_pass_is_begun_before_the_last_one_is_asked_for(
+    shared_lm: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, order = shared_lm(), []
+    begin, norms = Forward.begin, Forward.norms
+
+    def spied_begin(*args: Any) -> Forward:
+        order.append("begin")
+        return begin(*args)
+
+    def spied_norms(self: Forward) -> torch.Tensor:
+        order.append("norms")
+        return norms(self)
+
+    monkeypatch.setattr(Forward, "begin", spied_begin)
+    monkeypatch.setattr(Forward, "norms", spied_norms)
+    for ahead, expected in ((False, ["begin", "norms"] * 2),
+                            (True, ["begin", "begin", "norms", "begin", "norms"])):  # fmt: skip
+        stream = stream_of(lm, TEXT)
+        stream.keeps_busy = ahead
+        order.clear()
+        stream.next_batch()
+        stream.next_batch()
+        assert order == expected
+
+
 # --- errors do not lose a batch
 
 
-def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, ahead: bool) -> None:
     lm = fresh_lm()
     contexts = open_contexts(lm, TEXT)
     seen = torch.cat([contexts.next_batch(4).token_ids for _ in range(2)])  # type: ignore[union-attr]
@@ -185,6 +235,7 @@ def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, tmp_path: Pa
     stream = stream_of(lm, TEXT)
     stream.next_batch()
     stream.next_batch()
+    stream.keeps_busy = ahead
     before, good = stream.state_dict(), weight[new].clone()
     with torch.no_grad():
         weight[new] = torch.nan
@@ -198,13 +249,15 @@ def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, tmp_path: Pa
     assert batch is not None and int(batch.contexts.min()) == 8
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
-    shared_lm: Shared, tmp_path: Path
+    shared_lm: Shared, tmp_path: Path, ahead: bool
 ) -> None:
     lm = shared_lm()
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
     whole = [stream.next_batch() for _ in range(2)]
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
+    stream.keeps_busy = ahead
     original, calls = stream.contexts.next_batch, 0
 
     def breaks(rows: int) -> Any:

@@ -12,9 +12,11 @@ clock. "bare" is the same model cut after the block that is read, on batches of 
 prepared before, without a hook. Every other contender also reads and tokenises its text and hands
 out what its users get:
 
-    harvest to shards   kept rows written to disk, hashes included
+    harvest to shards   kept rows written to disk, hashes included: two shards a round, as large as
+                        `harvest` makes them, the second written while nothing else is left to do
     live batches        training batches out of the shuffle buffer
     live train          the same, and a TopK SAE of 8 x d_model trained on them
+    ..., compiled       harvest and train with --compile
     SAELens HF          ActivationsStore.next_batch, model by AutoModelForCausalLM
     SAELens             the same, model converted for its default backend (TransformerLens)
     sparsify            its Trainer's pass: the whole base model, a hook that flattens
@@ -34,12 +36,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from harvest_rivals import (
     BATCH_TOKENS,
+    BATCHES_A_ROUND,
     Round,
     dictionary_learning,
     sae_lens_default,
@@ -50,7 +55,7 @@ from side_by_side import add_flags, choose_device, deliver, facts, leave_folder,
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
-from saesteer.sae.config import TextConfig, TrainConfig
+from saesteer.sae.config import HarvestConfig, TextConfig, TrainConfig
 from saesteer.sae.hooks import resolve_site
 from saesteer.sae.models import LanguageModel, load_model
 from saesteer.sae.producer import Producer
@@ -59,8 +64,8 @@ from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.topk import InputScale
 from saesteer.sae.trainer import SAETrainer, Variant
 
-# A shard a round: half of what `harvest` takes, so that a round stays short.
-SHARD_TOKENS = 32_768
+SHARD_TOKENS = next(f.default for f in fields(HarvestConfig) if f.name == "shard_tokens")
+SHARDS_A_ROUND = 2
 
 
 class Bench:
@@ -75,11 +80,12 @@ class Bench:
         self.cleanup = contextlib.ExitStack()
         self.documents = [str(d) for d in open_corpus_texts()]
 
-    def stream(self) -> ActivationStream:
-        return open_activations(self.lm, [self.point], self.text, replies_folder=self.folder)
+    def stream(self, compiled: bool = False) -> ActivationStream:
+        text = replace(self.text, compile=compiled)
+        return open_activations(self.lm, [self.point], text, replies_folder=self.folder)
 
-    def batches(self) -> BatchStream:
-        source = LiveSource(self.stream())
+    def batches(self, compiled: bool = False) -> BatchStream:
+        source = LiveSource(self.stream(compiled))
         return BatchStream(
             source, self.lm.d_model, tokens=10**9, batch_tokens=BATCH_TOKENS,
             buffer_tokens=4 * BATCH_TOKENS, dtype=self.lm.dtype, seed=0,
@@ -102,7 +108,7 @@ def bare(bench: Bench) -> Round:
         setattr(model, name, whole[: bench.layer + 1])
         try:
             with torch.inference_mode():
-                for _ in range(2):
+                for _ in range(8):
                     batch = prepared[len(seen) % len(prepared)].to(bench.lm.device)
                     seen.append(0)
                     model(input_ids=batch, use_cache=False)
@@ -116,10 +122,10 @@ def bare(bench: Bench) -> Round:
     return run
 
 
-def to_shards(bench: Bench) -> Round:
-    stream = bench.stream()
+def to_shards(bench: Bench, compiled: bool = False) -> Round:
+    stream = bench.stream(compiled)
     writer = ShardWriter(
-        bench.folder / "shards", layers=[bench.layer], sites=["resid_post"],
+        bench.folder / f"shards-{compiled}", layers=[bench.layer], sites=["resid_post"],
         d_model=bench.lm.d_model, dtype=bench.lm.dtype, facts={"model": bench.lm.name},
         shard_tokens=SHARD_TOKENS,
     )  # fmt: skip
@@ -127,7 +133,7 @@ def to_shards(bench: Bench) -> Round:
 
     def run() -> int:
         tokens = 0
-        while tokens < SHARD_TOKENS:
+        while tokens < SHARDS_A_ROUND * SHARD_TOKENS:
             batch = stream.next_batch()
             assert batch is not None
             background.add(batch.activations, batch.token_ids, stream.state_dict())
@@ -143,15 +149,15 @@ def live_batches(bench: Bench) -> Round:
     batches.fill()
 
     def run() -> int:
-        for _ in range(4):
+        for _ in range(BATCHES_A_ROUND):
             batches.next_batch()
-        return 4 * BATCH_TOKENS
+        return BATCHES_A_ROUND * BATCH_TOKENS
 
     return run
 
 
-def live_train(bench: Bench) -> Round:
-    batches, d_model = bench.batches(), bench.lm.d_model
+def live_train(bench: Bench, compiled: bool = False) -> Round:
+    batches, d_model = bench.batches(compiled), bench.lm.d_model
     config = TrainConfig(d_sae=(8 * d_model,), tokens=10**9)
     trainer = SAETrainer(
         Variant(bench.point.key, 8 * d_model, 32, 0), config, slice(0, d_model),
@@ -169,13 +175,13 @@ def live_train(bench: Bench) -> Round:
     def run() -> int:
         before = producer.ahead
         held.close()
-        for _ in range(8):
+        for _ in range(BATCHES_A_ROUND):
             batch = producer.next_batch()
             assert batch is not None
             trainer.update(trainer.backward(batch))
         held.enter_context(producer.paused())
         # What was made counts, taken or not: the passes for it were on this contender's clock.
-        return (8 + producer.ahead - before) * BATCH_TOKENS
+        return (BATCHES_A_ROUND + producer.ahead - before) * BATCH_TOKENS
 
     return run
 
@@ -185,6 +191,8 @@ CONTENDERS: dict[str, Callable[[Bench], Round]] = {
     "harvest to shards": to_shards,
     "live batches": live_batches,
     "live train": live_train,
+    "harvest to shards, compiled": partial(to_shards, compiled=True),
+    "live train, compiled": partial(live_train, compiled=True),
     "SAELens HF": sae_lens_hf,
     "SAELens": sae_lens_default,
     "sparsify": sparsify,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 BATCH_TOKENS = 2048
+BATCHES_A_ROUND = 16
 Round = Callable[[], int]
 """Does some work and returns for how many tokens."""
 
@@ -34,7 +35,7 @@ def sae_lens(bench: Any, model: Any, hook: str) -> Round:
     store.next_batch()
 
     def run() -> int:
-        return sum(len(store.next_batch()) for _ in range(4))
+        return sum(len(store.next_batch()) for _ in range(BATCHES_A_ROUND))
 
     return run
 
@@ -117,7 +118,7 @@ def sparsify(bench: Any) -> Round:
             )
         )
         with torch.no_grad():
-            for _ in range(2):
+            for _ in range(8):
                 ids = next(batches)["input_ids"].to(bench.lm.device)
                 base(ids)
                 tokens += ids.numel()
@@ -148,6 +149,6 @@ def dictionary_learning(bench: Any) -> Round:
     next(buffer)
 
     def run() -> int:
-        return sum(len(next(buffer)) for _ in range(4))
+        return sum(len(next(buffer)) for _ in range(BATCHES_A_ROUND))
 
     return run

@@ -55,8 +55,13 @@ class BackgroundWriter:
         cursor: Mapping[str, Any] | None = None,
         extra: Mapping[str, Int[Tensor, " tokens"]] | None = None,
     ) -> None:
-        """Hand over tokens; the tensors may not change afterwards."""
-        self._call(len(token_ids), lambda: self.writer.add(acts, token_ids, cursor, extra))
+        """Hand over tokens; the tensors may not change afterwards.
+
+        They are checked here: a second thread that computes would fight with the model for the
+        cores. Raises NonFiniteError for NaN or infinity.
+        """
+        rows = self.writer.rows(acts, token_ids, extra, copy=False)
+        self._call(rows.tokens, lambda: self.writer.append(rows, cursor))
 
     def flush(self, cursor: Mapping[str, Any]) -> None:
         """Have what was handed over written as a shard, with this cursor, without waiting."""

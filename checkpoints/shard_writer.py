@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +53,15 @@ def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dic
     for below in {folder, *((folder / entry["file"]).parent for entry in entries)}:
         files.remove_leftovers(below)
     return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of every (layer, site) that were checked, on the CPU and in the stored dtype."""
+
+    tokens: int
+    activations: dict[Place, Float[Tensor, "tokens d_model"]]
+    columns: dict[str, Int[Tensor, " tokens"]]
 
 
 class ShardWriter:
@@ -231,17 +241,31 @@ class ShardWriter:
             NonFiniteError: a value is NaN or infinite in the stored dtype.
             UserError: the disk is full; the tokens stay in memory and the manifest stays true.
         """
+        self.append(self.rows(acts, token_ids, extra, copy=True), cursor)
+
+    def rows(
+        self,
+        acts: Mapping[Place, Float[Tensor, "tokens d_model"]],
+        token_ids: Int[Tensor, " tokens"],
+        extra: Mapping[str, Int[Tensor, " tokens"]] | None = None,
+        *,
+        copy: bool,
+    ) -> Rows:
+        """The first half of `add`: checks, and tensors as they are stored.
+
+        Without `copy` they may be those that were given, which then must not change any more.
+        """
         tokens, d_model = len(token_ids), self.manifest["d_model"]
         if set(acts) != set(self.places):
             raise ValueError(f"activations are for {sorted(acts)}, shards want {self.places}")
-        rows = {}
+        activations = {}
         for place in self.places:
             if tuple(acts[place].shape) != (tokens, d_model):
                 raise ValueError(
                     f"activations of {place} have shape {list(acts[place].shape)}, expected "
                     f"{[tokens, d_model]}"
                 )
-            row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=True)
+            row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=copy)
             # The extremes are NaN or infinite where anything is; no mask of every value is made.
             if tokens and not bool(torch.isfinite(torch.stack(torch.aminmax(row))).all()):
                 raise NonFiniteError(
@@ -249,13 +273,21 @@ class ShardWriter:
                     f"{self.manifest['dtype']}: use --store-dtype bfloat16 or float32, or another "
                     "--dtype for the model"
                 )
-            rows[place] = row
-        for place, row in rows.items():
-            self._rows[place].append(row)
+            activations[place] = row
         columns = {"token_ids": token_ids.to(torch.int32), **(extra or {})}
-        for name, column in columns.items():
-            self._columns.setdefault(name, []).append(column.detach().to("cpu", copy=True))
-        self._buffered += tokens
+        return Rows(
+            tokens,
+            activations,
+            {name: column.detach().to("cpu", copy=copy) for name, column in columns.items()},
+        )
+
+    def append(self, rows: Rows, cursor: Mapping[str, Any] | None = None) -> None:
+        """The second half of `add`: takes the rows in, and writes a shard when it is full."""
+        for place, activations in rows.activations.items():
+            self._rows[place].append(activations)
+        for name, column in rows.columns.items():
+            self._columns.setdefault(name, []).append(column)
+        self._buffered += rows.tokens
         self._move(cursor)
         if self._buffered >= self.manifest["shard_tokens"]:
             self._flush()

@@ -155,7 +155,8 @@ def _dry_run(args: Namespace, config: HarvestConfig) -> int:
         return 0
     blocks = ", ".join(map(str, plan["layers"]))
     print(f"would store {amount(plan['tokens'])} tokens of layer {blocks} ({plan['site']})")
-    print(f"  model     {plan['model']}, {plan['model_dtype']}, {plan['device']}")
+    compiled = ", compiled" if plan["compile"] else ""
+    print(f"  model     {plan['model']}, {plan['model_dtype']}, {plan['device']}{compiled}")
     print(f"  text      {', '.join(plan['data'])}")
     print(
         f"            {amount(plan['contexts'])} contexts of {plan['context']} tokens, "

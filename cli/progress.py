@@ -23,7 +23,7 @@ _QUIET_ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "true",  # said aloud, or it warns when a process is forked
     "WANDB_MODE": "disabled",
 }
 _NOISY = (

@@ -84,6 +84,7 @@ def predict_harvest(
         "model": lm.name,
         "model_dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
+        "compile": text.compile,
         "layers": [point.layer for point in points],
         "site": config.site,
         "data": list(config.text.data),

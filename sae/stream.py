@@ -1,11 +1,10 @@
 """Contexts through a language model, kept activations out."""
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,7 +80,6 @@ class ActivationStream:
         while the CPU does something else."""
         self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
         self._position = contexts.state_dict()
-        self._text: _Text | Exception | None = None
         self._begun: _Begun | Exception | None = None
 
     def __iter__(self) -> Iterator[ActivationBatch]:
@@ -99,7 +97,10 @@ class ActivationStream:
                 return None
             contexts, forward, after = begun
             if self.keeps_busy:
-                self._begun = _outcome(self._begin)
+                try:
+                    self._begun = self._begin()
+                except Exception as error:
+                    self._begun = error  # of the next batch, not of this one
             keep = self._keep(contexts, forward.norms())
             rows = forward.rows(keep.flatten().nonzero()[:, 0])
         own = keep.sum(dim=1)
@@ -121,35 +122,19 @@ class ActivationStream:
     def _take(self) -> "_Begun | None":
         """The pass that was begun, or the next one; None when the text has ended."""
         begun, self._begun = self._begun, None
-        return _given(begun) if begun is not None else self._begin()
+        if isinstance(begun, Exception):
+            raise begun
+        return self._begin() if begun is None else begun
 
     def _begin(self) -> "_Begun | None":
         """Read the next contexts and start their pass."""
-        text, self._text = self._text, None
-        contexts, after = _given(text) if text is not None else self._read()
+        contexts = self.contexts.next_batch(self.config.batch_size)
         if contexts is None:
             return None
-        isolated = self.config.isolate_documents
-        with contextlib.nullcontext() if self.keeps_busy else self._reading_ahead(), self._blocks:
+        after = self.contexts.state_dict()
+        with self._blocks:
+            isolated = self.config.isolate_documents
             return contexts, Forward.begin(self.lm, self.points, contexts, isolated), after
-
-    def _read(self) -> "_Text":
-        batch = self.contexts.next_batch(self.config.batch_size)
-        return batch, self.contexts.state_dict()
-
-    @contextlib.contextmanager
-    def _reading_ahead(self) -> Iterator[None]:
-        """Prepare the text of the next batch in a thread while this one is computed."""
-
-        def read() -> None:
-            self._text = _outcome(self._read)
-
-        thread = threading.Thread(target=read, name="text of the next batch")
-        thread.start()
-        try:
-            yield
-        finally:
-            thread.join()
 
     def _keep(
         self,
@@ -184,7 +169,7 @@ class ActivationStream:
     def _go_to(self, position: dict[str, Any]) -> None:
         """Go on at a place in the text, and forget what was begun at another."""
         self.contexts.load_state_dict(position)
-        self._position, self._text, self._begun = dict(position), None, None
+        self._position, self._begun = dict(position), None
 
     def compile(self) -> None:
         """Run one pass over nothing in particular, which compiles the blocks where that is asked.
@@ -219,25 +204,8 @@ class ActivationStream:
         self.excluded, self.batches = dict(state["excluded"]), state["batches"]
 
 
-_Text = tuple[ContextBatch | None, dict[str, Any]]
-"""Contexts, and the place in the text after them."""
 _Begun = tuple[ContextBatch, Forward, dict[str, Any]]
 """Contexts, their pass, and the place in the text after them."""
-_Got = TypeVar("_Got")
-
-
-def _outcome(work: Callable[[], _Got]) -> _Got | Exception:
-    """What `work` gives, or the error it ends with: one of the next batch, not of this one."""
-    try:
-        return work()
-    except Exception as error:
-        return error
-
-
-def _given(outcome: _Got | Exception) -> _Got:
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
 
 
 def open_activations(

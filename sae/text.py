@@ -1,5 +1,6 @@
 """From corpora to packed contexts of token ids, in a seeded and resumable order."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from saesteer.sae.config import TextConfig
 from saesteer.sae.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
 from saesteer.sae.models import LanguageModel, text_config
 from saesteer.sae.ranks import ALONE, Ranks
+
+# What is tokenized in one call: less leaves cores idle, more only takes memory.
+_DOCUMENTS_AT_ONCE = 32
+_CHARACTERS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,7 @@ class ContextStream:
         self.emitted = 0
         self._skip = 0
         self._keep_template = keep_template
+        self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
         self._tokens: list[int] = []
         self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
@@ -144,11 +150,13 @@ class ContextStream:
         while self.epoch < self.epochs:
             if self._documents is None:
                 self._documents = self.corpus.documents(self.seed + self.epoch, self.consumed)
-            document = next(self._documents, None)
-            if document is not None:
-                tokens, template = self._tokenize(document)
-                tokens = tokens + self._separator
-                template = template + [False] * len(self._separator)
+            if not self._tokenized:
+                self._tokenize_some(self._documents)
+            if self._tokenized:
+                tokenized = self._tokenized.popleft()
+                if isinstance(tokenized, Exception):
+                    raise tokenized
+                tokens, template = tokenized
                 skip, self._skip = self._skip, 0
                 if len(tokens) > skip:
                     self._tokens += tokens[skip:]
@@ -162,28 +170,51 @@ class ContextStream:
             self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
         return False
 
-    def _tokenize(self, document: Document) -> tuple[list[int], list[bool]]:
-        """Token ids of a document, and which of them its chat template wrote."""
-        tokenizer = self.lm.tokenizer
-        spans: list[tuple[int, int]] | None = None
-        if not isinstance(document, str):
-            if not self.lm.has_chat_template:
-                document = "\n".join(message["content"] for message in document)
-            else:
-                messages, document = document, self._render(document)
-                if not self._keep_template:
-                    spans = self._content_spans(messages, document)
-        encoded = tokenizer(
-            document, add_special_tokens=False, return_offsets_mapping=spans is not None
-        )
-        tokens = list(encoded["input_ids"])
-        if spans is None:
-            return tokens, [False] * len(tokens)
-        # A token that holds a character of a message belongs to the message.
-        return tokens, [
-            not any(low < end and high > start for start, end in spans)
-            for low, high in encoded["offset_mapping"]
-        ]
+    def _tokenize_some(self, documents: Iterator[Document]) -> None:
+        """Tokenize the next documents, which the tokenizer shares among the cores.
+
+        An error counts only once the documents before it are used up.
+        """
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]] | None] = []
+        failure: Exception | None = None
+        characters = 0
+        try:
+            for document in itertools.islice(documents, _DOCUMENTS_AT_ONCE):
+                text, content = self._as_text(document)
+                texts.append(text)
+                spans.append(content)
+                characters += len(text)
+                if characters > _CHARACTERS_AT_ONCE:
+                    break
+        except Exception as error:
+            failure = error
+        if texts:
+            asked = any(content is not None for content in spans)
+            encoded = self.lm.tokenizer(
+                texts, add_special_tokens=False, return_offsets_mapping=asked
+            )
+            offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
+            for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
+                # A token that holds a character of a message belongs to the message.
+                template = [False] * len(ids) if content is None else [
+                    not any(low < end and high > start for start, end in content)
+                    for low, high in places
+                ]  # fmt: skip
+                end = self._separator
+                self._tokenized.append((list(ids) + end, template + [False] * len(end)))
+        if failure is not None:
+            self._tokenized.append(failure)
+
+    def _as_text(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
+        """A document as the model reads it, and for a chat whose template is left out the places
+        of its messages."""
+        if isinstance(document, str):
+            return document, None
+        if not self.lm.has_chat_template:
+            return "\n".join(message["content"] for message in document), None
+        text = self._render(document)
+        return text, None if self._keep_template else self._content_spans(document, text)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
@@ -238,7 +269,7 @@ class ContextStream:
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
         self._tokens, self._in_template = [], []
-        self._pieces, self._documents = deque(), None
+        self._tokenized, self._pieces, self._documents = deque(), deque(), None
 
 
 class MixedStream:

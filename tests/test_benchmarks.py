@@ -362,7 +362,17 @@ def test_hooks_are_clocked_and_left_as_they_were(load: Load) -> None:
 # as programs
 
 
-@pytest.mark.parametrize("script", ["train_step.py", "kernels.py", "steering_overhead.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train_step.py",
+        "kernels.py",
+        "steering_overhead.py",
+        "harvest.py",
+        "predictions.py",
+        "memory.py",
+    ],
+)
 def test_the_scripts_start(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True

@@ -11,7 +11,7 @@ import torch
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.durable import Draft
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.shards import ShardReader
 
@@ -122,3 +122,27 @@ def test_leaving_by_an_error_ends_the_thread(tmp_path: Path, error: Any) -> None
         if ShardReader(tmp_path, allow_empty=True).tokens
         else True
     )
+
+
+def test_numbers_that_are_none_are_refused_at_once(tmp_path: Path) -> None:
+    with BackgroundWriter(writer_for(tmp_path), 25) as writer:
+        add(writer, 0, 6)
+        rows = torch.tensor([[1.0, 2.0], [torch.inf, 0.0]])
+        with pytest.raises(NonFiniteError, match="layer 0 resid_post"):
+            writer.add({PLACE: rows}, torch.tensor([6, 7]), {"next": 8})
+        writer.checkpoint()
+    assert ids_in(tmp_path) == list(range(6))
+
+
+def test_rows_of_the_stored_type_are_not_copied(tmp_path: Path) -> None:
+    inner = writer_for(tmp_path)
+    rows = torch.ones(3, 2)
+    with BackgroundWriter(inner, 25) as writer:
+        writer.add({PLACE: rows}, torch.arange(3, dtype=torch.int32))
+        writer.add({PLACE: rows.double()}, torch.arange(3))
+    first, second = inner._rows[PLACE]
+    assert first.data_ptr() == rows.data_ptr()
+    assert second.dtype == torch.float32
+    inner.add({PLACE: rows}, torch.arange(3))
+    rows.fill_(7.0)
+    assert bool((inner._rows[PLACE][-1] == 1).all()), "a copy is taken"

@@ -1,15 +1,19 @@
 """What is predicted comes true: bytes exactly, the rest as far as a machine is steady."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae import prediction
 from saesteer.sae.config import HarvestConfig, TextConfig
+from saesteer.sae.forward import Forward
 from saesteer.sae.harvester import harvest
 from saesteer.sae.memory import held_bytes
 from saesteer.sae.models import LanguageModel
@@ -64,3 +68,22 @@ def test_a_corpus_too_short_to_time(shared_lm: Shared, tmp_path: Path) -> None:
     text = replace(CONFIG.text, data=(str(path),), batch_size=64)
     with pytest.raises(UsageError, match="--dry-run needs two batches"):
         predict_harvest(shared_lm(), replace(CONFIG, text=text))
+
+
+def test_what_is_compiled_is_timed_compiled(
+    fresh_lm: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    lm, passes = fresh_lm(), []
+    begin = Forward.begin
+
+    def spied(*arguments: Any) -> Forward:
+        passes.append("forward" in vars(lm.blocks[0]))
+        return begin(*arguments)
+
+    monkeypatch.setattr(Forward, "begin", spied)
+    for compiled in (False, True):
+        passes.clear()
+        text = replace(CONFIG.text, compile=compiled)
+        assert predict_harvest(lm, replace(CONFIG, text=text))["compile"] is compiled
+        assert len(passes) >= 2 and set(passes) == {compiled}

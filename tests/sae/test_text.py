@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae import text as packing
 from saesteer.sae.config import TextConfig
 from saesteer.sae.corpora import Document
 from saesteer.sae.models import LanguageModel, wrap_model
@@ -246,3 +247,28 @@ def test_a_chat_that_the_template_refuses(tiny_lm: Callable[..., Any]) -> None:
     corpus = Listed([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="--data listed .* refuses .roles must alternate"):
         ContextStream(corpus, wrap_model(model, tokenizer), 4, 0, 1).next_batch(1)
+
+
+def test_what_breaks_later_does_not_stop_what_comes_before(
+    shared_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents are tokenized some at a time; an error among them waits for its turn."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {n} about herons " * 4}) for n in range(8)]
+    path.write_text("\n".join([*lines, "not json", *lines]) + "\n")
+    lm, config = shared_lm(), TextConfig(data=(str(path),), context=16, batch_size=1)
+
+    def read() -> list[list[int]]:
+        stream, rows = open_contexts(lm, config), []
+        with pytest.raises(UserError, match=r"a\.jsonl"):
+            while (batch := stream.next_batch(1)) is not None:
+                rows.append(batch.token_ids[0].tolist())
+        return rows
+
+    together = read()
+    assert len(together) > 8
+    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 1)
+    assert read() == together
+    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 32)
+    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 120)
+    assert read() == together

@@ -66,18 +66,19 @@ def test_a_gpu_gives_the_rows_of_the_cpu(fresh_lm: Shared) -> None:
     """Two passes are under way when the rows of the first are asked for."""
     lm = fresh_lm()
     points, contexts = [resolve_site(lm, 2), resolve_site(lm, 1)], contexts_of(lm)
+    turned = replace(contexts, token_ids=contexts.token_ids.flip(0))
     where = torch.arange(0, 96, 3)
     with torch.inference_mode():
         expected = Forward.begin(lm, points, contexts, isolated=False)
         lm.model.to("cuda")
-        first = Forward.begin(lm, points, contexts, isolated=False)
-        other = replace(contexts, token_ids=contexts.token_ids.flip(0))
-        second = Forward.begin(lm, points, other, isolated=False)
-        torch.testing.assert_close(first.norms(), expected.norms(), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(second.norms(), expected.norms().flip(1), rtol=1e-3, atol=1e-3)
-        for forward, places in ((first, where), (second, where.view(4, -1).flip(0).flatten())):
-            rows = forward.rows(where)
-            assert all(values.device.type == "cpu" for values in rows.values())
-            if forward is first:
-                for key, values in expected.rows(places).items():
-                    torch.testing.assert_close(rows[key], values, rtol=1e-3, atol=1e-3)
+        passes = [Forward.begin(lm, points, given, isolated=False) for given in (contexts, turned)]
+        places = [where, (3 - where // 24) * 24 + where % 24]
+        for forward, there in zip(passes, places, strict=True):
+            norms, rows = forward.norms(), forward.rows(there)
+            assert norms.device.type == "cpu"
+            at_there = norms.flatten(1)[:, there]
+            here = expected.norms().flatten(1)[:, where]
+            torch.testing.assert_close(at_there, here, rtol=1e-3, atol=1e-3)
+            for key, values in expected.rows(where).items():
+                assert rows[key].device.type == "cpu"
+                torch.testing.assert_close(rows[key], values, rtol=1e-3, atol=1e-3)

@@ -369,6 +369,7 @@ def test_hooks_are_clocked_and_left_as_they_were(load: Load) -> None:
         "kernels.py",
         "steering_overhead.py",
         "harvest.py",
+        "compiled.py",
         "predictions.py",
         "memory.py",
     ],

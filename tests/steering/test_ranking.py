@@ -1,6 +1,7 @@
 """Ranking against a slow reference: one text at a time, latents by numpy, statistics by loops."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -607,6 +608,31 @@ def test_scores_that_tie_are_equal_to_the_bit(
     assert len(set(ranking.score[:3].tolist())) == 1
     assert ranking.score[0] == pytest.approx(0.1 if by == "saif" else 0.3)
     assert ranking.top(3) == [2, 1, 0]  # by mu
+
+
+@pytest.mark.parametrize("by", ["welch", "cohen"])
+def test_a_latent_that_is_constant_in_each_class_is_a_discovery(
+    by: str, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its t is without bound: p and q are 0, the filter keeps it, and what is written is finite."""
+
+    def read(reader: Any, texts: list[str], instruction: str | None, count: Any) -> Any:
+        acts = torch.zeros(10, D_SAE)
+        acts[:, 5] = 1.0  # always on, whatever is asked
+        acts[:, 7] = 0.0 if instruction is None else 2.0
+        acts[:, 9] = torch.arange(10) % 3  # varies, and does not differ
+        return enumerate(acts)
+
+    monkeypatch.setattr(samples_module, "read_texts", read)
+    many = dataclasses.replace(TASK, contents={"train": tuple("abcdefghij")})
+    ranking = rank(lm, random_sae(), many, RankConfig(by=by, drop=("fdr",), max_fdr=0.01))
+    assert ranking.top(3) == [7]
+    assert (ranking.p[7], ranking.q[7]) == (0, 0)
+    assert ranking.p[[5, 9, 0]].tolist() == ranking.q[[5, 9, 0]].tolist() == [1, 1, 1]
+    for latent in (7, 5, 9, 0):
+        json.dumps(ranking.explain(latent), allow_nan=False)
+    plan = plan_from_ranking(lm, random_sae(), ranking, top=1)
+    json.dumps([plan.metrics, dataclasses.asdict(plan.latents[0])], allow_nan=False)
 
 
 def test_only_train_contents_and_selection_wordings_are_read(

@@ -51,6 +51,7 @@ test-slow: env-dev
 test-durable: env-dev
 	@FUZZ_EXAMPLES=1000 $(RUN) pytest --run-slow -rP tests/checkpoints/test_run_state.py \
 		tests/checkpoints/test_malformed.py tests/checkpoints/test_safe_reading.py \
+		tests/checkpoints/test_fuzzed_reading.py \
 		tests/steering/test_plan_malformed.py tests/steering/test_exchange.py \
 		tests/steering/test_lm_eval_files.py tests/sae/test_kills.py tests/sae/test_run_folder.py \
 		tests/sae/test_reproduction.py tests/sae/test_harvest_reproduction.py $(ARGS)

@@ -317,7 +317,11 @@ def _standardised(difference: Array, spread: Array) -> Array:
 
 
 def _welch(one: Moments, nought: Moments, difference: Array) -> tuple[Array, Array]:
-    """Welch's t and its two-sided p, with Satterthwaite's degrees of freedom."""
+    """Welch's t and its two-sided p, with Satterthwaite's degrees of freedom.
+
+    Where neither class varies, p is that of the limit of t: 0 where the means differ, 1 where
+    they are equal.
+    """
     parts = [m.variance / max(m.n, 1) for m in (one, nought)]
     both = parts[0] + parts[1]
     t = _standardised(difference, np.sqrt(both))
@@ -325,7 +329,8 @@ def _welch(one: Moments, nought: Moments, difference: Array) -> tuple[Array, Arr
     df = np.where(weights > 0, both**2 / np.where(weights > 0, weights, 1.0), 0.0)
     if min(one.n, nought.n) < 2:
         return t, np.ones_like(t)
-    return t, np.where(difference == 0, 1.0, pvalues.t_two_sided(t, df))
+    p = np.where(weights > 0, pvalues.t_two_sided(t, df), 0.0)
+    return t, np.where(difference == 0, 1.0, p)
 
 
 def _paired_t(pairs: Pairs) -> tuple[Array, Array]:

@@ -1,11 +1,14 @@
 """Wrapped tiny models, shared by the tests of this room; tests never change them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saesteer.sae.models import LanguageModel, wrap_model
+
+from .training_runs import write_shards
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,8 @@ def stop_at() -> Callable[..., Callable[[str, int, int, str], None]]:
         return progress
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"))

@@ -1,14 +1,13 @@
 """Other ways to the same end, beside a plan."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.applying import generate_steered
 from saesteer.steering.beside import generate_beside
 from saesteer.steering.controls import mean_difference_plan
@@ -18,15 +17,10 @@ from saesteer.steering.tasks import load_task
 
 from .whole_row import make_sae, plan_of
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 TEXTS = ["The statement assigns a value to a name.", "yield it"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 5}
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
 
 
 @pytest.fixture

@@ -1,21 +1,23 @@
 """Choosing a dose: what is tried, on how many contents, and what wins."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering import calibration
 from saesteer.steering.applying import SteeredText
 from saesteer.steering.calibration import Budget, Grid, Trial, calibrate, pareto, sweep
 from saesteer.steering.damage import Damage
 from saesteer.steering.evaluation import Decoding
-from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.plan import Plan
 from saesteer.steering.tasks import Task
+
+from .small_plans import small_plan
 
 DEV = tuple(f"dev content number {i}" for i in range(10))
 
@@ -34,22 +36,8 @@ Setting = tuple[int, float, str]
 
 
 @pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
-
-
-@pytest.fixture
 def plan(lm: LanguageModel) -> Plan:
-    generator = torch.Generator().manual_seed(0)
-    return Plan(
-        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity("an-sae", "ab"),
-        site="resid_post",
-        layer=1,
-        latents=tuple(PlannedLatent(id=i, mu=1.0 + i, sigma=0.5) for i in (7, 3, 5, 1)),
-        directions=torch.randn(4, lm.d_model, generator=generator),
-    )
+    return small_plan(lm, (7, 3, 5, 1))
 
 
 def setting_of(plan: Plan) -> Setting:

@@ -2,67 +2,31 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.checks import Verdict
-from saesteer.steering.comparison import (
-    CompareConfig,
-    compare,
-    comparison_document,
-    paired_tests,
-)
+from saesteer.steering.comparison import CompareConfig, compare, comparison_document, paired_tests
 from saesteer.steering.damage import NeutralProbe, Question
 from saesteer.steering.evaluation import Arm, Decoding, Graded
 from saesteer.steering.grading import Grade
-from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.plan import Plan
 from saesteer.steering.tasks import Task
 
-CONTENTS = ("The museum opens at nine.", "Heavy rain closed the road.", "Peter bought oranges.")
-
-TASK = Task(
-    name="lists",
-    instruction="Select one",
-    variants=(),
-    contents={"train": CONTENTS, "test": CONTENTS},
-    check_name="length",
-    check_arguments={"minimum": 1},
-    max_new_tokens=4,
-)
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
+from .small_plans import CONTENTS, TASK, small_plan, small_sae
 
 
 @pytest.fixture
 def plan(lm: LanguageModel) -> Plan:
-    return Plan(
-        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity("nowhere", "ab"),
-        site="resid_post",
-        layer=1,
-        latents=tuple(PlannedLatent(id=i, mu=1.0 + i) for i in (2, 0)),
-        directions=torch.randn(2, lm.d_model, generator=torch.Generator().manual_seed(0)),
-    )
+    return small_plan(lm, (2, 0), sigma=None, source="nowhere")
 
 
 @pytest.fixture
 def sae(lm: LanguageModel) -> SAE:
-    rows = torch.randn(9, lm.d_model, generator=torch.Generator().manual_seed(1))
-    return SAE(
-        spec=SAESpec(d_model=lm.d_model, d_sae=9, architecture="topk", k=4),
-        W_enc=rows.T.contiguous(), W_dec=rows, b_enc=torch.zeros(9),
-        b_dec=torch.zeros(lm.d_model), source="an-sae", sha256="ab",
-    )  # fmt: skip
+    return small_sae(lm, 9)
 
 
 @pytest.fixture(autouse=True)

@@ -8,65 +8,28 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.sae_file import SAE, SAESpec
+from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.models import LanguageModel, wrap_model
 from saesteer.sae.prompts import encode_prompt
 from saesteer.steering import controls
-from saesteer.steering.controls import (
-    delta_vector,
-    logit_bias,
-    mean_difference_plan,
-    random_plan,
-)
+from saesteer.steering.controls import delta_vector, logit_bias, mean_difference_plan, random_plan
 from saesteer.steering.hook import steer
-from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
-from saesteer.steering.tasks import Task
+from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent
 
-TEXTS = ("The museum opens at nine.", "Heavy rain closed the road.", "Peter bought oranges.")
-
-TASK = Task(
-    name="lists",
-    instruction="Select one",
-    variants=(),
-    contents={"train": TEXTS},
-    check_name="length",
-    check_arguments={"minimum": 1},
-    max_new_tokens=4,
-)
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
+from .small_plans import CONTENTS, TASK, small_plan, small_sae
 
 
 @pytest.fixture
 def plan(lm: LanguageModel) -> Plan:
-    generator = torch.Generator().manual_seed(0)
-    return Plan(
-        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity("an-sae", "ab"),
-        site="resid_post",
-        layer=1,
-        latents=tuple(PlannedLatent(id=i, mu=1.0 + i, sigma=0.5) for i in (7, 3, 5)),
-        directions=torch.randn(3, lm.d_model, generator=generator),
-        scale=1.5,
-        beta=0.5,
-        scope="all",
-    )
+    return small_plan(lm, (7, 3, 5), scale=1.5, beta=0.5, scope="all")
 
 
 @pytest.fixture
 def sae(lm: LanguageModel) -> SAE:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(20, lm.d_model, generator=generator)
-    rows[11] = 0
-    return SAE(
-        spec=SAESpec(d_model=lm.d_model, d_sae=20, architecture="topk", k=4),
-        W_enc=rows.T.contiguous(), W_dec=rows, b_enc=torch.zeros(20),
-        b_dec=torch.zeros(lm.d_model), source="an-sae", sha256="ab",
-    )  # fmt: skip
+    sae = small_sae(lm, 20)
+    sae.W_dec[11] = 0
+    sae.W_enc[:, 11] = 0
+    return sae
 
 
 def test_delta_vector_is_what_the_hook_adds(lm: LanguageModel, plan: Plan) -> None:
@@ -121,7 +84,7 @@ def test_an_sae_too_small_to_draw_from(plan: Plan, sae: SAE) -> None:
 def test_mean_difference_of_single_positions(lm: LanguageModel, plan: Plan) -> None:
     found = mean_difference_plan(lm, plan, TASK)
     means = []
-    for texts in ([f"{text}\nSelect one" for text in TEXTS], TEXTS):
+    for texts in ([f"{text}\nSelect one" for text in CONTENTS], CONTENTS):
         rows = []
         for text in texts:
             prompt = encode_prompt(lm, text, chat=True)
@@ -146,7 +109,7 @@ def test_mean_difference_of_replies_reads_other_positions(lm: LanguageModel, pla
 
 def test_nothing_to_take_a_mean_over(lm: LanguageModel, plan: Plan) -> None:
     with pytest.raises(UserError, match="has no train contents"):
-        mean_difference_plan(lm, plan, dataclasses.replace(TASK, contents={"test": TEXTS}))
+        mean_difference_plan(lm, plan, dataclasses.replace(TASK, contents={"test": CONTENTS}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -170,7 +133,7 @@ def test_logit_bias_is_the_direct_term_of_the_last_block(
         plan, model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
         layer=lm.n_layers - 1, scope="generation",
     )  # fmt: skip
-    prompt = encode_prompt(lm, TEXTS[0], chat=True)
+    prompt = encode_prompt(lm, CONTENTS[0], chat=True)
     ids = torch.tensor([prompt.token_ids])
     kept = {}
     handle = lm.blocks[-1].register_forward_hook(
@@ -181,7 +144,7 @@ def test_logit_bias_is_the_direct_term_of_the_last_block(
         handle.remove()
         with steer(lm, plan, prompt_lengths=[len(prompt)]):
             steered = lm.model(input_ids=ids).logits[0, -1]
-        bias = logit_bias(lm, plan, [TEXTS[0]])
+        bias = logit_bias(lm, plan, [CONTENTS[0]])
         h = kept["h"].float()
         shrink = controls._spread(norm, h) / controls._spread(norm, h + delta_vector(plan).float())
     # float32 products in another order; the norms' epsilon

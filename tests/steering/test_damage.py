@@ -1,14 +1,13 @@
 """Damage on neutral questions, against figures worked out row by row without padding or cache."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import encode_prompt
 from saesteer.steering import damage
 from saesteer.steering.damage import NeutralProbe, Question, neutral_questions
@@ -20,12 +19,6 @@ QUESTIONS = [
     Question("Where did the heron stand for so long?", ("here",)),
     Question("Who?", ("me",)),
 ]
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def plan_for(lm: LanguageModel, dose: float, scope: str = "generation") -> Plan:

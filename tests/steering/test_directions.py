@@ -1,15 +1,13 @@
 """Plans of directions that come from no SAE."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.hooks import capture, resolve_site
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.sae.prompts import encode_prompt
 from saesteer.steering.directions import mean_difference, plan_from_directions
 from saesteer.steering.hook import steer
@@ -18,12 +16,6 @@ from saesteer.steering.plan import Plan
 from saesteer.steering.plan_file import load_plan, save_plan
 
 POSITIVE, NEGATIVE = ["a name is bound", "yield it twice"], ["the tuple", "objects are", "one"]
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def moved(lm: LanguageModel, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.calibration import Budget
 from saesteer.steering.damage import Damage, NeutralProbe
 from saesteer.steering.directions import plan_from_directions
@@ -17,12 +17,6 @@ from saesteer.steering.plan import Plan
 from saesteer.steering.plan_file import load_plan, save_plan
 
 TEXTS = ["What is it?", "Where did the heron stand for so long?", "Who?"]
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
 
 
 @pytest.fixture

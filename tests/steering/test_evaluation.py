@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering import evaluation
 from saesteer.steering.applying import SteeredText
 from saesteer.steering.checks import Verdict
 from saesteer.steering.evaluation import Decoding, Rate, evaluate, grade_arm
 from saesteer.steering.grading import Grade
-from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.plan import Plan
 from saesteer.steering.tasks import Task, Variant
+
+from .small_plans import small_plan
 
 TEST = (
     "The museum opens at nine on Sunday.",
@@ -45,21 +47,8 @@ IN_GERMAN = dataclasses.replace(TASK, check_name="language", check_arguments={"l
 
 
 @pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
-
-
-@pytest.fixture
 def plan(lm: LanguageModel) -> Plan:
-    return Plan(
-        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
-        sae=SAEIdentity("an-sae", "ab"),
-        site="resid_post",
-        layer=1,
-        latents=(PlannedLatent(id=3, mu=2.0, sigma=0.5),),
-        directions=torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(0)),
-    )
+    return small_plan(lm, (1,))
 
 
 @dataclasses.dataclass

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.exchange import export_plan, import_vectors, plan_vector, read_vectors
 from saesteer.steering.hook import steer
 from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plan_file import load_plan
 
 WIDTH = 32
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    return wrap_model(*tiny_lm("llama"), "tiny")
 
 
 def make_plan(layer: int = 2, **changes: Any) -> Plan:

@@ -1,19 +1,10 @@
 """Variety, compression, and the cross-entropy of texts, against direct counts and single runs."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.fluency import cross_entropies, distinct, fluency, zlib_ratio
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def test_distinct_by_hand() -> None:

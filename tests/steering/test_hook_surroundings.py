@@ -1,7 +1,6 @@
 """Steering where the model is not float32 on one device, nor its rows padded on the left."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from .whole_row import (
     rule_of,
 )
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 EDITS: tuple[dict[str, Any], ...] = (
     {"unit": "rel", "scale": 0.4},
     {"method": "add-keep-norm", "schedule": "decay:0.5,3"},
@@ -43,13 +44,6 @@ EDITS: tuple[dict[str, Any], ...] = (
     {"method": "project", "scope": "all", "schedule": "linear:9"},
 )
 GATES = ("", "5 > 0.6 & !(2 > 1) | 9 > 2", "5 > 1 : 0.1 | 2 > 1.5 : 0.2", "prompt: 14 > 1")
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def passes(

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering import generate_steered, ifeval, plan_from_directions
 from saesteer.steering.checks import CHECKS
 from saesteer.steering.evaluation import Decoding
@@ -160,12 +159,6 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         load_ifeval(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="holds no prompt"):
         load_ifeval(written(tmp_path, ""))
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def test_rows_are_answered_with_and_without_their_instruction(

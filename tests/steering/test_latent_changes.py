@@ -1,27 +1,21 @@
 """What an edit did to its latents, against residuals written out one by one."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.latent_changes import read_back
 from saesteer.steering.latent_reading import with_gate
 
 from .whole_row import make_sae, plan_of
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 TEXTS = ["The statement assigns a value to a name.", "yield it"]
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def test_an_orthonormal_linear_sae_changes_by_what_is_asked(lm: LanguageModel) -> None:

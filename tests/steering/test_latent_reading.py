@@ -1,6 +1,5 @@
 """Latents are read as the SAE itself encodes them, whatever decides which of them count."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,19 +7,14 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.hook import steer
 from saesteer.steering.latent_reading import edit_reader, gate_reader, needs_sae, with_gate
 from saesteer.steering.plan import Plan, PlannedLatent, make_plan
 
+pytestmark = pytest.mark.usefixtures("endless")
+
 IDS = (3, 7, 11, 20)
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def sae_of(architecture: str, **fields: Any) -> SAE:

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAESpec, save_sae
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering import lm_eval_files
 from saesteer.steering.edits import make_edit
 from saesteer.steering.exchange import export_plan, import_vectors, plan_vector, read_vectors
@@ -24,11 +23,6 @@ from saesteer.steering.plan_file import load_plan
 
 WIDTH, D_SAE = 32, 12
 HEAD = ",".join(lm_eval_files.COLUMNS)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    return wrap_model(*tiny_lm("llama"), "tiny")
 
 
 @pytest.fixture

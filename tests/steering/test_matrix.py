@@ -1,17 +1,18 @@
 """Every edit, scope, schedule and gate in every way to run `generate`, against `whole_row`."""
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from saesteer.checkpoints.sae_file import SAE
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.latent_reading import with_gate
 from saesteer.steering.plan import Plan
 
 from .whole_row import CLOSE, INSTRUCTION, RUNS, check, make_sae, plan_of, prompts_of, rule_of
+
+pytestmark = pytest.mark.usefixtures("endless")
 
 EDITS: dict[str, dict[str, Any]] = {
     "add": {},
@@ -32,13 +33,6 @@ SCOPES = (
 SCHEDULES = ("constant", "first:2", "linear:4", "decay:0.5,3")
 GATES = ("", "5 > 0.6 & !(2 > 1) | 9 > 2", "5 > 1 : 0.1 | 2 > 1.5 : 0.2", "prompt: 14 > 1")
 ARCHITECTURES = ("standard", "jumprelu", "topk")
-
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
 
 
 def make(

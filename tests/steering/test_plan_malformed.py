@@ -21,7 +21,7 @@ from saesteer.steering.plan import PlannedLatent, make_plan
 from saesteer.steering.plan_file import load_plan, save_plan
 from saesteer.steering.tasks import load_task
 
-from .test_plan import make_sae
+from .ranked_plans import make_sae
 
 FUZZ = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)), deadline=None)
 

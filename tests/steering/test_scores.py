@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from saesteer.steering.pvalues import benjamini_hochberg
 from saesteer.steering.scores import (
     LARGEST,
     NO_VARIANT,
@@ -164,6 +165,22 @@ def test_a_difference_without_spread_is_finite() -> None:
     for name in ("cohen", "welch", "paired-t"):
         assert found[name].tolist() == pytest.approx([LARGEST, 0.0])
     assert found["auroc"].tolist() == [1.0, 0.5]
+
+
+def test_without_spread_welch_is_sure_of_a_difference_and_of_none() -> None:
+    """The first differs, the second is on alike, the third is off, the fourth varies."""
+    builder = TextsBuilder(4)
+    for content in range(4):
+        for positive in (False, True):
+            builder.add(
+                torch.tensor([2.5 * positive, 1.0, 0.0, float(content)]), positive=positive,
+                content=content, variant=0 if positive else NO_VARIANT, success=positive,
+            )  # fmt: skip
+    found = detect(builder.build())
+    assert found.scores["welch"].tolist() == [LARGEST, 0.0, 0.0, 0.0]
+    assert found.p["welch"].tolist() == [0.0, 1.0, 1.0, 1.0]
+    # One discovery among four: q is p * 4 / rank.
+    assert benjamini_hochberg(found.p["welch"]).tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_only_what_is_asked_for_is_the_same() -> None:

@@ -1,7 +1,6 @@
 """Several plans and plans by row, against the whole row computed again; turns and exclusions."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.arrangement import ByRow
 from saesteer.steering.chats import encode_chat
 from saesteer.steering.hook import steer
@@ -18,12 +17,7 @@ from saesteer.steering.plan import Plan
 
 from .whole_row import ONE_ROW, RUNS, Rule, check, make_sae, plan_of, prompts_of, rule_of
 
-
-@pytest.fixture
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    model, tokenizer = tiny_lm("llama")
-    model.generation_config.eos_token_id = None
-    return wrap_model(model, tokenizer, "tiny")
+pytestmark = pytest.mark.usefixtures("endless")
 
 
 def vector(plan: Plan) -> Tensor:

@@ -3,7 +3,6 @@ the latents, decode, undo the normalisation, and put back what the SAE did not r
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.models import LanguageModel
 from saesteer.steering.arrangement import ByRow
 from saesteer.steering.controls import random_plan, with_directions
 from saesteer.steering.edits import make_edit
@@ -35,11 +34,6 @@ VALUES: dict[str, tuple[float | None, ...]] = {
     "scale": (0.5, 2.0, 0.0),
     "ablate": (None, None, None),
 }
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> LanguageModel:
-    return wrap_model(*tiny_lm("llama"), "tiny")
 
 
 def make_sae(folder: Path, norm: str, architecture: str = "standard", **changes: Any) -> SAE:

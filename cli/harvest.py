@@ -133,7 +133,8 @@ def _print_summary(folder: Path, manifest: dict[str, Any], report: Report) -> No
     )
     if excluded.get("template"):
         print(f"left out {amount(excluded['template'])} tokens of the chat template")
-    print(f"{len(shards)} shards, {size(filled)}, {manifest['dtype']}")
+    several = "" if len(shards) == 1 else "s"
+    print(f"{len(shards)} shard{several}, {size(filled)}, {manifest['dtype']}")
     if speed is not None:
         print(f"{amount(speed)} tokens/s, {duration(report.seconds['harvest'])}")
     print_next("train", "--activations", folder, "-o", "runs/sae")

@@ -13,7 +13,6 @@ from torch import Tensor
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
 from saesteer.sae.compiled import CompiledBlocks
 from saesteer.sae.config import Progress, TextConfig, no_progress
-from saesteer.sae.corpora import reason_of
 from saesteer.sae.forward import Forward
 from saesteer.sae.hooks import HookPoint, run_to
 from saesteer.sae.memory import keep_pages
@@ -184,9 +183,10 @@ class ActivationStream:
                 run_to(self.lm, self.points, input_ids=ids.to(self.lm.device))
         except TorchDynamoException as error:
             needs = " (on a CPU it needs a C++ compiler such as g++)"
+            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
                 f"--compile does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
-                f"leave it out. PyTorch says: {reason_of(error)}"
+                f"leave it out. PyTorch says: {said[:200]}"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:

@@ -265,7 +265,9 @@ class ShardWriter:
                     f"activations of {place} have shape {list(acts[place].shape)}, expected "
                     f"{[tokens, d_model]}"
                 )
-            row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=copy)
+            # Page-locked memory is scarce and is not for rows that wait for a shard to fill.
+            own = copy or acts[place].is_pinned()
+            row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=own)
             # The extremes are NaN or infinite where anything is; no mask of every value is made.
             if tokens and not bool(torch.isfinite(torch.stack(torch.aminmax(row))).all()):
                 raise NonFiniteError(

@@ -101,16 +101,20 @@ def _to_host(values: Tensor) -> Tensor:
 
 def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
     """What the model is called with, on its device; `isolated` keeps attention in each document."""
-    ids = contexts.token_ids
-    if lm.device.type == "cuda":
-        ids = ids.pin_memory()  # or the copy waits for the pass that is under way
-    inputs = {"input_ids": ids.to(lm.device, non_blocking=True)}
+    inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
     if isolated:
         positions = document_positions(contexts.document_ids)
         # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
         if bool((positions[:, -1] < positions.shape[1] - 1).any()):
-            inputs["position_ids"] = positions.to(lm.device)
+            inputs["position_ids"] = _to_device(positions, lm.device)
     return inputs
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for the pass that may be under way there."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def document_positions(

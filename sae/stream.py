@@ -13,7 +13,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
 from saesteer.sae.compiled import CompiledBlocks
 from saesteer.sae.config import Progress, TextConfig, no_progress
-from saesteer.sae.forward import Forward
+from saesteer.sae.forward import Forward, model_inputs
 from saesteer.sae.hooks import HookPoint, run_to
 from saesteer.sae.memory import keep_pages
 from saesteer.sae.models import LanguageModel
@@ -91,7 +91,11 @@ class ActivationStream:
         Raises NonFiniteError naming the batch; the stream then still stands before it.
         """
         with torch.inference_mode():
-            begun = self._take()
+            try:
+                begun = self._take()
+            except Exception:
+                self._go_to(self._position)  # whoever asks again gets this batch, not the next
+                raise
             if begun is None:
                 return None
             contexts, forward, after = begun
@@ -177,13 +181,19 @@ class ActivationStream:
         """
         from torch._dynamo.exc import TorchDynamoException
 
-        ids = torch.zeros(self.config.batch_size, self.config.context, dtype=torch.long)
+        rows, context = self.config.batch_size, self.config.context
+        ids = torch.zeros(rows, context, dtype=torch.long)
+        # Two documents a context: with --isolate-documents most batches have a mask.
+        owners = (torch.arange(context) >= context // 2).long().expand(rows, context)
+        nothing = ContextBatch(ids, ids > 0, owners, torch.arange(rows))
+        inputs = model_inputs(self.lm, nothing, self.config.isolate_documents)
         try:
             with torch.inference_mode(), self._blocks:
-                run_to(self.lm, self.points, input_ids=ids.to(self.lm.device))
+                run_to(self.lm, self.points, **inputs)
         except TorchDynamoException as error:
             needs = " (on a CPU it needs a C++ compiler such as g++)"
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            # The first paragraph; hints for PyTorch's own developers follow.
+            said = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
             raise UserError(
                 f"--compile does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
                 f"leave it out. PyTorch says: {said[:200]}"

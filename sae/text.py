@@ -189,22 +189,42 @@ class ContextStream:
                     break
         except Exception as error:
             failure = error
-        if texts:
-            asked = any(content is not None for content in spans)
-            encoded = self.lm.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=asked
-            )
-            offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
-            for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
-                # A token that holds a character of a message belongs to the message.
-                template = [False] * len(ids) if content is None else [
-                    not any(low < end and high > start for start, end in content)
-                    for low, high in places
-                ]  # fmt: skip
-                end = self._separator
-                self._tokenized.append((list(ids) + end, template + [False] * len(end)))
+        try:
+            self._tokenized += self._tokenize(texts, spans)
+        except Exception:
+            # Which of them it was, the library does not say.
+            for text, content in zip(texts, spans, strict=True):
+                try:
+                    self._tokenized += self._tokenize([text], [content])
+                except Exception as error:  # tokenizers raise what they like
+                    failure = UserError(
+                        f"--data {self.corpus.name} holds a text that the tokenizer of "
+                        f"{self.lm.name} refuses ({reason_of(error)}): mend or remove "
+                        f"{text[:40]!a}"
+                    )
+                    break
         if failure is not None:
             self._tokenized.append(failure)
+
+    def _tokenize(
+        self, texts: list[str], spans: list[list[tuple[int, int]] | None]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Token ids of each text and its separator, and which of them its chat template wrote."""
+        if not texts:
+            return []
+        asked = any(content is not None for content in spans)
+        encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
+        offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
+        tokenized = []
+        for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
+            # A token that holds a character of a message belongs to the message.
+            template = [False] * len(ids) if content is None else [
+                not any(low < end and high > start for start, end in content)
+                for low, high in places
+            ]  # fmt: skip
+            end = self._separator
+            tokenized.append((list(ids) + end, template + [False] * len(end)))
+        return tokenized
 
     def _as_text(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
         """A document as the model reads it, and for a chat whose template is left out the places

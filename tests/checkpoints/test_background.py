@@ -146,3 +146,11 @@ def test_rows_of_the_stored_type_are_not_copied(tmp_path: Path) -> None:
     inner.add({PLACE: rows}, torch.arange(3))
     rows.fill_(7.0)
     assert bool((inner._rows[PLACE][-1] == 1).all()), "a copy is taken"
+
+
+def test_page_locked_rows_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, rows = writer_for(tmp_path), torch.ones(3, 2)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    with BackgroundWriter(inner, 25) as writer:
+        writer.add({PLACE: rows}, torch.arange(3))
+    assert inner._rows[PLACE][0].data_ptr() != rows.data_ptr()

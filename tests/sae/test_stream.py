@@ -255,7 +255,7 @@ def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
 ) -> None:
     lm = shared_lm()
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
-    whole = [stream.next_batch() for _ in range(2)]
+    *whole, third = [stream.next_batch() for _ in range(3)]
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
     stream.keeps_busy = ahead
     original, calls = stream.contexts.next_batch, 0
@@ -276,3 +276,28 @@ def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
     with pytest.raises(UserError, match="the network is gone"):
         stream.next_batch()
     assert stream.state_dict() == state and state["batches"] == 2
+    again, expected = stream.next_batch(), third
+    assert again is not None and expected is not None
+    assert torch.equal(again.token_ids, expected.token_ids), "the batch was skipped"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_batch_whose_pass_failed_is_not_skipped(
+    shared_lm: Shared, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    stream, begin, passes = stream_of(shared_lm(), TEXT), Forward.begin, 0
+    stream.keeps_busy = ahead
+
+    def fails_once(*arguments: Any) -> Forward:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise torch.OutOfMemoryError("no room for this pass")
+        return begin(*arguments)
+
+    monkeypatch.setattr(Forward, "begin", fails_once)
+    assert stream.next_batch() is not None
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.next_batch()
+    batch = stream.next_batch()
+    assert batch is not None and int(batch.contexts.min()) == 4

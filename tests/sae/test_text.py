@@ -272,3 +272,21 @@ def test_what_breaks_later_does_not_stop_what_comes_before(
     monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 32)
     monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 120)
     assert read() == together
+
+
+def test_a_text_that_the_tokenizer_refuses_waits_for_its_turn(
+    shared_lm: Shared, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"text": f"document {n} about herons " * 4}) for n in range(8)]
+    # Valid JSON, and no text that can be encoded.
+    path.write_text("\n".join([*good, '{"text": "half \\ud800 a pair"}', *good]) + "\n")
+    stream = open_contexts(shared_lm(), TextConfig(data=(str(path),), context=16, batch_size=1))
+    rows = 0
+    with pytest.raises(
+        UserError, match=r"a\.jsonl holds a text that the tokenizer .* refuses"
+    ) as e:
+        while stream.next_batch(1) is not None:
+            rows += 1
+    assert rows >= 1 and "\n" not in str(e.value)
+    str(e.value).encode()

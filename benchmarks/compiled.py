@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from side_by_side import add_flags, choose_device, deliver, facts, leave_folder, say
+from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, say
 
 from saesteer.sae.compiled import CompiledBlocks
 from saesteer.sae.config import TextConfig
@@ -93,24 +93,18 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--layer", type=int, help="one block (default: quarter, half, full depth)")
-    parser.add_argument("--batch-size", type=int, default=16, help="contexts (default 16)")
-    parser.add_argument("--context", type=int, default=256, help="tokens (default 256)")
+    add_passes(parser)
     parser.add_argument("--name", default="compiled", help="of the files of --csv")
     add_flags(parser, rounds=7)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    leave_folder()
+    device = begin(args)
     if device.type == "cpu":
         keep_pages()
     lm = load_model(args.model, device=device.type, dtype="bfloat16")
     exact = load_model(args.model, device=device.type, dtype="float32")
     n = lm.n_layers
-    layers = [args.layer] if args.layer is not None else [n // 4 - 1, n // 2 - 1, n - 1]
     rows = []
-    for layer in layers:
+    for layer in depths(args.layer, n):
         say(f"block {layer} of {n}")
         rows.append(measure(lm, exact, layer, args))
     shape = {"d_model": lm.d_model, "batch": args.batch_size, "context": args.context}

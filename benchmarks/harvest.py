@@ -36,7 +36,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,14 @@ import torch
 from harvest_rivals import (
     BATCH_TOKENS,
     BATCHES_A_ROUND,
+    PASSES_A_ROUND,
     Round,
     dictionary_learning,
     sae_lens_default,
     sae_lens_hf,
     sparsify,
 )
-from side_by_side import add_flags, choose_device, deliver, facts, leave_folder, say
+from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, say
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
@@ -64,7 +65,7 @@ from saesteer.sae.stream import ActivationStream, open_activations
 from saesteer.sae.topk import InputScale
 from saesteer.sae.trainer import SAETrainer, Variant
 
-SHARD_TOKENS = next(f.default for f in fields(HarvestConfig) if f.name == "shard_tokens")
+SHARD_TOKENS = HarvestConfig(layers=(0,)).shard_tokens
 SHARDS_A_ROUND = 2
 
 
@@ -108,7 +109,7 @@ def bare(bench: Bench) -> Round:
         setattr(model, name, whole[: bench.layer + 1])
         try:
             with torch.inference_mode():
-                for _ in range(8):
+                for _ in range(PASSES_A_ROUND):
                     batch = prepared[len(seen) % len(prepared)].to(bench.lm.device)
                     seen.append(0)
                     model(input_ids=batch, use_cache=False)
@@ -283,24 +284,18 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--layer", type=int, help="one block (default: quarter, half, full depth)")
-    parser.add_argument("--batch-size", type=int, default=16, help="contexts (default 16)")
-    parser.add_argument("--context", type=int, default=256, help="tokens (default 256)")
+    add_passes(parser)
     parser.add_argument("--only", help="names with semicolons between them; bare always runs")
     parser.add_argument("--name", default="harvest", help="of the files of --csv")
     add_flags(parser, rounds=5)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    leave_folder()
+    device = begin(args)
     lm = load_model(args.model, device=device.type)
     n = lm.n_layers
-    layers = [args.layer] if args.layer is not None else [n // 4 - 1, n // 2 - 1, n - 1]
     chosen = args.only.split(";") if args.only else list(CONTENDERS)
     names = ["bare", *(name for name in chosen if name != "bare")]
     rows = []
-    for layer in layers:
+    for layer in depths(args.layer, n):
         say(f"block {layer} of {n}: timing {args.rounds} rounds")
         bench = Bench(lm, layer, args.batch_size, args.context)
         with bench.cleanup:

@@ -7,6 +7,8 @@ import torch
 
 BATCH_TOKENS = 2048
 BATCHES_A_ROUND = 16
+PASSES_A_ROUND = 8
+"""Of whole batches of contexts, for contenders that hand out no batches of tokens."""
 Round = Callable[[], int]
 """Does some work and returns for how many tokens."""
 
@@ -118,7 +120,7 @@ def sparsify(bench: Any) -> Round:
             )
         )
         with torch.no_grad():
-            for _ in range(8):
+            for _ in range(PASSES_A_ROUND):
                 ids = next(batches)["input_ids"].to(bench.lm.device)
                 base(ids)
                 tokens += ids.numel()

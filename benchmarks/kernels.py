@@ -22,10 +22,9 @@ from op_cases import MAKERS, Case, make_operands
 from side_by_side import (
     Contender,
     add_flags,
-    choose_device,
+    begin,
     deliver,
     facts,
-    leave_folder,
     say,
     take_turns,
 )
@@ -168,10 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    leave_folder()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    device = begin(args)
     on_cuda = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_cuda else "float32"))
     names = (args.size or ("S1,S2" if on_cuda else "laptop")).split(",")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from kill_resume import wait_for_work
-from side_by_side import add_flags, deliver, facts, say
+from side_by_side import add_output, deliver, facts, say
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WORDS = {
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--verb", choices=tuple(WORDS), help="one of them (default: both)")
     parser.add_argument("--name", default="memory", help="of the files of --csv")
-    add_flags(parser, rounds=1)
+    add_output(parser)
     args = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:

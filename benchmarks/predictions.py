@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from side_by_side import add_flags, choose_device, deliver, facts, leave_folder, say
+from side_by_side import add_flags, begin, deliver, facts, say
 
 from saesteer.sae.config import HarvestConfig, TextConfig
 from saesteer.sae.harvester import harvest
@@ -90,10 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="predictions", help="of the files of --csv")
     add_flags(parser, rounds=1)
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    leave_folder()
+    device = begin(args)
     lm = load_model(args.model, device=device.type)
     folder = Path(tempfile.mkdtemp(prefix="predictions-"))
     rows = []

@@ -325,11 +325,36 @@ def add_flags(parser: Any, *, rounds: int) -> None:
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed (default {rounds})")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before (default 2)")
+    add_output(parser)
+
+
+def add_output(parser: Any) -> None:
+    """Where the result goes, for `deliver`."""
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--csv", type=Path, metavar="DIR", help="write a CSV and a Markdown table")
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the Markdown table into this page"
     )
+
+
+def add_passes(parser: Any) -> None:
+    """What goes through a language model, and how far up."""
+    parser.add_argument("--layer", type=int, help="one block (default: quarter, half, full depth)")
+    parser.add_argument("--batch-size", type=int, default=16, help="contexts (default 16)")
+    parser.add_argument("--context", type=int, default=256, help="tokens (default 256)")
+
+
+def depths(layer: int | None, blocks: int) -> list[int]:
+    """The blocks that `--layer` asks for."""
+    return [blocks // 4 - 1, blocks // 2 - 1, blocks - 1] if layer is None else [layer]
+
+
+def begin(args: Any) -> torch.device:
+    """Set the process up as the flags of `add_flags` say; the device to run on."""
+    leave_folder()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return choose_device(args.device)
 
 
 def say(message: str) -> None:

@@ -27,10 +27,9 @@ from side_by_side import (
     Contender,
     Timing,
     add_flags,
-    choose_device,
+    begin,
     deliver,
     facts,
-    leave_folder,
     percentile,
     say,
     take_turns,
@@ -274,10 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    leave_folder()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    device = begin(args)
     lm = load_model(args.model, device=device.type, dtype=args.dtype)
     layer = lm.n_layers // 2 if args.layer is None else args.layer
     questions = neutral_questions()

@@ -23,10 +23,9 @@ from side_by_side import (
     Contender,
     Timing,
     add_flags,
-    choose_device,
+    begin,
     deliver,
     facts,
-    leave_folder,
     say,
     take_turns,
 )
@@ -208,10 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.plain_float32:
         topk_encode.fast_bfloat16 = lambda: False
-    leave_folder()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    device = begin(args)
     torch.manual_seed(0)
     # Sparse combinations of fixed directions, so that latents differ in how often they are used.
     features = torch.randn(4 * args.d_model, args.d_model)

@@ -324,14 +324,13 @@ class ShardWriter:
         try:
             if self._buffered:
                 order = self._order(number)
+                columns = {name: _ordered(parts, order) for name, parts in self._columns.items()}
                 for place, rows in self._rows.items():
                     name = f"{folder_name(*place)}/shard-{number:05d}.safetensors"
                     entries.append({"file": name, "tokens": self._buffered, "sha256": ""})
-                    columns = {"activations": rows, **self._columns}
-                    if order is not None:
-                        columns = {key: [torch.cat(parts)[order]] for key, parts in columns.items()}
+                    tensors = {"activations": _ordered(rows, order), **columns}
                     entries[-1]["sha256"] = files.write_tensors(
-                        self.folder / name, columns, cached=False
+                        self.folder / name, tensors, cached=False
                     )
             manifest = {
                 **self.manifest,
@@ -375,3 +374,8 @@ class ShardWriter:
     def _take(self, manifest: dict[str, Any]) -> None:
         self.manifest = manifest
         self._start_buffers()
+
+
+def _ordered(parts: list[Tensor], order: Int[Tensor, " tokens"] | None) -> list[Tensor]:
+    """Pieces as they came, or joined and put into another order."""
+    return parts if order is None else [torch.cat(parts)[order]]

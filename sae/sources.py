@@ -47,9 +47,7 @@ class LiveSource:
         batch = self.stream.next_batch()
         if batch is None:
             return None
-        # Blocks of a large model may lie on several devices.
-        rows = [batch.activations[place].cpu() for place in self.places]
-        return torch.cat(rows, dim=1)
+        return torch.cat([batch.activations[place] for place in self.places], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

@@ -25,7 +25,8 @@ from saesteer.sae.text import ContextBatch, Contexts, open_contexts
 
 @dataclass(frozen=True, eq=False)
 class ActivationBatch:
-    """Kept activations of one forward pass, by `HookPoint.key`, and the tokens they stand on."""
+    """Kept activations of one forward pass, by `HookPoint.key`, and the tokens they stand on; all
+    of it on the CPU."""
 
     activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
     token_ids: Int[Tensor, " tokens"]
@@ -88,14 +89,19 @@ class ActivationStream:
     def next_batch(self) -> ActivationBatch | None:
         """Run the next contexts through the model; None when the text has ended.
 
-        Raises NonFiniteError naming the batch; the stream then still stands before it.
+        Raises NonFiniteError naming the batch, and what text and model raise; the stream then still
+        stands before the batch.
         """
+        before = self.state_dict()
+        try:
+            return self._next_batch()
+        except Exception:
+            self.load_state_dict(before)  # whoever asks again gets this batch, not the next
+            raise
+
+    def _next_batch(self) -> ActivationBatch | None:
         with torch.inference_mode():
-            try:
-                begun = self._take()
-            except Exception:
-                self._go_to(self._position)  # whoever asks again gets this batch, not the next
-                raise
+            begun = self._take()
             if begun is None:
                 return None
             contexts, forward, after = begun
@@ -149,7 +155,6 @@ class ActivationStream:
         try:
             medians = block_medians(norms, contexts.keep, places)
         except NotFinite as error:
-            self._go_to(self._position)  # the batch is not lost
             layer, _ = error.place
             raise NonFiniteError(
                 f"{self.lm.name} gave NaN or infinite activations at layer {layer} in batch "
@@ -168,11 +173,6 @@ class ActivationStream:
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
         return self.contexts.identity()
-
-    def _go_to(self, position: dict[str, Any]) -> None:
-        """Go on at a place in the text, and forget what was begun at another."""
-        self.contexts.load_state_dict(position)
-        self._position, self._begun = dict(position), None
 
     def compile(self) -> None:
         """Run one pass over nothing in particular, which compiles the blocks where that is asked.
@@ -209,7 +209,9 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._go_to(state["contexts"])
+        """Go on where `state_dict` was taken, and forget what was begun elsewhere."""
+        self.contexts.load_state_dict(state["contexts"])
+        self._position, self._begun = dict(state["contexts"]), None
         self.sinks.load_state_dict(state["sinks"])
         self.excluded, self.batches = dict(state["excluded"]), state["batches"]
 

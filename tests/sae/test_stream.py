@@ -301,3 +301,26 @@ def test_a_batch_whose_pass_failed_is_not_skipped(
         stream.next_batch()
     batch = stream.next_batch()
     assert batch is not None and int(batch.contexts.min()) == 4
+
+
+def test_a_batch_that_fails_late_counts_once(
+    shared_lm: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its medians are in the running sums by then."""
+    lm = shared_lm()
+    undisturbed, stream, rows, calls = stream_of(lm, TEXT), stream_of(lm, TEXT), Forward.rows, 0
+
+    def fails_once(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("no room for the rows")
+        return rows(*arguments)
+
+    assert undisturbed.next_batch() is not None and undisturbed.next_batch() is not None
+    monkeypatch.setattr(Forward, "rows", fails_once)
+    assert stream.next_batch() is not None
+    with pytest.raises(torch.OutOfMemoryError):
+        stream.next_batch()
+    assert stream.next_batch() is not None
+    assert stream.state_dict() == undisturbed.state_dict()

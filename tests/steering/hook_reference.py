@@ -13,7 +13,7 @@ from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_left
 from saesteer.steering.hook import steer
 from saesteer.steering.plan import Plan, PlannedLatent, make_plan
 
-from .whole_row import CLOSE, LAYER, STEPS
+from .whole_row import CLOSE, LAYER, STEPS, moved
 
 IDS = (3, 7, 11)
 
@@ -81,33 +81,7 @@ def reference_greedy(
 
 def reference_edit(sae: SAE, plan: Plan) -> Edit:
     """The edit of one residual vector, written out latent by latent."""
-    doses = plan.doses()
-
-    def edit(h: Tensor) -> Tensor:
-        acts = sae.encode(h[None])[0]
-        new = h.clone()
-        if plan.method == "project":
-            basis = torch.linalg.qr(sae.W_dec[list(plan.ids)].T).Q.T
-            for d in basis:
-                new = new - (h @ d) * d
-            return new
-        total = torch.zeros_like(h)
-        for j, dose in zip(plan.ids, doses, strict=True):
-            a = acts[j]
-            change = {
-                "add": dose,
-                "set": dose - a,
-                "min": max(a, dose) - a,
-                "max": min(a, dose) - a,
-                "scale": dose * a - a,
-                "ablate": -a,
-            }[plan.method]
-            total = total + change * sae.W_dec[j]
-        if plan.unit == "rel":
-            total = total / total.norm() * plan.scale * h.norm()
-        return h + total
-
-    return edit
+    return lambda h: h + moved(plan, sae, h, sae.encode(h[None])[0], 1.0)
 
 
 def positions_of(

@@ -205,7 +205,7 @@ if TRITON_INSTALLED:
     @triton.jit
     @no_type_check
     def adam_kernel(
-        params,
+        weights,
         grads,
         exp_avgs,
         exp_avg_sqs,
@@ -235,13 +235,13 @@ if TRITON_INSTALLED:
         grad = tl.load(grads + at, mask=ok, other=0.0).to(tl.float32)
         if SCALED:
             grad *= factor
-        param = tl.load(params + at, mask=ok, other=0.0).to(tl.float32)
+        param = tl.load(weights + at, mask=ok, other=0.0).to(tl.float32)
         mean = tl.load(exp_avgs + at, mask=ok, other=0.0).to(tl.float32)
         second = tl.load(exp_avg_sqs + at, mask=ok, other=0.0).to(tl.float32)
         mean += (grad - mean) * decay1
         second = second * beta2 + grad * grad * decay2
         param -= rate * mean / (tl.sqrt(second) / root + eps)
-        tl.store(params + at, param, mask=ok)
+        tl.store(weights + at, param, mask=ok)
         if SHADOW:
             tl.store(shadows + at, _nearest_bfloat16(param), mask=ok)
         index = at.to(tl.uint32) * 2
@@ -251,7 +251,7 @@ if TRITON_INSTALLED:
     @triton.jit
     @no_type_check
     def adam_unit_rows_kernel(
-        params,
+        weights,
         grads,
         exp_avgs,
         exp_avg_sqs,
@@ -282,7 +282,7 @@ if TRITON_INSTALLED:
         grad = tl.load(grads + at, mask=ok, other=0.0).to(tl.float32)
         if SCALED:
             grad *= factor
-        row = tl.load(params + at, mask=ok, other=0.0).to(tl.float32)
+        row = tl.load(weights + at, mask=ok, other=0.0).to(tl.float32)
         alive = tl.sum(row * row, axis=0) > 0
         grad -= tl.sum(grad * row, axis=0) * row
         mean = tl.load(exp_avgs + at, mask=ok, other=0.0).to(tl.float32)
@@ -294,7 +294,7 @@ if TRITON_INSTALLED:
         alive = alive & (square != 0)
         scale = tl.where(alive, 1.0 / tl.sqrt(tl.where(alive, square, 1.0)), 0.0)
         row *= scale
-        tl.store(params + at, row, mask=ok)
+        tl.store(weights + at, row, mask=ok)
         if SHADOW:
             tl.store(shadows + at, _nearest_bfloat16(row), mask=ok)
         index = at.to(tl.uint32) * 2

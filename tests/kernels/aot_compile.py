@@ -17,7 +17,8 @@ import aot_fused_steer as fused_steer
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from saesteer.kernels import (
     adam_rows,
@@ -36,7 +37,7 @@ POINTERS = {
     "chunk_ends partial_ends",
     "*i32": "group_keys group_ids",
     "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums partial_grads "
-    "partial_sums params exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "partial_sums exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
     "*bf16": "shadows",
     "*fp64": "schedule",
 }
@@ -99,6 +100,18 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
+def binds(kernel: Any) -> bool:
+    """Whether a launch hands every argument on.
+
+    The function that Triton writes for it has variables of its own, such as `params`, which hide
+    arguments of the same name: a launch on a GPU fails, yet everything here compiles.
+    """
+    arguments = {name: 16 * (place + 1) for place, name in enumerate(kernel.arg_names)}
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return bool(bind(**arguments)[0] == arguments)
+
+
 def registers(ptx: str) -> str:
     """What the assembler says about registers; empty where no assembler takes this PTX."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -129,6 +142,9 @@ def main() -> int:
     print(f"triton {triton.__version__}")
     wrong = False
     for kernel, warps, constants, types in variants():
+        if not binds(kernel):
+            print(f"{kernel.__name__}: an argument has the name of a variable of Triton's launcher")
+            wrong = True
         compiled = compile_kernel(kernel, warps, constants, types)
         facts = registers(compiled.asm["ptx"])
         wrong |= bool(facts) and not facts.endswith(" 0 bytes spilled")

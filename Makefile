@@ -52,9 +52,9 @@ test-durable: env-dev
 	@FUZZ_EXAMPLES=1000 $(RUN) pytest --run-slow -rP tests/checkpoints/test_run_state.py \
 		tests/checkpoints/test_malformed.py tests/checkpoints/test_safe_reading.py \
 		tests/checkpoints/test_fuzzed_reading.py \
-		tests/steering/test_plan_malformed.py tests/steering/test_exchange.py \
-		tests/steering/test_lm_eval_files.py tests/sae/test_kills.py tests/sae/test_run_folder.py \
-		tests/sae/test_reproduction.py tests/sae/test_harvest_reproduction.py $(ARGS)
+		tests/steering/plans/test_plan_malformed.py tests/steering/exchange tests/sae/training/test_kills.py \
+		tests/sae/training/test_run_folder.py tests/sae/verbs/test_reproduce.py \
+		tests/sae/verbs/test_reproduce_harvest.py $(ARGS)
 
 check: lint types test
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, say
 
-from saesteer.sae.compiled import CompiledBlocks
 from saesteer.sae.config import TextConfig
-from saesteer.sae.hooks import HookPoint, resolve_site, run_to
-from saesteer.sae.memory import keep_pages
-from saesteer.sae.models import LanguageModel, load_model
-from saesteer.sae.text import open_contexts
+from saesteer.sae.model.compiled_blocks import CompiledBlocks
+from saesteer.sae.model.hooks import HookPoint, resolve_site, run_to
+from saesteer.sae.model.language_model import LanguageModel, load_model
+from saesteer.sae.runs.memory_use import keep_pages
+from saesteer.sae.text.contexts import open_contexts
 
 Pass = Callable[[], torch.Tensor]
 

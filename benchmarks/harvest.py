@@ -56,14 +56,14 @@ from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, s
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
+from saesteer.sae.activations.batches import BatchStream, LiveSource
+from saesteer.sae.activations.prefetch import Producer
+from saesteer.sae.activations.reader import ActivationStream, open_activations
 from saesteer.sae.config import HarvestConfig, TextConfig, TrainConfig
-from saesteer.sae.hooks import resolve_site
-from saesteer.sae.models import LanguageModel, load_model
-from saesteer.sae.producer import Producer
-from saesteer.sae.sources import BatchStream, LiveSource
-from saesteer.sae.stream import ActivationStream, open_activations
-from saesteer.sae.topk import InputScale
-from saesteer.sae.trainer import SAETrainer, Variant
+from saesteer.sae.model.hooks import resolve_site
+from saesteer.sae.model.language_model import LanguageModel, load_model
+from saesteer.sae.training.sae_trainer import SAETrainer, Variant
+from saesteer.sae.training.topk import InputScale
 
 SHARD_TOKENS = HarvestConfig(layers=(0,)).shard_tokens
 SHARDS_A_ROUND = 2
@@ -94,7 +94,7 @@ class Bench:
 
 
 def open_corpus_texts() -> list[str]:
-    from saesteer.sae.corpora import PythonDocs
+    from saesteer.sae.text.corpora import PythonDocs
 
     return PythonDocs().topics
 

@@ -87,7 +87,7 @@ def sae_lens_default(bench: Any) -> Round:
 
 
 def _at(bench: Any, ids: torch.Tensor) -> torch.Tensor:
-    from saesteer.sae.hooks import run_to
+    from saesteer.sae.model.hooks import run_to
 
     return run_to(bench.lm, [bench.point], input_ids=ids)[bench.point.key].float()
 

@@ -19,9 +19,9 @@ from typing import Any
 from side_by_side import add_flags, begin, deliver, facts, say
 
 from saesteer.sae.config import HarvestConfig, TextConfig
-from saesteer.sae.harvester import harvest
-from saesteer.sae.models import LanguageModel, load_model
-from saesteer.sae.prediction import predict_harvest
+from saesteer.sae.model.language_model import LanguageModel, load_model
+from saesteer.sae.runs.harvest_prediction import predict_harvest
+from saesteer.sae.verbs.harvest import harvest
 
 JOBS = (
     "6:256:16:350000", "14:256:16:180000", "29:256:16:100000", "14:64:64:180000",

@@ -49,7 +49,7 @@ def write_activations(folder: Path) -> Path:
 
 
 def measure(name: str, folder: Path, activations: Path, config: TrainConfig, saver: Any) -> None:
-    from saesteer.sae import training
+    from saesteer.sae.verbs import train as training
 
     made: list[StateSaver] = []
 

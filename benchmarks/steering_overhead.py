@@ -38,13 +38,13 @@ from steering_rivals import RIVALS, HookClock, Rival, Steering
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.models import LanguageModel, load_model
-from saesteer.sae.prompts import encode_prompt, pad_left
-from saesteer.steering.arrangement import ByRow, Plans
-from saesteer.steering.damage import neutral_questions
-from saesteer.steering.hook import steer
-from saesteer.steering.latent_reading import with_gate
-from saesteer.steering.plan import Plan, PlannedLatent, make_plan
+from saesteer.sae.model.language_model import LanguageModel, load_model
+from saesteer.sae.text.prompts import encode_prompt, pad_left
+from saesteer.steering.evaluation.damage import neutral_questions
+from saesteer.steering.hooking.arrangement import ByRow, Plans
+from saesteer.steering.hooking.hook import steer
+from saesteer.steering.hooking.latent_values import with_gate
+from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
 
 PLAIN = "unsteered"
 

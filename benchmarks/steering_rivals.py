@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saesteer.sae.models import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel
 
 
 @dataclass

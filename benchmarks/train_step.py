@@ -33,8 +33,8 @@ from side_by_side import (
 from saesteer.kernels import topk_encode
 from saesteer.kernels.ops import encode_topk
 from saesteer.sae.config import TrainConfig
-from saesteer.sae.topk import InputScale
-from saesteer.sae.trainer import SAETrainer, Variant
+from saesteer.sae.training.sae_trainer import SAETrainer, Variant
+from saesteer.sae.training.topk import InputScale
 
 OURS = "saesteer step"
 AUXK = 1 / 32

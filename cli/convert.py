@@ -128,16 +128,16 @@ def _activations(args: Namespace, source: str) -> Any:
 
 
 def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:
-    from saesteer.steering import exchange
+    from saesteer.steering.exchange import conversion as exchange
 
     need(args, "--out", "the folder to write, as --to DIR")
     if kind == "plan":
-        from saesteer.sae.models import load_model
+        from saesteer.sae.model.language_model import load_model
 
         name = need(args, "--model", "the model that the vectors are for")
         lm = load_model(name, device=args.device, progress=report.say)
         return exchange.import_vectors(source, lm, take_folder(args))
-    from saesteer.steering.plan_file import load_plan
+    from saesteer.steering.plans.plan_file import load_plan
 
     plan = load_plan(source)
     exchange.check_export(plan, kind, as_scope=args.as_scope)

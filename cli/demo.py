@@ -27,12 +27,12 @@ from saesteer.cli.progress import Report, reporting
 
 if TYPE_CHECKING:
     from saesteer.checkpoints.sae_file import SAE
-    from saesteer.sae.models import LanguageModel
-    from saesteer.steering.calibration import Grid
-    from saesteer.steering.evaluation import Arm
-    from saesteer.steering.plan import Plan
-    from saesteer.steering.ranking import RankConfig, Ranking
-    from saesteer.steering.tasks import Task
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.doses.sweep import Grid
+    from saesteer.steering.evaluation.arms import Arm
+    from saesteer.steering.plans.plan import Plan
+    from saesteer.steering.ranking.rank import RankConfig, Ranking
+    from saesteer.steering.tasks.task import Task
 
 EXAMPLE = "saesteer demo --quick -o runs/first"
 
@@ -174,8 +174,8 @@ class Demo:
 
     def get_model(self) -> None:
         from saesteer.sae import load_model
-        from saesteer.sae.harvester import model_facts
-        from saesteer.steering.tasks import load_task
+        from saesteer.sae.verbs.harvest import model_facts
+        from saesteer.steering.tasks.task import load_task
 
         self.task: Task = load_task(self.args.task)
         name = self.args.model or DEFAULT_MODEL
@@ -196,7 +196,7 @@ class Demo:
     def harvest(self) -> None:
         from saesteer.sae import HarvestConfig, harvest
         from saesteer.sae.config import TextConfig
-        from saesteer.steering.tasks import reply_prompts
+        from saesteer.steering.tasks.task import reply_prompts
 
         size = self.size
         tasks = tuple(dict.fromkeys((self.task.name, *size.reply_tasks)))
@@ -279,8 +279,8 @@ class Demo:
         self._evaluate(settings)
 
     def _settings(self) -> list[Setting]:
-        from saesteer.steering.calibration import Grid
-        from saesteer.steering.ranking import RankConfig
+        from saesteer.steering.doses.sweep import Grid
+        from saesteer.steering.ranking.rank import RankConfig
 
         size = self.size
         contents = size.rank_contents
@@ -301,7 +301,7 @@ class Demo:
         ]
 
     def _rank(self, setting: Setting) -> None:
-        from saesteer.steering.ranking import plan_from_ranking, rank
+        from saesteer.steering.ranking.rank import plan_from_ranking, rank
 
         config = setting.config
         where = "the model's replies" if config.read == "reply" else "the prompt's last word"
@@ -328,9 +328,9 @@ class Demo:
             self._table(["latent", "score", "mu", "sigma", "lens tokens"], rows, "lens tokens")
 
     def _choose_dose(self, setting: Setting) -> None:
-        from saesteer.steering.calibration import calibrate
-        from saesteer.steering.evaluation import Decoding
-        from saesteer.steering.plan_file import save_plan
+        from saesteer.steering.doses.sweep import calibrate
+        from saesteer.steering.evaluation.arms import Decoding
+        from saesteer.steering.plans.plan_file import save_plan
 
         assert setting.plan is not None
         tried = len(setting.grid.plans(setting.plan))
@@ -373,7 +373,7 @@ class Demo:
             self.say(f"   chosen: {chosen}; written to {folder}")
 
     def _evaluate(self, settings: list[Setting]) -> None:
-        from saesteer.steering.evaluation import Decoding, evaluate
+        from saesteer.steering.evaluation.arms import Decoding, evaluate
 
         plans = {
             f"{setting.name}, layer {setting.layer}": setting.plan

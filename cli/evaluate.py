@@ -109,11 +109,11 @@ def _check_flags(args: Namespace) -> None:
 def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.steering import load_plan
-    from saesteer.steering.comparison import CONTROLS, CompareConfig, compare
-    from saesteer.steering.evaluation import Decoding
-    from saesteer.steering.ifeval import evaluate_ifeval, load_ifeval
-    from saesteer.steering.judge import Judge
-    from saesteer.steering.report import report_document
+    from saesteer.steering.evaluation.arms import Decoding
+    from saesteer.steering.evaluation.compare import CONTROLS, CompareConfig, compare
+    from saesteer.steering.evaluation.judge import Judge
+    from saesteer.steering.ifeval.benchmark import evaluate_ifeval, load_ifeval
+    from saesteer.steering.reports.evaluation_report import report_document
 
     seed = args.seed or 0
     decoding = Decoding(
@@ -176,7 +176,7 @@ def _controls(given: tuple[str, ...]) -> tuple[str, ...]:
 
 def _matched(groups: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, Any]]:
     """Each plan with its task, for IFEval. Raises UsageError where IFEval has no such task."""
-    from saesteer.steering.ifeval import INSTRUCTION_OF
+    from saesteer.steering.ifeval.benchmark import INSTRUCTION_OF
 
     found = []
     for task, members in groups:
@@ -191,7 +191,7 @@ def _matched(groups: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, Any]]:
 
 def _by_task(args: Namespace, plans: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """Each task with the plans that are evaluated for it."""
-    from saesteer.steering.tasks import builtin_tasks, load_task
+    from saesteer.steering.tasks.task import builtin_tasks, load_task
 
     if not plans:
         return []
@@ -236,7 +236,7 @@ def _beside(paths: list[str]) -> dict[str, Any]:
 
 def _write(folder: Path, args: Namespace, document: dict[str, Any]) -> None:
     from saesteer.checkpoints.files import plain, write_json, write_text
-    from saesteer.steering.report import render_html
+    from saesteer.steering.reports.evaluation_report import render_html
 
     write_json(folder / "report.json", document)
     write_text(folder / "report.html", render_html(plain(document)))

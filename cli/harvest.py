@@ -88,7 +88,7 @@ def run(args: Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, config)
     need(args, "--out", "the folder for the shards")
-    from saesteer.sae.ranks import is_first
+    from saesteer.sae.runs.processes import is_first
 
     first = is_first()  # of the processes of torchrun: the one that speaks, and owns the folder
     args.quiet = args.quiet or not first
@@ -145,7 +145,7 @@ def _dry_run(args: Namespace, config: HarvestConfig) -> int:
         check_data(args)
         texts = reply_texts(args)
         lm = open_model(args, report)
-        from saesteer.sae.prediction import predict_harvest
+        from saesteer.sae.runs.harvest_prediction import predict_harvest
 
         plan = {**predict_harvest(lm, config, report), "replies": len(texts)}
     folder = None if args.out is None else Path(args.out).expanduser()

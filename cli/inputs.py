@@ -19,7 +19,7 @@ def open_model(
     args: Namespace, report: Report, *, name: str | None = None, dtype: str | None = None
 ) -> Any:
     """Load the `LanguageModel` of `--model`, or else of `name`, or else the built-in default."""
-    from saesteer.sae.models import load_model
+    from saesteer.sae.model.language_model import load_model
 
     chosen = args.model or name or DEFAULT_MODEL
     report.say(f"loading {chosen}")
@@ -53,7 +53,7 @@ def check_data(args: Namespace) -> None:
         if not spec.startswith("hf:") and spec != "python-docs" and not Path(spec).exists()
     ]
     if missing:
-        from saesteer.sae.corpora import open_corpus
+        from saesteer.sae.text.corpora import open_corpus
 
         open_corpus(missing[:1])  # raises, in the words of every other place that reads text
 
@@ -62,7 +62,7 @@ def reply_texts(args: Namespace) -> list[str]:
     """The user texts that `--replies` has the model answer."""
     if not args.replies:
         return []
-    from saesteer.steering.tasks import reply_prompts
+    from saesteer.steering.tasks.task import reply_prompts
 
     try:
         return [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]

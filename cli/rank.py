@@ -180,7 +180,7 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         from saesteer.steering import save_plan
-        from saesteer.steering.ranking import RankConfig, plan_from_ranking, rank
+        from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank
 
         given = {field: getattr(args, flag) for flag, field in _RANK_FIELDS.items()}
         config = RankConfig(
@@ -228,8 +228,8 @@ def _check_task_flags(args: Namespace) -> None:
 
 def _plan_settings(args: Namespace) -> dict[str, Any]:
     """Settings of the plan, refused now rather than after the ranking."""
-    from saesteer.steering.plan import METHODS, UNITS
-    from saesteer.steering.scope import parse_scope
+    from saesteer.steering.hooking.scope import parse_scope
+    from saesteer.steering.plans.plan import METHODS, UNITS
 
     for flag, value, allowed in (
         ("--method", args.method, METHODS),
@@ -248,7 +248,7 @@ def _plan_settings(args: Namespace) -> dict[str, Any]:
 
 
 def _open_task(args: Namespace) -> Any:
-    from saesteer.steering.tasks import load_task, task_from_instruction
+    from saesteer.steering.tasks.task import load_task, task_from_instruction
 
     if args.task is not None:
         return load_task(args.task)
@@ -265,8 +265,8 @@ def _check_explain(args: Namespace, d_sae: int) -> None:
 
 def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> dict[str, Any]:
     """What `--json` prints and `ranking.json` holds."""
-    from saesteer.steering.ranking import lens_tokens
-    from saesteer.steering.scores import significance_of
+    from saesteer.steering.ranking.detection_scores import significance_of
+    from saesteer.steering.ranking.rank import lens_tokens
 
     config = ranking.config
     lens = {latent.id: list(latent.lens) for latent in plan.latents}

@@ -218,9 +218,9 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
 
 def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
-    from saesteer.sae.hooks import sae_hook_point
+    from saesteer.sae.model.hooks import sae_hook_point
     from saesteer.steering import load_plan, plan_from_latents, with_gate
-    from saesteer.steering.plan import parse_latents
+    from saesteer.steering.plans.plan import parse_latents
 
     changes = {
         name: value
@@ -319,7 +319,7 @@ def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) 
 def _generate(
     args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any, report: Report
 ) -> list[dict[str, Any]]:
-    from saesteer.steering.applying import generate_steered
+    from saesteer.steering.hooking.generation import generate_steered
 
     passes = 2 if args.baseline and plan is not None else 1
     expected = passes * len(texts) * args.max_new_tokens

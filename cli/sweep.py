@@ -116,9 +116,9 @@ def _typed(name: str, values: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) -> tuple[Any, Any]:
-    from saesteer.steering.calibration import Budget, Grid, sweep
-    from saesteer.steering.evaluation import Decoding
-    from saesteer.steering.scope import parse_scope
+    from saesteer.steering.doses.sweep import Budget, Grid, sweep
+    from saesteer.steering.evaluation.arms import Decoding
+    from saesteer.steering.hooking.scope import parse_scope
 
     for scope in axes.get("scope", ()):
         parse_scope(scope)
@@ -146,8 +146,8 @@ def _plans(
 
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.steering import load_plan
-    from saesteer.steering.ranking import RankConfig, plan_from_ranking, rank
-    from saesteer.steering.tasks import load_task
+    from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank
+    from saesteer.steering.tasks.task import load_task
 
     plans: dict[str, Any] = {}
     if args.plan:
@@ -189,7 +189,7 @@ def _plans(
 def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
     from saesteer.checkpoints.files import plain, write_json, write_text
     from saesteer.steering import save_plan
-    from saesteer.steering.report_charts import pareto_chart
+    from saesteer.steering.reports.sweep_charts import pareto_chart
 
     save_plan(found.plan(), folder)
     write_json(folder / "sweep.json", document)

@@ -14,7 +14,7 @@ import torch
 
 from saesteer.checkpoints import load_sae
 from saesteer.sae import load_model
-from saesteer.sae.hooks import run_to, sae_hook_point
+from saesteer.sae.model.hooks import run_to, sae_hook_point
 from saesteer.steering import lens_tokens
 
 

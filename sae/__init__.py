@@ -13,30 +13,30 @@ if TYPE_CHECKING:
     from saesteer.sae.config import MetricsConfig as MetricsConfig
     from saesteer.sae.config import TextConfig as TextConfig
     from saesteer.sae.config import TrainConfig as TrainConfig
-    from saesteer.sae.diagnosis import doctor as doctor
-    from saesteer.sae.generation import generate as generate
-    from saesteer.sae.harvester import harvest as harvest
-    from saesteer.sae.measurement import metrics as metrics
-    from saesteer.sae.models import LanguageModel as LanguageModel
-    from saesteer.sae.models import load_model as load_model
-    from saesteer.sae.models import wrap_model as wrap_model
-    from saesteer.sae.reproduction import reproduce as reproduce
-    from saesteer.sae.training import train as train
+    from saesteer.sae.model.generation import generate as generate
+    from saesteer.sae.model.language_model import LanguageModel as LanguageModel
+    from saesteer.sae.model.language_model import load_model as load_model
+    from saesteer.sae.model.language_model import wrap_model as wrap_model
+    from saesteer.sae.verbs.doctor import doctor as doctor
+    from saesteer.sae.verbs.harvest import harvest as harvest
+    from saesteer.sae.verbs.metrics import metrics as metrics
+    from saesteer.sae.verbs.reproduce import reproduce as reproduce
+    from saesteer.sae.verbs.train import train as train
 
 _HOME = {
     "HarvestConfig": "config",
     "MetricsConfig": "config",
     "TextConfig": "config",
     "TrainConfig": "config",
-    "doctor": "diagnosis",
-    "generate": "generation",
-    "harvest": "harvester",
-    "metrics": "measurement",
-    "LanguageModel": "models",
-    "load_model": "models",
-    "wrap_model": "models",
-    "reproduce": "reproduction",
-    "train": "training",
+    "doctor": "verbs.doctor",
+    "generate": "model.generation",
+    "harvest": "verbs.harvest",
+    "metrics": "verbs.metrics",
+    "LanguageModel": "model.language_model",
+    "load_model": "model.language_model",
+    "wrap_model": "model.language_model",
+    "reproduce": "verbs.reproduce",
+    "train": "verbs.train",
 }
 
 

@@ -31,7 +31,7 @@ sys.modules.pop("saesteer", None)
 files = {}
 for name in json.loads(sys.argv[1]):
     files[name] = importlib.import_module(name).__file__
-data = importlib.resources.files("saesteer.steering") / "builtin"
+data = importlib.resources.files("saesteer.steering.tasks") / "builtin"
 builtin = sorted(entry.name for entry in data.iterdir())
 
 sys.argv = ["saesteer", "--help"]
@@ -110,7 +110,7 @@ def test_wheel_holds_all_of_saesteer(names: set[str], clean_tree: Path) -> None:
     assert {name for name in names if name.startswith("saesteer/")} == expected
     for room in ROOMS:
         assert f"saesteer/{room}/py.typed" in names
-    builtin = [name for name in names if name.startswith("saesteer/steering/builtin/")]
+    builtin = [name for name in names if name.startswith("saesteer/steering/tasks/builtin/")]
     assert {".yaml", ".jsonl"} <= {Path(name).suffix for name in builtin}
 
 

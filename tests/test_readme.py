@@ -75,8 +75,8 @@ def small(words: list[str], model: Path) -> list[str]:
 @pytest.fixture
 def few_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tiny model answer a handful of prompts with a few tokens."""
-    from saesteer.sae import stream
-    from saesteer.sae.replies import ReplyConfig, sample_replies
+    from saesteer.sae.activations import reader as stream
+    from saesteer.sae.text.replies import ReplyConfig, sample_replies
 
     def few(lm, prompts, folder, config, progress):  # type: ignore[no-untyped-def]
         return sample_replies(lm, prompts[:8], folder, ReplyConfig(max_new_tokens=6), progress)

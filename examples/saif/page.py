@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saesteer.steering.evaluation import Rate
+from saesteer.steering.evaluation.arms import Rate
 
 Report = Mapping[str, Any]
 

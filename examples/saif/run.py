@@ -39,7 +39,7 @@ from saesteer.steering import (
     rank,
     run_arms,
 )
-from saesteer.steering.intervals import paired_difference
+from saesteer.steering.evaluation.intervals import paired_difference
 
 COUNTS = (1, 2, 5, 10, 15, 20, 30)
 BETAS = (-2.0, -1.0, 0.0, 1.0, 2.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saesteer.sae import diagnosis
+from saesteer.sae.verbs import doctor as diagnosis
 
 from .conftest import Cli
 

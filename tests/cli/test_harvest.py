@@ -226,7 +226,7 @@ def test_interrupted_harvest_keeps_its_tokens(
     """Ctrl-C between two batches: what was read is written, and --resume goes on from there."""
     import signal
 
-    from saesteer.sae.stream import ActivationStream
+    from saesteer.sae.activations.reader import ActivationStream
 
     out = tmp_path / "acts"
     words = ("harvest", "--model", model, "--layer", 1, *SMALL, "-o", out, "-q")

@@ -188,9 +188,9 @@ def test_defaults_of_rank_are_those_of_its_config() -> None:
     from dataclasses import fields
 
     from saesteer.cli.rank import _RANK_FIELDS
-    from saesteer.steering.plan import METHODS, UNITS
-    from saesteer.steering.rank_config import FILTERS, READS, SCORES, RankConfig
-    from saesteer.steering.scope import SCOPES
+    from saesteer.steering.hooking.scope import SCOPES
+    from saesteer.steering.plans.plan import METHODS, UNITS
+    from saesteer.steering.ranking.config import FILTERS, READS, SCORES, RankConfig
 
     flags = make_parser("rank").flags()
     defaults = {field.name: field.default for field in fields(RankConfig)}

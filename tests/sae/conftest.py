@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
 
 from .training_runs import write_shards
 

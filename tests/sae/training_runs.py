@@ -11,7 +11,7 @@ from torch import Tensor
 from saesteer.checkpoints.files import read_jsonl
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import TextConfig, TrainConfig
-from saesteer.sae.models import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel
 
 Shared = Callable[..., LanguageModel]
 

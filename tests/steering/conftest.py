@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from saesteer.sae.models import LanguageModel, wrap_model
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE
-from saesteer.sae.models import LanguageModel
-from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_left
-from saesteer.steering.hook import steer
-from saesteer.steering.plan import Plan, PlannedLatent, make_plan
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_left
+from saesteer.steering.hooking.hook import steer
+from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
 
 from .whole_row import CLOSE, LAYER, STEPS, moved
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.models import LanguageModel
-from saesteer.steering.plan import (
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.plans.plan import (
     Plan,
     PlannedLatent,
     make_plan,

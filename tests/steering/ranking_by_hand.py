@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.generation import Completion
-from saesteer.sae.models import LanguageModel
-from saesteer.sae.prompts import EncodedPrompt
-from saesteer.steering import reading as reading_module
-from saesteer.steering.ranking import RankConfig, Ranking
-from saesteer.steering.tasks import Task, Variant
+from saesteer.sae.model.generation import Completion
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt
+from saesteer.steering.ranking import reading as reading_module
+from saesteer.steering.ranking.rank import RankConfig, Ranking
+from saesteer.steering.tasks.task import Task, Variant
 
 LAYER = 1
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.models import LanguageModel
-from saesteer.steering.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
-from saesteer.steering.tasks import Task
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.tasks.task import Task
 
 CONTENTS = ("The museum opens at nine.", "Heavy rain closed the road.", "Peter bought oranges.")
 

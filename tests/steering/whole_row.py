@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.hooks import hooked, resolve_site
-from saesteer.sae.models import LanguageModel
-from saesteer.sae.prompts import EncodedPrompt, encode_prompt, pad_left
-from saesteer.steering.gates import Above, Every, Gate, Node, Not
-from saesteer.steering.hook import steer
-from saesteer.steering.plan import Plan, PlannedLatent, make_plan
+from saesteer.sae.model.hooks import hooked, resolve_site
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_left
+from saesteer.steering.hooking.gates import Above, Every, Gate, Node, Not
+from saesteer.steering.hooking.hook import steer
+from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
 
 LAYER, STEPS = 1, 5
 INSTRUCTION = "Use it"

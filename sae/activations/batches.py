@@ -1,0 +1,214 @@
+"""Where training batches come from: a model that runs, or shards on disk. Both look the same."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.errors import NonFiniteError, UserError
+from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae.activations.reader import ActivationStream
+from saesteer.sae.activations.shuffle_buffer import ShuffleBuffer
+from saesteer.sae.activations.sinks import NotFinite, SinkFilter
+
+_CHUNK_ROWS = 8192
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Rows of activations, those of several hook points side by side, in a seeded order."""
+
+    places: list[tuple[int, str]]
+
+    def next_rows(self) -> Float[Tensor, "rows width"] | None:
+        """The next rows, or None when there are no more."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    @property
+    def excluded(self) -> dict[str, int]: ...
+
+
+class LiveSource:
+    """Activations straight from the model."""
+
+    def __init__(self, stream: ActivationStream) -> None:
+        self.stream = stream
+        self.places = [point.key for point in stream.points]
+
+    def next_rows(self) -> Float[Tensor, "rows width"] | None:
+        batch = self.stream.next_batch()
+        if batch is None:
+            return None
+        return torch.cat([batch.activations[place] for place in self.places], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+    @property
+    def excluded(self) -> dict[str, int]:
+        return self.stream.excluded
+
+
+class ShardSource:
+    """Activations from shards: every epoch in a new order of shards and of rows within each.
+
+    Orders are drawn from (seed, epoch, shard), so a position is three numbers.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        places: Sequence[tuple[int, str]],
+        max_norm_ratio: float,
+        seed: int,
+    ) -> None:
+        self.reader = reader
+        self.places = list(places)
+        self.seed = seed
+        self.sinks = SinkFilter(max_norm_ratio)
+        self.epoch = self.shard = self.row = self.kept = 0
+        self._excluded = {"sinks": 0}
+
+    def next_rows(self) -> Float[Tensor, "rows width"] | None:
+        if self.shard == len(self.reader):
+            if self.kept == 0:
+                raise UserError("--activations holds no rows to train on: every row is a sink")
+            self.epoch, self.shard, self.row = self.epoch + 1, 0, 0
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.reader))
+        index = int(order[self.shard])
+        tokens = self.reader.shard_tokens[index]
+        mixed = np.random.default_rng([self.seed, self.epoch, index]).permutation(tokens)
+        chosen = torch.from_numpy(mixed[self.row : self.row + _CHUNK_ROWS])
+        if self.row == 0:
+            following = order[self.shard + 1 : self.shard + 2].tolist()
+            for later in following:
+                self.reader.read_ahead(later, self.places)
+        rows = {place: self.reader.shard(index, *place)[0][chosen] for place in self.places}
+        try:
+            keep = self.sinks.keep(rows)
+        except NotFinite as error:
+            layer, site = error.place
+            raise NonFiniteError(
+                f"--activations {self.reader.folder} holds NaN or infinity in shard {index} of "
+                f"layer {layer} {site}: harvest again"
+            ) from None
+        self.row += len(chosen)
+        if self.row >= tokens:
+            self.shard, self.row = self.shard + 1, 0
+        self._excluded["sinks"] += int((~keep).sum())
+        self.kept += int(keep.sum())
+        return torch.cat([values[keep] for values in rows.values()], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "shard": self.shard,
+            "row": self.row,
+            "kept": self.kept,
+            "sinks": self.sinks.state_dict(),
+            "excluded": dict(self._excluded),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.shard, self.row = state["epoch"], state["shard"], state["row"]
+        self.kept = state["kept"]
+        self.sinks.load_state_dict(state["sinks"])
+        self._excluded = dict(state["excluded"])
+
+    @property
+    def excluded(self) -> dict[str, int]:
+        return self._excluded
+
+
+class BatchStream:
+    """Exactly `tokens` rows of a source, through the shuffle buffer, in batches of one size.
+
+    `tokens` and `buffer_tokens` are cut down to whole batches, so that every batch is full.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        d_model: int,
+        *,
+        tokens: int,
+        batch_tokens: int,
+        buffer_tokens: int,
+        dtype: torch.dtype,
+        seed: int,
+        filling: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.source = source
+        self.total = tokens // batch_tokens * batch_tokens
+        held = min(buffer_tokens, max(tokens // 2, batch_tokens)) // batch_tokens * batch_tokens
+        self.buffer_tokens = held
+        self._options = (held, d_model * len(source.places), batch_tokens, dtype, seed)
+        self.drawn = 0
+        self._pending: list[Tensor] = []
+        self._filling = filling
+
+    @cached_property
+    def buffer(self) -> ShuffleBuffer:
+        """The shuffle buffer, which takes its memory when it is first used."""
+        return ShuffleBuffer(*self._options)
+
+    def fill(self) -> Float[Tensor, "rows width"]:
+        """Fill the buffer and return what it holds: a sample of the data to measure."""
+        self._filling(0, len(self.buffer.rows))
+        while not self.buffer.full and self.drawn < self.total:
+            self._pending += self.buffer.put(self._draw())
+            self._filling(len(self.buffer), len(self.buffer.rows))
+        return self.buffer.rows[: self.buffer.filled]
+
+    def next_batch(self) -> Float[Tensor, "batch width"] | None:
+        """The next mixed batch; None after the last.
+
+        Raises UserError when the source ends before `tokens` rows.
+        """
+        while not self._pending:
+            if self.drawn == self.total:
+                return self.buffer.take()
+            self._pending += self.buffer.put(self._draw())
+        return self._pending.pop(0)
+
+    def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
+        """Make `batch`, which was not used after all, the next one again."""
+        self._pending.insert(0, batch)
+
+    def _draw(self) -> Float[Tensor, "rows width"]:
+        rows = self.source.next_rows()
+        if rows is None:
+            raise UserError(
+                f"the corpus ended after {self.drawn} of {self.total} --tokens: give more --data, "
+                "more --epochs or fewer --tokens"
+            )
+        rows = rows[: self.total - self.drawn]
+        self.drawn += len(rows)
+        return rows
+
+    def state_dict(self, ahead: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values; `load_state_dict` continues from them to the bit.
+
+        `ahead` are batches that were taken out and not used yet: they will come first again.
+        """
+        pending = torch.cat([self.buffer.rows[:0], *ahead, *self._pending])
+        tensors = {**self.buffer.state_dict(), "pending": pending}
+        return tensors, {"drawn": self.drawn, "source": self.source.state_dict()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(tensors)
+        self._pending = list(tensors["pending"].split(self.buffer.batch_rows))
+        self._pending = [batch for batch in self._pending if len(batch)]
+        self.drawn = meta["drawn"]
+        self.source.load_state_dict(meta["source"])

@@ -1,0 +1,153 @@
+"""The model and the trainer at once: batches are made in a thread while others are trained on."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.sae.activations.batches import BatchStream
+
+# Batches that may wait for the trainer: one to take, and some while the model is at its next pass.
+BATCHES_AHEAD = 4
+# How long leaving waits for a pass that is under way before it gives the thread up.
+_LAST_PASS_SECONDS = 60.0
+
+
+class Producer:
+    """Makes batches ahead of the trainer, at most `BATCHES_AHEAD` of them.
+
+    What a batch holds is decided by the stream alone: the thread asks for one batch after the other
+    and hands them on in order, so timing decides nothing but the waiting. A state is taken between
+    two batches, with those that wait as part of it.
+
+    Use it as a context manager: the thread ends when the block does, however that comes about. An
+    error of the thread is raised by `next_batch` once the batches made before it are used up.
+    """
+
+    def __init__(self, batches: BatchStream, device: torch.device) -> None:
+        """`device` is the trainer's; batches arrive there."""
+        self._batches = batches
+        self._device = device
+        self._ahead: deque[Tensor] = deque()
+        self._changed = threading.Condition()
+        self._working = threading.Lock()
+        self._stopping = self._ended = False
+        self._pausing = 0
+        self._error: BaseException | None = None
+        self._stalled = 0.0
+        self._stalled_since: float | None = None
+        self._thread = threading.Thread(target=self._work, name="producer", daemon=True)
+
+    def __enter__(self) -> "Producer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        # A source that hangs (a network) must not hang the end of the run as well.
+        self._thread.join(_LAST_PASS_SECONDS)
+
+    def next_batch(self) -> Float[Tensor, "batch width"] | None:
+        """The next batch, waiting for it; None after the last. Raises what stopped the thread."""
+        with self._changed:
+            while not self._ahead and not self._ended and self._error is None:
+                self._changed.wait()
+            if self._ahead:
+                batch = self._ahead.popleft()
+                self._changed.notify_all()
+            elif self._error is not None:
+                raise self._error
+            else:
+                return None
+        if batch.is_cuda:
+            # It was made on the producer's stream: its memory is ours until our stream is done.
+            batch.record_stream(torch.cuda.current_stream(batch.device))
+        return batch
+
+    @property
+    def ahead(self) -> int:
+        """Batches that wait for the trainer."""
+        return len(self._ahead)
+
+    def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
+        """Make `batch`, which was not used after all, the next one again."""
+        with self._changed:
+            self._ahead.appendleft(batch)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Hold the thread between two batches and give the state of the stream.
+
+        The tensors share memory with the stream: use them before the block ends.
+        """
+        with self._changed:
+            self._pausing += 1
+        try:
+            with self._working:
+                yield self._batches.state_dict([batch.cpu() for batch in self._ahead])
+        finally:
+            with self._changed:
+                self._pausing -= 1
+                self._changed.notify_all()
+
+    def take_stall(self) -> float:
+        """Seconds since the last call in which the thread waited for the trainer."""
+        with self._changed:
+            now = time.monotonic()
+            stalled = self._stalled
+            if self._stalled_since is not None:
+                stalled += now - self._stalled_since
+                self._stalled_since = now
+            self._stalled = 0.0
+            return stalled
+
+    def _work(self) -> None:
+        try:
+            with self._own_stream():
+                while self._wait_for_room():
+                    with self._working:
+                        if not self._make_one():
+                            return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self) -> bool:
+        """Wait until a batch is wanted; False when the work is over."""
+        with self._changed:
+            while not self._stopping and (self._pausing or len(self._ahead) >= BATCHES_AHEAD):
+                if self._stalled_since is None:
+                    self._stalled_since = time.monotonic()
+                self._changed.wait()
+            if self._stalled_since is not None:
+                self._stalled += time.monotonic() - self._stalled_since
+                self._stalled_since = None
+            return not self._stopping
+
+    def _make_one(self) -> bool:
+        batch = self._batches.next_batch()
+        if batch is not None and self._device.type == "cuda":
+            batch = batch.pin_memory().to(self._device, non_blocking=True)
+            torch.cuda.current_stream(self._device).synchronize()
+        with self._changed:
+            if batch is None:
+                self._ended = True
+            else:
+                self._ahead.append(batch)
+            self._changed.notify_all()
+        return batch is not None
+
+    def _own_stream(self) -> contextlib.AbstractContextManager[Any]:
+        if not torch.cuda.is_available():
+            return contextlib.nullcontext()
+        # Work of the model does not queue behind the trainer's.
+        return torch.cuda.stream(torch.cuda.Stream())

@@ -1,0 +1,251 @@
+"""Contexts through a language model, kept activations out."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.sae.activations.sinks import NotFinite, SinkFilter, block_medians
+from saesteer.sae.config import Progress, TextConfig, no_progress
+from saesteer.sae.model.compiled_blocks import CompiledBlocks
+from saesteer.sae.model.forward_pass import Forward, model_inputs
+from saesteer.sae.model.hooks import HookPoint, run_to
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.runs.memory_use import keep_pages
+from saesteer.sae.runs.processes import ALONE, Ranks
+from saesteer.sae.text.contexts import ContextBatch, Contexts, open_contexts
+from saesteer.sae.text.replies import ReplyConfig, sample_replies
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationBatch:
+    """Kept activations of one forward pass, by `HookPoint.key`, and the tokens they stand on; all
+    of it on the CPU."""
+
+    activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
+    token_ids: Int[Tensor, " tokens"]
+    positions: Int[Tensor, " tokens"]
+    """0-based places in the context."""
+    contexts: Int[Tensor, " tokens"]
+    """Numbers of the contexts, counted from 0 over the whole corpus."""
+    kept: Int[Tensor, " contexts"]
+    """Rows of each context that was read, those of other processes included, in order."""
+
+    def first(self, rows: int) -> "ActivationBatch":
+        """The first `rows` rows."""
+        return ActivationBatch(
+            {place: values[:rows] for place, values in self.activations.items()},
+            self.token_ids[:rows],
+            self.positions[:rows],
+            self.contexts[:rows],
+            self.kept,
+        )
+
+
+class ActivationStream:
+    """Contexts in, kept activations out, one batch of contexts per forward pass.
+
+    With several processes each reads its share of the contexts, and all of them must ask for the
+    same number of batches: medians and counts are exchanged.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        points: Sequence[HookPoint],
+        contexts: Contexts,
+        config: TextConfig,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        if not config.batch_size:
+            raise ValueError("an automatic batch size must be resolved before the stream opens")
+        if lm.device.type == "cpu":
+            keep_pages()
+        self.lm = lm
+        self.points = list(points)
+        self.contexts = contexts
+        self.config = config
+        self.ranks = ranks
+        self.sinks = SinkFilter(config.max_norm_ratio)
+        self.excluded = {"special": 0, "template": 0, "sinks": 0}
+        self.batches = 0
+        self.keeps_busy = lm.device.type == "cuda"
+        """Whether the next pass is begun before a batch is sorted out: for a device that computes
+        while the CPU does something else."""
+        self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
+        self._position = contexts.state_dict()
+        self._begun: _Begun | Exception | None = None
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        while (batch := self.next_batch()) is not None:
+            yield batch
+
+    def next_batch(self) -> ActivationBatch | None:
+        """Run the next contexts through the model; None when the text has ended.
+
+        Raises NonFiniteError naming the batch, and what text and model raise; the stream then still
+        stands before the batch.
+        """
+        before = self.state_dict()
+        try:
+            return self._next_batch()
+        except Exception:
+            self.load_state_dict(before)  # whoever asks again gets this batch, not the next
+            raise
+
+    def _next_batch(self) -> ActivationBatch | None:
+        with torch.inference_mode():
+            begun = self._take()
+            if begun is None:
+                return None
+            contexts, forward, after = begun
+            if self.keeps_busy:
+                try:
+                    self._begun = self._begin()
+                except Exception as error:
+                    self._begun = error  # of the next batch, not of this one
+            keep = self._keep(contexts, forward.norms())
+            rows = forward.rows(keep.flatten().nonzero()[:, 0])
+        own = keep.sum(dim=1)
+        special = torch.isin(contexts.token_ids, self.lm.special_ids)
+        self.excluded["special"] += int(special.sum())
+        self.excluded["template"] += int((~contexts.keep & ~special).sum())
+        self.excluded["sinks"] += int((contexts.keep & ~keep).sum())
+        self.batches += 1
+        self._position = after
+        row_of, position = keep.nonzero(as_tuple=True)
+        return ActivationBatch(
+            rows,
+            contexts.token_ids[keep].to(torch.int32),
+            position.to(torch.int32),
+            contexts.numbers[row_of],
+            self.ranks.interleave(own, self.config.batch_size, fill=0),
+        )
+
+    def _take(self) -> "_Begun | None":
+        """The pass that was begun, or the next one; None when the text has ended."""
+        begun, self._begun = self._begun, None
+        if isinstance(begun, Exception):
+            raise begun
+        return self._begin() if begun is None else begun
+
+    def _begin(self) -> "_Begun | None":
+        """Read the next contexts and start their pass."""
+        contexts = self.contexts.next_batch(self.config.batch_size)
+        if contexts is None:
+            return None
+        after = self.contexts.state_dict()
+        with self._blocks:
+            isolated = self.config.isolate_documents
+            return contexts, Forward.begin(self.lm, self.points, contexts, isolated), after
+
+    def _keep(
+        self,
+        contexts: ContextBatch,
+        norms: Float[Tensor, "places contexts seq"],
+    ) -> Bool[Tensor, "contexts seq"]:
+        """Text that is no sink, by limits that all processes agree on."""
+        places = [point.key for point in self.points]
+        try:
+            medians = block_medians(norms, contexts.keep, places)
+        except NotFinite as error:
+            layer, _ = error.place
+            raise NonFiniteError(
+                f"{self.lm.name} gave NaN or infinite activations at layer {layer} in batch "
+                f"{self.batches}: try --dtype float32, or look at the text there"
+            ) from None
+        size = self.config.batch_size
+        everywhere = torch.stack([self.ranks.interleave(row, size, torch.nan) for row in medians])
+        limits = self.sinks.limits(everywhere, places)[:, self.ranks.rank :: self.ranks.world]
+        return contexts.keep & (norms <= limits[:, : len(contexts.keep), None]).all(dim=0)
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether every context starts with the beginning-of-text token."""
+        return self.contexts.prepend_bos
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What text was read."""
+        return self.contexts.identity()
+
+    def compile(self) -> None:
+        """Run one pass over nothing in particular, which compiles the blocks where that is asked.
+
+        Raises UserError when that fails.
+        """
+        from torch._dynamo.exc import TorchDynamoException
+
+        rows, context = self.config.batch_size, self.config.context
+        ids = torch.zeros(rows, context, dtype=torch.long)
+        # Two documents a context: with --isolate-documents most batches have a mask.
+        owners = (torch.arange(context) >= context // 2).long().expand(rows, context)
+        nothing = ContextBatch(ids, ids > 0, owners, torch.arange(rows))
+        inputs = model_inputs(self.lm, nothing, self.config.isolate_documents)
+        try:
+            with torch.inference_mode(), self._blocks:
+                run_to(self.lm, self.points, **inputs)
+        except TorchDynamoException as error:
+            needs = " (on a CPU it needs a C++ compiler such as g++)"
+            # The first paragraph; hints for PyTorch's own developers follow.
+            said = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+            raise UserError(
+                f"--compile does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
+                f"leave it out. PyTorch says: {said[:200]}"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands; JSON-ready."""
+        return {
+            "contexts": self._position,
+            "sinks": self.sinks.state_dict(),
+            "excluded": dict(self.excluded),
+            "batches": self.batches,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, and forget what was begun elsewhere."""
+        self.contexts.load_state_dict(state["contexts"])
+        self._position, self._begun = dict(state["contexts"]), None
+        self.sinks.load_state_dict(state["sinks"])
+        self.excluded, self.batches = dict(state["excluded"]), state["batches"]
+
+
+_Begun = tuple[ContextBatch, Forward, dict[str, Any]]
+"""Contexts, their pass, and the place in the text after them."""
+
+
+def open_activations(
+    lm: LanguageModel,
+    points: Sequence[HookPoint],
+    config: TextConfig,
+    *,
+    replies: Sequence[str] = (),
+    replies_folder: Path,
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
+) -> ActivationStream:
+    """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
+    if len({point.key for point in points}) != len(points):
+        named = ",".join(str(point.layer) for point in points)
+        raise UsageError(f"--layer names a block twice: {named}")
+    replies_file = None
+    if replies:
+        settings = ReplyConfig(seed=config.seed)
+        if ranks.rank:
+            ranks.wait_for_first()  # which samples them; the others find the file
+        replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
+        if not ranks.rank:
+            ranks.wait_for_first()
+    contexts = open_contexts(lm, config, replies_file, ranks)
+    stream = ActivationStream(lm, points, contexts, config, ranks)
+    if config.compile:
+        progress("compile", 0, 1, "model")
+        stream.compile()
+        progress("compile", 1, 1, "model")
+    return stream

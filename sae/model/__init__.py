@@ -1,0 +1,1 @@
+"""A language model: loaded, its hook points found, read, compiled and made to answer."""

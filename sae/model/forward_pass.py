@@ -1,0 +1,133 @@
+"""One pass of contexts through a model: begun now, its rows asked for later."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.activations.sinks import norms_of
+from saesteer.sae.model.hooks import HookPoint, run_to
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.contexts import ContextBatch
+
+Place = tuple[int, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A pass that was begun. On a GPU it may still be computed while the caller does other things;
+    on a CPU it is done.
+    """
+
+    seen: dict[Place, Float[Tensor, "contexts seq d_model"]]
+    _norms: Float[Tensor, "places contexts seq"]
+    _done: torch.cuda.Event | None
+
+    @classmethod
+    def begin(
+        cls,
+        lm: LanguageModel,
+        points: Sequence[HookPoint],
+        contexts: ContextBatch,
+        isolated: bool,
+    ) -> "Forward":
+        """Start a pass up to the last of `points`.
+
+        Raises UsageError for a hook point whose width is not that of the residual stream.
+        """
+        if not len(contexts.token_ids):  # this process has no share of the last contexts
+            empty = torch.empty(*contexts.token_ids.shape, lm.d_model, dtype=lm.dtype)
+            seen = {point.key: empty for point in points}
+        else:
+            found = run_to(lm, points, **model_inputs(lm, contexts, isolated))
+            seen = {point.key: found[point.key] for point in points}
+        for (_, site), values in seen.items():
+            if values.shape[-1] != lm.d_model:
+                raise UsageError(
+                    f"--site {site} has width {values.shape[-1]}, the residual stream of "
+                    f"{lm.name} has {lm.d_model}: give a site of that width"
+                )
+        norms = norms_of(seen)
+        on_host, done = _to_host(norms), None
+        if norms.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(norms.device))
+        return cls(seen, on_host, done)
+
+    def norms(self) -> Float[Tensor, "places contexts seq"]:
+        """The length of every row, on the CPU; waits for the pass, and for no other."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._norms
+
+    def rows(self, where: Int[Tensor, " kept"]) -> dict[Place, Float[Tensor, "kept d_model"]]:
+        """The rows at these places of all contexts end to end, on the CPU. Call `norms` first.
+
+        They are picked and copied on a stream of their own, so that a pass begun since goes on.
+        """
+        picked = {}
+        for place, values in self.seen.items():
+            beside = _beside(values.device) if values.is_cuda else None
+            with contextlib.nullcontext() if beside is None else torch.cuda.stream(beside):
+                kept = values.flatten(0, 1).index_select(0, where.to(values.device))
+                picked[place] = _to_host(kept)
+            if beside is not None:
+                beside.synchronize()
+        return picked
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which rows leave a GPU."""
+    return torch.cuda.Stream(device)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """What lies on the CPU as it is; from a GPU a copy that is still on its way.
+
+    Page-locked memory that is let go is given out again by PyTorch, so that two batches take turns
+    with two blocks.
+    """
+    if not values.is_cuda:
+        return values.cpu()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
+def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
+    """What the model is called with, on its device; `isolated` keeps attention in each document."""
+    inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
+    if isolated:
+        positions = document_positions(contexts.document_ids)
+        # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
+        if bool((positions[:, -1] < positions.shape[1] - 1).any()):
+            inputs["position_ids"] = _to_device(positions, lm.device)
+    return inputs
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for the pass that may be under way there."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def document_positions(
+    document_ids: Int[Tensor, "rows context"],
+) -> Int[Tensor, "rows context"]:
+    """Positions that start anew at every document; the models' masks follow them.
+
+    The beginning-of-text token in front of a context belongs to its first document.
+    """
+    owners = document_ids.clone()
+    if owners.shape[1] > 1:
+        owners[:, 0] = torch.where(owners[:, 0] == -1, owners[:, 1], owners[:, 0])
+    places = torch.arange(owners.shape[1]).expand_as(owners)
+    starts = torch.zeros_like(places)
+    starts[:, 1:] = places[:, 1:] * (owners[:, 1:] != owners[:, :-1])
+    return places - starts.cummax(dim=1).values

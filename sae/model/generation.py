@@ -1,0 +1,112 @@
+"""Batched generation: left-padded, seeded, in input order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.text.prompts import EncodedPrompt, pad_left
+
+
+@dataclass(frozen=True)
+class Completion:
+    """New tokens of one prompt, end-of-text and padding removed, and their text."""
+
+    text: str
+    token_ids: list[int]
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    before_batch: Callable[[Sequence[int]], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Generate a completion for each prompt, in the order given.
+
+    Prompts are batched by length so that little is spent on padding. Temperature 0 is greedy.
+    Sampling is seeded per batch and leaves the global random state alone.
+
+    Args:
+        before_batch: called with the indices of the prompts of the batch about to run.
+        progress: called with the number of new tokens of the batch that ended.
+
+    Raises:
+        UsageError: a sampling parameter out of range.
+    """
+    from saesteer.checkpoints.model_files import quiet
+
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise UsageError(f"--temperature must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"--top-p must be in (0, 1], got {top_p}")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    positions = position_limit(lm)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens} after a prompt of {longest} tokens is more than "
+            f"the {positions} positions of {lm.name}: at most {max(0, positions - longest)} fit"
+        )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    completions: list[Completion | None] = [None] * len(prompts)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        # top_k 0 switches off the library's hidden default of 50.
+        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        ids, mask = pad_left(lm, [prompts[i].token_ids for i in rows])
+        if before_batch is not None:
+            before_batch(rows)
+        with torch.inference_mode(), torch.random.fork_rng(devices), quiet():
+            torch.manual_seed(seed + first)
+            output = lm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=lm.pad_id,
+                **sampling,
+            )
+        made = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
+        for i, completion in zip(rows, made, strict=True):
+            completions[i] = completion
+        if progress is not None:
+            progress(sum(len(completion.token_ids) for completion in made))
+    return [c for c in completions if c is not None]
+
+
+def position_limit(lm: LanguageModel) -> int | None:
+    """Most tokens a sequence may have, or None when the model's configuration does not say."""
+    config = text_config(lm.model)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def stop_ids(lm: LanguageModel) -> set[int]:
+    """Token ids that end a completion."""
+    stops = lm.model.generation_config.eos_token_id
+    if stops is None:
+        stops = lm.tokenizer.eos_token_id
+    if stops is None:
+        return set()
+    return {stops} if isinstance(stops, int) else set(stops)
+
+
+def _finish(lm: LanguageModel, row: list[int]) -> Completion:
+    stops = stop_ids(lm)
+    end = next((i for i, token in enumerate(row) if token in stops), len(row))
+    return Completion(lm.tokenizer.decode(row[:end], skip_special_tokens=True).strip(), row[:end])

@@ -1,0 +1,270 @@
+"""One hook mechanism for reading and for writing the residual stream.
+
+A hook point is a module and a side of it. `hooked` hands the tensor that passes there to a function
+and, when the function returns a new tensor, lets that one pass instead. Blocks that return a tensor
+and blocks that return a tuple look the same from here.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.model.language_model import LanguageModel
+
+SITES = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
+
+Residual = Float[Tensor, "batch seq d_model"]
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+
+
+@dataclass(frozen=True, eq=False)
+class HookPoint:
+    """Where activations are read or written: the input or output of one module."""
+
+    layer: int
+    site: str
+    module: nn.Module
+    module_path: str
+    side: str
+
+    @property
+    def name(self) -> str:
+        """The TransformerLens name, or the module path for a site outside that scheme."""
+        return f"blocks.{self.layer}.hook_{self.site}" if self.site in SITES else self.module_path
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.layer, self.site
+
+
+class StopForward(Exception):
+    """Raised by `stop_after` inside the forward pass; nothing beyond the last hook is needed."""
+
+
+def layer_index(lm: LanguageModel, layer: int) -> int:
+    """A 0-based block index; negative counts from the end. Raises UsageError out of range."""
+    if not -lm.n_layers <= layer < lm.n_layers:
+        raise UsageError(
+            f"--layer {layer} is out of range: {lm.name} has {lm.n_layers} blocks, "
+            f"0..{lm.n_layers - 1} (or -{lm.n_layers}..-1 from the end)"
+        )
+    return layer % lm.n_layers
+
+
+def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> HookPoint:
+    """Find the module and side that carry a site of one block.
+
+    `site` is one of `SITES`, or a module path (`model.layers.3.mlp.down_proj`; `{layer}` in it is
+    replaced), whose output is taken. Raises UsageError for an unknown site, and for one that a
+    block does not have (`resid_mid` does not exist where attention and MLP run in parallel).
+    """
+    layer = layer_index(lm, layer)
+    block = lm.blocks[layer]
+    path = f"{lm.blocks_path}.{layer}"
+    if site == "resid_post":
+        return HookPoint(layer, site, block, path, "output")
+    if site == "resid_pre":
+        return HookPoint(layer, site, block, path, "input")
+    if site in SITES:
+        child, side = _inner_site(lm, block, site)
+        return HookPoint(layer, site, getattr(block, child), f"{path}.{child}", side)
+    wanted = site.replace("{layer}", str(layer))
+    try:
+        module = lm.model.get_submodule(wanted)
+    except AttributeError:
+        module = None
+    if not wanted or module is None:
+        raise UsageError(
+            f"--site must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
+        )
+    inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
+    if inside and int(inside[1]) != layer:
+        raise UsageError(
+            f"--site {site} lies in block {inside[1]}, but --layer is {layer}: give that layer, or "
+            "write {layer} for the number"
+        )
+    return HookPoint(layer, site, module, wanted, "output")
+
+
+def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
+    """The last block that a pass up to all `points` runs; None for a point outside the blocks."""
+    inside = re.compile(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)")
+    found = [inside.match(point.module_path) for point in points]
+    return None if None in found else max(int(match[1]) for match in found if match)
+
+
+def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:
+    """Name of the child module and the side of it that is a site inside the block.
+
+    With norms after the sub-layers (Gemma 2 and 3, OLMo 2) the contribution to the residual is the
+    post-norm's output, not the sub-layer's.
+    """
+    names: tuple[str, ...]
+    post_norms = hasattr(block, "post_feedforward_layernorm")
+    if site == "attn_out":
+        names = ("post_attention_layernorm",) if post_norms else _ATTENTION
+        return _first_child(lm, block, site, names), "output"
+    if site == "mlp_out":
+        names = ("post_feedforward_layernorm",) if post_norms else _MLP
+        return _first_child(lm, block, site, names), "output"
+    parallel = getattr(block, "use_parallel_residual", False)
+    if post_norms:
+        names = ("pre_feedforward_layernorm", *_MLP)
+    else:
+        names = () if parallel else ("post_attention_layernorm", "ln_2")
+    return _first_child(lm, block, site, names), "input"
+
+
+def _first_child(lm: LanguageModel, block: nn.Module, site: str, names: Sequence[str]) -> str:
+    for name in names:
+        if isinstance(getattr(block, name, None), nn.Module):
+            return name
+    raise UsageError(
+        f"--site {site} does not exist in the {type(block).__name__} blocks of {lm.name}: "
+        "use resid_post, resid_pre or a module path"
+    )
+
+
+def sae_hook_point(
+    sae: SAE,
+    lm: LanguageModel,
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    force: bool = False,
+) -> HookPoint:
+    """Where an SAE reads and writes in a model, from its own names and from what was asked.
+
+    Raises UserError when the SAE does not fit: another width, a layer that the model does not have,
+    or training on another model's weights (unless `force`). Raises UsageError when it names no
+    layer and none is asked for, or when it names another layer or site than asked.
+    """
+    spec, name = sae.spec, sae.source or "(in memory)"
+    if spec.d_model != lm.d_model:
+        raise UserError(
+            f"--sae {name} has d_model {spec.d_model}, --model {lm.name} has {lm.d_model}: "
+            "use the model it was trained on"
+        )
+    trained_on = (spec.metadata.get("saesteer") or {}).get("model", {}).get("hash")
+    if trained_on and trained_on != lm.fingerprint and not force:
+        raise UserError(
+            f"--sae {name} was trained on {spec.model_name} with weights {trained_on}, "
+            f"--model {lm.name} has weights {lm.fingerprint}: use that model, or --force"
+        )
+    chosen = spec.layer if layer is None else layer_index(lm, layer)
+    if chosen is None:
+        raise UsageError(f"--sae {name} names no layer: give --layer")
+    if spec.layer is not None and chosen != spec.layer:
+        raise UsageError(
+            f"--layer {layer} conflicts with --sae {name}, which reads layer {spec.layer}: "
+            "leave --layer out"
+        )
+    if chosen >= lm.n_layers:
+        raise UserError(
+            f"--sae {name} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks: "
+            "use the model it was trained on"
+        )
+    if spec.is_transcoder or spec.reshape_activations != "none":
+        what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
+        raise UserError(
+            f"--sae {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
+            "write one place of width d_model can be hooked: use it from Python (load_sae)"
+        )
+    if spec.hook_name and spec.site is None and site is None:
+        raise UsageError(
+            f"--sae {name} reads {spec.hook_name}, which is none of our sites: give --site"
+        )
+    wanted = None if site is None else site.replace("{layer}", str(chosen))
+    if wanted is not None and spec.site is not None and wanted != spec.site:
+        raise UsageError(
+            f"--site {site} conflicts with --sae {name}, which reads {spec.site}: leave --site out"
+        )
+    return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
+
+
+@contextlib.contextmanager
+def hooked(point: HookPoint, edit: Callable[[Residual], Residual | None]) -> Iterator[None]:
+    """Call `edit` with the tensor at the hook point for as long as the context is open.
+
+    `edit` gets `[batch, seq, d_model]` and returns a new tensor to let pass, or None to leave the
+    old one. The hook is removed when the context ends, also by an exception.
+    """
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
+    else:
+        handle = point.module.register_forward_hook(_output_hook(edit))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _input_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = edit(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = edit(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _output_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return edit(output)
+        new = edit(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return hook
+
+
+@contextlib.contextmanager
+def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict[Any, Tensor]]:
+    """Collect what passes each point, by `HookPoint.key`, in the latest forward pass.
+
+    With `stop`, the forward pass ends after the last point by raising `StopForward`, which the
+    caller catches (see `run_to`).
+    """
+    seen: dict[Any, Tensor] = {}
+
+    def reader(point: HookPoint) -> Callable[[Residual], None]:
+        def read(h: Residual) -> None:
+            seen[point.key] = h.detach()
+            if stop and len(seen) == len(points):
+                raise StopForward
+
+        return read
+
+    with contextlib.ExitStack() as stack:
+        for point in points:
+            stack.enter_context(hooked(point, reader(point)))
+        yield seen
+
+
+def run_to(lm: LanguageModel, points: Sequence[HookPoint], **inputs: Any) -> dict[Any, Tensor]:
+    """Run the text tower up to the last of `points` and return what passed each of them.
+
+    Blocks after the last point do not run and no logits are computed. Raises UsageError for a point
+    that the text tower never reaches.
+    """
+    with capture(points, stop=True) as seen:
+        with contextlib.suppress(StopForward):
+            lm.text_model(**inputs, use_cache=False)
+    for point in points:
+        if point.key not in seen:
+            raise UsageError(
+                f"--site {point.site} is never reached in a pass over text of {lm.name}: give a "
+                f"module inside {lm.blocks_path}"
+            )
+    return seen

@@ -1,0 +1,418 @@
+"""From corpora to packed contexts of token ids, in a seeded and resumable order."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import TextConfig
+from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.runs.processes import ALONE, Ranks
+from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
+
+# What is tokenized in one call: less leaves cores idle, more only takes memory.
+_DOCUMENTS_AT_ONCE = 32
+_CHARACTERS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class ContextBatch:
+    """Token ids of some contexts, which of them are text, and which document each came from."""
+
+    token_ids: Int[Tensor, "rows context"]
+    keep: Bool[Tensor, "rows context"]
+    document_ids: Int[Tensor, "rows context"]
+    numbers: Int[Tensor, " rows"]
+    """Which contexts of the corpus these are, counted from 0."""
+
+    def __getitem__(self, rows: slice) -> "ContextBatch":
+        """Some of the contexts."""
+        fields = (self.token_ids, self.keep, self.document_ids, self.numbers)
+        return ContextBatch(*(field[rows] for field in fields))
+
+
+@dataclass
+class _Piece:
+    """Tokens of one document that wait to be cut into contexts."""
+
+    epoch: int
+    document: int
+    used: int
+    left: int
+
+    @property
+    def owner(self) -> int:
+        """A number for the document; the same text in another epoch has another one."""
+        return (self.epoch << 32) + self.document
+
+
+class ContextStream:
+    """Documents packed end to end into contexts of a fixed length, without padding.
+
+    Documents are separated by the end-of-text token; where the tokenizer puts a beginning-of-text
+    token in front of a text, every context starts with one. Special tokens are marked not to keep,
+    and without `keep_template` also what the chat template adds to the messages of a chat. What is
+    left at the end of the last epoch and fills no context is dropped.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        lm: LanguageModel,
+        context: int,
+        seed: int,
+        epochs: int,
+        keep_template: bool = True,
+    ) -> None:
+        self.corpus = corpus
+        self.lm = lm
+        self.context = context
+        self.seed = seed
+        self.epochs = epochs
+        self.epoch = 0
+        self.consumed = 0
+        self.emitted = 0
+        self._skip = 0
+        self._keep_template = keep_template
+        self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
+        self._tokens: list[int] = []
+        self._in_template: list[bool] = []
+        self._pieces: deque[_Piece] = deque()
+        self._documents: Iterator[Document] | None = None
+        tokenizer = lm.tokenizer
+        plain = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        self._prefix = [bos] if bos is not None and plain[:1] == [bos] else []
+        self._separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether every context starts with the beginning-of-text token."""
+        return bool(self._prefix)
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What text was read."""
+        return [self.corpus.identity()]
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        """The next contexts, at most `rows`; None at the end of the last epoch.
+
+        Raises UserError when all the text together fills no context.
+        """
+        body = self.context - len(self._prefix)
+        ids: list[list[int]] = []
+        owners: list[list[int]] = []
+        template: list[list[bool]] = []
+        while len(ids) < rows:
+            while len(self._tokens) < body and self._read_document():
+                pass
+            if len(self._tokens) < body:
+                break
+            ids.append(self._prefix + self._tokens[:body])
+            owners.append([-1] * len(self._prefix) + self._take_owners(body))
+            template.append([False] * len(self._prefix) + self._in_template[:body])
+            del self._tokens[:body], self._in_template[:body]
+        if not ids:
+            if self.emitted == 0:
+                raise UserError(
+                    f"--data {self.corpus.name} holds fewer tokens than one context of "
+                    f"{self.context}: give more text or a smaller --context"
+                )
+            return None
+        numbers = torch.arange(self.emitted, self.emitted + len(ids))
+        self.emitted += len(ids)
+        token_ids = torch.tensor(ids, dtype=torch.int64)
+        keep = ~torch.isin(token_ids, self.lm.special_ids) & ~torch.tensor(template)
+        return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64), numbers)
+
+    def _take_owners(self, tokens: int) -> list[int]:
+        """The documents that own the next `tokens` tokens."""
+        owners: list[int] = []
+        while len(owners) < tokens:
+            piece = self._pieces[0]
+            taken = min(piece.left, tokens - len(owners))
+            owners += [piece.owner] * taken
+            piece.used += taken
+            piece.left -= taken
+            if piece.left == 0:
+                self._pieces.popleft()
+        return owners
+
+    def _read_document(self) -> bool:
+        """Append one document's tokens; False when there are no more."""
+        while self.epoch < self.epochs:
+            if self._documents is None:
+                self._documents = self.corpus.documents(self.seed + self.epoch, self.consumed)
+            if not self._tokenized:
+                self._tokenize_some(self._documents)
+            if self._tokenized:
+                tokenized = self._tokenized.popleft()
+                if isinstance(tokenized, Exception):
+                    raise tokenized
+                tokens, template = tokenized
+                skip, self._skip = self._skip, 0
+                if len(tokens) > skip:
+                    self._tokens += tokens[skip:]
+                    self._in_template += template[skip:]
+                    piece = _Piece(self.epoch, self.consumed, skip, len(tokens) - skip)
+                    self._pieces.append(piece)
+                self.consumed += 1
+                return True
+            if self.consumed == 0:
+                return False
+            self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
+        return False
+
+    def _tokenize_some(self, documents: Iterator[Document]) -> None:
+        """Tokenize the next documents, which the tokenizer shares among the cores.
+
+        An error counts only once the documents before it are used up.
+        """
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]] | None] = []
+        failure: Exception | None = None
+        characters = 0
+        try:
+            for document in itertools.islice(documents, _DOCUMENTS_AT_ONCE):
+                text, content = self._as_text(document)
+                texts.append(text)
+                spans.append(content)
+                characters += len(text)
+                if characters > _CHARACTERS_AT_ONCE:
+                    break
+        except Exception as error:
+            failure = error
+        try:
+            self._tokenized += self._tokenize(texts, spans)
+        except Exception:
+            # Which of them it was, the library does not say.
+            for text, content in zip(texts, spans, strict=True):
+                try:
+                    self._tokenized += self._tokenize([text], [content])
+                except Exception as error:  # tokenizers raise what they like
+                    failure = UserError(
+                        f"--data {self.corpus.name} holds a text that the tokenizer of "
+                        f"{self.lm.name} refuses ({reason_of(error)}): mend or remove "
+                        f"{text[:40]!a}"
+                    )
+                    break
+        if failure is not None:
+            self._tokenized.append(failure)
+
+    def _tokenize(
+        self, texts: list[str], spans: list[list[tuple[int, int]] | None]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Token ids of each text and its separator, and which of them its chat template wrote."""
+        if not texts:
+            return []
+        asked = any(content is not None for content in spans)
+        encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
+        offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
+        tokenized = []
+        for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
+            # A token that holds a character of a message belongs to the message.
+            template = [False] * len(ids) if content is None else [
+                not any(low < end and high > start for start, end in content)
+                for low, high in places
+            ]  # fmt: skip
+            end = self._separator
+            tokenized.append((list(ids) + end, template + [False] * len(end)))
+        return tokenized
+
+    def _as_text(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
+        """A document as the model reads it, and for a chat whose template is left out the places
+        of its messages."""
+        if isinstance(document, str):
+            return document, None
+        if not self.lm.has_chat_template:
+            return "\n".join(message["content"] for message in document), None
+        text = self._render(document)
+        return text, None if self._keep_template else self._content_spans(document, text)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self.lm.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise what they like
+            raise UserError(
+                f"--data {self.corpus.name} has `messages` that the chat template of "
+                f"{self.lm.name} refuses ({reason_of(error)}): change their roles or order"
+            ) from error
+
+    def _content_spans(
+        self, messages: list[dict[str, str]], rendered: str
+    ) -> list[tuple[int, int]]:
+        """Characters of `rendered` that the messages wrote.
+
+        The template is rendered once more around marks; searching for the messages themselves could
+        find them in the template ("user", "assistant").
+        """
+        marks = [f"\u2042{i}\u2042" for i in range(len(messages))]
+        marked = self._render(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        )
+        spans, at, seen = [], 0, 0
+        for message, mark in zip(messages, marks, strict=True):
+            place = marked.find(mark, seen)
+            start = at + place - seen
+            fitting = [
+                text
+                for text in (message["content"], message["content"].strip())
+                if place >= 0 and rendered.startswith(text, start)
+            ]
+            if not fitting:
+                raise UserError(
+                    f"the chat template of {self.lm.name} rewrites the messages of --data "
+                    f"{self.corpus.name}: leave --exclude-template out"
+                )
+            at = start + len(fitting[0])
+            spans.append((start, at))
+            seen = place + len(mark)
+        return spans
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the first document not used up, and how much of it is used."""
+        epoch, document, used = self.epoch, self.consumed, self._skip
+        if self._pieces:
+            first = self._pieces[0]
+            epoch, document, used = first.epoch, first.document, first.used
+        return {"epoch": epoch, "document": document, "used": used, "emitted": self.emitted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.epoch, self.consumed = state["epoch"], state["document"]
+        self._skip, self.emitted = state["used"], state["emitted"]
+        self._tokens, self._in_template = [], []
+        self._tokenized, self._pieces, self._documents = deque(), deque(), None
+
+
+class MixedStream:
+    """Contexts of a corpus and of the model's own replies, in a stated share.
+
+    Context number n is one of replies when floor((n + 1) · share) exceeds floor(n · share): an even
+    mixture that depends on nothing but n. The replies are few and repeat; the corpus decides when
+    the stream ends.
+    """
+
+    def __init__(self, corpus: ContextStream, replies: ContextStream, share: float) -> None:
+        self.corpus = corpus
+        self.replies = replies
+        self.share = share
+        self.emitted = 0
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether every context starts with the beginning-of-text token."""
+        return self.corpus.prepend_bos
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What text was read."""
+        return self.corpus.identity() + self.replies.identity()
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        """The next contexts, at most `rows`; None when the corpus has ended."""
+        batches: list[ContextBatch] = []
+        for n in range(self.emitted, self.emitted + rows):
+            if int((n + 1) * self.share) > int(n * self.share):
+                batch = self.replies.next_batch(1)
+                if batch is not None:
+                    # Documents of their own: their numbers go down from those of the corpus.
+                    owners = -2 - batch.document_ids
+                    batch = ContextBatch(batch.token_ids, batch.keep, owners, batch.numbers)
+            else:
+                batch = self.corpus.next_batch(1)
+            if batch is None:
+                break
+            batches.append(batch)
+        if not batches:
+            return None
+        numbers = torch.arange(self.emitted, self.emitted + len(batches))
+        self.emitted += len(batches)
+        return ContextBatch(
+            torch.cat([batch.token_ids for batch in batches]),
+            torch.cat([batch.keep for batch in batches]),
+            torch.cat([batch.document_ids for batch in batches]),
+            numbers,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where both streams stand; JSON-ready."""
+        return {
+            "corpus": self.corpus.state_dict(),
+            "replies": self.replies.state_dict(),
+            "emitted": self.emitted,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.corpus.load_state_dict(state["corpus"])
+        self.replies.load_state_dict(state["replies"])
+        self.emitted = state["emitted"]
+
+
+class SharedStream:
+    """The contexts of one process among several: number i belongs to process i mod world.
+
+    Every process packs all the text, which costs little beside the model, so that the numbers are
+    the same whatever the number of processes.
+    """
+
+    def __init__(self, contexts: ContextStream | MixedStream, ranks: Ranks) -> None:
+        self.contexts = contexts
+        self.ranks = ranks
+        self.prepend_bos = contexts.prepend_bos
+        self.identity = contexts.identity
+        self.state_dict = contexts.state_dict
+        self.load_state_dict = contexts.load_state_dict
+
+    def next_batch(self, rows: int) -> ContextBatch | None:
+        """This process's next contexts, at most `rows`; none at all only when the text has ended.
+
+        The last batch of the text can be empty here and not elsewhere.
+        """
+        batch = self.contexts.next_batch(rows * self.ranks.world)
+        return None if batch is None else batch[self.ranks.rank :: self.ranks.world]
+
+
+Contexts = ContextStream | MixedStream | SharedStream
+
+# Replies may repeat as often as the corpus asks for them.
+_ENDLESS = 1_000_000
+
+
+def open_contexts(
+    lm: LanguageModel,
+    config: TextConfig,
+    replies_file: Path | None = None,
+    ranks: Ranks = ALONE,
+) -> Contexts:
+    """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
+
+    Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
+    model's positions.
+    """
+    longest = getattr(text_config(lm.model), "max_position_embeddings", None)
+    if longest and config.context > longest:
+        raise UsageError(
+            f"--context must be at most {longest}, the positions of {lm.name}, got {config.context}"
+        )
+
+    def packed(corpus: Corpus, epochs: int) -> ContextStream:
+        return ContextStream(
+            corpus, lm, config.context, config.seed, epochs, not config.exclude_template
+        )
+
+    stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)
+    if replies_file is not None:
+        assert isinstance(stream, ContextStream)
+        # Named without its folder: an output folder that was moved, replies and all, can be
+        # resumed.
+        replies = packed(FileCorpus(replies_file.name, [replies_file]), _ENDLESS)
+        stream = MixedStream(stream, replies, config.replies_share)
+    return stream if ranks.world == 1 else SharedStream(stream, ranks)

@@ -1,0 +1,103 @@
+"""The model's own replies to instructions, as text to train on.
+
+An SAE that never saw an instructed behaviour has no latent for it, so the training mix holds what
+the model itself says when instructed (and when not).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import write_text, writing
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.generation import Completion, generate
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplyConfig:
+    """How replies are sampled."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+    batch_size: int = 64
+
+
+def sample_replies(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    folder: Path,
+    config: ReplyConfig = ReplyConfig(),
+    progress: Progress = no_progress,
+) -> Path:
+    """Let the model answer `prompts` and return a JSONL corpus of prompts and replies.
+
+    The file lies in `folder` under a name made from the model's weights and chat template, the
+    prompts and the settings; when it is already there it is used as it is. Replies of a chat model
+    are `messages` rows, those of a base model `text` rows.
+
+    Raises UserError when there is nothing to answer or the model says nothing.
+    """
+    if not prompts:
+        raise UserError("--replies names tasks without a single prompt: nothing to answer")
+    settings = json.dumps(asdict(config), sort_keys=True)
+    template = str(getattr(lm.tokenizer, "chat_template", None))
+    named = "\0".join([lm.fingerprint, template, settings, *prompts])
+    key = hashlib.sha256(named.encode()).hexdigest()
+    path = folder / f"replies-{key[:16]}.jsonl"
+    if path.exists():
+        return path
+    chat = lm.has_chat_template
+    done = 0
+
+    def on_batch(new_tokens: int) -> None:
+        nonlocal done
+        done += new_tokens
+        progress("replies", min(done, expected), expected, "new tokens")
+
+    expected = len(prompts) * config.max_new_tokens
+    progress("replies", 0, expected, "new tokens")
+    encoded = [encode_prompt(lm, text, chat=chat) for text in prompts]
+    replies = generate(
+        lm,
+        encoded,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=on_batch,
+    )
+    progress("replies", expected, expected, "new tokens")
+    rows = [
+        _row(lm, prompt, reply, chat)
+        for prompt, reply in zip(encoded, replies, strict=True)
+        if reply.text
+    ]
+    if not rows:
+        raise UserError(f"{lm.name} answered every --replies prompt with nothing")
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _row(
+    lm: LanguageModel, prompt: EncodedPrompt, reply: Completion, chat: bool
+) -> dict[str, object]:
+    if not chat:
+        # Decoded together: the reply goes on exactly where the prompt ends.
+        ids = [*prompt.token_ids, *reply.token_ids]
+        return {"text": lm.tokenizer.decode(ids, skip_special_tokens=True)}
+    return {
+        "messages": [
+            {"role": "user", "content": prompt.text},
+            {"role": "assistant", "content": reply.text},
+        ]
+    }

@@ -1,0 +1,1 @@
+"""The public calls of this room, one file each."""

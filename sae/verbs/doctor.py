@@ -1,0 +1,279 @@
+"""Proof that hooks read and write where they say on this model, and what a job would cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.sae_file import SAE, load_sae
+from saesteer.sae.activations.prefetch import BATCHES_AHEAD
+from saesteer.sae.config import (
+    HarvestConfig,
+    MetricsConfig,
+    Progress,
+    TextConfig,
+    TrainConfig,
+    no_progress,
+)
+from saesteer.sae.model.hooks import (
+    HookPoint,
+    capture,
+    hooked,
+    resolve_site,
+    run_to,
+    sae_hook_point,
+)
+from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.harvest_prediction import predict_harvest
+from saesteer.sae.runs.memory_use import model_bytes, training_memory
+from saesteer.sae.verbs.harvest import model_facts
+from saesteer.sae.verbs.metrics import metrics
+
+# Enough text for an SAE's FVU to two digits, in seconds.
+_SAE_TOKENS = 4096
+
+
+def doctor(
+    model: str | LanguageModel,
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    sae: str | SAE | None = None,
+    tokens: int = 200_000,
+    context: int = 256,
+    batch_size: int = 16,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Examine one hook point of a model and predict what harvesting and training would take.
+
+    Checks: the hook reads what the model itself reports there; handing back the same values
+    changes no logit; adding a unit vector changes the site by that vector, nothing below it, and
+    the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when given,
+    fits and explains some text (`force`: also one that was trained on other weights).
+
+    Returns:
+        `model`, `layer`, `site`, `checks` (`name`, `ok`, `detail`) and `predictions` (tokens per
+        second, seconds, disk and memory for `tokens` activations).
+    """
+    lm = as_language_model(model, device=device, dtype=dtype)
+    if sae is not None:
+        sae = sae if isinstance(sae, SAE) else load_sae(sae, device=lm.device)
+        point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
+    else:
+        # The middle is where most SAEs are trained.
+        chosen = lm.n_layers // 2 if layer is None else layer
+        point = resolve_site(lm, chosen, site or "resid_post")
+    ids = _sample_ids(lm)
+    checks = [_run_check(check, lm, point, ids) for check in _CHECKS]
+    if sae is not None:
+        checks.append(_check_sae(lm, sae, point, force, progress))
+    return {
+        "model": {**model_facts(lm), "blocks": lm.blocks_path, "device": str(lm.device)},
+        "layer": point.layer,
+        "site": point.site,
+        "module": f"{point.side} of {point.module_path}",
+        "checks": checks,
+        "predictions": _predict(lm, point, tokens, context, batch_size, progress),
+    }
+
+
+Ids = Int[Tensor, "rows seq"]
+Check = Callable[[LanguageModel, HookPoint, Ids], str]
+
+
+def _sample_ids(lm: LanguageModel) -> Ids:
+    """Two short rows of ordinary tokens, without special ones."""
+    words = "The bridge over the river was closed for repairs until the end of the week."
+    text = torch.tensor(lm.tokenizer(words)["input_ids"])
+    text = text[~torch.isin(text, lm.special_ids)]
+    return torch.stack([text, text.flip(0)]).to(lm.device)
+
+
+def _run_check(check: Check, lm: LanguageModel, point: HookPoint, ids: Ids) -> dict[str, Any]:
+    name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
+    try:
+        with torch.inference_mode():
+            detail = check(lm, point, ids)
+    except (_Failed, UserError) as failure:
+        return {"name": name, "ok": False, "detail": str(failure)}
+    except Exception as failure:  # a model that breaks under a hook is a finding, too
+        reason = " ".join(str(failure).split())[:200]
+        return {"name": name, "ok": False, "detail": f"{type(failure).__name__}: {reason}"}
+    return {"name": name, "ok": True, "detail": detail}
+
+
+class _Failed(Exception):
+    """A check found what it should not."""
+
+
+def _logits(lm: LanguageModel, ids: Ids) -> Float[Tensor, "rows seq vocabulary"]:
+    logits: Tensor = lm.model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def _reads_what_the_model_reports(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """The hook reads what the model itself reports."""
+    if point.site not in ("resid_post", "resid_pre"):
+        return "the model reports nothing at this site to compare with"
+    index = point.layer + (point.site == "resid_post")
+    if index == lm.n_layers:
+        # The last entry of hidden_states is after the final norm: undo nothing, apply it.
+        seen = run_to(lm, [point], input_ids=ids)[point.key]
+        if lm.final_norm is None:
+            return "the last block's output is not reported before the final norm"
+        seen = lm.final_norm(seen)
+    else:
+        seen = run_to(lm, [point], input_ids=ids)[point.key]
+    reported = lm.text_model(
+        input_ids=ids, output_hidden_states=True, use_cache=False
+    ).hidden_states[index]
+    worst = float((seen.float() - reported.float()).abs().max())
+    if worst > 1e-3 * float(reported.float().abs().max()):
+        raise _Failed(f"differs from hidden_states[{index}] by up to {worst:.3g}")
+    return f"equals hidden_states[{index}], largest difference {worst:.1g}"
+
+
+def _null_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """A null edit changes no logit."""
+    before = _logits(lm, ids)
+    with hooked(point, lambda h: h.clone()):
+        during = _logits(lm, ids)
+    if not torch.equal(before, during):
+        raise _Failed(f"logits moved by up to {float((before - during).abs().max()):.3g}")
+    return "logits are bit-equal"
+
+
+def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """A unit edit moves the site by the unit vector, and the logits, and nothing below."""
+    direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
+    direction = (direction / direction.norm()).to(lm.device)
+    below = [resolve_site(lm, layer) for layer in range(point.layer)]
+    # What the next block gets is another module's input: it proves that the edit is passed on.
+    after = [resolve_site(lm, point.layer + 1, "resid_pre")] if _feeds_a_block(lm, point) else []
+    with capture([*below, point]) as seen:
+        before = _logits(lm, ids)
+        lower = dict(seen)
+    plain = lower.pop(point.key)
+    # Longer than the residual's rounding error, also in bfloat16.
+    step = direction * plain.float().norm(dim=-1, keepdim=True).mean()
+    edited = (plain.float() + step).to(plain.dtype)
+
+    # Hooks run in the order in which they were opened: the second one sees what the first passed.
+    with (
+        hooked(point, lambda h: (h.float() + step).to(h.dtype)),
+        capture([*below, *after, point]) as seen,
+    ):
+        logits = _logits(lm, ids)
+    moved = [key for key in lower if not torch.equal(lower[key], seen[key])]
+    if moved:
+        raise _Failed(f"blocks below the edit changed: {moved}")
+    for where in (point, *after):
+        if not torch.equal(seen[where.key], edited):
+            off = float((seen[where.key].float() - edited.float()).abs().max())
+            raise _Failed(f"{where.side} of {where.module_path} is off by up to {off:.3g}")
+    if torch.equal(before, logits):
+        raise _Failed("the logits did not change: the edit never reached the model")
+    delta = (seen[point.key].float() - plain.float()) @ direction
+    return f"moved by {float(delta.mean()):.3g} along the vector; {len(below)} blocks below equal"
+
+
+def _feeds_a_block(lm: LanguageModel, point: HookPoint) -> bool:
+    return point.site == "resid_post" and point.layer + 1 < lm.n_layers
+
+
+def _cache_agrees(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """Cached and uncached passes agree at the site."""
+    whole = run_to(lm, [point], input_ids=ids)[point.key][:, -1]
+    past = lm.model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    with capture([point]) as seen:
+        lm.model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
+    worst = float((whole.float() - seen[point.key][:, -1].float()).abs().max())
+    # A cached pass multiplies in another order: rounding of the dtype, over all blocks.
+    slack = (0.1 if lm.dtype != torch.float32 else 1e-3) * float(whole.float().abs().max())
+    if worst > slack:
+        raise _Failed(f"the last position differs by up to {worst:.3g}")
+    return f"largest difference {worst:.1g}"
+
+
+def _hooks_are_gone(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """No hook is left behind."""
+
+    def hooks() -> int:
+        return len(point.module._forward_hooks) + len(point.module._forward_pre_hooks)
+
+    # The library leaves hooks of its own once it was asked for hidden_states: count ours alone.
+    before = hooks()
+    with hooked(point, lambda h: None):
+        inside = hooks() - before
+    run_to(lm, [point], input_ids=ids)
+    left = hooks() - before
+    if inside != 1 or left:
+        raise _Failed(f"{left} hooks are still on {point.module_path}")
+    return f"none of ours on {point.module_path}"
+
+
+_CHECKS: tuple[Check, ...] = (
+    _reads_what_the_model_reports,
+    _null_edit,
+    _unit_edit,
+    _cache_agrees,
+    _hooks_are_gone,
+)
+
+
+def _check_sae(
+    lm: LanguageModel, sae: SAE, point: HookPoint, force: bool, progress: Progress
+) -> dict[str, Any]:
+    name = "The SAE reconstructs this site"
+    config = MetricsConfig(tokens=_SAE_TOKENS, bootstrap=100)
+    try:
+        found = metrics(
+            sae, lm, config, layer=point.layer, site=point.site, force=force, progress=progress
+        )
+    except UserError as failure:
+        return {"name": name, "ok": False, "detail": str(failure)}
+    fvu, l0 = found["fvu"]["value"], found["l0"]["value"]
+    detail = f"FVU {fvu:.3f}, L0 {l0:.1f} on {found['tokens']} tokens of python-docs"
+    # An SAE at another hook point reconstructs worse than the mean activation does.
+    return {"name": name, "ok": fvu < 1, "detail": detail}
+
+
+def _predict(
+    lm: LanguageModel,
+    point: HookPoint,
+    tokens: int,
+    context: int,
+    batch_size: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time a few batches and scale up; count bytes."""
+    text = TextConfig(context=context, batch_size=batch_size)
+    job = HarvestConfig(layers=(point.layer,), site=point.site, tokens=tokens, text=text)
+    plan = predict_harvest(lm, job, progress)
+    d_sae, defaults = 8 * lm.d_model, TrainConfig()
+    training = training_memory(
+        lm.d_model,
+        [d_sae],
+        defaults,
+        lm.device,
+        buffer_tokens=min(defaults.buffer_tokens, max(1, tokens // 2)),
+        row_bytes=lm.d_model * lm.dtype.itemsize,
+        batches_ahead=BATCHES_AHEAD,
+    )
+    return {
+        "tokens": tokens,
+        "harvest_tokens_per_second": round(plan["tokens_per_second"], 1),
+        "harvest_seconds": round(plan["seconds"], 1),
+        "harvest_memory_bytes": plan["memory_bytes"],
+        "shard_bytes": plan["bytes"],
+        "model_bytes": model_bytes(lm),
+        "d_sae": d_sae,
+        "training_bytes": training.saes + training.step,
+        "training_buffer_bytes": training.buffer,
+    }

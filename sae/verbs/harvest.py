@@ -1,0 +1,399 @@
+"""Runs text through a language model once and writes its activations to shards."""
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saesteer.checkpoints import files
+from saesteer.checkpoints.background import BackgroundWriter
+from saesteer.checkpoints.disk import folder_bytes, need_space
+from saesteer.checkpoints.errors import Interrupted, UserError
+from saesteer.checkpoints.files import claim_output, plain
+from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.provenance import git_revision, machine, versions
+from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
+from saesteer.checkpoints.shards import MANIFEST
+from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, open_activations
+from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
+from saesteer.sae.model.hooks import HookPoint, last_block, resolve_site
+from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
+from saesteer.sae.runs.disk_use import harvest_row_bytes
+from saesteer.sae.runs.memory_use import automatic_batch_size, peak_bytes
+from saesteer.sae.runs.processes import ALONE, Ranks, join_ranks
+from saesteer.sae.runs.stopping import stop_requests
+
+
+def harvest(
+    model: str | LanguageModel,
+    out: str | Path,
+    config: HarvestConfig,
+    *,
+    replies: Sequence[str] = (),
+    replies_folder: Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    consume_model: bool = False,
+    progress: Progress = no_progress,
+    warn: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Run text through a model once and write the activations of some layers to shards.
+
+    Under torchrun every process calls this: context i is read by process i mod world, each writes
+    shards of its own into `out`, and one manifest lists them all.
+
+    Args:
+        model: a name, folder or `.gguf` file, or a loaded `LanguageModel`.
+        out: folder for `manifest.json` and the shards.
+        replies: user texts that the model answers first; prompts and replies join the corpus
+            with the share `config.text.replies_share`.
+        replies_folder: where replies are kept; by default the cache folder.
+        resume: continue after the last whole shard of an interrupted harvest.
+        consume_model: free the weights of `model` that are not needed (later blocks, the output
+            embedding); it can do nothing else afterwards. A model given by name always is freed.
+        warn: called with one line when the corpus ends before `config.tokens`.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UserError: the text, the model or the folder cannot be used, another process writes to it,
+        or its disk has too little room; the message says why.
+        Interrupted: after Ctrl-C, with the tokens so far written.
+    """
+    from saesteer.checkpoints.model_files import cache_folder
+
+    folder = Path(out).expanduser()
+    ranks = join_ranks(config.rank_timeout)
+    # One process of torchrun holds the folder for all of them.
+    with contextlib.nullcontext() if ranks.rank else folder_lock(folder):
+        if (resume or not force) and not ranks.rank:
+            claim_output(folder, resume=resume, force=force, can_resume=True)
+        lm = as_language_model(model, device=device, dtype=dtype)
+        points = [resolve_site(lm, layer, config.site) for layer in config.layers]
+        before = _batch_size_before(folder) if resume else None
+        config = replace(config, text=resolved_text(lm, config.text, before, ranks))
+        stream = open_activations(
+            lm,
+            points,
+            config.text,
+            replies=replies,
+            replies_folder=replies_folder or cache_folder() / "replies",
+            progress=progress,
+            ranks=ranks,
+        )
+        ranks.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
+        if not ranks.rank:
+            _check_disk(folder, config, lm, len(points))
+        if force and not ranks.rank:  # only now, when model and text were found, may it be emptied
+            claim_output(folder, force=True)
+        ranks.wait_for_first()
+        recipe = {
+            "model": as_given(lm.name),
+            "blocks": lm.blocks_path,
+            "replies": list(replies),
+            "device": str(lm.device),
+            "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        }
+        job = _Job(folder, config, lm, points, stream, ranks, recipe, progress, warn)
+        finished = job.open(resume)
+        if finished is not None:
+            return finished
+        if consume_model or not isinstance(model, LanguageModel):
+            keep_only_read(lm, points)
+        return job.run()
+
+
+def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
+    """Free what a pass up to the last point does not need; the model can do nothing else then."""
+    last = last_block(lm, points)
+    if last is not None:
+        lm.keep_only(last)
+
+
+class _Job:
+    """One harvest: a stream, a writer, and how far it has come."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: HarvestConfig,
+        lm: LanguageModel,
+        points: Sequence[HookPoint],
+        stream: ActivationStream,
+        ranks: Ranks,
+        recipe: Mapping[str, Any],
+        progress: Progress,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.lm = lm
+        self.points = points
+        self.stream = stream
+        self.ranks = ranks
+        self.recipe = recipe
+        """What a repetition needs besides the config."""
+        self.progress = progress
+        self.warn = warn
+        self.done = 0
+        """Rows stored by all processes together."""
+        self.waiting = [0] * ranks.world
+        """Rows of each process since its last shard."""
+        self._first: list[ActivationBatch | None] = []
+
+    def open(self, resume: bool) -> dict[str, Any] | None:
+        """Start the shards, or go on with those that are there; the manifest when all is done."""
+        dtype = _stored_dtype(self.config, self.lm)
+        layers = [point.layer for point in self.points]
+        facts = _facts(self.lm, self.points, self.config, self.stream, self.recipe)
+        part = (self.ranks.rank, self.ranks.world)
+        if resume and (self.folder / MANIFEST).exists():
+            shared = files.read_json(self.folder / MANIFEST)
+            stored = {"layers": layers, "dtype": str(dtype).removeprefix("torch.")}
+            check_same_run(shared, {**facts, **stored}, self.folder)
+            if shared.get("complete"):
+                return dict(shared)
+            if shared.get("processes", 1) != self.ranks.world:
+                raise UserError(
+                    f"--resume: {self.folder} was begun with {shared.get('processes', 1)} "
+                    f"processes, now there are {self.ranks.world}: start as many, or give another "
+                    "--out"
+                )
+        if resume and self._everybody((self.folder / part_manifest(part)).exists()):
+            self.writer, cursor = ShardWriter.resume(self.folder, part=part)
+            if self.ranks.world > 1:
+                cursor = self._common_place(cursor)
+            self._continue(cursor)
+            return None
+        # Text that cannot be read shows here, and leaves nothing behind.
+        self._first.append(self.stream.next_batch())
+        options: dict[str, Any] = {
+            "layers": layers,
+            "sites": [self.config.site],
+            "d_model": self.lm.d_model,
+            "dtype": dtype,
+            # Several processes cut their shards together: see _store.
+            "shard_tokens": self.config.shard_tokens if self.ranks.world == 1 else 1 << 60,
+            "shuffle_seed": self.config.text.seed if self.config.shuffle else None,
+        }
+        if self.ranks.world > 1 and not self.ranks.rank:
+            # Whoever looks into the folder before the end finds a manifest that is true.
+            ShardWriter(self.folder, facts={**facts, "processes": self.ranks.world}, **options)
+        self.ranks.wait_for_first()
+        self.writer = ShardWriter(self.folder, facts=facts, part=part, **options)
+        return None
+
+    def _everybody(self, here: bool) -> bool:
+        return all(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+
+    def _common_place(self, cursor: dict[str, Any]) -> dict[str, Any]:
+        """The last place that every process has saved."""
+        own = self.writer.rounds("batches")
+        longest = max(int(n) for n in self.ranks.gather(torch.tensor([len(own)])))
+        padded = torch.tensor(own + [0] * (longest - len(own)))
+        saved = [set(rounds.tolist()) for rounds in self.ranks.gather(padded)]
+        common = max(set.intersection(*saved))
+        return self.writer.go_back("batches", common) if own[-1] != common else cursor
+
+    def _continue(self, cursor: dict[str, Any]) -> None:
+        """Go on at a cursor; `{}` is the start."""
+        if cursor:
+            self.stream.load_state_dict(cursor)
+        self.done = int(sum(self.ranks.gather(torch.tensor([self.writer.tokens]))))
+
+    def run(self) -> dict[str, Any]:
+        """Read, store and finish."""
+        total = self.config.tokens
+        started = time.monotonic()
+        self.progress("harvest", self.done, total, "tokens")
+        with (
+            stop_requests() as stop,
+            BackgroundWriter(self.writer, self.config.shard_tokens) as writer,
+        ):
+            while self.done < total:
+                batch = self._first.pop() if self._first else self.stream.next_batch()
+                if batch is None:
+                    self.warn(
+                        f"the corpus ended after {self.done} of {total} --tokens: give more "
+                        "--data or --epochs"
+                    )
+                    break
+                self._store(writer, batch)
+                self.progress("harvest", self.done, total, "tokens")
+                if self._anybody(stop()) and self.done < total:
+                    writer.checkpoint()
+                    raise Interrupted(
+                        f"stopped after {self.done} of {total} tokens, which are in "
+                        f"{self.folder}: run the same command with --resume to go on"
+                    )
+            extra = {
+                "excluded": self._sum(self.stream.excluded),
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": peak_bytes(),
+            }
+            writer.close(extra)
+        return self._merged(extra)
+
+    def _store(self, writer: BackgroundWriter, batch: ActivationBatch) -> None:
+        """Hand over this process's part of the rows that are still wanted.
+
+        Rows are counted in the order of the contexts over all processes, so that the same ones are
+        stored however many processes there are.
+        """
+        rank, world = self.ranks.rank, self.ranks.world
+        left = self.config.tokens - self.done
+        before = batch.kept.cumsum(0) - batch.kept
+        fresh = (left - before).clamp(min=0).minimum(batch.kept)
+        self.done += int(fresh.sum())
+        batch = batch.first(int(fresh[rank::world].sum()))
+        columns = {"positions": batch.positions, "contexts": batch.contexts}
+        cursor = self.stream.state_dict()
+        writer.add(
+            batch.activations,
+            batch.token_ids,
+            cursor,
+            columns if self.config.keep_positions else None,
+        )
+        if world > 1:
+            # All cut their shards after the same batch: there every one of them can resume.
+            self.waiting = [
+                waiting + int(fresh[r::world].sum()) for r, waiting in enumerate(self.waiting)
+            ]
+            if max(self.waiting) >= self.config.shard_tokens:
+                self.waiting = [0] * world
+                writer.flush(cursor)
+
+    def _anybody(self, here: bool) -> bool:
+        return any(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+
+    def _sum(self, counts: Mapping[str, int]) -> dict[str, int]:
+        gathered = self.ranks.gather(torch.tensor(list(counts.values())))
+        return dict(zip(counts, torch.stack(gathered).sum(dim=0).tolist(), strict=True))
+
+    def _merged(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The manifest of the whole harvest."""
+        if self.ranks.world == 1:
+            return self.writer.manifest
+        self.ranks.wait_for_first()
+        if not self.ranks.rank:
+            merge_parts(
+                self.folder,
+                self.ranks.world,
+                {**extra, "shard_tokens": self.config.shard_tokens},
+            )
+        self.ranks.wait_for_first()
+        return dict(files.read_json(self.folder / MANIFEST))
+
+
+def _stored_dtype(config: HarvestConfig, lm: LanguageModel) -> torch.dtype:
+    if config.store_dtype:
+        return DTYPES[config.store_dtype]
+    return torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
+
+
+def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: int) -> None:
+    """Refuse shards that would not fit; what lies in the folder now stays, or gives its place."""
+    row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
+    needed = config.tokens * row * places - folder_bytes(folder)
+    need_space(folder, needed, "harvesting writes", "lower --tokens or give fewer layers")
+
+
+def resolved_text(
+    lm: LanguageModel, text: TextConfig, before: int | None, ranks: Ranks = ALONE
+) -> TextConfig:
+    """The text with a batch size: the one asked for, the one of the run to resume, or what fits."""
+    if text.batch_size:
+        return text
+    fitting = before or automatic_batch_size(lm, text)
+    return replace(text, batch_size=int(min(ranks.gather(torch.tensor([fitting])))))
+
+
+def _batch_size_before(folder: Path) -> int | None:
+    with contextlib.suppress(UserError, AttributeError):
+        return (files.read_json(folder / MANIFEST).get("config") or {}).get("batch_size")
+    return None
+
+
+def as_given(model: str) -> str:
+    """A model's name that means the same from any working folder."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _facts(
+    lm: LanguageModel,
+    points: Sequence[HookPoint],
+    config: HarvestConfig,
+    stream: ActivationStream,
+    recipe: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a manifest says about where its activations came from."""
+    return {
+        "model": model_facts(lm),
+        "hook_names": [point.name for point in points],
+        "hf_hook_names": [point.module_path for point in points],
+        "prepend_bos": stream.prepend_bos,
+        "data": stream.identity(),
+        "config": plain(
+            {
+                **asdict(config.text),
+                "site": config.site,
+                "tokens": config.tokens,
+                "shuffle": config.shuffle,
+                "keep_positions": config.keep_positions,
+            }
+        ),
+        "recipe": recipe,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "machine": machine(),
+    }
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume a run whose settings, text or model differ from the ones before.
+
+    Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
+    as far as `now` has them. Raises UserError naming the first flag that differs.
+    """
+    old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
+    for key in ("layers", "dtype"):
+        if key in now:
+            old[key], new[key] = before.get(key), plain(now[key])
+    flags = {"layers": "--layer", "dtype": "--store-dtype"}
+    for key, value in new.items():
+        if old.get(key) != value:
+            flag = flags.get(key, "--" + key.replace("_", "-"))
+            raise UserError(
+                f"--resume: {folder} was made with {flag} {old.get(key)}, now it is {value}: give "
+                "the flags of the first run, or another --out"
+            )
+    first, second = before.get("model") or {}, now["model"]
+    for key in ("hash", "dtype"):
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"--resume: {folder} was made with a --model of {key} {first.get(key)}, now it is "
+                f"{second.get(key)}: give the model of the first run, or another --out"
+            )
+    if before.get("data") != plain(now["data"]):
+        raise UserError(
+            f"--resume: {folder} was made from other text or replies than those there now: restore "
+            "them, or give another --out"
+        )
+
+
+def model_facts(lm: LanguageModel) -> dict[str, Any]:
+    """A model's identity as it is written into manifests, SAEs, plans and runs."""
+    return {
+        "name": lm.name,
+        "hash": lm.fingerprint,
+        "n_layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,1 @@
+"""Programs that tell whether a reply follows an instruction."""

@@ -1,0 +1,1 @@
+"""How strong a plan should be: by success and damage, or in nats."""

@@ -1,0 +1,382 @@
+"""Chooses how many latents, how strong and where, on the development split, and at what cost."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.steering.evaluation.arms import (
+    Arm,
+    Decoding,
+    answer,
+    contents_to_grade,
+    grade_arm,
+    two_ways_to_ask,
+)
+from saesteer.steering.evaluation.damage import Damage, NeutralProbe
+from saesteer.steering.plans.plan import Plan
+from saesteer.steering.tasks.task import Task, load_task
+
+BUDGETS = ("kl", "ce")
+"""What a damage budget may limit: KL(plain || steered), or the rise of the cross-entropy."""
+
+ROUNDS = ((12, 4), (40, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The settings to try: every combination."""
+
+    k: tuple[int, ...] = (1, 5, 15)
+    """Latents, best first."""
+    scale: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    """Multiples of mu + beta * sigma."""
+    scope: tuple[str, ...] = ("generation",)
+    beta: tuple[float, ...] = ()
+    """Standard deviations above mu; the plan's own when there are none."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "scale", "scope"):
+            if not getattr(self, name):
+                raise UsageError(f"the grid needs at least one value of {name}, got none")
+        if 0 in self.scale:
+            raise UsageError(
+                "--grid scale=0 would steer nothing: the unsteered arm is always there"
+            )
+
+    def plans(self, plan: Plan) -> list[Plan]:
+        """The plans of the grid.
+
+        A k beyond the plan's latents is left out; where that leaves none, all latents are tried.
+        """
+        held = len(plan.latents)
+        ks = [k for k in self.k if k <= held] or [held]
+        return [
+            replace(plan.top(k), scale=scale, scope=scope, beta=beta)
+            for k, beta, scale, scope in product(
+                ks, self.beta or (plan.beta,), self.scale, self.scope
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The damage that a setting may do, in nats per token on neutral questions."""
+
+    kind: str
+    """`kl` or `ce`."""
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in BUDGETS:
+            raise UsageError(f"--budget must be kl=NATS or ce=NATS, got {self.kind!r}")
+        if not self.limit > 0 or not math.isfinite(self.limit):
+            raise UsageError(f"--budget {self.kind}={self.limit:g} must be a number above 0")
+
+    def spent(self, damage: Damage) -> float:
+        """What a setting costs."""
+        return damage.kl if self.kind == "kl" else damage.delta_ce
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and how it did."""
+
+    plan: Plan
+    arm: Arm
+    damage: Damage | None = None
+    label: str = ""
+    """Which of several plans it comes from."""
+
+    @property
+    def merit(self) -> tuple[float, float, float]:
+        """More loose successes, then fewer broken answers, then the gentler edit."""
+        return self.arm.loose.value, -self.arm.degenerate.value, -self.relative_dose
+
+    @property
+    def relative_dose(self) -> float:
+        """Median over the answers; 0 where nothing was edited."""
+        return self.arm.relative_dose or 0.0
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What tells one setting from another."""
+        plan = self.plan
+        return self.label, plan.layer, plan.ids, plan.scale, plan.beta, plan.scope
+
+    def row(self) -> dict[str, Any]:
+        """The setting and its rates, JSON-ready."""
+        return {
+            "plan": self.label,
+            "layer": self.plan.layer,
+            "k": len(self.plan.latents),
+            "beta": self.plan.beta,
+            "scale": self.plan.scale,
+            "scope": self.plan.scope,
+            **self.arm.summary(),
+            "relative_dose": self.relative_dose,
+            "damage": None if self.damage is None else self.damage.row(),
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every trial of a sweep, the one chosen, and what there is to beat."""
+
+    task: Task
+    chosen: Trial
+    trials: tuple[Trial, ...]
+    """In the order they were made: the rounds of the race, one after the other."""
+    unsteered: Arm
+    prompted: Arm
+    budget: Budget | None = None
+    within_budget: bool = True
+    """False when no setting kept to the budget and the cheapest was taken."""
+    skipped: tuple[tuple[Plan, Damage], ...] = ()
+    """Settings that were over the budget and therefore answered nothing."""
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def latest(self) -> list[Trial]:
+        """The last trial of every setting, on the most contents it came to."""
+        found = {trial.setting: trial for trial in self.trials}
+        return list(found.values())
+
+    @property
+    def front(self) -> list[Trial]:
+        """Settings that no other beats in loose success without more KL, cheapest first."""
+        return pareto(trial for trial in self.latest if trial.damage is not None)
+
+    def plan(self) -> Plan:
+        """The chosen plan, with what the sweep found written into its metrics."""
+        chosen = self.chosen
+        facts = {
+            "task": self.task.name,
+            "split": "dev",
+            "contents": len(chosen.arm.answers),
+            "settings": len(self.latest) + len(self.skipped),
+            "loose": chosen.arm.loose.value,
+            "degenerate": chosen.arm.degenerate.value,
+            "kl": None if chosen.damage is None else chosen.damage.kl,
+            "delta_ce": None if chosen.damage is None else chosen.damage.delta_ce,
+            "budget": None if self.budget is None else f"{self.budget.kind}={self.budget.limit:g}",
+        }
+        return replace(chosen.plan, metrics={**chosen.plan.metrics, "sweep": facts})
+
+    def document(self) -> dict[str, Any]:
+        """Everything, JSON-ready."""
+        front = {trial.setting for trial in self.front}
+        latest = {id(trial) for trial in self.latest}
+        budget = None
+        if self.budget is not None:
+            budget = {"kind": self.budget.kind, "limit": self.budget.limit}
+        return {
+            "schema_version": 1,
+            "task": {"name": self.task.name, "hash": self.task.hash},
+            "unsteered": self.unsteered.summary(),
+            "prompted": self.prompted.summary(),
+            "chosen": self.chosen.row(),
+            "budget": budget,
+            "within_budget": self.within_budget,
+            "trials": [
+                {
+                    **trial.row(),
+                    "latest": id(trial) in latest,
+                    "on_front": id(trial) in latest and trial.setting in front,
+                }
+                for trial in self.trials
+            ],
+            "skipped": [
+                {
+                    "layer": plan.layer,
+                    "k": len(plan.latents),
+                    "beta": plan.beta,
+                    "scale": plan.scale,
+                    "scope": plan.scope,
+                    "damage": damage.row(),
+                }
+                for plan, damage in self.skipped
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+def pareto(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials that none beats: more loose success for no more KL. Cheapest first."""
+    measured = [trial for trial in trials if trial.damage is not None]
+    measured.sort(key=lambda t: (t.damage.kl if t.damage else 0.0, -t.arm.loose.value))
+    front: list[Trial] = []
+    for trial in measured:
+        if not front or trial.arm.loose.value > front[-1].arm.loose.value:
+            front.append(trial)
+    return front
+
+
+def sweep(
+    model: str | LanguageModel,
+    task: str | Path | Task,
+    plans: Mapping[str, Plan] | Plan,
+    grid: Grid = Grid(),  # noqa: B008 (frozen: one may serve all)
+    *,
+    rounds: Sequence[tuple[int, int]] = ROUNDS,
+    budget: Budget | None = None,
+    decoding: Decoding = Decoding(),  # noqa: B008
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> Sweep:
+    """Try every setting on the development split: success against damage on neutral questions.
+
+    First the damage of every setting; those over the budget answer nothing. Then successive
+    halving, as in `calibrate`.
+
+    Args:
+        plans: one plan, or several by name: other layers, other ways of ranking.
+
+    Raises:
+        UserError: a task without a check or without development contents.
+        UsageError: a grid or rounds that leave nothing to try.
+    """
+    named = {"": plans} if isinstance(plans, Plan) else dict(plans)
+    if not named:
+        raise UsageError("nothing to sweep over: give at least one plan")
+    _check_rounds(rounds)
+    task = task if isinstance(task, Task) else load_task(task)
+    contents = contents_to_grade(task, "dev")
+    candidates = [(name, one) for name, plan in named.items() for one in grid.plans(plan)]
+    lm = as_language_model(model, device=device, dtype=dtype)
+    for plan in named.values():
+        plan.check_model(lm)
+    probe = NeutralProbe(lm)
+    costs: list[Damage] = []
+    for done, (_, candidate) in enumerate(candidates):
+        progress("damage on neutral questions", done, len(candidates), "settings")
+        costs.append(probe.measure(candidate))
+    progress("damage on neutral questions", len(candidates), len(candidates), "settings")
+    racing = [(name, plan, cost) for (name, plan), cost in zip(candidates, costs, strict=True)]
+    skipped: list[tuple[Plan, Damage]] = []
+    within = True
+    if budget is not None:
+        racing.sort(key=lambda entry: budget.spent(entry[2]))
+        allowed = sum(budget.spent(cost) <= budget.limit for *_, cost in racing)
+        within = allowed > 0
+        skipped = [(plan, cost) for _, plan, cost in racing[max(allowed, 1) :]]
+        racing = racing[: max(allowed, 1)]
+    trials = _race(lm, task, contents, racing, rounds, decoding, progress)
+    most = min(len(contents), max(n for n, _ in rounds))
+    asked, _ = two_ways_to_ask(task, contents[:most])
+    arms = []
+    for kind, texts in (("unsteered", contents[:most]), ("prompted", asked)):
+        made = answer(lm, texts, None, task.max_new_tokens, decoding, kind, progress)
+        arms.append(grade_arm(kind, task, contents[:most], made, contents[:most], kind=kind))
+    chosen = _winner(trials)
+    return Sweep(
+        task, chosen, tuple(trials), arms[0], arms[1], budget, within, tuple(skipped),
+        tuple(_warnings(chosen, budget, within)),
+    )  # fmt: skip
+
+
+def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
+    said = []
+    damage = chosen.damage
+    if budget is not None and not within and damage is not None:
+        said.append(
+            f"no setting keeps to the budget {budget.kind}={budget.limit:g}: the cheapest of them "
+            f"costs {budget.spent(damage):.2g} nats; raise --budget, or give smaller scales"
+        )
+    if damage is not None and damage.leaves_norm_range:
+        said.append(
+            f"the dose leaves the model's norm range: {100 * (damage.outside_norms or 0):.0f} % of "
+            f"the edited residuals are longer or shorter than 98 % of the others "
+            f"({damage.norm_ratio:.2g} times as long); a smaller scale is safer"
+        )
+    if chosen.arm.loose.successes == 0:
+        said.append(
+            "no setting followed the instruction once on the development contents: the plan is the "
+            "gentlest of them"
+        )
+    return said
+
+
+def calibrate(
+    model: str | LanguageModel,
+    task: str | Path | Task,
+    plan: Plan,
+    grid: Grid = Grid(),
+    *,
+    rounds: Sequence[tuple[int, int]] = ROUNDS,
+    decoding: Decoding = Decoding(),  # noqa: B008 (frozen: one may serve all)
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> tuple[Plan, list[Trial]]:
+    """Pick a setting on the development split, by successive halving; damage is not measured.
+
+    Each round `(n, keep)` grades the settings still in the race on the first n development
+    contents and keeps the best: many settings on few contents, then few on many. Test contents
+    are never seen.
+
+    Returns:
+        The plan of the winner, and every trial in the order they were made.
+
+    Raises:
+        UserError: a task without a check or without development contents.
+        UsageError: a grid or rounds that leave nothing to try.
+    """
+    _check_rounds(rounds)
+    task = task if isinstance(task, Task) else load_task(task)
+    contents = contents_to_grade(task, "dev")
+    racing = [("", candidate, None) for candidate in grid.plans(plan)]
+    lm = as_language_model(model, device=device, dtype=dtype)
+    trials = _race(lm, task, contents, racing, rounds, decoding, progress)
+    return _winner(trials).plan, trials
+
+
+def _check_rounds(rounds: Sequence[tuple[int, int]]) -> None:
+    if not rounds or any(n < 1 or keep < 1 for n, keep in rounds):
+        raise UsageError(
+            f"rounds must be (contents, settings kept) pairs, each at least 1, got {list(rounds)}"
+        )
+
+
+def _race(
+    lm: LanguageModel,
+    task: Task,
+    contents: Sequence[str],
+    racing: Sequence[tuple[str, Plan, Damage | None]],
+    rounds: Sequence[tuple[int, int]],
+    decoding: Decoding,
+    progress: Progress,
+) -> list[Trial]:
+    """Successive halving; every trial in the order they were made."""
+    if not racing:
+        raise UserError("no setting is left to try")
+    trials: list[Trial] = []
+    racing = list(racing)
+    for number, (n, keep) in enumerate(rounds, start=1):
+        sample = contents[:n]
+        stage = f"choose dose, round {number}"
+        latest = []
+        for done, (label, candidate, damage) in enumerate(racing):
+            progress(stage, done, len(racing), f"settings, on {len(sample)} contents each")
+            texts = answer(lm, sample, candidate, task.max_new_tokens, decoding)
+            # Success on this split is the check alone; being on topic is judged on the test split.
+            arm = grade_arm("steered", task, sample, texts, sample, kind="steered")
+            latest.append(Trial(candidate, arm, damage, label))
+        progress(stage, len(racing), len(racing), f"settings, on {len(sample)} contents each")
+        trials += latest
+        latest.sort(key=lambda trial: trial.merit, reverse=True)
+        racing = [(trial.label, trial.plan, trial.damage) for trial in latest[:keep]]
+    return trials
+
+
+def _winner(trials: Sequence[Trial]) -> Trial:
+    """The best of the last round: those on as many contents as the last trial, the last of all."""
+    last = len(trials[-1].arm.answers)
+    final = [trial for trial in trials if len(trial.arm.answers) == last]
+    return max(final, key=lambda trial: trial.merit)

@@ -1,0 +1,349 @@
+"""A plan beside everything it should be compared with: arms, paired tests, damage."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE, load_sae
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.steering.evaluation.arms import (
+    Arm,
+    ArmSpec,
+    Decoding,
+    Graded,
+    contents_to_grade,
+    per_content,
+    run_arms,
+)
+from saesteer.steering.evaluation.controls import (
+    delta_vector,
+    logit_bias,
+    mean_difference_plan,
+    random_plan,
+)
+from saesteer.steering.evaluation.damage import Damage, NeutralProbe
+from saesteer.steering.evaluation.fluency import Fluency, cross_entropies, fluency
+from saesteer.steering.evaluation.grading import Grade
+from saesteer.steering.evaluation.intervals import holm, paired_difference, sign_test
+from saesteer.steering.plans.plan import Plan
+from saesteer.steering.tasks.task import Task, load_task
+
+CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
+"""What a plan is compared with besides the unsteered model; `prompt` is steered as well."""
+
+Judge = Callable[[Task, str, str], Grade | None]
+"""Task, content and reply to a grade; None where the judge gave none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """How much is compared, and with what."""
+
+    controls: tuple[str, ...] = CONTROLS
+    n: int = 40
+    """Contents of the split."""
+    split: str = "test"
+    seeds: tuple[int, ...] = (0,)
+    """Every content is answered once with each."""
+    random_draws: int = 2
+    """Arms of random latents."""
+    decoding: Decoding = field(default_factory=Decoding)
+    damage: bool = True
+    """Measure each plan on the neutral questions too."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        if unknown:
+            raise UsageError(
+                f"--controls must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
+            )
+        for flag, value in (("--n", self.n), ("--random-draws", self.random_draws)):
+            if value < 1:
+                raise UsageError(f"{flag} must be at least 1, got {value}")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise UsageError(f"--seeds must be different whole numbers, got {self.seeds}")
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Ours against theirs, content by content."""
+
+    ours: str
+    theirs: str
+    measure: str
+    """`loose` or `strict`."""
+    difference: float
+    low: float
+    high: float
+    """95 % bootstrap interval over contents."""
+    wins: int
+    losses: int
+    p: float
+    """Exact sign test over contents; with one seed, McNemar's."""
+    p_holm: float
+    """After Holm over the tests of the task: all of them were decided on beforehand."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything measured for one task."""
+
+    task: Task
+    plans: Mapping[str, Plan]
+    config: CompareConfig
+    arms: tuple[Arm, ...]
+    tests: tuple[PairedTest, ...]
+    fluency: Mapping[str, Fluency]
+    damage: Mapping[str, Damage]
+    notes: tuple[str, ...]
+    """What could not be done, and why."""
+
+    def arm(self, kind: str) -> Arm:
+        """The first arm of a kind. Raises KeyError where there is none."""
+        for arm in self.arms:
+            if arm.kind == kind:
+                return arm
+        raise KeyError(kind)
+
+
+def compare(
+    model: str | LanguageModel,
+    task: str | Path | Task,
+    plans: Mapping[str, Plan],
+    config: CompareConfig = CompareConfig(),  # noqa: B008 (frozen: one may serve all)
+    *,
+    sae: SAE | None = None,
+    judge: Judge | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> Comparison:
+    """Evaluate plans for one task with every control, on contents that chose nothing.
+
+    Arms, all on the same contents: unsteered; prompted; for each plan: steered, steered and
+    prompted, random latents, the mean-difference vector and the logit bias at the same ||delta||.
+
+    Announced tests, corrected together (Holm): loose and strict success of each steered arm against
+    unsteered, prompted, each kind of control; random draws are averaged.
+
+    Args:
+        plans: by the name that their arms bear.
+        sae: where random latents are drawn from; by default the SAE that each plan names, and where
+            that cannot be opened, random directions (a note says so).
+        judge: grades every answer as well.
+
+    Raises:
+        UserError: a task without a check or contents, a plan for another model.
+        UsageError: controls that need an adding plan, for another one.
+    """
+    if not plans:
+        raise UsageError("nothing to evaluate: give at least one plan")
+    task = task if isinstance(task, Task) else load_task(task)
+    contents = contents_to_grade(task, config.split)[: config.n]
+    lm = as_language_model(model, device=device, dtype=dtype)
+    notes: list[str] = []
+    if len(contents) < config.n:
+        notes.append(
+            f"{task.name}: {len(contents)} contents in the {config.split} split, {config.n} asked"
+        )
+    for plan in plans.values():
+        plan.check_model(lm)
+    specs = _specs(lm, task, plans, config, sae, contents, notes, progress)
+    arms = run_arms(lm, task, contents, specs, config.decoding, config.seeds, progress)
+    if judge is not None:
+        arms = [_judged(arm, task, judge, progress) for arm in arms]
+    tests = paired_tests(arms)
+    texts = _fluency(lm, task, arms, progress)
+    damage: dict[str, Damage] = {}
+    if config.damage:
+        probe = NeutralProbe(lm)
+        measured = [spec for spec in specs if spec.plan is not None and not spec.prompted]
+        for done, spec in enumerate(measured):
+            progress("damage on neutral questions", done, len(measured), "plans")
+            assert spec.plan is not None
+            try:
+                damage[spec.name] = probe.measure(spec.plan, flips=spec.kind != "random")
+            except UserError as error:
+                notes.append(f"{spec.name}: damage not measured: {error}")
+        progress("damage on neutral questions", len(measured), len(measured), "plans")
+    return Comparison(
+        task, dict(plans), config, tuple(arms), tuple(tests), texts, damage, tuple(notes)
+    )
+
+
+def _specs(
+    lm: LanguageModel,
+    task: Task,
+    plans: Mapping[str, Plan],
+    config: CompareConfig,
+    sae: SAE | None,
+    contents: Sequence[str],
+    notes: list[str],
+    progress: Progress,
+) -> list[ArmSpec]:
+    specs = [ArmSpec("unsteered", "unsteered")]
+    controls = config.controls
+    if "prompt" in controls:
+        specs.append(ArmSpec("prompted", "prompted", prompted=True))
+    for name, plan in plans.items():
+        after = "" if len(plans) == 1 else f" ({name})"
+        specs.append(ArmSpec(name, "steered", plan=plan))
+        if "prompt" in controls:
+            both = ArmSpec(f"steered + prompted{after}", "steered+prompted", True, plan)
+            specs.append(both)
+        if "random" in controls:
+            drawn_from = sae if sae is not None else _open_sae(plan, notes)
+            what = "random directions" if drawn_from is None else "random latents"
+            for draw in range(config.random_draws):
+                number = "" if config.random_draws == 1 else f" {draw + 1}"
+                specs.append(
+                    ArmSpec(
+                        f"{what}{number}{after}", "random",
+                        plan=random_plan(plan, drawn_from, seed=draw),
+                    )
+                )  # fmt: skip
+        if "meandiff" in controls:
+            vector = mean_difference_plan(lm, plan, task, progress=progress)
+            specs.append(ArmSpec(f"mean difference{after}", "meandiff", plan=vector))
+        if "logit-bias" in controls:
+            bias = logit_bias(lm, plan, contents)
+            specs.append(ArmSpec(f"logit bias{after}", "logit-bias", logit_bias=bias))
+    return specs
+
+
+def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
+    """The SAE that a plan names, or None with a note where it cannot be had."""
+    try:
+        return load_sae(plan.sae.source)
+    except UserError as error:
+        notes.append(f"random directions stand in for random latents: {error}")
+        return None
+
+
+def _judged(arm: Arm, task: Task, judge: Judge, progress: Progress) -> Arm:
+    answers: list[Graded] = []
+    for done, answer in enumerate(arm.answers):
+        progress(f"judge: {arm.name}", done, len(arm.answers), "answers")
+        grade = judge(task, answer.content, answer.output)
+        answers.append(dataclasses.replace(answer, judged=grade))
+    progress(f"judge: {arm.name}", len(arm.answers), len(arm.answers), "answers")
+    return dataclasses.replace(arm, answers=tuple(answers))
+
+
+def paired_tests(arms: Sequence[Arm]) -> list[PairedTest]:
+    """Each steered arm against every other kind, on the same contents, corrected together.
+
+    Arms of random latents of the same plan are averaged per content; other steered arms are not
+    tested against each other.
+    """
+    found: list[tuple[str, str, str, list[float], list[float]]] = []
+    steered = [arm for arm in arms if arm.kind == "steered"]
+    for ours in steered:
+        marker = f" ({ours.name})"
+        rivals = [
+            arm
+            for arm in arms
+            if arm.kind in ("unsteered", "prompted")
+            or (arm.kind not in ("steered",) and (len(steered) == 1 or arm.name.endswith(marker)))
+        ]
+        groups: dict[str, list[Arm]] = {}
+        for arm in rivals:
+            label = f"random{marker if len(steered) > 1 else ''}" if arm.kind == "random" else ""
+            groups.setdefault(label or arm.name, []).append(arm)
+        for measure in ("loose", "strict"):
+            own = per_content(ours.hits(measure), ours.seeds)
+            for name, members in groups.items():
+                columns = [per_content(arm.hits(measure), arm.seeds) for arm in members]
+                theirs = np.mean(columns, axis=0).tolist()
+                found.append((ours.name, name, measure, own, theirs))
+    signs = [sign_test(own, theirs) for *_, own, theirs in found]
+    adjusted = holm([p for _, _, p in signs])
+    tests = []
+    for (ours_name, name, measure, own, theirs), (wins, losses, p), p_holm in zip(
+        found, signs, adjusted, strict=True
+    ):
+        gap = paired_difference(own, theirs)
+        tests.append(
+            PairedTest(
+                ours_name, name, measure, gap.value, gap.low, gap.high, wins, losses, p, p_holm
+            )
+        )
+    return tests
+
+
+def _fluency(
+    lm: LanguageModel, task: Task, arms: Sequence[Arm], progress: Progress
+) -> dict[str, Fluency]:
+    """Fluency of every arm; the first is the unsteered one, whose 5th percentile is the floor."""
+    floor: float | None = None
+    found: dict[str, Fluency] = {}
+    for done, arm in enumerate(arms):
+        progress("fluency", done, len(arms), "arms")
+        rows = [answer.token_ids for answer in arm.answers]
+        nats = cross_entropies(lm, rows)
+        if floor is None:
+            known = [value for value in nats if value is not None]
+            floor = float(np.percentile(known, 5)) if known else -math.inf
+        found[arm.name] = fluency(
+            rows, [answer.output for answer in arm.answers], nats,
+            max_new_tokens=task.max_new_tokens, floor=floor,
+        )  # fmt: skip
+    progress("fluency", len(arms), len(arms), "arms")
+    return found
+
+
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
+    """Everything measured for one task, JSON-ready, without the answers."""
+    config = comparison.config
+    plans = {}
+    for name, plan in comparison.plans.items():
+        length = float(delta_vector(plan).norm()) if plan.method == "add" else None
+        plans[name] = {
+            "layer": plan.layer,
+            "site": plan.site,
+            "latents": [latent.id for latent in plan.latents],
+            "lens": [list(latent.lens) for latent in plan.latents],
+            "k": len(plan.latents),
+            "method": plan.method,
+            "unit": plan.unit,
+            "scale": plan.scale,
+            "beta": plan.beta,
+            "scope": plan.scope,
+            "delta_norm": length,
+            "sae": dataclasses.asdict(plan.sae),
+            "metrics": dict(plan.metrics),
+        }
+    return {
+        "task": {
+            "name": comparison.task.name,
+            "hash": comparison.task.hash,
+            "instruction": comparison.task.instruction,
+            "check": comparison.task.check_name,
+            "check_arguments": dict(comparison.task.check_arguments or {}),
+            "max_new_tokens": comparison.task.max_new_tokens,
+        },
+        "split": config.split,
+        "n": len(comparison.arms[0].answers) // comparison.arms[0].seeds,
+        "seeds": list(config.seeds),
+        "decoding": dataclasses.asdict(config.decoding),
+        "plans": plans,
+        "arms": [
+            {
+                **arm.summary(),
+                "fluency": comparison.fluency[arm.name].row(),
+                "damage": (
+                    comparison.damage[arm.name].row() if arm.name in comparison.damage else None
+                ),
+            }
+            for arm in comparison.arms
+        ],
+        "tests": [dataclasses.asdict(test) for test in comparison.tests],
+        "notes": list(comparison.notes),
+    }

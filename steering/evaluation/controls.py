@@ -1,0 +1,278 @@
+"""What a plan is compared with: edits of the same length that know less, or act elsewhere.
+
+- random latents of the same SAE, or random directions, at the same ||delta||;
+- the mean-difference vector of the same samples, at the same ||delta||;
+- the constant logit bias that the edit would be if it reached the unembedding unchanged.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.sparse_autoencoder import token_scale
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.generation import generate
+from saesteer.sae.model.hooks import HookPoint, resolve_site, run_to
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.steering.checks.catalogue import Verdict
+from saesteer.steering.plans.plan import Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.tasks.task import Placement, Task, compose
+
+_ROWS_AT_ONCE = 16
+_SINK_RATIO = 10.0
+_REPLY_TOKENS = 40
+
+
+def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
+    """What an adding plan adds to each residual, in float64; with unit `rel`, per unit of ||h||,
+    and of an SAE that normalises tokens per unit of the token's scale.
+
+    Raises UsageError for a plan that does not add the same vector everywhere.
+    """
+    if plan.method != "add":
+        raise UsageError(
+            f"the controls random, meandiff and logit-bias are edits of the same ||delta||, which "
+            f"--method {plan.method} does not fix: leave them out of --controls"
+        )
+    vector = torch.tensor(plan.doses(), dtype=torch.float64) @ plan.directions.double()
+    if plan.unit == "rel":
+        vector = vector * (plan.scale / vector.norm())
+    return vector
+
+
+def with_directions(
+    plan: Plan,
+    directions: Float[Tensor, "n d_model"],
+    ids: Sequence[int],
+    source: str,
+    weights: Sequence[float],
+) -> Plan:
+    """The plan with other directions in these proportions, at the same ||delta|| and scope.
+
+    Args:
+        source: where the directions come from, in place of the plan's SAE where that is not it.
+        weights: dose of each direction, before the sum is scaled to the plan's ||delta||.
+    """
+    length = float(delta_vector(plan).norm())
+    total = torch.tensor(weights, dtype=torch.float64) @ directions.double()
+    if not float(total.norm()) > 0:
+        raise UserError(f"the directions of {source} cancel out, so there is nothing to add")
+    relative = plan.unit == "rel"
+    factor = 1.0 if relative else length / float(total.norm())
+    return dataclasses.replace(
+        plan,
+        sae=plan.sae
+        if source == plan.sae.source
+        # Lengths stay in the same unit, also where that is each token's own.
+        else SAEIdentity(source, "", normalize_activations=plan.sae.normalize_activations),
+        latents=tuple(
+            PlannedLatent(id=i, value=weight * factor)
+            for i, weight in zip(ids, weights, strict=True)
+        ),
+        directions=directions.float().clone(),
+        unit="rel" if relative else "raw",
+        scale=plan.scale if relative else 1.0,
+        beta=0.0,
+        W_enc=None,
+        b_enc=None,
+        threshold=None,
+        metrics={},
+    )
+
+
+def random_plan(plan: Plan, sae: SAE | None, seed: int = 0) -> Plan:
+    """As many latents of the same SAE drawn at random, or random directions without an SAE.
+
+    Latents of the plan, and latents without a direction, are never drawn.
+    """
+    doses = plan.doses()
+    generator = random.Random(seed)
+    if sae is None:
+        drawn = torch.randn(plan.directions.shape, generator=torch.Generator().manual_seed(seed))
+        unit = drawn / drawn.norm(dim=1, keepdim=True)
+        return with_directions(plan, unit, range(len(doses)), "random directions", doses)
+    taken = set(plan.ids)
+    rows = sae.W_dec.detach().cpu().float()
+    pool = [i for i in torch.nonzero(rows.norm(dim=1) > 0).flatten().tolist() if i not in taken]
+    if len(pool) < len(doses):
+        raise UserError(
+            f"the SAE has {len(pool)} latents besides the plan's, too few to draw {len(doses)} at "
+            "random: leave random out of --controls"
+        )
+    ids = generator.sample(pool, len(doses))
+    return with_directions(plan, rows[ids], ids, plan.sae.source, doses)
+
+
+def mean_difference_plan(
+    lm: LanguageModel,
+    plan: Plan,
+    task: Task,
+    *,
+    contents: int = 32,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Plan:
+    """The mean residual of instructed samples minus that of plain ones, at the plan's ||delta||.
+
+    The samples are train contents, read where the plan's latents were: with `read: reply` at the
+    last prompt token and every token of the model's own sampled replies (instructed ones that pass
+    the check, where any does), else at the last token of the user's text or of the prompt.
+    """
+    point = resolve_site(lm, plan.layer, plan.site)
+    read = str(plan.metrics.get("read", "last"))
+    placement: Placement = "pre" if plan.metrics.get("position") == "pre" else "post"
+    plain = list(task.contents.get("train", ()))[:contents]
+    if not plain:
+        raise UserError(
+            f"task {task.name!r} has no train contents to take a mean difference over: leave "
+            "meandiff out of --controls"
+        )
+    wordings = task.select_variants[:2] if read == "reply" else task.select_variants
+    pairs = [
+        (content, compose(content, wording.text, placement))
+        for wording in wordings
+        for content in plain
+    ]
+    if read == "reply":
+        means = []
+        for kind, texts in (("instructed", [text for _, text in pairs]), ("plain", plain)):
+            sources = [content for content, _ in pairs] if kind == "instructed" else None
+            rows = _replies(lm, task, texts, sources, seed, progress, kind)
+            means.append(_mean_residual(lm, point, rows))
+    else:
+        means = []
+        for texts in ([text for _, text in pairs], plain):
+            prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
+            means.append(_mean_residual(lm, point, [_read_at(p, read) for p in prompts]))
+    direction = means[0] - means[1]
+    unit = (direction / direction.norm().clamp_min(1e-30))[None].float()
+    return with_directions(plan, unit, [0], "mean difference", [1.0])
+
+
+def _read_at(prompt: EncodedPrompt, read: str) -> tuple[list[int], int, int]:
+    """Token ids, and the first and one past the last that are read."""
+    end = len(prompt) if read == "template" else prompt.user_span[1]
+    return prompt.token_ids, end - 1, end
+
+
+def _replies(
+    lm: LanguageModel,
+    task: Task,
+    texts: Sequence[str],
+    sources: Sequence[str] | None,
+    seed: int,
+    progress: Progress,
+    kind: str,
+) -> list[tuple[list[int], int, int]]:
+    """Prompts with sampled replies; of instructed ones those that pass, or all when none does."""
+    prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
+    stage = f"mean difference: {kind} replies"
+    progress(stage, 0, len(texts), "replies")
+    replies = generate(
+        lm,
+        prompts,
+        max_new_tokens=min(task.max_new_tokens, _REPLY_TOKENS),
+        temperature=0.8,
+        top_p=0.95,
+        seed=seed,
+        batch_size=64,
+    )
+    progress(stage, len(texts), len(texts), "replies")
+    rows = [
+        ([*prompt.token_ids, *reply.token_ids], len(prompt) - 1, len(prompt) + len(reply.token_ids))
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    if sources is None:
+        return rows
+    passing = [
+        row
+        for row, reply, source in zip(rows, replies, sources, strict=True)
+        if task.verdict(reply.text, source) is Verdict.PASS
+    ]
+    return passing or rows
+
+
+def _mean_residual(
+    lm: LanguageModel, point: HookPoint, rows: Sequence[tuple[list[int], int, int]]
+) -> Float[Tensor, " d_model"]:
+    """The mean over every position read, attention sinks apart, in float64."""
+    total = torch.zeros(lm.d_model, dtype=torch.float64)
+    count = 0
+    order = sorted(rows, key=lambda row: len(row[0]))
+    for first in range(0, len(order), _ROWS_AT_ONCE):
+        chunk = order[first : first + _ROWS_AT_ONCE]
+        ids, mask = pad_right(lm, [row[0] for row in chunk])
+        with torch.inference_mode():
+            h = run_to(lm, [point], input_ids=ids, attention_mask=mask)[point.key].float()
+        norms = h.norm(dim=-1)
+        near = norms <= _SINK_RATIO * norms[mask.bool()].median()
+        for place, (_, start, end) in enumerate(chunk):
+            kept = h[place, start:end][near[place, start:end]]
+            total += kept.double().sum(dim=0).cpu()
+            count += len(kept)
+    if not count:
+        raise UserError("only attention sinks would be read for the mean difference")
+    return total / count
+
+
+def logit_bias(lm: LanguageModel, plan: Plan, texts: Sequence[str]) -> Float[Tensor, " vocabulary"]:
+    """The plan's vector through the final norm and the unembedding, as one constant bias.
+
+    At the last block, logits(h + v) = logits(h) rms(h) / rms(h + v) + W_U (g v) / rms(h + v) for
+    an RMS norm with gain g. This bias is the last term with the median of rms(h + v) over the last
+    prompt tokens of `texts` (for a layer norm, of the standard deviation). At earlier blocks it is
+    the direct path alone, without what later blocks make of the edit.
+    """
+    norm = lm.final_norm
+    last = resolve_site(lm, lm.n_layers - 1, "resid_post")
+    prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
+    finals = []
+    for first in range(0, len(prompts), _ROWS_AT_ONCE):
+        chunk = prompts[first : first + _ROWS_AT_ONCE]
+        ids, mask = pad_right(lm, [prompt.token_ids for prompt in chunk])
+        with torch.inference_mode():
+            h = run_to(lm, [last], input_ids=ids, attention_mask=mask)[last.key]
+        finals += [h[place, len(prompt) - 1].float() for place, prompt in enumerate(chunk)]
+    h = torch.stack(finals)
+    vector = delta_vector(plan).float().to(h.device)
+    if plan.unit == "rel":
+        vector = vector * h.norm(dim=-1).median()
+    elif plan.sae.scales_tokens:
+        vector = vector * token_scale(h, plan.sae.normalize_activations).median()
+    with torch.inference_mode():
+        if norm is None:
+            pushed = vector
+        else:
+            spread = _spread(norm, h + vector).median()
+            pushed = _linear_part(norm, vector) / spread
+        weight = next(lm.unembed.parameters())
+        bias: Tensor = torch.mv(weight.float(), pushed.float())
+    return bias
+
+
+def _spread(norm: nn.Module, h: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
+    """What a norm divides by, epsilon apart."""
+    if isinstance(norm, nn.LayerNorm):
+        h = h - h.mean(dim=-1, keepdim=True)
+    return h.square().mean(dim=-1).sqrt()
+
+
+def _linear_part(norm: nn.Module, v: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """The norm's gain (and centering) applied to a vector, without division and bias.
+
+    Read off the norm's own output, so that every way of storing the gain is right.
+    """
+    kind = next(norm.parameters()).dtype
+    # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
+    long = v * (1e3 / v.norm().clamp_min(1e-12))
+    zero: Tensor = norm(torch.zeros_like(v, dtype=kind)[None])[0].float()
+    out: Tensor = norm(long.to(kind)[None])[0].float() - zero
+    gained: Tensor = out * _spread(norm, long) * (v.norm() / 1e3)
+    return gained

@@ -1,0 +1,102 @@
+"""What a plan says beside other ways to the same end: other plans, a mean difference, prompting."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.evaluation.controls import mean_difference_plan
+from saesteer.steering.hooking.generation import SteeredText, generate_steered
+from saesteer.steering.plans.plan import Plan
+from saesteer.steering.plans.plan_file import load_plan
+from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
+
+WAYS = ("prompt", "prompt:TEXT", "meandiff")
+"""The plan's own instruction, or this one, put after the prompt of the unsteered model; the mean
+difference of the plan's task at the plan's ||delta||. Anything else is the path of a plan."""
+
+
+def generate_beside(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    ways: Sequence[str],
+    *,
+    plan: Plan | None,
+    task: Task | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> dict[str, list[SteeredText]]:
+    """Answer every text in each of the ways named, see `WAYS`; in the order given.
+
+    Args:
+        plan: what the others are compared with: it says the instruction and the task.
+        task: of the plan, for `meandiff`; by default the built-in task that bears its name.
+        options: those of `generate_steered`.
+
+    Raises:
+        UsageError: a way that needs a plan made by rank, for another one; the same way twice.
+        UserError: a plan that cannot be read, or is for another model.
+    """
+    twice = sorted({way for way in ways if list(ways).count(way) > 1})
+    if twice:
+        raise UsageError(f"--beside {twice[0]} is given twice: name each way once")
+    # Everything is opened before anything is generated.
+    jobs: dict[str, tuple[Plan | None, str]] = {}
+    for way in ways:
+        kind, _, text = way.partition(":")
+        if way == "meandiff":
+            ours, of = _adding(plan), task or _task_of(plan)
+            jobs[way] = mean_difference_plan(lm, ours, of, progress=progress), ""
+        elif kind == "prompt":
+            jobs[way] = None, text.strip() or _instruction_of(plan)
+        else:
+            given = load_plan(way)
+            given.check_model(lm, bool(options.get("force")))
+            jobs[way] = given, ""
+    found: dict[str, list[SteeredText]] = {}
+    for way, (other, instruction) in jobs.items():
+        asked = [compose(text, instruction) for text in texts] if instruction else list(texts)
+        answers = generate_steered(lm, asked, other, **options)
+        found[way] = [
+            dataclasses.replace(answer, prompt=text)
+            for answer, text in zip(answers, texts, strict=True)
+        ]
+    return found
+
+
+def _adding(plan: Plan | None) -> Plan:
+    if plan is None or plan.method != "add":
+        raise UsageError(
+            "--beside meandiff adds a vector of the plan's own length: it needs a plan of method "
+            f"add, got {'none' if plan is None else plan.method}"
+        )
+    return plan
+
+
+def _task_of(plan: Plan | None) -> Task:
+    identity = None if plan is None else plan.task
+    if identity is None or identity.name not in builtin_tasks():
+        raise UsageError(
+            "--beside meandiff needs the contents of the plan's task, and "
+            + ("the plan has none" if identity is None else f"{identity.name} is not built in")
+            + ": give the path of a mean-difference plan instead"
+        )
+    task = load_task(identity.name)
+    if task.hash != identity.hash:
+        raise UserError(
+            f"the built-in task {identity.name} is not the one the plan was ranked for: make the "
+            "plan again with rank, or leave --beside meandiff out"
+        )
+    return task
+
+
+def _instruction_of(plan: Plan | None) -> str:
+    identity = None if plan is None else plan.task
+    if identity is None or not identity.instructions:
+        raise UsageError(
+            "--beside prompt needs the instruction of the plan's task, which this plan does not "
+            "hold: write --beside 'prompt:Answer in French.'"
+        )
+    return identity.instructions[0]

@@ -1,0 +1,1 @@
+"""Plans in the files of other tools, and their vectors as plans."""

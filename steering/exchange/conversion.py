@@ -1,0 +1,265 @@
+"""Steering plans in the files of other tools, and their vectors as plans.
+
+All of them add a fixed vector at every position of a text, so only plans that come down to that can
+be exported; the rest are refused with the reason.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints import files, safe_reading, torch_files
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.exchange import lm_eval_files
+from saesteer.steering.exchange.gguf_vectors import read_control_vectors, write_control_vectors
+from saesteer.steering.exchange.lm_eval_files import SteeredBlock
+from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.plans.plan_file import save_plan
+
+EXPORTS = {
+    "gguf": "control_vector.gguf",
+    "steering-vectors": "steering_vectors.safetensors",
+    "lm-eval": "lm_eval.pt",
+    "lm-eval-csv": "lm_eval.csv",
+}
+"""Format to the name of the file it is written as."""
+
+_EVERYWHERE = (
+    "the file steers every position, also the first and those of the chat template, which the "
+    "scope `all` leaves out here"
+)
+
+
+def plan_vector(plan: Plan) -> Float[Tensor, " d_model"]:
+    """sum_j alpha_j d_j of a plan that adds a fixed vector, in float32.
+
+    Raises UserError for any other method, unit, gate or schedule.
+    """
+    gate, schedule = getattr(plan, "gate", ""), getattr(plan, "schedule", "constant")
+    for wrong, what in (
+        (plan.method != "add", f"method {plan.method}, which depends on the activation"),
+        (plan.unit == "rel", "unit rel, whose vector grows with the activation"),
+        (plan.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
+        (bool(gate), f"the gate {gate!r}"),
+        (schedule != "constant", f"the schedule {schedule!r}"),
+    ):
+        if wrong:
+            raise UserError(
+                f"the plan has {what}, and the file can only add one vector: make a plan with "
+                "--method add --unit raw"
+            )
+    doses = torch.tensor(plan.doses(), dtype=torch.float64)
+    return (doses @ plan.directions.double()).float()
+
+
+def check_export(plan: Plan, format: str, as_scope: str | None = None) -> None:
+    """Raise UserError or UsageError when `export_plan` would refuse this plan."""
+    if format not in EXPORTS:
+        raise UsageError(f"--format must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
+    if plan.scope != "all" and as_scope != "all":
+        raise UsageError(
+            f"the plan's scope is {plan.scope} and {format} steers every position: add --as-scope "
+            "all to export it as that, or change the plan's scope"
+        )
+    if format == "lm-eval-csv":
+        lm_eval_files.source_of_clamp(plan)
+        return
+    if format != "lm-eval" or not lm_eval_files.clamps_exactly(plan):
+        plan_vector(plan)
+    if plan.site not in ("resid_post", "resid_pre"):
+        raise UserError(
+            f"the plan steers {plan.site}, and {format} adds to the output of a block: only "
+            "resid_post and resid_pre are that"
+        )
+    if _block(plan) < 0 or (format == "gguf" and _block(plan) == 0):
+        raise UserError(
+            f"{format} has no place for a vector at {plan.site} of layer {plan.layer}: choose a "
+            "plan of a later layer"
+        )
+
+
+def export_plan(
+    plan: Plan,
+    folder: Path,
+    format: str,
+    *,
+    as_scope: str | None = None,
+    hookpoint: str | None = None,
+) -> dict[str, Any]:
+    """Write a plan's vector into a folder; returns `files` and `notes` on what changes.
+
+    `as_scope` "all" lets a plan of a narrower scope pass. `hookpoint` is lm-eval's name of the
+    block, `layers.L` by default. Raises UserError for what the format cannot say.
+    """
+    check_export(plan, format, as_scope)
+    notes = [_EVERYWHERE]
+    if plan.scope != "all":
+        notes.insert(0, f"the plan's scope {plan.scope} is lost")
+    path = folder / EXPORTS[format]
+    folder.mkdir(parents=True, exist_ok=True)
+    block = _block(plan)
+    hookpoint = hookpoint or f"layers.{plan.layer if format == 'lm-eval-csv' else block}"
+    if format == "gguf":
+        write_control_vectors(path, {block: plan_vector(plan)}, plan.model.name)
+    elif format == "steering-vectors":
+        facts = {"layer_type": "decoder_block", "model": plan.model.name, "hash": plan.model.hash}
+        files.write_tensors(path, {f"layer.{block}": plan_vector(plan)}, facts)
+        notes.append(
+            "load it with safetensors and SteeringVector({N: tensor}, 'decoder_block'), N the "
+            "number in layer.N"
+        )
+    elif format == "lm-eval":
+        clamps = lm_eval_files.clamps_exactly(plan)
+        vector = None if clamps else plan_vector(plan)
+        lm_eval_files.write_dict(path, hookpoint, plan, vector)
+        notes.append(f"the hook point is {hookpoint}, a module of the base model: check it there")
+    else:
+        notes.append(lm_eval_files.write_csv(path, hookpoint, plan))
+    notes.append("latents, scores and the task are not written: keep the plan")
+    return {"files": [str(path)], "notes": notes}
+
+
+def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
+    """Vectors by the 0-based block whose output they are added to, and notes on them.
+
+    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and what
+    adds in lm-eval's `.pt` dicts and CSVs. Raises a one-line UserError for anything else, pickled
+    objects included.
+    """
+    steered, notes = _read(path)
+    clamped = [row.block for row in steered if row.action != "add"]
+    if clamped:
+        raise UserError(f"--from {path} clamps at block {clamped[0]}: that is no vector to add")
+    return {row.block: row.vector * row.coefficient for row in steered}, notes
+
+
+def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
+    """Write plans that do what another tool's file says; returns `files` and `notes`.
+
+    One block makes a plan in `folder`, several make one in `folder/layer-N` each. A plan's only
+    latent is the vector itself, added; or, for lm-eval's clamps, the vector as a linear latent that
+    is set. Raises UserError for vectors that do not fit the model.
+    """
+    steered, notes = _read(path)
+    source = str(Path(path).expanduser().absolute())
+    plans = {}
+    for row in sorted(steered, key=lambda row: row.block):
+        if not 0 <= row.block < lm.n_layers or len(row.vector) != lm.d_model:
+            raise UserError(
+                f"--from {path} has a vector of {len(row.vector)} numbers for block {row.block}, "
+                f"and --model {lm.name} has {lm.n_layers} blocks of width {lm.d_model}: give the "
+                "model that it was made for"
+            )
+        plans[row.block] = _plan(row, lm, source)
+    many = len(plans) > 1
+    written = [
+        save_plan(plan, folder / f"layer-{block}" if many else folder)
+        for block, plan in plans.items()
+    ]
+    notes.append("steered with scope all, which leaves out the first position and templates")
+    return {"files": [str(file) for file in written], "notes": notes}
+
+
+def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
+    model = ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model)
+    common: dict[str, Any] = {
+        "model": model, "site": "resid_post", "layer": row.block, "scope": "all",
+    }  # fmt: skip
+    if row.action == "add":
+        return Plan(
+            sae=SAEIdentity(row.source or source, "", "vector"),
+            latents=(PlannedLatent(id=row.latent, value=1.0),),
+            directions=(row.vector * row.coefficient)[None],
+            **common,
+        )
+    wide = row.vector.double()
+    direction = (wide / wide.norm()).float()
+    bias = 0.0 if row.bias is None else -float(row.bias.double() @ direction.double())
+    return Plan(
+        sae=SAEIdentity(row.source or source, "", "linear"),
+        latents=(PlannedLatent(id=row.latent, value=row.coefficient),),
+        directions=direction[None],
+        method="set",
+        W_enc=direction[:, None].clone(),
+        b_enc=torch.tensor([bias]),
+        **common,
+    )
+
+
+def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
+    """What a file says of each block, and notes."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        inside = [given / name for name in EXPORTS.values() if (given / name).is_file()]
+        if len(inside) != 1:
+            raise UserError(f"--from {path} holds {len(inside)} files of vectors: give the file")
+        given = inside[0]
+    file = safe_reading.inner_file(given.parent, given.name)
+    if file.suffix == ".gguf":
+        vectors, metadata = read_control_vectors(file)
+        return _added(vectors), [
+            f"for {metadata.get('controlvector.model_hint', 'an unnamed model')}"
+        ]
+    if file.suffix == ".safetensors":
+        numbered = _numbered(file, safe_reading.read_safetensors(file))
+        return _added(_checked(file, numbered)), []
+    if file.suffix == ".csv":
+        return _lm_eval(file, lm_eval_files.read_csv(file))
+    if file.suffix in (".pt", ".pth"):
+        content = torch_files.read_pt(file)
+        if lm_eval_files.is_dict_of_vectors(content):
+            return _lm_eval(file, lm_eval_files.read_dict(file, content))
+        return _added(_checked(file, _numbered(file, content))), []
+    raise UserError(
+        f"--from {path} ends in {file.suffix or 'nothing'}; vectors end in .gguf, .safetensors, "
+        ".pt (a dict of {layer: tensor}; pickled objects are not opened) or .csv (lm-eval's)"
+    )
+
+
+def _added(vectors: Mapping[int, Tensor]) -> list[SteeredBlock]:
+    return [SteeredBlock(block, "add", vector, 1.0) for block, vector in vectors.items()]
+
+
+def _lm_eval(file: Path, rows: list[SteeredBlock]) -> tuple[list[SteeredBlock], list[str]]:
+    blocks = [row.block for row in rows]
+    twice = sorted({block for block in blocks if blocks.count(block) > 1})
+    if twice:
+        raise UserError(
+            f"{file} has several rows for block {twice[0]}, of which lm-eval keeps the last: leave "
+            "one"
+        )
+    return rows, [f"block {row.block}: {row.action}, read as the block's output" for row in rows]
+
+
+def _block(plan: Plan) -> int:
+    """The block whose output the plan's site is."""
+    return plan.layer if plan.site == "resid_post" else plan.layer - 1
+
+
+def _numbered(path: Path, content: Mapping[Any, Any]) -> dict[int, Tensor]:
+    found = {}
+    for key, tensor in content.items():
+        number = str(key).removeprefix("layer.")
+        whole = number.isascii() and number.isdigit() and len(number) <= 6
+        if not whole or not isinstance(tensor, Tensor) or int(number) in found:
+            raise UserError(
+                f"{path} holds {str(key)[:60]!r}; vectors are named by their layer (N or layer.N)"
+            )
+        found[int(number)] = tensor
+    return found
+
+
+def _checked(path: Path, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+    for number, vector in vectors.items():
+        if vector.dim() != 1 or not vector.is_floating_point() or not len(vector):
+            raise UserError(f"{path}: the vector of layer {number} is not one row of floats")
+        if not bool(torch.isfinite(vector).all()):
+            raise UserError(f"{path}: the vector of layer {number} holds NaN or infinity")
+    if not vectors:
+        raise UserError(f"{path} holds no vector")
+    return {number: vector.float() for number, vector in vectors.items()}

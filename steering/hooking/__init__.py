@@ -1,0 +1,1 @@
+"""Steering itself: which positions of which rows are edited, and how, while a model runs."""

@@ -1,0 +1,121 @@
+"""Conversations of several turns, and where the turns of the assistant lie in them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedChat(EncodedPrompt):
+    """A conversation as the model sees it; `text` is the last message of the user."""
+
+    messages: tuple[tuple[str, int, int], ...] = ()
+    """Role, first character and one past the last in `rendered`, of each message's content."""
+
+    @cached_property
+    def template_mask(self) -> Bool[Tensor, " tokens"]:
+        """True for tokens outside every message, and for the system's message."""
+        mask = torch.ones(len(self), dtype=torch.bool)
+        for role, start, end in self.messages:
+            if role != "system":
+                mask[slice(*_tokens(self, start, end))] = False
+        return mask
+
+    @cached_property
+    def replies(self) -> tuple[tuple[int, int], ...]:
+        """First token, and one past the last, of each answer of the assistant."""
+        return tuple(
+            _tokens(self, start, end) for role, start, end in self.messages if role == "assistant"
+        )
+
+
+def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> EncodedChat:
+    """Render and tokenize a conversation that ends with a turn of the user.
+
+    Raises UsageError for a conversation that does not end so; UserError without a chat template,
+    or when the template rewrites a message so that it cannot be found again.
+    """
+    if not messages or messages[-1].get("role") != "user":
+        raise UsageError("a conversation must end with a message of the role user")
+    if not lm.has_chat_template:
+        raise UserError(f"a conversation needs a chat template and {lm.name} has none")
+    rendered = str(
+        lm.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    )
+    # The same conversation with other words shows where the template puts each message.
+    marks = [f"\u2042 {number} \u2042" for number in range(len(messages))]
+    marked = str(
+        lm.tokenizer.apply_chat_template(
+            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    )
+    places, shift = [], 0
+    for message, mark in zip(messages, marks, strict=True):
+        content = message["content"].strip()
+        start = marked.find(mark) + shift
+        if marked.find(mark) < 0 or not rendered.startswith(content, start):
+            raise UserError(f"the chat template of {lm.name} rewrites a message: {content[:60]!r}")
+        places.append((message["role"], start, start + len(content)))
+        shift += len(content) - len(mark)
+    encoded = lm.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    _, start, end = places[-1]
+    return EncodedChat(
+        text=rendered[start:end],
+        rendered=rendered,
+        token_ids=list(encoded["input_ids"]),
+        offsets=list(encoded["offset_mapping"]),
+        text_start=start,
+        messages=tuple(places),
+    )
+
+
+def reply_header(lm: LanguageModel) -> str:
+    """What the chat template writes before a reply, such as `<|im_start|>assistant\\n`.
+
+    Raises UsageError when there is no template, or it writes nothing there.
+    """
+    header = ""
+    if lm.has_chat_template:
+        turn = [{"role": "user", "content": "x"}]
+        without, whole = (
+            str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=add))
+            for add in (False, True)
+        )
+        header = whole.removeprefix(without) if whole.startswith(without) else ""
+    if not header:
+        raise UsageError(
+            f"--scope assistant needs a chat template that begins the reply, and {lm.name} has "
+            "none: use generation"
+        )
+    return header
+
+
+def header_start(prompt: EncodedPrompt, header: str) -> int:
+    """The first token of the header that a rendered prompt ends with.
+
+    Raises UserError when the prompt does not end with it.
+    """
+    if not prompt.rendered.endswith(header):
+        raise UserError(
+            "--scope assistant: the prompt does not end with the beginning of a reply: send it "
+            "through the chat template"
+        )
+    return _tokens(prompt, len(prompt.rendered) - len(header), len(prompt.rendered))[0]
+
+
+def _tokens(prompt: EncodedPrompt, start: int, end: int) -> tuple[int, int]:
+    """First token and one past the last that overlap characters [start, end) of `rendered`."""
+    inside = [i for i, (a, b) in enumerate(prompt.offsets) if a < end and b > start and b > a]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,0 +1,169 @@
+"""Texts in, steered texts out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.model.generation import Completion, generate
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+from saesteer.steering.hooking.arrangement import ByRow, Plans
+from saesteer.steering.hooking.hook import SteerReport, median, steer
+from saesteer.steering.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class SteeredText:
+    """One prompt with what the model said."""
+
+    prompt: str
+    completion: str
+    """New text, without special tokens."""
+    token_ids: list[int]
+    """New tokens, without the end of text and what follows it."""
+    baseline: str | None = None
+    """What the model says unsteered, when asked for."""
+    tokens_touched: int = 0
+    """Edited positions of the prompt and the completion; what was run after the end of the text,
+    while other rows of the batch went on, does not count."""
+    relative_dose: float | None = None
+    """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
+    tokens_gated_off: int = 0
+    """Positions in the scope where the gate was closed, the end of the text not minded."""
+    tokens_changed: int = 0
+    """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
+
+
+def generate_steered(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    plan: Plans | None,
+    *,
+    chat: bool | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    scope: str | None = None,
+    scale: float | None = None,
+    beta: float | None = None,
+    include_first: bool = False,
+    include_template: bool = False,
+    exclude_special: bool = False,
+    schedule: str | None = None,
+    instructions: Sequence[str] | None = None,
+    sae: SAE | None = None,
+    force: bool = False,
+    baseline: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[SteeredText]:
+    """Generate a completion of each text under a plan, in the order given.
+
+    Args:
+        texts: what the person says; one user turn each when `chat`.
+        plan: what `steer` takes; the plans of a `ByRow` are those of `texts`, one each. None leaves
+            the model as it is.
+        chat: None is on when the tokenizer has a chat template.
+        baseline: generate without the plan too, with the same seed and batches.
+        progress: called with the number of new tokens of each batch that ended.
+
+    The other arguments are those of `sae.generate` and of `steering.steer`.
+
+    Raises:
+        UserError: what `steer` raises, for example when no token of any prompt was touched.
+        UsageError: a parameter out of range.
+    """
+    if chat is None:
+        chat = lm.has_chat_template
+    prompts = [encode_prompt(lm, text, chat=chat) for text in texts]
+    if not prompts:
+        return []
+    batches: list[list[int]] = []
+
+    def run() -> list[Completion]:
+        batches.clear()
+        return generate(
+            lm,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+            before_batch=lambda rows: batches.append(list(rows)),
+            progress=progress,
+        )
+
+    plain = run() if baseline or plan is None else None
+    if plan is None:
+        assert plain is not None
+        return [
+            SteeredText(text, done.text, done.token_ids, done.text if baseline else None)
+            for text, done in zip(texts, plain, strict=True)
+        ]
+
+    def in_batches(one: Any) -> Any:
+        """`ByRow` is given a plan for each text; texts are batched by length."""
+        if isinstance(one, ByRow):
+            return ByRow(one.plans, lambda call: batches[call])
+        return one
+
+    given = [plan] if isinstance(plan, Plan | str | Path | ByRow) else list(plan)
+    for one in given:
+        if isinstance(one, ByRow) and len(one.plans) != len(texts):
+            raise UsageError(
+                f"ByRow has plans for {len(one.plans)} texts and {len(texts)} were given: give "
+                "one plan, or None, for each"
+            )
+    with steer(
+        lm,
+        [in_batches(one) for one in given],
+        scope=scope,
+        scale=scale,
+        beta=beta,
+        prompts=prompts,
+        instructions=instructions,
+        include_first=include_first,
+        include_template=include_template,
+        exclude_special=exclude_special,
+        schedule=schedule,
+        sae=sae,
+        force=force,
+    ) as report:
+        completions = run()
+    touched = _touched(report, batches, prompts, completions)
+    return [
+        SteeredText(
+            prompt=texts[i],
+            completion=done.text,
+            token_ids=done.token_ids,
+            baseline=None if plain is None else plain[i].text,
+            tokens_touched=touched[i][0],
+            relative_dose=touched[i][1],
+            tokens_changed=touched[i][2],
+            tokens_gated_off=touched[i][3],
+        )
+        for i, done in enumerate(completions)
+    ]
+
+
+def _touched(
+    report: SteerReport,
+    batches: Sequence[Sequence[int]],
+    prompts: Sequence[EncodedPrompt],
+    completions: Sequence[Completion],
+) -> list[tuple[int, float | None, int, int]]:
+    """Edited positions, relative dose, changed and gated positions of each prompt, to its end."""
+    found: list[tuple[int, float | None, int, int]] = [(0, None, 0, 0)] * len(prompts)
+    if report.passes == 0:  # switched off
+        return found
+    for call, indices in enumerate(batches):
+        for row, i in zip(report.call_rows(call), indices, strict=True):
+            kept = row.before(len(prompts[i]) + len(completions[i].token_ids))
+            changed = int((kept.delta_norms > 0).sum())
+            found[i] = len(kept.positions), median([kept.relative_doses]), changed, row.gated_off
+    return found

@@ -1,0 +1,192 @@
+"""The present values of chosen latents at each token, by their own encoder columns where they can.
+
+A latent of a standard, JumpReLU or linear encoder depends on its own column alone: k columns cost
+O(k d) a token. A TopK latent also has to be among the k largest of all, which takes the whole
+encoder, and so the SAE itself.
+"""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.sae_file import SAE, load_sae
+from saesteer.checkpoints.sparse_autoencoder import token_divisor
+from saesteer.steering.hooking.gates import parse_gate
+from saesteer.steering.plans.plan import Plan, encoder_columns
+
+# Dense latents of so many numbers at most exist at a time (64 MiB in float32).
+_ENCODE_NUMBERS = 2**24
+
+
+class LatentReader:
+    """Reads the latents `ids` from residual vectors, in float32."""
+
+    def __init__(
+        self,
+        ids: tuple[int, ...],
+        columns: dict[str, Tensor] | None,
+        sae: SAE | None,
+        linear: bool = False,
+        normalization: str = "none",
+    ) -> None:
+        self._ids = list(ids)
+        self._tensors = {name: tensor.float() for name, tensor in (columns or {}).items()}
+        self._sae = sae
+        self._linear = linear
+        self._normalization = normalization
+
+    def read(self, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
+        """The latents' values, in the order of the ids."""
+        if self._sae is None:
+            t = self._tensors = on_device(self._tensors, h.device)
+            q = h @ t["W_enc"]
+            if self._normalization != "none":
+                q = q / token_divisor(h, self._normalization)
+            q = q + t["b_enc"]
+            if self._linear:
+                return q
+            return torch.relu(q) * (q > t["threshold"]) if "threshold" in t else torch.relu(q)
+        sae = self._sae = self._sae.to(h.device, torch.float32)
+        step = max(1, _ENCODE_NUMBERS // sae.spec.d_sae)
+        parts = [self._encoded(sae, piece) for piece in torch.split(h, step)]
+        return torch.cat(parts) if parts else h.new_zeros((0, len(self._ids)))
+
+    def _encoded(self, sae: SAE, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
+        """What `sae.encode` says of the latents, without its dense result where none is needed."""
+        if sae.spec.architecture != "topk" or h.device.type != "cpu" or not len(h):
+            return sae.encode(h)[:, self._ids]
+        assert sae.spec.k is not None
+        q = sae.pre_acts(h)
+        largest = q.topk(sae.spec.k, dim=-1).values
+        last, own = largest[:, -1:], q[:, self._ids]
+        # Among equals the lowest index wins, and NaN is never among the largest: both are rare and
+        # for the SAE itself to say.
+        tied = (own == last) & (own > 0)
+        if bool(largest[:, 0].isnan().any()) or (
+            bool(tied.any()) and bool(((q >= last).sum(dim=-1) > sae.spec.k).any())
+        ):
+            return sae.encode(h)[:, self._ids]
+        return torch.relu(own) * (own >= last)
+
+
+def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device, moved at the first use there."""
+    if all(tensor.device == device for tensor in tensors.values()):
+        return tensors
+    # Not as inference tensors: the same plan may be used later where gradients are taken.
+    with torch.inference_mode(False):
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def needs_sae(plan: Plan) -> bool:
+    """Whether the plan can only be run with its SAE at hand."""
+    return (plan.reads_latents and _edit_columns(plan) is None) or (
+        plan.gate != "" and _gate_columns(plan) is None
+    )
+
+
+def readable(plan: Plan) -> bool:
+    """Whether the plan holds what reading its own latents takes."""
+    return _edit_columns(plan) is not None
+
+
+def with_gate(plan: Plan, gate: str, sae: SAE | None = None) -> Plan:
+    """The plan with another gate ("" for none).
+
+    Encoder columns of the gate's latents are copied out of `sae`, so that the plan needs it no
+    more; not for topk SAEs. Raises UsageError for a gate that is not in the gates' language.
+    """
+    ids = parse_gate(gate).ids if gate else ()
+    columns = {} if sae is None or not ids else encoder_columns(sae, ids)
+    return dataclasses.replace(
+        plan,
+        gate=gate,
+        gate_ids=ids if columns else (),
+        gate_W_enc=columns.get("W_enc"),
+        gate_b_enc=columns.get("b_enc"),
+        gate_threshold=columns.get("threshold"),
+    )
+
+
+def _edit_columns(plan: Plan) -> dict[str, Tensor] | None:
+    """The plan's own encoder columns, where it holds what reading them takes."""
+    return _complete(plan, plan.W_enc, plan.b_enc, plan.threshold)
+
+
+def _gate_columns(plan: Plan) -> dict[str, Tensor] | None:
+    """The columns of the gate's latents: kept for it, or those of the plan's own latents."""
+    if plan.gate_ids:
+        return _complete(plan, plan.gate_W_enc, plan.gate_b_enc, plan.gate_threshold)
+    own = _edit_columns(plan)
+    ids = plan.parsed_gate.ids
+    if own is None or not set(ids) <= set(plan.ids):
+        return None
+    places = [plan.ids.index(i) for i in ids]
+    return {name: tensor[..., places] for name, tensor in own.items()}
+
+
+def _complete(
+    plan: Plan, W_enc: Tensor | None, b_enc: Tensor | None, threshold: Tensor | None
+) -> dict[str, Tensor] | None:
+    if plan.sae.architecture == "topk" or W_enc is None or b_enc is None:
+        return None
+    if threshold is None:
+        jumps = plan.sae.architecture == "jumprelu"
+        return None if jumps else {"W_enc": W_enc, "b_enc": b_enc}
+    return {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
+
+
+def edit_reader(plan: Plan, sae: SAE | None) -> LatentReader:
+    """Reads the plan's own latents; with an SAE by that SAE, else by what the plan holds."""
+    return _reader(plan, plan.ids, _edit_columns(plan), sae)
+
+
+def gate_reader(plan: Plan, sae: SAE | None) -> LatentReader:
+    """Reads the latents of the plan's gate, likewise."""
+    return _reader(plan, plan.parsed_gate.ids, _gate_columns(plan), sae)
+
+
+def _reader(
+    plan: Plan, ids: tuple[int, ...], columns: dict[str, Tensor] | None, sae: SAE | None
+) -> LatentReader:
+    if sae is not None:
+        columns = encoder_columns(sae, ids)
+        return LatentReader(
+            ids, columns, None if columns else sae,
+            normalization=sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
+        )  # fmt: skip
+    assert columns is not None, "matching_sae comes first"
+    linear = plan.sae.architecture == "linear"
+    return LatentReader(ids, columns, None, linear, plan.sae.normalize_activations)
+
+
+def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
+    """The SAE that the plan was made from: the one given, or the one at the plan's source.
+
+    Raises UserError when it cannot be opened, has other weights (unless `force`) or does not fit.
+    """
+    reason = f"--method {plan.method}" if plan.reads_latents else "--gate"
+    if sae is None:
+        try:
+            sae = load_sae(plan.sae.source)
+        except UserError as error:
+            what = "a TopK SAE" if plan.sae.architecture == "topk" else "this plan"
+            raise UserError(
+                f"{reason} with {what} needs the SAE itself, and the plan's "
+                f"could not be opened ({error}): give --sae"
+            ) from error
+    if sae.sha256 != plan.sae.sha256 and not force:
+        raise UserError(
+            f"--sae {sae.source} is not the one the plan was made from ({plan.sae.source}): its "
+            "weights differ; give that SAE, or --force"
+        )
+    gated = plan.parsed_gate.ids if plan.gate else ()
+    if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max((*plan.ids, *gated)):
+        raise UserError(
+            f"--sae {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
+            f"which does not fit the plan: give {plan.sae.source}"
+        )
+    return sae

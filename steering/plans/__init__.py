@@ -1,0 +1,1 @@
+"""Steering plans: what is written where, how strongly and by which method."""

@@ -1,0 +1,166 @@
+"""Plans from directions of no SAE: a mean difference, or any vector of the residual stream.
+
+A direction is kept as a linear latent: row d of length 1, read as a = h d. Every method then means
+what it means for an SAE's latents: add moves along d, set puts the projection to a value, project
+takes it away, and gates may ask for it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.sae.model.hooks import resolve_site, run_to
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.steering.plans.plan import (
+    ModelIdentity,
+    Plan,
+    PlannedLatent,
+    SAEIdentity,
+    TaskIdentity,
+)
+
+READ_AT = ("last", "template")
+"""last token of the user's text; last token of the prompt."""
+
+_SINK_RATIO = 10.0
+
+
+def plan_from_directions(
+    lm: LanguageModel,
+    directions: Float[Tensor, "n d_model"],
+    *,
+    layer: int,
+    site: str = "resid_post",
+    source: str = "directions",
+    sigma: Sequence[float] | None = None,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    scope: str = "generation",
+    task: TaskIdentity | None = None,
+) -> Plan:
+    """A plan for directions in residual units: with method add and scale 1, their sum is added.
+
+    Each is stored with length 1, its own length as `mu` (so that `scale` 1 is the vector given and
+    unit `rel` a share of ||h||). Latents are numbered from 0 in the order given.
+
+    Args:
+        source: where the directions come from, for the plan's `sae.source`.
+        sigma: standard deviation of h d for each, for unit `sigma`.
+
+    Raises:
+        UsageError: a layer or site that the model does not have, a direction of length 0, another
+            width than the model's.
+    """
+    point = resolve_site(lm, layer, site)
+    rows = directions.detach().cpu().double()
+    if rows.shape[1] != lm.d_model:
+        raise UsageError(
+            f"directions are {rows.shape[1]} wide and {lm.name} has d_model {lm.d_model}: give "
+            "vectors of its residual stream"
+        )
+    lengths = rows.norm(dim=1)
+    if not bool((lengths > 0).all()):
+        raise UsageError("a direction has length 0: leave it out")
+    unit_rows = (rows / lengths[:, None]).float()
+    return Plan(
+        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
+        sae=SAEIdentity(source, "", "linear"),
+        site=point.site,
+        layer=point.layer,
+        latents=tuple(
+            PlannedLatent(id=i, mu=length, sigma=None if sigma is None else float(sigma[i]))
+            for i, length in enumerate(lengths.tolist())
+        ),
+        directions=unit_rows,
+        method=method,
+        unit=unit,
+        scale=scale,
+        scope=scope,
+        task=task,
+        W_enc=unit_rows.T.contiguous(),
+        b_enc=torch.zeros(len(unit_rows)),
+    )
+
+
+def mean_difference(
+    lm: LanguageModel,
+    positive: Sequence[str],
+    negative: Sequence[str],
+    *,
+    layer: int,
+    site: str = "resid_post",
+    read: str = "last",
+    chat: bool | None = None,
+    batch_size: int = 16,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    scope: str = "generation",
+    task: TaskIdentity | None = None,
+) -> Plan:
+    """A plan for the mean residual of some texts minus that of others (no SAE).
+
+    Texts are read at their last token (`read="last"`) or at the last token of the prompt
+    (`"template"`); attention sinks are left out. `sigma` is the standard deviation of the positive
+    texts along the direction.
+
+    Raises:
+        UsageError: no texts, an unknown `read`, a layer or site that the model does not have.
+        UserError: only attention sinks would be read, or the means are equal.
+        NonFiniteError: the model's activations are NaN or infinite.
+    """
+    if read not in READ_AT:
+        raise UsageError(f"--read must be one of {', '.join(READ_AT)}, got {read!r}")
+    use_chat = lm.has_chat_template if chat is None else chat
+    rows = []
+    for name, texts in (("positive", positive), ("negative", negative)):
+        if not texts:
+            raise UsageError(f"a mean difference needs texts of both kinds, got no {name} ones")
+        prompts = [encode_prompt(lm, text, chat=use_chat) for text in texts]
+        rows.append(_residuals(lm, prompts, layer, site, read, batch_size))
+    direction = rows[0].mean(dim=0) - rows[1].mean(dim=0)
+    length = direction.norm()
+    if not float(length) > 0:
+        raise UserError("both kinds of text have the same mean residual: there is no direction")
+    spread = float((rows[0] @ (direction / length)).std(correction=0))
+    return plan_from_directions(
+        lm, direction[None], layer=layer, site=site, source="mean difference", sigma=[spread],
+        method=method, unit=unit, scale=scale, scope=scope, task=task,
+    )  # fmt: skip
+
+
+def _residuals(
+    lm: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    layer: int,
+    site: str,
+    read: str,
+    batch_size: int,
+) -> Float[Tensor, "samples d_model"]:
+    """The residual at the token that is read of each prompt, sinks apart, in float64."""
+    point = resolve_site(lm, layer, site)
+    found = []
+    for first in range(0, len(prompts), batch_size):
+        chunk = prompts[first : first + batch_size]
+        ids, mask = pad_right(lm, [prompt.token_ids for prompt in chunk])
+        with torch.inference_mode():
+            h = run_to(lm, [point], input_ids=ids, attention_mask=mask)[point.key].float()
+        norms = h.norm(dim=-1)
+        if not bool(torch.isfinite(norms[mask.bool()]).all()):
+            raise NonFiniteError(
+                f"{lm.name} gave NaN or infinite activations at layer {point.layer}: try --dtype "
+                "float32"
+            )
+        ends = [len(p) - 1 if read == "template" else p.user_span[1] - 1 for p in chunk]
+        at = torch.arange(len(chunk), device=h.device), torch.tensor(ends, device=h.device)
+        near = norms[at] <= _SINK_RATIO * norms[mask.bool()].median()
+        found.append(h[at][near].double().cpu())
+    rows = torch.cat(found)
+    if not len(rows):
+        raise UserError("only attention sinks would be read for the mean difference")
+    return rows

@@ -1,0 +1,143 @@
+"""What a ranking finds where there is nothing to find: the same scores with shuffled labels.
+
+Within each content it is drawn anew which of its texts count as plain and which as instructed, so
+that a latent that follows the content alone scores as it did. What is left is chance, and the best
+of many latents by chance is what a real score has to exceed.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from saesteer.steering.ranking.detection_scores import (
+    Array,
+    Detection,
+    Ints,
+    Texts,
+    detect,
+    significance_of,
+)
+from saesteer.steering.ranking.stability import jaccard, top_places
+
+
+@dataclass(frozen=True)
+class Look:
+    """One ranking seen from afar."""
+
+    best: float
+    """The highest score."""
+    last: float
+    """The score of the k-th best latent."""
+    best_auroc: float
+    discoveries: int
+    """Latents at the false discovery rate asked for, by the test that stands beside the score."""
+    overlap: float
+    """Jaccard index of its top k with that of the real labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffled:
+    """The real labels beside shuffled ones, by a detection score."""
+
+    by: str
+    k: int
+    real: Look
+    looks: tuple[Look, ...]
+    """One for each shuffle."""
+    latents: Ints
+    """Numbers of the latents that are ever on, in order."""
+    scores: Array
+    """Their scores with the real labels."""
+    aurocs: Array
+    """Their AUROC likewise. It knows no scale: where a score does, as a mean difference, the best
+    by chance is a latent with large values."""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready: for each figure the real one, and mean and highest of the shuffles."""
+        figures = {}
+        for name in ("best", "last", "best_auroc", "discoveries", "overlap"):
+            column = [float(getattr(look, name)) for look in self.looks]
+            figures[name] = {
+                "real": float(getattr(self.real, name)),
+                "mean": float(np.mean(column)),
+                "highest": max(column),
+            }
+        return {
+            "by": self.by,
+            "test": significance_of(self.by),
+            "k": self.k,
+            "shuffles": len(self.looks),
+            **figures,
+        }
+
+    def of(self, latent: int) -> dict[str, float]:
+        """For one latent: its score, the share of shuffles whose best latent scores as much, and
+        what that is as a p-value for all latents at once (max-T: Westfall and Young, 1993); the
+        same p-value of its AUROC.
+
+        Empty where the latent is never on.
+        """
+        place = int(np.searchsorted(self.latents, latent))
+        if place == len(self.latents) or self.latents[place] != latent:
+            return {}
+        score, auroc = float(self.scores[place]), float(self.aurocs[place])
+        reached = sum(look.best >= score for look in self.looks)
+        by_auroc = sum(look.best_auroc >= auroc for look in self.looks)
+        total = len(self.looks)
+        return {
+            "score": score,
+            "reached": reached / total,
+            "p": (1 + reached) / (1 + total),
+            "auroc_p": (1 + by_auroc) / (1 + total),
+        }
+
+
+def shuffled(
+    by: str, texts: Texts, k: int, *, shuffles: int, seed: int = 0, max_fdr: float = 0.05
+) -> Shuffled | None:
+    """Score the texts `shuffles` times with shuffled labels. None where no latent is ever on."""
+    small, latents = texts.compact()
+    if not len(latents):
+        return None
+    generator = np.random.default_rng(seed)
+
+    def look(one: Texts, real_top: set[int] | None) -> tuple[Look, Detection, set[int]]:
+        test = significance_of(by)
+        found = detect(one, [by, test, "auroc"])
+        score = found.scores[by]
+        top = top_places(score, k, by)
+        seen = Look(
+            best=float(score.max()),
+            last=float(np.sort(score)[-min(k, len(score))]),
+            best_auroc=float(found.scores["auroc"].max()),
+            discoveries=_discoveries(found.p[test], texts.d_sae, max_fdr),
+            overlap=1.0 if real_top is None else jaccard(top, real_top),
+        )
+        return seen, found, top
+
+    real, found, top = look(small, None)
+    looks = tuple(look(relabelled(small, generator), top)[0] for _ in range(shuffles))
+    return Shuffled(by, k, real, looks, latents, found.scores[by], found.scores["auroc"])
+
+
+def relabelled(texts: Texts, generator: np.random.Generator) -> Texts:
+    """The same texts, their labels (kind, wording, success) permuted within each content."""
+    draw = generator.random(len(texts.content))
+    given = np.argsort(texts.content, kind="stable")
+    drawn = np.lexsort((draw, texts.content))
+    source = np.empty(len(given), np.int64)
+    source[given] = drawn
+    return replace(
+        texts,
+        positive=texts.positive[source],
+        variant=texts.variant[source],
+        success=texts.success[source],
+    )
+
+
+def _discoveries(p: Array, total: int, max_fdr: float) -> int:
+    """Tests that Benjamini and Hochberg keep, of `total` of which those not given have p 1."""
+    ranked = np.sort(p)
+    kept = np.flatnonzero(ranked <= max_fdr * np.arange(1, len(ranked) + 1) / total)
+    return int(kept[-1]) + 1 if len(kept) else 0

@@ -1,0 +1,153 @@
+"""Does a ranking follow the meaning? The same score on parts of the texts, compared."""
+
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from saesteer.steering.ranking.detection_scores import NEUTRAL, Array, Bools, Ints, Texts, detect
+from saesteer.steering.tasks.task import Task
+
+FOLDS = 4
+"""Parts that the contents are dealt into."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the rankings of some parts are, over all pairs of parts."""
+
+    parts: tuple[str, ...]
+    jaccard: float
+    """Mean of |A and B| / |A or B| over the pairs' top k sets."""
+    jaccard_lowest: float
+    spearman: float
+    """Mean rank correlation of the scores, over latents that are on in any text."""
+    spearman_lowest: float
+    jaccard_pairs: tuple[tuple[float, ...], ...] = ()
+    """The index of each part with each, `[parts, parts]`."""
+    spearman_pairs: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Agreement of a detection score over wordings, languages and contents."""
+
+    by: str
+    k: int
+    agreement: dict[str, Agreement]
+    """Under `variants`, `languages` and `contents`; one with fewer than two parts is left out."""
+    latents: Ints
+    """Numbers of the latents that are ever on, in order."""
+    parts: dict[str, tuple[tuple[str, ...], Array]]
+    """Under the same names: the parts and their scores `[parts, len(latents)]`."""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "by": self.by,
+            "k": self.k,
+            **{name: asdict(found) for name, found in self.agreement.items()},
+        }
+
+    def of(self, latent: int) -> dict[str, dict[str, float]]:
+        """For one latent, by part: its lowest and highest score, and its share of top k sets."""
+        place = int(np.searchsorted(self.latents, latent))
+        if place == len(self.latents) or self.latents[place] != latent:
+            return {}
+        return {
+            name: {
+                "lowest": float(scores[:, place].min()),
+                "highest": float(scores[:, place].max()),
+                "in_top": sum(place in top_places(row, self.k, self.by) for row in scores)
+                / len(scores),
+            }
+            for name, (_, scores) in self.parts.items()
+        }
+
+
+def stability(by: str, texts: Texts, task: Task, k: int) -> Stability:
+    """Score parts of the texts by `by` and compare.
+
+    A wording's or language's part holds its instructed texts and all plain ones; a content's part
+    holds everything that was said of a quarter of the contents.
+    """
+    small, latents = texts.compact()
+    variants = task.select_variants
+    used = sorted({int(v) for v in small.variant[small.positive]})
+    languages = sorted({variants[v].lang for v in used})
+    plain = ~small.positive
+    chosen: dict[str, list[tuple[str, Bools]]] = {
+        "variants": [(variants[v].text, plain | (small.variant == v)) for v in used],
+        "languages": [
+            (
+                lang,
+                plain | np.isin(small.variant, [v for v in used if variants[v].lang == lang]),
+            )
+            for lang in languages
+        ],
+        "contents": [
+            (f"contents {fold + 1} of {FOLDS}", small.content % FOLDS == fold)
+            for fold in range(FOLDS)
+        ],
+    }
+    agreement: dict[str, Agreement] = {}
+    scored: dict[str, tuple[tuple[str, ...], Array]] = {}
+    for name, groups in chosen.items():
+        usable = [(what, mask) for what, mask in groups if _has_both(small, mask)]
+        if len(usable) < 2 or not len(latents):
+            continue
+        rows = np.stack([detect(small.select(mask), [by]).scores[by] for _, mask in usable])
+        scored[name] = tuple(what for what, _ in usable), rows
+        agreement[name] = compare(scored[name][0], rows, k, by)
+    return Stability(by, k, agreement, latents, scored)
+
+
+def _has_both(texts: Texts, mask: Bools) -> bool:
+    kinds = texts.positive[mask]
+    return bool(kinds.any()) and not bool(kinds.all())
+
+
+def compare(parts: tuple[str, ...], scores: Array, k: int, by: str) -> Agreement:
+    """Jaccard at k and Spearman over all pairs of rows of a score."""
+    tops = [top_places(row, k, by) for row in scores]
+    ranks = [midranks(row) for row in scores]
+    alike = [[jaccard(one, other) for other in tops] for one in tops]
+    rho = [[_correlation(one, other) for other in ranks] for one in ranks]
+    pairs = list(combinations(range(len(scores)), 2))
+    found = [alike[i][j] for i, j in pairs], [rho[i][j] for i, j in pairs]
+    return Agreement(
+        parts,
+        float(np.mean(found[0])),
+        min(found[0]),
+        float(np.mean(found[1])),
+        float(min(found[1])),
+        tuple(map(tuple, alike)),
+        tuple(map(tuple, rho)),
+    )
+
+
+def jaccard(one: set[int], other: set[int]) -> float:
+    """|A and B| / |A or B|; 0 where both are empty."""
+    return len(one & other) / max(len(one | other), 1)
+
+
+def top_places(scores: Array, k: int, by: str) -> set[int]:
+    """Places of the k best, ties by number; none that is no better than neutral."""
+    best = np.argsort(-scores, kind="stable")[:k]
+    return set(best[scores[best] > NEUTRAL.get(by, 0.0)].tolist())
+
+
+def midranks(values: Array) -> Array:
+    """Ranks from 1, equal values sharing the middle of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    middle: Array = (last - (counts - 1) / 2)[place]
+    return middle
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Pearson's r; 0 where either does not vary."""
+    x, y = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else 0.0

@@ -1,0 +1,377 @@
+"""The report of an evaluation: a JSON document, and a self-contained page of the same figures.
+
+The page is made from the document alone, so nothing in it can differ from `report.json`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.evaluation.arms import Rate
+from saesteer.steering.evaluation.compare import Comparison, comparison_document
+from saesteer.steering.reports.svg import Bar, Point, bars, scatter
+from saesteer.steering.reports.sweep_charts import dose_response, pareto_chart, stability_section
+
+SCHEMA_VERSION = 1
+EXAMPLES = 4
+"""Contents shown side by side: the first ones of the split, not chosen ones."""
+
+GRADED_BY = "programs (not a language model)"
+
+
+def report_document(
+    lm: LanguageModel,
+    comparisons: Sequence[Comparison],
+    *,
+    sweeps: Mapping[str, Any] | None = None,
+    stability: Mapping[str, Any] | None = None,
+    shuffled: Mapping[str, Any] | None = None,
+    ifeval: Mapping[str, Any] | None = None,
+    judge: str | None = None,
+) -> dict[str, Any]:
+    """Everything measured, JSON-ready.
+
+    Args:
+        sweeps: documents of `Sweep.document`, by task name.
+        stability: the `stability` of `ranking.json`, by task name; `shuffled` likewise.
+        ifeval: what `evaluate_ifeval` returns.
+        judge: the name of the language model that graded as well.
+    """
+    tasks = []
+    for one in comparisons:
+        document = comparison_document(one)
+        document["sweep"] = (sweeps or {}).get(one.task.name)
+        document["stability"] = (stability or {}).get(one.task.name)
+        document["shuffled"] = (shuffled or {}).get(one.task.name)
+        document["answers"] = {arm.name: [a.row() for a in arm.answers] for arm in one.arms}
+        tasks.append(document)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {"name": lm.name, "hash": lm.fingerprint, "dtype": str(lm.dtype).split(".")[-1]},
+        "graded_by": GRADED_BY,
+        "judge": judge,
+        "tasks": tasks,
+        "ifeval": ifeval,
+    }
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}h2{margin-top:2.6rem;border-bottom:1px solid #8884}
+h3{margin-top:1.8rem}h4{margin:1rem 0 .2rem}p.note{color:#777;margin:.2rem 0}
+table{border-collapse:collapse;margin:.6rem 0;font-size:13.5px;display:block;overflow-x:auto}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8883;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto;margin:.4rem 0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:.6rem}
+.card{border:1px solid #8884;border-radius:6px;padding:.5rem .7rem;font-size:14px;
+overflow-wrap:anywhere;white-space:pre-wrap}
+.card b{display:block;white-space:normal;font-size:12.5px;color:#777}
+.content{font-style:italic;margin:.9rem 0 .3rem}
+.A{border-left:5px solid #009e73}.B{border-left:5px solid #e69f00}.C{border-left:5px solid #999}
+""".strip()
+
+_KIND_COLOURS = {
+    "unsteered": 6, "prompted": 2, "steered": 0, "steered+prompted": 5,
+    "random": 7, "meandiff": 4, "logit-bias": 3,
+}  # fmt: skip
+
+
+def render_html(document: Mapping[str, Any]) -> str:
+    """The page: no script, no font, nothing from a network."""
+    model = document["model"]
+    names = ", ".join(task["task"]["name"] for task in document["tasks"]) or "IFEval"
+    judge = f"; also graded by the language model {document['judge']}" if document["judge"] else ""
+    parts = [
+        f"<h1>Steering evaluation: {escape(names)}</h1>",
+        f'<p class="note">{escape(model["name"])} ({escape(model["dtype"])}, weights '
+        f"{escape(model['hash'])}); graded by {escape(document['graded_by'])}{escape(judge)}.</p>",
+        "<p>Loose: the check passes, as it is or on one of the eight readings of IFEval, and the "
+        "answer is not degenerate (grades A and B). Strict: it passes as it is and its content is "
+        "right (grade A). Intervals are 95 %.</p>",
+    ]
+    if len(document["tasks"]) > 1:
+        parts.append(_overview(document["tasks"]))
+    for task in document["tasks"]:
+        parts.append(_task_section(task))
+    if document.get("ifeval"):
+        parts.append(_ifeval_section(document["ifeval"]))
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Steering evaluation: {escape(names)}</title><style>{_STYLE}</style></head>"
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
+    kinds = ("unsteered", "prompted", "steered", "random", "meandiff", "logit-bias")
+    rows = []
+    for task in tasks:
+        for kind in kinds:
+            arms = [arm for arm in task["arms"] if arm["kind"] == kind]
+            shown = [(arm["name"], arm["loose"]) for arm in arms]
+            if kind == "random" and arms:
+                shown = [("random latents", _pooled(task, arms))]
+            rows += [
+                _bar(name, rate, _KIND_COLOURS[kind], task["task"]["name"]) for name, rate in shown
+            ]
+    return "<h2>All tasks, loose success</h2>" + bars(rows, "Loose success by task and arm", 820.0)
+
+
+def _pooled(task: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Loose success of several arms as one, their draws counted like seeds."""
+    hits = [row["grade"] != "C" for arm in arms for row in task["answers"][arm["name"]]]
+    return dataclasses.asdict(Rate.of(hits, len(arms) * len(task["seeds"])))
+
+
+def _bar(label: str, rate: Mapping[str, Any], colour: int, group: str = "") -> Bar:
+    return Bar(label, rate["value"], rate["low"], rate["high"], colour, group)
+
+
+def _task_section(task: Mapping[str, Any]) -> str:
+    facts = task["task"]
+    decoding = task["decoding"]
+    how = "greedy" if not decoding["temperature"] else f"temperature {decoding['temperature']:g}"
+    parts = [
+        f"<h2>{escape(facts['name'])}</h2>",
+        f"<p>“{escape(facts['instruction'])}” · check: {escape(str(facts['check']))} · "
+        f"{task['n']} contents of the {escape(task['split'])} split, {len(task['seeds'])} "
+        f"seed{'s' if len(task['seeds']) > 1 else ''}, {how}, at most {facts['max_new_tokens']} "
+        "new tokens</p>",
+        "".join(f"<p>{_plan_line(name, plan)}</p>" for name, plan in task["plans"].items()),
+        "".join(f'<p class="note">Note: {escape(note)}</p>' for note in task["notes"]),
+        "".join(f"<p>{line}</p>" for line in _in_short(task)),
+        "<h3>Success</h3>",
+    ]
+    for measure in ("loose", "strict"):
+        rows = [
+            _bar(f"{arm['name']}", arm[measure], _KIND_COLOURS.get(arm["kind"], 6))
+            for arm in task["arms"]
+        ]
+        parts.append(f"<p>{measure}</p>" + bars(rows, f"{measure} success by arm", 760.0))
+    parts.append(_grades_table(task["arms"]))
+    parts.append(_tests_table(task["tests"]))
+    parts.append(_damage_tables(task["arms"]))
+    parts.append(_pareto(task))
+    if task.get("sweep"):
+        parts.append(dose_response(task["sweep"]))
+    parts.append(stability_section(task.get("stability"), task.get("shuffled")))
+    parts.append(_examples(task))
+    return "\n".join(parts)
+
+
+def _in_short(task: Mapping[str, Any]) -> list[str]:
+    """Of each steered arm: its rates, and what it gains over the others."""
+    lines = []
+    for arm in task["arms"]:
+        if arm["kind"] != "steered":
+            continue
+        gaps = [
+            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] over "
+            f"{escape(test['theirs'])}"
+            for test in task["tests"]
+            if test["ours"] == arm["name"] and test["measure"] == "loose"
+        ]
+        lines.append(
+            f"<b>{escape(arm['name'])}, in short</b>: loose {_rate(arm['loose'])}, strict "
+            f"{_rate(arm['strict'])}, degenerate {_rate(arm['degenerate'])}"
+            + (f". Loose: {'; '.join(gaps)}." if gaps else ".")
+        )
+    return lines
+
+
+def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
+    length = "" if plan["delta_norm"] is None else f", ‖delta‖ {plan['delta_norm']:.4g}"
+    if plan["unit"] == "rel":
+        length = f", ‖delta‖ = {plan['scale']:g} ‖h‖"
+    says = plan.get("lens") or [[]] * len(plan["latents"])
+    latents = [
+        f"{i} ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})" if lens
+        else str(i)
+        for i, lens in zip(plan["latents"][:30], says, strict=False)
+    ]  # fmt: skip
+    return (
+        f"<b>{escape(name)}</b>: layer {plan['layer']} ({escape(plan['site'])}), {plan['k']} "
+        f"latent{'' if plan['k'] == 1 else 's'}: {', '.join(latents)}; {escape(plan['method'])}, "
+        f"scale {plan['scale']:g}, beta {plan['beta']:g}, scope {escape(plan['scope'])}{length}"
+    )
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _figure(value: Any, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
+
+
+def _grades_table(arms: Sequence[Mapping[str, Any]]) -> str:
+    judged = any("judged" in arm for arm in arms)
+    headers = ["arm", "n", "A", "B", "C", "degenerate", "undetermined"]
+    headers += ["judge: loose", "judge: strict"] if judged else []
+    rows = []
+    for arm in arms:
+        row = [arm["name"], str(arm["n"]), *(str(arm["grades"][g]) for g in "ABC")]
+        row += [_rate(arm["degenerate"]), _rate(arm["undetermined"])]
+        if judged:
+            found = arm.get("judged")
+            row += [_rate(found[m]) if found else "–" for m in ("loose", "strict")]
+        rows.append(row)
+    return _table(headers, rows)
+
+
+def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
+    if not tests:
+        return ""
+    rows = [
+        [
+            f"{test['ours']} − {test['theirs']}",
+            test["measure"],
+            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+            f"{test['wins']} / {test['losses']}",
+            _figure(test["p"], 2),
+            _figure(test["p_holm"], 2),
+        ]
+        for test in tests
+    ]
+    headers = ["difference", "measure", "mean [95 %]", "more / less", "p", "p, Holm"]
+    return (
+        "<h3>Paired tests</h3><p>Content by content; paired bootstrap interval, exact sign test "
+        "(McNemar's with one seed), Holm over the tests of this task.</p>" + _table(headers, rows)
+    )
+
+
+_ANSWERS = {
+    "perplexity": "perplexity", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3", "repetition": "repetition", "zlib_ratio": "zlib",
+    "truncated": "truncated",
+}  # fmt: skip
+_NEUTRAL = {
+    "relative_dose": "‖delta‖/‖h‖", "kl": "KL(plain‖steered)", "kl_reverse": "KL(steered‖plain)",
+    "delta_ce": "ΔCE", "top1_agreement": "top-1 kept", "norm_ratio": "length",
+}  # fmt: skip
+
+
+def _damage_tables(arms: Sequence[Mapping[str, Any]]) -> str:
+    answers = [
+        [arm["name"], *(_figure(arm["fluency"].get(key)) for key in _ANSWERS)] for arm in arms
+    ]
+    neutral = []
+    for arm in arms:
+        damage = arm["damage"]
+        if damage is None:
+            continue
+        flips = "–"
+        if damage.get("right_to_wrong") is not None:
+            flips = f"{damage['right_to_wrong']} of {damage['right_before']}"
+        neutral.append([arm["name"], *(_figure(damage.get(key)) for key in _NEUTRAL), flips])
+    parts = [
+        "<h3>Damage</h3><p>The answers: perplexity under the unsteered model, without the prompt; "
+        "shares of distinct n-grams; share covered by the most repeated 4-gram; how far zlib "
+        "packs them; share cut off at the longest length.</p>",
+        _table(["arm", *_ANSWERS.values()], answers),
+    ]
+    if neutral:
+        parts += [
+            "<p>Neutral questions, teacher forced on the unsteered model's answers, in nats per "
+            "token; length: of edited residuals over unedited ones; right → wrong: of the "
+            "questions that were answered right before.</p>",
+            _table(["arm", *_NEUTRAL.values(), "right → wrong"], neutral),
+        ]
+    return "".join(parts)
+
+
+def _pareto(task: Mapping[str, Any]) -> str:
+    if task.get("sweep"):
+        budget = task["sweep"].get("budget")
+        over = len(task["sweep"].get("skipped") or ())
+        spent = ""
+        if budget:
+            dotted = ", dotted," if budget["kind"] == "kl" else ""
+            spent = (
+                f" The budget{dotted} is {escape(budget['kind'])} {budget['limit']:g}; {over} "
+                "settings over it answered nothing."
+            )
+        return (
+            "<h3>Success against damage</h3><p>Settings of the sweep on development contents, each "
+            "on as many as it came to. Ringed: the one chosen. Dashed: the front, which no setting "
+            f"beats in success without more KL.{spent}</p>" + pareto_chart(task["sweep"])
+        )
+    points = [
+        Point(arm["damage"]["kl"], arm["loose"]["value"], arm["kind"], arm["name"])
+        for arm in task["arms"]
+        if arm["damage"]
+    ]
+    if not points:
+        return ""
+    unsteered = next(arm for arm in task["arms"] if arm["kind"] == "unsteered")
+    points.insert(0, Point(0.0, unsteered["loose"]["value"], "unsteered", "unsteered"))
+    return "<h3>Success against damage</h3>" + scatter(
+        points, "Loose success against KL", x_label="KL on neutral questions (nats per token)",
+        y_label="loose success",
+    )  # fmt: skip
+
+
+def _examples(task: Mapping[str, Any]) -> str:
+    shown = [arm for arm in task["arms"] if arm["kind"] != "random"]
+    parts = [f"<h3>Side by side</h3><p>The first {EXAMPLES} contents, not chosen ones.</p>"]
+    answers = task["answers"]
+    for place in range(min(EXAMPLES, task["n"])):
+        parts.append(
+            f'<p class="content">{escape(answers[shown[0]["name"]][place]["content"])}</p>'
+        )
+        cards = []
+        for arm in shown:
+            row = answers[arm["name"]][place]
+            broken = ", degenerate" if row["degenerate"] else ""
+            cards.append(
+                f'<div class="card {row["grade"]}"><b>{escape(arm["name"])} · {row["grade"]}'
+                f"{broken}</b>{escape(row['output'].strip() or '(nothing)')}</div>"
+            )
+        parts.append(f'<div class="pair">{"".join(cards)}</div>')
+    return "\n".join(parts)
+
+
+def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
+    parts = [f"<h2>IFEval</h2><p>{ifeval['prompts']} prompts.</p>"]
+    keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+    rows = [
+        [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
+    ]
+    parts.append(_table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
+    if ifeval.get("tests"):
+        rows = [
+            [
+                f"{test['ours']} − {test['theirs']}",
+                test["measure"],
+                f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+                _figure(test["p"], 2),
+            ]
+            for test in ifeval["tests"]
+        ]
+        parts.append("<p>Prompt by prompt:</p>")
+        parts.append(_table(["difference", "measure", "mean [95 %]", "p"], rows))
+    names = list(ifeval["arms"])
+    types = sorted(ifeval["arms"][names[0]]["scores"]["by_type"])
+    rows = []
+    for kind in types:
+        found = [ifeval["arms"][name]["scores"]["by_type"][kind] for name in names]
+        rows.append([kind, str(found[0]["loose"]["n"]), *(_rate(one["loose"]) for one in found)])
+    parts.append("<h3>Loose, by instruction</h3>" + _table(["instruction", "n", *names], rows))
+    for name, what in ifeval["stand_ins"].items():
+        parts.append(f'<p class="note">{escape(name)}: judged with {escape(what)}.</p>')
+    return "\n".join(parts)

@@ -1,0 +1,342 @@
+"""Instruction tasks: one meaning, many wordings of it, and the contents it is applied to.
+
+A task is a YAML file with the keys of ``TASK_KEYS``; the built-in ones lie in ``builtin/``. What
+selects latents and what evaluates them never meet: contents carry a split (train, dev, test), and
+wordings carry a use. The ``instruction`` itself and every variant without ``use: evaluate`` serve
+selection (ranking, replies to train on); variants with ``use: evaluate`` are kept for evaluation.
+"""
+
+import hashlib
+import inspect
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.steering.checks.catalogue import CHECKS, Verdict, run_check
+from saesteer.steering.evaluation.grading import loose_variants
+from saesteer.steering.tasks.contents import (
+    SPLITS,
+    inline_rows,
+    join_contents,
+    normal_form,
+    read_contents,
+    read_text,
+    split_rows,
+)
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+DEFAULT_CONTENTS = BUILTIN_FOLDER / "contents.jsonl"
+
+REQUIRED_KEYS = ("name", "instruction", "variants", "check")
+OPTIONAL_KEYS = ("contents", "contents_per_item", "split", "max_new_tokens")
+TASK_KEYS = REQUIRED_KEYS + OPTIONAL_KEYS
+PLAIN = "plain"
+"""The task name of contents without an instruction in `reply_prompts`."""
+
+Placement = Literal["post", "pre"]
+Use = Literal["select", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One wording of an instruction."""
+
+    text: str
+    """The wording, to be joined to a content with `compose`."""
+    lang: str = "en"
+    """ISO 639-1 code of the language the wording is written in."""
+    use: Use = "select"
+    """What the wording may serve: choosing latents, or evaluating them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction with its wordings, its contents by split, and the check that grades it."""
+
+    name: str
+    """Short name, used in plans, reports and file names."""
+    instruction: str
+    """The main wording. It serves selection, as the first of `select_variants`."""
+    variants: tuple[Variant, ...]
+    """Reformulations and translations of the instruction, without the main wording."""
+    contents: dict[str, tuple[str, ...]]
+    """Contents by split; the keys are some of train, dev, test."""
+    check_name: str | None = None
+    """Name in `checks.CHECKS`; None when no program can grade this task."""
+    check_arguments: Mapping[str, Any] | None = None
+    """Keyword arguments of the check."""
+    max_new_tokens: int = 64
+    """Tokens a reply may take, enough for the prompted model to finish an answer."""
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) over the canonical JSON of every field, contents included."""
+        facts = {
+            "name": self.name,
+            "instruction": self.instruction,
+            "variants": [[v.text, v.lang, v.use] for v in self.variants],
+            "contents": {split: list(texts) for split, texts in self.contents.items()},
+            "check": [self.check_name, dict(self.check_arguments or {})],
+            "max_new_tokens": self.max_new_tokens,
+        }
+        text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        # surrogatepass: JSON strings may hold lone surrogates, and a hash must not fail on them
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def select_variants(self) -> tuple[Variant, ...]:
+        """Wordings that may choose latents: the instruction first, then English, then others."""
+        chosen = [Variant(self.instruction), *(v for v in self.variants if v.use == "select")]
+        return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """The texts of every wording, whatever its use: the instruction first."""
+        return (self.instruction, *(variant.text for variant in self.variants))
+
+    @property
+    def evaluate_variants(self) -> tuple[Variant, ...]:
+        """Wordings kept for evaluation, English first; none of them is a selection wording."""
+        chosen = [v for v in self.variants if v.use == "evaluate"]
+        return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
+
+    def verdict(self, output: str, source: str) -> Verdict:
+        """Grade one answer to `source` (a content). A task without a check is undetermined."""
+        if self.check_name is None:
+            return Verdict.UNDETERMINED
+        return run_check(self.check_name, output, source, **(self.check_arguments or {}))
+
+    def passes_loosely(self, output: str, source: str) -> bool:
+        """Whether the check passes on one of the answer's eight readings (`loose_variants`)."""
+        return any(
+            self.verdict(reading, source) is Verdict.PASS for reading in loose_variants(output)
+        )
+
+
+@dataclass(frozen=True)
+class Instructed:
+    """One user text for the model to answer: a content with an instruction, or a content alone."""
+
+    task: str
+    """The task's name, or "plain" for a content alone."""
+    variant: int
+    """Index into `Task.select_variants`; for plain texts, which repetition this is."""
+    content: str
+    """The content without an instruction."""
+    text: str
+    """What the user says: the composed text, or the content itself when plain."""
+
+
+def builtin_tasks() -> list[str]:
+    """The names of the built-in tasks, in alphabetical order."""
+    return sorted(path.stem for path in BUILTIN_FOLDER.glob("*.yaml"))
+
+
+def compose(content: str, instruction: str, placement: Placement = "post") -> str:
+    """Join a content and an instruction on two lines: content first ("post") or last ("pre")."""
+    if placement == "post":
+        return f"{content}\n{instruction}"
+    if placement == "pre":
+        return f"{instruction}\n{content}"
+    raise UsageError(
+        f"unknown placement {placement!r}: use post (content, then instruction) or pre"
+    )
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Load a built-in task by name, or a task from a YAML file.
+
+    Raises `UsageError` for a name that is neither, `UserError` for a file that cannot be read or
+    whose content is wrong; the message names the file and the key.
+    """
+    name = str(name_or_path)
+    if name in builtin_tasks():
+        return _read_task(BUILTIN_FOLDER / f"{name}.yaml")
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _read_task(path)
+    raise UsageError(
+        f"unknown task {name!r}: --task takes a built-in name ({', '.join(builtin_tasks())}) "
+        "or the path of a .yaml file"
+    )
+
+
+def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: int = 0) -> Task:
+    """A task from a bare instruction and a file of contents, as in `rank --instruction TEXT`.
+
+    The file is JSONL with the field `text` (and, on every row or on none, `split`), or plain text
+    with one content a line. Without splits, contents are dealt 50/12/38 % to train, dev and test by
+    a hash of `seed` and text, so the order of the lines does not matter. The task has no check.
+    """
+    if not instruction.strip():
+        raise UsageError("--instruction is empty: give the instruction's text")
+    contents = read_contents(Path(contents_file), SPLITS, seed, flag="--contents")
+    return Task("custom", instruction.strip(), (), contents)
+
+
+def reply_prompts(
+    tasks: Sequence[str | Path | Task],
+    *,
+    contents: int = 48,
+    variants: int = 2,
+    plain: int = 3,
+    seed: int = 0,
+    placement: Placement = "post",
+) -> list[Instructed]:
+    """User texts for the model to answer, so that an SAE sees the instructed behaviour.
+
+    For each task (name, path or `Task`), at most `contents` contents of its **train** split, drawn
+    with `seed`, each with the first `variants` selection wordings (English first). Then every
+    content drawn, alone, `plain` times. Two tasks with the same contents draw the same ones. Dev
+    and test contents and evaluation wordings never appear.
+    """
+    for flag, value, least in (
+        ("contents", contents, 1),
+        ("variants", variants, 1),
+        ("plain", plain, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} must be at least {least} for --replies, got {value}")
+    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    names = [task.name for task in loaded]
+    if len(set(names)) != len(names):
+        raise UsageError(f"--replies names a task twice: {', '.join(names)}; name each once")
+    prompts: list[Instructed] = []
+    drawn: dict[str, None] = {}  # an ordered set
+    for task in loaded:
+        train = list(task.contents.get("train", ()))
+        if not train:
+            raise UserError(f"task {task.name!r} has no train contents, which --replies needs")
+        chosen = random.Random(seed).sample(train, min(contents, len(train)))
+        drawn.update(dict.fromkeys(chosen))
+        for index, variant in enumerate(task.select_variants[:variants]):
+            prompts += [
+                Instructed(task.name, index, content, compose(content, variant.text, placement))
+                for content in chosen
+            ]
+    for repetition in range(plain):
+        prompts += [Instructed(PLAIN, repetition, content, content) for content in drawn]
+    return prompts
+
+
+# --- reading a task file -------------------------------------------------------------------------
+
+
+def _read_task(path: Path) -> Task:
+    raw = _read_yaml(path)
+    unknown = sorted(str(key) for key in raw if key not in TASK_KEYS)
+    if unknown:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; allowed: {', '.join(TASK_KEYS)}")
+    for key in REQUIRED_KEYS:
+        if key not in raw:
+            raise UserError(
+                f"{path}: key {key!r} is missing; a task needs {', '.join(REQUIRED_KEYS)}"
+            )
+    name = _text(path, "name", raw["name"])
+    if name == PLAIN:
+        raise UserError(f"{path}: key 'name' is {PLAIN!r}, which is reserved; choose another name")
+    instruction = _text(path, "instruction", raw["instruction"])
+    variants = _variants(path, instruction, raw["variants"])
+    check_name, check_arguments = _check(path, raw["check"])
+    names = raw.get("split", list(SPLITS))
+    if not isinstance(names, list) or not names or any(name not in SPLITS for name in names):
+        raise UserError(
+            f"{path}: key 'split' must be a list of some of {', '.join(SPLITS)}, got {names!r}"
+        )
+    splits = tuple(split for split in SPLITS if split in names)
+    given = raw.get("contents")
+    if isinstance(given, list):
+        contents = split_rows(f"{path}: contents", inline_rows(path, given), splits, 0)
+    elif given is None:
+        contents = read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
+    else:
+        named = path.parent / _text(path, "contents", given)
+        contents = read_contents(named, splits, 0, flag=f"contents of {path}")
+    per_item = _count(path, "contents_per_item", raw.get("contents_per_item", 1))
+    return Task(
+        name=name,
+        instruction=instruction,
+        variants=variants,
+        contents=join_contents(path, contents, per_item),
+        check_name=check_name,
+        check_arguments=check_arguments,
+        max_new_tokens=_count(path, "max_new_tokens", raw.get("max_new_tokens", 64)),
+    )
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    from saesteer.checkpoints.yaml_text import parse_yaml
+
+    text = read_text(path, "--task")
+    try:
+        raw = parse_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}: not valid YAML{where}; see the keys of a task file") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a task file is a mapping with the keys {', '.join(TASK_KEYS)}")
+    return raw
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{path}: key {key!r} must be a non-empty text, got {value!r}")
+    return value.strip()
+
+
+def _count(path: Path, key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: key {key!r} must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _variants(path: Path, instruction: str, raw: object) -> tuple[Variant, ...]:
+    if not isinstance(raw, list):
+        raise UserError(f"{path}: key 'variants' must be a list of {{text, lang, use}}")
+    variants: list[Variant] = []
+    seen = {normal_form(instruction)}
+    for number, item in enumerate(raw, 1):
+        where = f"variants[{number}]"
+        if not isinstance(item, dict) or "text" not in item:
+            raise UserError(f"{path}: key '{where}' must be a mapping with text, lang and use")
+        unknown = sorted(str(key) for key in item if key not in ("text", "lang", "use"))
+        if unknown:
+            raise UserError(f"{path}: unknown key '{where}.{unknown[0]}'; allowed: text, lang, use")
+        text = _text(path, f"{where}.text", item["text"])
+        lang = _text(path, f"{where}.lang", item.get("lang", "en"))
+        use = item.get("use", "select")
+        if use not in ("select", "evaluate"):
+            raise UserError(f"{path}: key '{where}.use' must be select or evaluate, got {use!r}")
+        if normal_form(text) in seen:
+            raise UserError(f"{path}: key '{where}.text' repeats an earlier wording: {text!r}")
+        seen.add(normal_form(text))
+        variants.append(Variant(text, lang, use))
+    return tuple(variants)
+
+
+def _check(path: Path, raw: object) -> tuple[str, dict[str, Any]]:
+    if not isinstance(raw, dict) or not set(raw) <= {"name", "arguments"} or "name" not in raw:
+        raise UserError(f"{path}: key 'check' must be a mapping with name and arguments")
+    name, arguments = raw["name"], raw.get("arguments") or {}
+    if not isinstance(name, str) or name not in CHECKS:
+        raise UserError(
+            f"{path}: key 'check.name' is {name!r}; the checks are {', '.join(sorted(CHECKS))}"
+        )
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}: key 'check.arguments' must be a mapping, got {arguments!r}")
+    try:
+        inspect.signature(CHECKS[name]).bind("", "", **arguments)
+        run_check(name, "", "", **arguments)  # a wrong value is refused now, not after generating
+    except TypeError as error:
+        raise UserError(f"{path}: key 'check.arguments' does not fit {name!r}: {error}") from None
+    except UsageError as error:
+        raise UserError(f"{path}: key 'check.arguments': {error}") from None
+    return name, arguments

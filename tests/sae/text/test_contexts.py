@@ -1,0 +1,292 @@
+"""Corpora in a seeded order, packed into contexts, resumable at any point."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import TextConfig
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
+from saesteer.sae.text import contexts as packing
+from saesteer.sae.text.contexts import ContextBatch, ContextStream, MixedStream, open_contexts
+from saesteer.sae.text.corpora import Document
+
+Shared = Callable[..., LanguageModel]
+
+
+class Listed:
+    """Documents in memory, in a seeded order."""
+
+    name = "listed"
+
+    def __init__(self, *documents: Document) -> None:
+        self.listed = list(documents)
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        order = torch.randperm(len(self.listed), generator=torch.Generator().manual_seed(seed))
+        for i in order[start:].tolist():
+            yield self.listed[i]
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def words(count: int, prefix: str = "w") -> str:
+    return " ".join(f"{prefix}{i}" for i in range(count))
+
+
+DOCUMENTS = Listed(*(words(3 + 11 * i % 40, f"d{i}x") for i in range(12)))
+
+
+def everything(stream: ContextStream | MixedStream, rows: int) -> ContextBatch:
+    batches = list(iter(lambda: stream.next_batch(rows), None))
+    assert all(len(batch.token_ids) <= rows for batch in batches)
+    return ContextBatch(
+        *(
+            torch.cat([getattr(batch, field) for batch in batches])
+            for field in ("token_ids", "keep", "document_ids", "numbers")
+        )
+    )
+
+
+def same(a: ContextBatch, b: ContextBatch) -> bool:
+    return all(
+        torch.equal(getattr(a, field), getattr(b, field))
+        for field in ("token_ids", "keep", "document_ids", "numbers")
+    )
+
+
+# --- packing
+
+
+def test_documents_are_packed_end_to_end(shared_lm: Shared) -> None:
+    lm = shared_lm()
+    stream = ContextStream(DOCUMENTS, lm, 16, seed=3, epochs=1)
+    found = everything(stream, 5)
+    ids: list[int] = []
+    owners: list[int] = []
+    for number, text in enumerate(DOCUMENTS.documents(3, 0)):
+        tokens = lm.tokenizer(text)["input_ids"] + [lm.tokenizer.eos_token_id]
+        ids += tokens
+        owners += [number] * len(tokens)
+    whole = len(ids) // 16 * 16
+    assert len(ids) > whole, "something is left that fills no context"
+    assert found.token_ids.flatten().tolist() == ids[:whole]
+    assert found.document_ids.flatten().tolist() == owners[:whole]
+    assert torch.equal(found.keep, found.token_ids != lm.tokenizer.eos_token_id)
+    assert not stream.prepend_bos
+    assert stream.next_batch(3) is None
+
+
+def test_contexts_begin_as_the_tokenizer_begins_texts(tiny_lm: Callable[..., Any]) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = tiny_lm()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    lm = wrap_model(model, tokenizer)
+    stream = ContextStream(DOCUMENTS, lm, 16, seed=3, epochs=1)
+    assert stream.prepend_bos
+    found = everything(stream, 4)
+    assert (found.token_ids[:, 0] == 1).all() and (found.token_ids[:, 1:] != 1).all()
+    assert not found.keep[:, 0].any() and (found.document_ids[:, 0] == -1).all()
+    assert (found.document_ids[:, 1:] >= 0).all()
+    plain = tokenizer(next(DOCUMENTS.documents(3, 0)), add_special_tokens=False)["input_ids"]
+    start = found.token_ids[:, 1:].flatten().tolist()[: len(plain)]
+    assert start == plain, "nothing is lost where one context ends and the next begins"
+
+
+def test_chats_go_through_the_template_or_are_joined(shared_lm: Shared) -> None:
+    chat = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+    for lm, rendered in (
+        (shared_lm(), shared_lm().tokenizer.apply_chat_template(chat, tokenize=False)),
+        (shared_lm(chat=False), "Hi there\nHello"),
+    ):
+        expected = lm.tokenizer(rendered)["input_ids"]
+        batch = ContextStream(Listed(chat), lm, len(expected) + 1, 0, 1).next_batch(1)
+        assert batch is not None and batch.token_ids[0].tolist() == [*expected, 2]
+        # Template tokens that are special are no text; the words around them are.
+        assert torch.equal(batch.keep, ~torch.isin(batch.token_ids, lm.special_ids))
+
+
+def test_every_epoch_has_an_order_of_its_own(shared_lm: Shared) -> None:
+    lm = shared_lm()
+    once = everything(ContextStream(DOCUMENTS, lm, 16, seed=4, epochs=1), 8)
+    twice = everything(ContextStream(DOCUMENTS, lm, 16, seed=4, epochs=2), 8)
+    later = everything(ContextStream(DOCUMENTS, lm, 16, seed=5, epochs=1), 8)
+    size = len(once.token_ids)
+    assert 2 * size <= len(twice.token_ids) <= 2 * size + 1
+    assert torch.equal(twice.token_ids[:size], once.token_ids)
+    # The second epoch follows without a gap, in the order of the next seed.
+    stream = twice.token_ids.flatten().tolist()
+    start = later.token_ids.flatten().tolist()[:96]
+    assert any(stream[at : at + 96] == start for at in range(16 * size, 16 * size + 16))
+    # The same number in another epoch is another document.
+    assert twice.document_ids[:size].max() < twice.document_ids[size + 1 :].min()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    context=st.integers(2, 40),
+    epochs=st.integers(1, 3),
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    share=st.sampled_from([None, 0.25, 0.5, 0.9]),
+)
+def test_contexts_do_not_depend_on_how_they_are_asked_for(
+    shared_lm: Shared, context: int, epochs: int, sizes: list[int], share: float | None
+) -> None:
+    """However the stream is cut, and wherever it is stopped and resumed, the contexts are equal."""
+    lm = shared_lm()
+
+    def fresh() -> ContextStream | MixedStream:
+        corpus = ContextStream(DOCUMENTS, lm, context, 3, epochs)
+        if share is None:
+            return corpus
+        replies = ContextStream(Listed("first reply", "second"), lm, context, 3, 10**6)
+        return MixedStream(corpus, replies, share)
+
+    expected = everything(fresh(), 4)
+    stream = fresh()
+    parts: list[ContextBatch] = []
+    for size in sizes:
+        batch = stream.next_batch(size)
+        if batch is not None:
+            parts.append(batch)
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream = fresh()
+        stream.load_state_dict(state)
+        assert stream.state_dict() == state
+    rest = everything(stream, 3) if sum(len(p.token_ids) for p in parts) < len(
+        expected.token_ids
+    ) else None  # fmt: skip
+    joined = [*parts, rest] if rest is not None else parts
+    found = ContextBatch(
+        *(
+            torch.cat([getattr(part, field) for part in joined])
+            for field in ("token_ids", "keep", "document_ids", "numbers")
+        )
+    )
+    assert same(found, expected)
+    assert stream.next_batch(1) is None
+
+
+def test_the_state_is_a_position_not_the_text(shared_lm: Shared) -> None:
+    stream = ContextStream(Listed(words(5000)), shared_lm(), 16, 0, 1)
+    stream.next_batch(3)
+    assert len(json.dumps(stream.state_dict())) < 100
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.75])
+def test_the_share_of_replies_is_exact(share: float, shared_lm: Shared) -> None:
+    lm = shared_lm()
+    corpus = ContextStream(Listed(*(words(90, f"c{i}") for i in range(9))), lm, 8, 0, 1)
+    replies = ContextStream(Listed("reply one", "reply two"), lm, 8, 0, 10**6)
+    found = everything(MixedStream(corpus, replies, share), 7)
+    # Replies are numbered below the corpus; a context may hold several.
+    is_reply = (found.document_ids < -1).all(dim=1)
+    assert torch.equal(is_reply, (found.document_ids < 0).any(dim=1))
+    counts = is_reply.long().cumsum(0)
+    numbers = torch.arange(1, len(counts) + 1, dtype=torch.float64)
+    assert torch.equal(counts, (numbers * share).long())
+    alone = everything(ContextStream(corpus.corpus, lm, 8, 0, 1), 7)
+    assert torch.equal(found.token_ids[~is_reply], alone.token_ids), "no context is lost"
+
+
+def test_corpora_that_fill_no_context(shared_lm: Shared, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("too short")
+    lm = shared_lm()
+    config = TextConfig(data=(str(path),), context=64)
+    with pytest.raises(UserError, match=r"holds fewer tokens than one context of 64: give more"):
+        open_contexts(lm, config).next_batch(4)
+    # Replies repeat until they fill one; it is the corpus that is too short.
+    replies = tmp_path / "replies.jsonl"
+    replies.write_text('{"text": "short"}\n')
+    with pytest.raises(UserError, match=f"--data {path} holds fewer tokens"):
+        open_contexts(lm, config, replies).next_batch(4)
+
+
+def test_contexts_longer_than_the_model(shared_lm: Shared) -> None:
+    for family in ("gpt2", "llama", "gemma3_multimodal"):
+        with pytest.raises(UsageError, match="--context must be at most 1024, .* got 1025"):
+            open_contexts(shared_lm(family), TextConfig(context=1025))
+
+
+def test_replies_are_known_by_their_content_not_their_folder(
+    shared_lm: Shared, tmp_path: Path
+) -> None:
+    identities = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "replies-1.jsonl"
+        path.write_text('{"text": "reply"}\n')
+        identities.append(open_contexts(shared_lm(), TextConfig(), path).identity())
+    assert identities[0] == identities[1]
+    assert str(tmp_path) not in json.dumps(identities)
+
+
+def test_seed_orders_the_documents(shared_lm: Shared) -> None:
+    batches = [
+        open_contexts(shared_lm(), TextConfig(context=32, seed=seed)).next_batch(8)
+        for seed in (0, 0, 1)
+    ]
+    assert all(batch is not None for batch in batches)
+    assert same(batches[0], batches[1]) and not same(batches[0], batches[2])  # type: ignore[arg-type]
+
+
+def test_a_chat_that_the_template_refuses(tiny_lm: Callable[..., Any]) -> None:
+    model, tokenizer = tiny_lm()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    corpus = Listed([{"role": "tool", "content": "x"}])
+    with pytest.raises(UserError, match="--data listed .* refuses .roles must alternate"):
+        ContextStream(corpus, wrap_model(model, tokenizer), 4, 0, 1).next_batch(1)
+
+
+def test_what_breaks_later_does_not_stop_what_comes_before(
+    shared_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents are tokenized some at a time; an error among them waits for its turn."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {n} about herons " * 4}) for n in range(8)]
+    path.write_text("\n".join([*lines, "not json", *lines]) + "\n")
+    lm, config = shared_lm(), TextConfig(data=(str(path),), context=16, batch_size=1)
+
+    def read() -> list[list[int]]:
+        stream, rows = open_contexts(lm, config), []
+        with pytest.raises(UserError, match=r"a\.jsonl"):
+            while (batch := stream.next_batch(1)) is not None:
+                rows.append(batch.token_ids[0].tolist())
+        return rows
+
+    together = read()
+    assert len(together) > 8
+    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 1)
+    assert read() == together
+    monkeypatch.setattr(packing, "_DOCUMENTS_AT_ONCE", 32)
+    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 120)
+    assert read() == together
+
+
+def test_a_text_that_the_tokenizer_refuses_waits_for_its_turn(
+    shared_lm: Shared, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"text": f"document {n} about herons " * 4}) for n in range(8)]
+    # Valid JSON, and no text that can be encoded.
+    path.write_text("\n".join([*good, '{"text": "half \\ud800 a pair"}', *good]) + "\n")
+    stream = open_contexts(shared_lm(), TextConfig(data=(str(path),), context=16, batch_size=1))
+    rows = 0
+    with pytest.raises(
+        UserError, match=r"a\.jsonl holds a text that the tokenizer .* refuses"
+    ) as e:
+        while stream.next_batch(1) is not None:
+            rows += 1
+    assert rows >= 1 and "\n" not in str(e.value)
+    str(e.value).encode()

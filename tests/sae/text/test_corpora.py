@@ -1,0 +1,223 @@
+"""Corpora of every kind, in a seeded order, and what is no corpus."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.sae.text.corpora import Document, FileCorpus, open_corpus
+
+
+def words(count: int, prefix: str) -> str:
+    return " ".join(f"{prefix}{i}" for i in range(count))
+
+
+def all_texts(name: str, seed: int = 0) -> list[Document]:
+    return list(open_corpus([name]).documents(seed, 0))
+
+
+def test_text_files_are_cut_at_paragraphs(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {i}: {words(100, str(i))}." for i in range(30)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(paragraphs))
+    texts = all_texts(str(path))
+    assert 5 < len(texts) < 15, "several paragraphs a document"
+    assert sum(len(str(text)) < 2000 for text in texts) <= 1, "only the file's end may be shorter"
+    assert max(len(str(text)) for text in texts) < 3000
+    # Each paragraph is whole, in one document, and none is lost.
+    for paragraph in paragraphs:
+        assert sum(paragraph in text for text in texts) == 1
+    order = sorted(texts, key=lambda text: path.read_text().index(str(text)))
+    assert "".join(map(str, order)) == path.read_text()
+    assert all_texts(str(path), seed=1) != texts
+    assert sorted(map(str, all_texts(str(path), seed=1))) == sorted(map(str, texts))
+
+
+def test_text_without_blank_lines_is_cut_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "one-line.txt"
+    text = "".join(chr(0x4E00 + i % 5000) + "é🙂"[i % 2] for i in range(40_000))
+    path.write_text(text)
+    texts = sorted(map(str, all_texts(str(path))), key=text.index)
+    assert "".join(texts) == text
+    assert len(texts) > 3 and max(len(part.encode()) for part in texts) <= 65_536
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Hello"}\n')
+    assert all_texts(str(tmp_path / "a.txt")) == all_texts(str(tmp_path / "b.jsonl")) == ["Hello"]
+
+
+def test_json_lines_with_text_and_messages(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = tmp_path / "a.jsonl"
+    rows: list[dict[str, Any]] = [{"text": "One\n\ntwo"}, {"messages": chat, "id": 3}]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    found = all_texts(str(path))
+    assert len(found) == 2 and "One\n\ntwo" in found and chat in found
+
+
+def test_a_folder_is_all_its_text_files(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a.txt", "inner/b.md", "inner/c.rst", "ignored.py"):
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "d.jsonl").write_text('{"text": "text of d.jsonl"}\n')
+    texts = all_texts(str(tmp_path))
+    names = ("a.txt", "inner/b.md", "inner/c.rst", "d.jsonl")
+    assert sorted(map(str, texts)) == sorted(f"text of {name}" for name in names)
+
+
+def test_a_folder_of_a_project(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "corpus"  # a hidden folder above is none of the corpus
+    for name in (".git/a.txt", "inner/.venv/b.md", ".c.txt", "inner/D.TXT", "inner/e.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"text of {name}")
+    (folder / "F.JSONL").write_text('{"text": "text of F.JSONL"}\n')
+    names = ["F.JSONL", "inner/D.TXT", "inner/e.txt"]
+    assert sorted(map(str, all_texts(str(folder)))) == [f"text of {name}" for name in names]
+    identity = open_corpus([str(folder)]).identity()
+    assert identity["files"] == names and len(identity["sha256"]) == 3
+    (folder / "inner" / "e.txt").rename(folder / "inner" / "g.txt")
+    assert open_corpus([str(folder)]).identity() != identity
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('{"text": "one"}\n\n{"text": "two"}\n', ["one", "two"]),
+        ('[\n  {"text": "one"}\n]\n', None),
+        ('[{"text": "one"}]', None),
+        ('{\n  "text": "one"\n}', None),
+        ("not JSON at all", None),
+    ],
+)
+def test_a_json_file(tmp_path: Path, content: str, texts: list[str] | None) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    if texts is not None:
+        assert sorted(map(str, all_texts(str(path)))) == texts
+        return
+    with pytest.raises(UserError) as error:
+        open_corpus([str(path)])
+    assert f"--data {path} is a JSON file, not JSON lines" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_python_reference_is_always_there() -> None:
+    from pydoc_data.topics import topics
+
+    corpus = open_corpus(["python-docs"])
+    texts = list(corpus.documents(3, 0))
+    assert sorted(map(str, texts)) == sorted(topics.values())
+    assert list(corpus.documents(3, 5)) == texts[5:] and list(corpus.documents(4, 0)) != texts
+    assert corpus.identity()["name"] == "python-docs" and len(corpus.identity()["sha256"]) == 64
+
+
+def test_a_dataset_is_streamed(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"row {i}", "more": i}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "held out"}))
+    corpus = open_corpus([f"hf:{tmp_path}"])
+    texts = list(corpus.documents(0, 0))
+    assert sorted(map(str, texts)) == sorted(f"row {i}" for i in range(20))
+    assert list(corpus.documents(0, 7)) == texts[7:]
+    assert list(corpus.documents(1, 0)) != texts
+    assert all_texts(f"hf:{tmp_path}:test") == ["held out"]
+    assert all_texts(f"hf:{tmp_path}::test") == ["held out"]
+    assert corpus.identity()["name"] == f"hf:{tmp_path}"
+    for name in (
+        f"hf:{tmp_path}:absent",
+        f"hf:{tmp_path / 'absent'}",
+        "hf:no/such",
+        "hf:no/such:a:b",
+    ):
+        with pytest.raises(UserError, match=f"--data {name}") as caught:
+            open_corpus([name])
+        assert "\n" not in str(caught.value)
+    for name in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(UserError, match=r"must read hf:DATASET\[:config\]\[:split\]"):
+            open_corpus([name])
+
+
+def test_a_dataset_that_breaks_off_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "row"}\n')
+    corpus = open_corpus([f"hf:{tmp_path}"])
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="broke off .*--resume"):
+        list(corpus.documents(0, 0))
+
+
+def test_several_corpora_take_turns(tmp_path: Path) -> None:
+    for name, rows in (("long", 9), ("short", 3)):
+        lines = [json.dumps({"text": f"{name} {i}"}) for i in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    corpus = open_corpus([str(tmp_path / "long.jsonl"), str(tmp_path / "short.jsonl")])
+    texts = [str(text) for text in corpus.documents(0, 0)]
+    kinds = [text.split()[0] for text in texts]
+    assert kinds == ["long", "short"] * 3 + ["long"] * 6 and len(set(texts)) == 12
+    for start in range(13):
+        assert list(corpus.documents(0, start)) == texts[start:]
+    assert [part["name"] for part in corpus.identity()["parts"]] == corpus.name.split(",")
+
+
+def test_identity_is_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one text")
+    before = open_corpus([str(path)]).identity()
+    assert open_corpus([str(path)]).identity() == before
+    path.write_text("another")
+    assert open_corpus([str(path)]).identity() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no text: give at least one document"),
+        ("a.txt", b" \n\n \n", "holds no text"),
+        ("a.jsonl", b"\n\n", "holds no text"),
+        ("a.txt", b"caf\xe9 and more", r"is not UTF-8 \(byte 3\): convert it"),
+        ("a.txt", "text".encode("utf-16"), r"is not UTF-8 \(byte 0\)"),
+        ("a.txt", b"\x80" * 200_000, "is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"\(byte 14\) has a line that is not JSON"),
+        ("a.jsonl", b'{"body": "a"}', "neither `text` .* nor `messages` .*; it has: body"),
+        ("a.jsonl", b'["a"]', "it has: list"),
+        ("a.jsonl", b'{"text": null}', "it has: text"),
+        ("a.jsonl", b'{"messages": []}', "it has: messages"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "it has: messages"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": [1]}]}', "it has: messages"),
+    ],
+)
+def test_files_that_are_no_corpus(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        all_texts(str(path))
+    assert f"--data {path}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_paths_that_are_no_corpus(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--data absent.txt does not exist: give a file, a folder"):
+        open_corpus(["absent.txt"])
+    (tmp_path / "a.py").write_text("pass")
+    with pytest.raises(UserError, match="is a folder without .txt, .md, .rst, .jsonl files"):
+        open_corpus([str(tmp_path)])
+
+
+def test_files_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(words(300, f"p{i}") for i in range(40)))
+    corpus = FileCorpus("a", [path])
+    sizes: list[int] = []
+    original = FileCorpus._read
+
+    def read(self: FileCorpus, where: Path, start: int, end: int) -> Document:
+        sizes.append(end - start)
+        return original(self, where, start, end)
+
+    monkeypatch.setattr(FileCorpus, "_read", read)
+    documents = corpus.documents(0, 0)
+    assert sizes == []
+    next(documents)
+    assert len(sizes) == 1 and sizes[0] < path.stat().st_size / 10

@@ -1,0 +1,45 @@
+"""Variety, compression, and the cross-entropy of texts, against direct counts and single runs."""
+
+import pytest
+import torch
+
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.evaluation.fluency import cross_entropies, distinct, fluency, zlib_ratio
+
+
+def test_distinct_by_hand() -> None:
+    assert distinct("a b a b a".split(), 1) == 2 / 5
+    assert distinct("a b a b a".split(), 2) == 2 / 4
+    assert distinct("a b".split(), 3) is None
+
+
+def test_loops_compress_well() -> None:
+    loop, prose = "na " * 60, "The heron stood still while seven boats left for Oslo."
+    assert (zlib_ratio(loop) or 1) < 0.2 < (zlib_ratio(prose) or 0)
+    assert zlib_ratio("") is None
+
+
+def test_cross_entropies_of_a_batch_are_those_of_single_rows(lm: LanguageModel) -> None:
+    rows = [[5, 9, 300], [], [17], [40, 41, 42, 43, 44, 45, 46]]
+    found = cross_entropies(lm, rows)
+    assert found[1] is None
+    for row, value in zip(rows, found, strict=True):
+        if not row:
+            continue
+        ids = torch.tensor([[lm.tokenizer.bos_token_id, *row]])
+        with torch.inference_mode():
+            loss = lm.model(input_ids=ids, labels=ids).loss
+        # float32, other shapes of the same products
+        assert value == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_fluency_of_an_arm() -> None:
+    rows = [[1, 2, 3, 4, 5, 6], [7, 7, 7, 7, 7, 7, 7, 7], []]
+    found = fluency(rows, ["abcdef", "aaaaaaaa", ""], [3.0, 0.1, None], max_new_tokens=8, floor=1.0)
+    assert found.truncated == pytest.approx(1 / 3) and found.empty == pytest.approx(1 / 3)
+    assert found.too_predictable == 0.5
+    assert found.distinct_1 == pytest.approx((1 + 1 / 8) / 2)
+    assert found.repetition == pytest.approx(1 / 3)
+    assert found.perplexity == pytest.approx(4.71, abs=0.01)  # exp of the median of 3.0 and 0.1
+    nothing = fluency([], [], [], max_new_tokens=8)
+    assert nothing.perplexity is None and nothing.distinct_2 is None

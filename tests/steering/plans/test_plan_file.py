@@ -1,0 +1,196 @@
+"""Plans on disk: what is written reads back, and what is spoilt is refused in one line."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.plans.plan import (
+    TaskIdentity,
+    plan_from_latents,
+)
+from saesteer.steering.plans.plan_file import load_plan, save_plan
+
+from ..ranked_plans import make_sae, ranked
+
+FIELDS = ("model", "sae", "site", "layer", "latents", "method", "unit", "scale", "beta", "scope",
+          "task", "metrics")  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
+def test_a_plan_reads_back_as_it_was_written(
+    architecture: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    plan = ranked(
+        lm,
+        sae=make_sae(architecture).to(dtype=torch.bfloat16),
+        method="set",
+        scale=1.5,
+        beta=-0.25,
+        scope="first:4",
+        task=TaskIdentity("french", "0123", ("En français", "In French")),
+        metrics={"top_score": 0.95, "n": 200, "note": None},
+    )
+    file = save_plan(plan, tmp_path / "plan")
+    assert sorted(p.name for p in file.parent.iterdir()) == ["plan.safetensors", "plan.yaml"]
+    for path in (file, file.parent, str(file)):
+        read = load_plan(path)
+        for field in FIELDS:
+            assert getattr(read, field) == getattr(plan, field), field
+        assert read.tensors().keys() == plan.tensors().keys()
+        for name, tensor in plan.tensors().items():
+            assert torch.equal(read.tensors()[name], tensor)
+            assert read.tensors()[name].dtype == tensor.dtype
+
+
+def test_plan_yaml_has_the_keys_that_other_tools_rely_on(lm: LanguageModel, tmp_path: Path) -> None:
+    document = yaml.safe_load(save_plan(ranked(lm), tmp_path).read_text(encoding="utf-8"))
+    assert list(document) == ["schema_version", *FIELDS]
+    assert document["model"] == {
+        "name": "tiny", "hash": lm.fingerprint, "n_layers": 4, "d_model": 32
+    }  # fmt: skip
+    assert {"source": "folder", "sha256": "ab"}.items() <= document["sae"].items()
+    assert document["latents"][0] == {
+        "id": 9, "score": 0.95, "mu": 2.0, "sigma": 0.5, "lens": [" é", "à"], "max": 6.0
+    }  # fmt: skip
+    assert document["task"] is None
+
+
+def test_the_wordings_of_a_task_are_optional(lm: LanguageModel, tmp_path: Path) -> None:
+    task = TaskIdentity("french", "0123")
+    file = save_plan(ranked(lm, task=task), tmp_path)
+    assert yaml.safe_load(file.read_text())["task"] == {"name": "french", "hash": "0123"}
+    assert load_plan(file).task == task
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document["task"]["instructions"] = [1]
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match="task.instructions must be a list of texts, got"):
+        load_plan(file)
+
+
+def test_a_local_sae_is_named_by_its_absolute_path(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    assert ranked(lm).sae.source == "folder"  # no such folder: a release, or in memory
+    monkeypatch.chdir(tmp_path)
+    assert ranked(lm).sae.source == str(tmp_path / "folder")
+
+
+def test_a_plan_by_hand_reads_back(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = plan_from_latents(lm, make_sae(), None, {9: 1.2, 2: -0.8})
+    save_plan(plan, tmp_path)
+    assert load_plan(tmp_path).latents == plan.latents
+    save_plan(dataclasses.replace(plan, scale=3.0), tmp_path)  # over the old one
+    assert load_plan(tmp_path).scale == 3.0
+
+
+def test_latents_may_be_deleted_and_moved_by_hand(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = ranked(lm)
+    file = save_plan(plan, tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document["latents"].reverse()
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert load_plan(file).ids == (2, 9)
+    assert torch.equal(load_plan(file).directions, plan.directions[[1, 0]])
+    del document["latents"][0]
+    document["scale"] = 2  # a whole number where a float is meant
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    read = load_plan(file)
+    assert read.doses() == [4.0]
+    assert torch.equal(read.directions, plan.directions[[0]])
+
+
+def _set(document: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        document = document[int(parent) if parent.isdigit() else parent]
+    key = int(last) if last.isdigit() else last
+    if value is ...:
+        del document[key]  # type: ignore[arg-type]
+    else:
+        document[key] = value  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("strength", 3, "plan has an unknown key 'strength'; allowed are schema_version, model"),
+        ("model.width", 3, "model has an unknown key 'width'"),
+        ("latents.0.bias", 3, r"latents\[0\] has an unknown key 'bias'"),
+        ("layer", ..., "plan lacks the key 'layer'"),
+        ("model.hash", ..., "model lacks the key 'hash'"),
+        ("latents.1.id", ..., r"latents\[1\] lacks the key 'id'"),
+        ("schema_version", 99, "schema_version is 99 and this saesteer reads 1"),
+        ("layer", "two", "plan.layer must be a whole number, got 'two'"),
+        ("layer", True, "plan.layer must be a whole number, got True"),
+        ("scale", "big", "plan.scale must be a number, got 'big'"),
+        ("latents", {}, r"plan.latents must be a list"),
+        ("latents", [], "needs at least one latent"),
+        ("latents.0", 9, r"latents\[0\] must be a mapping"),
+        ("latents.0.lens", [1], r"latents\[0\].lens must be a list of texts"),
+        ("latents.0.mu", float("nan"), "mu of latent 9 must be finite"),
+        ("latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
+        ("model.d_model", 16, r"directions has shape \[2, 32\]"),
+        ("method", "clamp", "--method must be one of"),
+        ("scope", "here", "--scope must be one of"),
+        ("layer", 12, r"layer must be in 0..3"),
+    ],
+)
+def test_a_plan_file_with_a_wrong_key_or_value_is_refused(
+    path: str, value: Any, message: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    file = save_plan(ranked(lm), tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _set(document, path, value)
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+        load_plan(file)
+    assert "\n" not in str(caught.value)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("plan.yaml", Path.unlink, "there is no .*plan.yaml"),
+        ("plan.yaml", lambda f: f.write_text("a: [", "utf-8"), "not valid YAML"),
+        ("plan.yaml", lambda f: f.write_text("- a", "utf-8"), "holds no mapping"),
+        ("plan.yaml", lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot read"),
+        ("plan.safetensors", Path.unlink, "no file .*plan.safetensors"),
+        ("plan.safetensors", _cut, "plan.safetensors is damaged or cut short"),
+    ],
+)
+def test_a_spoilt_plan_file_is_one_line(
+    name: str, spoil: Callable[[Path], Any], message: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    save_plan(ranked(lm), tmp_path)
+    spoil(tmp_path / name)
+    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+        load_plan(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_file_of_something_else_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    from saesteer.checkpoints.files import write_tensors
+
+    save_plan(ranked(lm), tmp_path)
+    file = tmp_path / "plan.safetensors"
+    for tensors, metadata in (
+        ({"directions": torch.ones(2, 32)}, None),
+        ({"directions": torch.ones(2, 32)}, {"ids": "[9]"}),
+        ({"directions": torch.ones(2, 32), "other": torch.ones(1)}, {"ids": "[9, 2]"}),
+        ({"W_enc": torch.ones(32, 2)}, {"ids": "[9, 2]"}),
+    ):
+        write_tensors(file, tensors, metadata)
+        with pytest.raises(UserError, match="^--plan .*is not the tensor file of a plan"):
+            load_plan(tmp_path)

@@ -26,7 +26,7 @@ def need_space(folder: str | Path, needed_bytes: int, what: str, todo: str) -> N
     if free < needed_bytes:
         raise UserError(
             f"{what} up to {_size(needed_bytes)} in {folder}, but only {_size(free)} is free "
-            f"there: free some space, choose another --out, or {todo}"
+            f"there: free some space, choose another `out`, or {todo}"
         )
 
 

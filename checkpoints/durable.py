@@ -185,7 +185,7 @@ def writing(path: Path) -> Iterator[None]:
         if number in _NO_SPACE:
             raise UserError(
                 f"no space left while writing {path}: free some space, then run the same command "
-                "again (with --resume to continue what was saved)"
+                "again (with `resume` to continue what was saved)"
             ) from error
         reason = os.strerror(number) if number else str(error).splitlines()[0]
         raise UserError(

@@ -181,7 +181,7 @@ def claim_output(
     *,
     resume: bool = False,
     force: bool = False,
-    flag: str = "--out",
+    flag: str = "`out`",
     can_resume: bool = False,
 ) -> Path:
     """Make `path` an output folder that this run may write to, and return it.
@@ -197,16 +197,16 @@ def claim_output(
     folder = Path(path).expanduser()
     if resume and force:
         raise UsageError(
-            "--resume and --force contradict each other: --resume continues what is in the folder, "
-            "--force deletes it; give one of them"
+            "`resume` and `force` contradict each other: `resume` continues what is in the folder, "
+            "`force` deletes it; give one of them"
         )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{flag} {folder} is a file; a folder is needed: choose another name")
     if not resume and folder.is_dir() and any(_entries(folder)):
         if not force:
-            to_continue = "--resume to continue it, " if can_resume else ""
+            to_continue = "`resume` to continue it, " if can_resume else ""
             raise UsageError(
-                f"{flag} {folder} exists and is not empty: add {to_continue}--force to replace it, "
+                f"{flag} {folder} exists and is not empty: add {to_continue}`force` to replace it, "
                 f"or choose another {flag}"
             )
         _empty(folder, flag)
@@ -300,14 +300,14 @@ def _empty(folder: Path, flag: str) -> None:
     here = Path.cwd().resolve()
     if here.is_relative_to(place) or Path.home().resolve().is_relative_to(place):
         raise UsageError(
-            f"{flag} {folder} holds the working or home directory, which --force will not empty: "
+            f"{flag} {folder} holds the working or home directory, which `force` will not empty: "
             f"choose another {flag}"
         )
     project = [name for name in _KEEP if (place / name).exists()]
     if project or not _looks_ours(place):
         found = f"it holds {project[0]}" if project else f"none of {', '.join(_MARKERS)} is in it"
         raise UsageError(
-            f"{flag} {folder} was not written by saesteer ({found}), so --force will not empty it: "
+            f"{flag} {folder} was not written by saesteer ({found}), so `force` will not empty it: "
             f"empty it yourself or choose another {flag}"
         )
     for entry in _entries(place):

@@ -138,7 +138,7 @@ def canonical(sae: SAE) -> SAE:
     if sae.spec.scales_tokens:
         raise UserError(
             f"normalize_activations {sae.spec.normalize_activations!r} scales each token, which no "
-            "weights can say: leave out --canonical"
+            "weights can say: leave out `canonical`"
         )
     folded = fold_decoder_norms(fold_input_bias(sae))
     return _with(folded, normalize_activations="none")

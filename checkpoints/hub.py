@@ -76,7 +76,7 @@ def push(
         return _push_to_folder(Path(repo).expanduser(), shared, license_name, force)
     if not _REPO.fullmatch(repo):
         raise UsageError(
-            f"--repo must be NAMESPACE/NAME on the Hub or a folder such as ./shared, got {repo!r}"
+            f"`repo` must be NAMESPACE/NAME on the Hub or a folder such as ./shared, got {repo!r}"
         )
     return _push_to_hub(repo, shared, license_name, private, force)
 
@@ -141,7 +141,7 @@ def _collect(folder: Path, sae_id: str | None, metrics: str | Path | None) -> li
     if (folder / "cfg.json").is_file() or not several:
         return [_collect_one(folder, sae_id, metrics)]
     if sae_id is not None or metrics is not None:
-        flag = "--id" if sae_id is not None else "--metrics"
+        flag = "`id`" if sae_id is not None else "`metrics`"
         raise UsageError(f"{flag} is for one SAE, and {folder} holds {len(several)}: push one")
     return [_collect_one(place, place.name, None) for place in several]
 
@@ -167,7 +167,7 @@ def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -
         measured = files.read_json(path)
         about = _dict(_dict(measured).get("sae")).get("sha256")
         if about != sae.sha256:
-            raise UserError(f"--metrics {metrics} measured other weights than those in {folder}")
+            raise UserError(f"`metrics` {metrics} measured other weights than those in {folder}")
         contents["metrics.json"] = _json(measured)
     config = files.read_json(folder / "cfg.json")
     return _Shared(sae_id, contents, describe_sae(config, run, measured, sae.sha256))
@@ -198,8 +198,8 @@ def _merge(
         there = _dict(merged.get(one.sae_id)).get("sha256")
         if there is not None and there != one.entry["sha256"] and not force:
             raise UserError(
-                f"--repo {repo} holds other weights under {one.sae_id!r}: choose another --id, or "
-                "add --force to replace them"
+                f"`repo` {repo} holds other weights under {one.sae_id!r}: choose another `id`, or "
+                "add `force` to replace them"
             )
         merged[one.sae_id] = one.entry
     return merged
@@ -256,7 +256,7 @@ def _is_folder(repo: str) -> bool:
 def _push_to_folder(
     folder: Path, shared: list[_Shared], license_name: str | None, force: bool
 ) -> dict[str, Any]:
-    with folder_lock(folder, "--repo"):
+    with folder_lock(folder, "`repo`"):
         index_file, readme = folder / INDEX, folder / _CARD
         index = _index_of(index_file.read_bytes() if index_file.is_file() else None, folder)
         merged = _merge(index, shared, str(folder), force)
@@ -285,7 +285,7 @@ def _push_to_hub(
     from saesteer.checkpoints.model_files import hub_call, hub_reachable
 
     if not hub_reachable():
-        raise UserError(f"--repo {repo}: the Hub cannot be reached: connect, or push to a folder")
+        raise UserError(f"`repo` {repo}: the Hub cannot be reached: connect, or push to a folder")
     api = HfApi()
 
     def commit() -> str:
@@ -310,7 +310,7 @@ def _push_to_hub(
         return str(done.oid)
 
     todo = "log in (hf auth login) with a token that may write there, or push to a folder"
-    return _result(repo, hub_call(commit, f"--repo {repo}", todo), shared)
+    return _result(repo, hub_call(commit, f"`repo` {repo}", todo), shared)
 
 
 def _download(repo: str, name: str, revision: str) -> bytes | None:
@@ -353,13 +353,13 @@ def _fetch(
         place = config.parents[len(Path(wanted).parts)]
         commit = place.name
         if not _COMMIT.fullmatch(commit):
-            raise UserError(f"{repo}: the Hub names no commit; use another --repo")
+            raise UserError(f"{repo}: the Hub names no commit; use another `repo`")
         # From the same commit, whatever is pushed meanwhile.
         hf_hub_download(repo, f"{wanted}/sae_weights.safetensors", revision=commit)
         index = _index_of(_download(repo, INDEX, commit), repo) if index else {}
         return place, commit, index, wanted
 
-    todo = "check the name and --revision, or give a folder"
+    todo = "check the name and `revision`, or give a folder"
     return hub_call(download, f"the SAE {repo}", todo)
 
 
@@ -383,7 +383,7 @@ def _there_are(index: Mapping[str, Any]) -> str:
 def _check_id(sae_id: str) -> None:
     if not _ID.fullmatch(sae_id) or ".." in sae_id.split("/"):
         raise UsageError(
-            f"--id must be a name such as layer-20 or blocks.20.hook_resid_post, got {sae_id!r}"
+            f"`id` must be a name such as layer-20 or blocks.20.hook_resid_post, got {sae_id!r}"
         )
 
 

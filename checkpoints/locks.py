@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def folder_lock(path: str | Path, flag: str = "--out") -> Iterator[None]:
+def folder_lock(path: str | Path, flag: str = "`out`") -> Iterator[None]:
     """Be the only writer of a folder, which is made if missing, while the block runs.
 
     Processes and threads exclude each other; nobody waits. `flag` is what errors call the folder.

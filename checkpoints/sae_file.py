@@ -117,7 +117,7 @@ def load_sae(
         sae = _load_release(text)
     else:
         raise UserError(
-            f"--sae {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
+            f"`sae` {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
             " a folder or file in another format, RELEASE:ID of sae_lens, or REPO@REVISION:ID"
         )
     return sae.to(device, dtype)
@@ -142,7 +142,7 @@ def _load_release(text: str) -> SAE:
 
         loaded = hub_call(
             lambda: sae_lens.SAE.from_pretrained(release, sae_id, device="cpu"),
-            f"--sae {text}",
+            f"`sae` {text}",
             "give a folder, or a RELEASE:ID from SAELens' list of pretrained SAEs",
         )
     config = loaded.cfg.to_dict()
@@ -150,11 +150,11 @@ def _load_release(text: str) -> SAE:
     spec = saelens.spec_from_config(config, text)
     tensors = {name: tensor.detach().clone() for name, tensor in loaded.state_dict().items()}
     tensors = saelens.own_names(tensors, spec, text)
-    check_tensors(tensors, spec, f"--sae {text}")
+    check_tensors(tensors, spec, f"`sae` {text}")
     fields: dict[str, Any] = {**tensors, "source": text, "format": "saelens"}
     sae = SAE(spec=spec, **fields)
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
 def _naming_sae(message: str, source: str) -> str:
-    return message if "--sae" in message else f"--sae {source}: {message}"
+    return message if "`sae`" in message else f"`sae` {source}: {message}"

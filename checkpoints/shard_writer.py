@@ -98,7 +98,7 @@ class ShardWriter:
                 f"{list(layers)}, {list(sites)}, {d_model}, {shard_tokens}"
             )
         if not dtype.is_floating_point:
-            raise UsageError(f"--store-dtype must be a float type, got {dtype}")
+            raise UsageError(f"`store_dtype` must be a float type, got {dtype}")
         if "model" not in facts:
             raise ValueError("facts must name the model")
         self.folder = Path(folder)
@@ -142,13 +142,13 @@ class ShardWriter:
         Raises:
             UserError: no manifest, a listed file is missing or cut short, or `expect` differs.
         """
-        reader = ShardReader(folder, flag="--out", allow_empty=True, manifest=part_manifest(part))
+        reader = ShardReader(folder, flag="`out`", allow_empty=True, manifest=part_manifest(part))
         manifest = reader.manifest
         for key, value in (expect or {}).items():
             if manifest.get(key) != files.plain(value):
                 raise UserError(
-                    f"--resume: the shards in {folder} were made with {key} {manifest.get(key)!r}, "
-                    f"this run has {files.plain(value)!r}; use the same settings, or --force to "
+                    f"`resume`: the shards in {folder} were made with {key} {manifest.get(key)!r}, "
+                    f"this run has {files.plain(value)!r}; use the same settings, or `force` to "
                     "start again"
                 )
         writer = cls.__new__(cls)
@@ -272,8 +272,8 @@ class ShardWriter:
             if tokens and not bool(torch.isfinite(torch.stack(torch.aminmax(row))).all()):
                 raise NonFiniteError(
                     f"layer {place[0]} {place[1]} has activations that are NaN or infinite in "
-                    f"{self.manifest['dtype']}: use --store-dtype bfloat16 or float32, or another "
-                    "--dtype for the model"
+                    f"{self.manifest['dtype']}: use `store_dtype` bfloat16 or float32, or another "
+                    "`dtype` for the model"
                 )
             activations[place] = row
         columns = {"token_ids": token_ids.to(torch.int32), **(extra or {})}

@@ -62,7 +62,7 @@ class ShardReader:
         self,
         folder: str | Path,
         *,
-        flag: str = "--activations",
+        flag: str = "`activations`",
         allow_empty: bool = False,
         manifest: str = MANIFEST,
     ) -> None:
@@ -92,7 +92,7 @@ class ShardReader:
         """Tokens of each shard, in order."""
         self._read_entries()
         if not self.tokens and not allow_empty:
-            raise UserError(f"{self._what} holds no tokens: finish the harvest (--resume)")
+            raise UserError(f"{self._what} holds no tokens: finish the harvest (`resume`)")
 
     @property
     def places(self) -> list[Place]:
@@ -123,7 +123,7 @@ class ShardReader:
             problem = "has several" if fitting else "does not have the asked"
             raise UserError(
                 f"{self._what} {problem} layer and site (layers {self.layers}, sites {self.sites}; "
-                f"asked: --layer {layer}, --site {site}): give --layer and --site from these"
+                f"asked: `layer` {layer}, `site` {site}): give `layer` and `site` from these"
             )
         return fitting[0]
 

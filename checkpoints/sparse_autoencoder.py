@@ -304,7 +304,7 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
         _dtype_name(dtype)
         return dtype
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UsageError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 
 
@@ -312,4 +312,4 @@ def _dtype_name(dtype: torch.dtype) -> str:
     for name, known in DTYPES.items():
         if known == dtype:
             return name
-    raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    raise UsageError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype}")

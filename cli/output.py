@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,24 @@ def is_terminal(stream: Any) -> bool:
 
 
 def one_line(message: object) -> str:
-    """A message without line breaks."""
-    return " ".join(str(message).split())
+    """A message without line breaks, with flags where a library error names arguments."""
+    return with_flags(" ".join(str(message).split()))
+
+
+def with_flags(text: str) -> str:
+    """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flags().get(name[1], name[0]), text)
+
+
+@cache
+def _flags() -> dict[str, str]:
+    """The flags of all verbs, by the name of the argument that each sets."""
+    from saesteer.cli.__main__ import VERBS, make_parser
+    from saesteer.cli.parser import ALIASES
+
+    options = {option for verb in VERBS for option in make_parser(verb).flags()}
+    found = {option: option for option in options if option.startswith("--")} | ALIASES
+    return {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
 
 
 def print_error(message: object) -> None:

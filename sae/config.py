@@ -45,17 +45,17 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UsageError("--data needs at least one corpus, got none: try python-docs")
-        _at_least("--context", self.context, 2)
+            raise UsageError("`data` needs at least one corpus, got none: try python-docs")
+        _at_least("`context`", self.context, 2)
         if self.batch_size < 0:
-            raise UsageError(f"--batch-size must be at least 1, or auto, got {self.batch_size}")
-        _at_least("--epochs", self.epochs, 1)
+            raise UsageError(f"`batch_size` must be at least 1, or auto, got {self.batch_size}")
+        _at_least("`epochs`", self.epochs, 1)
         if not 0 < self.replies_share < 1:
             raise UsageError(
-                f"--replies-share must be between 0 and 1 exclusive, got {self.replies_share}"
+                f"`replies_share` must be between 0 and 1 exclusive, got {self.replies_share}"
             )
         if not self.max_norm_ratio > 1:
-            raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
+            raise UsageError(f"`max_norm_ratio` must be above 1, got {self.max_norm_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +82,15 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise UsageError("--layer needs at least one block index")
+            raise UsageError("`layer` needs at least one block index")
         if len(set(self.layers)) != len(self.layers):
-            raise UsageError(f"--layer names a block twice: {','.join(map(str, self.layers))}")
-        _at_least("--tokens", self.tokens, 1)
-        _at_least("--shard-tokens", self.shard_tokens, 1)
-        _at_least("--rank-timeout", self.rank_timeout, 1)
+            raise UsageError(f"`layer` names a block twice: {','.join(map(str, self.layers))}")
+        _at_least("`tokens`", self.tokens, 1)
+        _at_least("`shard_tokens`", self.shard_tokens, 1)
+        _at_least("`rank_timeout`", self.rank_timeout, 1)
         if self.store_dtype not in (None, "bfloat16", "float16", "float32"):
             raise UsageError(
-                f"--store-dtype must be bfloat16, float16 or float32, got {self.store_dtype!r}"
+                f"`store_dtype` must be bfloat16, float16 or float32, got {self.store_dtype!r}"
             )
 
 
@@ -146,55 +146,55 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.arch != "topk":
-            raise UsageError(f"--arch must be topk, got {self.arch!r}")
-        for flag, values in (("--k", self.k), ("--init-seed", self.init_seed)):
+            raise UsageError(f"`arch` must be topk, got {self.arch!r}")
+        for flag, values in (("`k`", self.k), ("`init_seed`", self.init_seed)):
             if not values:
                 raise UsageError(f"{flag} needs at least one value")
         several = {
-            "--layer": self.layers,
-            "--d-sae": self.d_sae,
-            "--k": self.k,
-            "--init-seed": self.init_seed,
+            "`layer`": self.layers,
+            "`d_sae`": self.d_sae,
+            "`k`": self.k,
+            "`init_seed`": self.init_seed,
         }
         for flag, values in several.items():
             if len(set(values)) != len(values):
                 raise UsageError(f"{flag} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
-            _at_least("--k", k, 1)
+            _at_least("`k`", k, 1)
             for d_sae in self.d_sae:
                 if d_sae < k:
-                    raise UsageError(f"--d-sae must be at least --k ({k}), got {d_sae}")
-        _at_least("--tokens", self.tokens, 1)
-        _at_least("--batch-tokens", self.batch_tokens, 2)  # one row alone has no variance
+                    raise UsageError(f"`d_sae` must be at least `k` ({k}), got {d_sae}")
+        _at_least("`tokens`", self.tokens, 1)
+        _at_least("`batch_tokens`", self.batch_tokens, 2)  # one row alone has no variance
         if self.tokens < 2 * self.batch_tokens:
             raise UsageError(
-                f"--tokens must be at least twice --batch-tokens ({self.batch_tokens}), "
+                f"`tokens` must be at least twice `batch_tokens` ({self.batch_tokens}), "
                 f"got {self.tokens}"
             )
         if self.lr is not None and not 0 < self.lr < 1:
-            raise UsageError(f"--lr must be between 0 and 1, got {self.lr}")
+            raise UsageError(f"`lr` must be between 0 and 1, got {self.lr}")
         if self.warmup_steps is not None:
-            _at_least("--warmup-steps", self.warmup_steps, 0)
+            _at_least("`warmup_steps`", self.warmup_steps, 0)
         if not 0 <= self.decay_share <= 1:
-            raise UsageError(f"--decay-share must be in 0..1, got {self.decay_share}")
+            raise UsageError(f"`decay_share` must be in 0..1, got {self.decay_share}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UsageError(f"--dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+            raise UsageError(f"`dtype` must be auto, float32 or bfloat16, got {self.dtype!r}")
         if self.moments not in ("float32", "bfloat16"):
-            raise UsageError(f"--moments must be float32 or bfloat16, got {self.moments!r}")
+            raise UsageError(f"`moments` must be float32 or bfloat16, got {self.moments!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")
+            raise UsageError(f"`clip_norm` must be above 0, got {self.clip_norm}")
         if self.micro_batch_tokens is not None:
-            _at_least("--micro-batch-tokens", self.micro_batch_tokens, 2)
-        _at_least("--auxk", self.auxk, 0)
+            _at_least("`micro_batch_tokens`", self.micro_batch_tokens, 2)
+        _at_least("`auxk`", self.auxk, 0)
         if self.dead_after_tokens is not None:
-            _at_least("--dead-after-tokens", self.dead_after_tokens, 1)
+            _at_least("`dead_after_tokens`", self.dead_after_tokens, 1)
         if self.buffer_tokens < self.batch_tokens:
             raise UsageError(
-                f"--buffer-tokens must be at least --batch-tokens ({self.batch_tokens}), "
+                f"`buffer_tokens` must be at least `batch_tokens` ({self.batch_tokens}), "
                 f"got {self.buffer_tokens}"
             )
-        _at_least("--checkpoint-every", self.checkpoint_every, 1)
-        _at_least("--keep-states", self.keep_states, 1)
+        _at_least("`checkpoint_every`", self.checkpoint_every, 1)
+        _at_least("`keep_states`", self.keep_states, 1)
 
     @property
     def steps(self) -> int:
@@ -233,5 +233,5 @@ class MetricsConfig:
     """Resamples of the documents behind each 95 % interval."""
 
     def __post_init__(self) -> None:
-        _at_least("--tokens", self.tokens, 2)
-        _at_least("--bootstrap", self.bootstrap, 1)
+        _at_least("`tokens`", self.tokens, 2)
+        _at_least("`bootstrap`", self.bootstrap, 1)

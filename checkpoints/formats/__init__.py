@@ -56,6 +56,6 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     Raises UsageError for an unknown format and UserError for an SAE that it cannot express.
     """
     if name not in WRITERS:
-        raise UsageError(f"--format must be one of {', '.join(WRITERS)}, got {name!r}")
+        raise UsageError(f"`format` must be one of {', '.join(WRITERS)}, got {name!r}")
     writer: Callable[[str, SAE, Path], SAE] = import_module(f"{__name__}.{WRITERS[name]}").write
     return writer(name, sae, folder)

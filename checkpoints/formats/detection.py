@@ -68,10 +68,10 @@ def detect(path: Path, source: str) -> tuple[str, Place]:
         return found[0]
     if found:
         names = ", ".join(f"{place.weights} ({kind})" for kind, place in found[:6])
-        raise UserError(f"--sae {source} holds several SAEs: {names}: give one of the files")
+        raise UserError(f"`sae` {source} holds several SAEs: {names}: give one of the files")
     if problems:
         raise problems[0]
-    raise UserError(f"--sae {source} {_nothing(path, candidates)}: {SHAPE}")
+    raise UserError(f"`sae` {source} {_nothing(path, candidates)}: {SHAPE}")
 
 
 def _candidates(folder: Path) -> list[str]:
@@ -105,7 +105,7 @@ def _format(place: Place) -> str | None:
     if path.suffix in (".pt", ".pth"):
         return _torch(place)
     raise UserError(
-        f"--sae {place.source} is a file that ends in {path.suffix or 'nothing'}; weights end in "
+        f"`sae` {place.source} is a file that ends in {path.suffix or 'nothing'}; weights end in "
         f"{', '.join(_SUFFIXES)}: {SHAPE}"
     )
 
@@ -129,7 +129,7 @@ def _safetensors(place: Place, header: Mapping[str, TensorInfo]) -> str | None:
         if "W_enc" in header and transcoder_layers.is_here(place):
             return "transcoder-layers"
         raise UserError(
-            f"--sae {place.source} holds no {saelens.CFG}: give a folder in SAELens format "
+            f"`sae` {place.source} holds no {saelens.CFG}: give a folder in SAELens format "
             f"({saelens.CFG} and {saelens.WEIGHTS})"
         )
     training = "topk_threshold" in header or place.has(saelens_checkpoint.SCALER)

@@ -122,13 +122,13 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
         raise UserError(
             f"dictionary_learning has classes for {', '.join(_OUR_CLASS)} SAEs, and this is "
             f"{spec.architecture}{' with another output' if spec.is_transcoder else ''}: use "
-            "another --format"
+            "another `format`"
         )
     if spec.scales_tokens or spec.centers_input or spec.reshape_activations != "none":
         raise UserError(
             "dictionary_learning cannot say what this SAE does to its input "
             f"(normalize_activations {spec.normalize_activations}, reshape_activations "
-            f"{spec.reshape_activations}): use another --format"
+            f"{spec.reshape_activations}): use another `format`"
         )
     notes = []
     if spec.rescale_acts_by_decoder_norm:
@@ -178,13 +178,13 @@ def _dict_class(place: Place, trainer: Mapping[str, Any], tensors: Mapping[str, 
         return str(named)
     if named is not None:
         raise UserError(
-            f"--sae {place.source} has dict_class {named!r}; we read {', '.join(CLASSES)}"
+            f"`sae` {place.source} has dict_class {named!r}; we read {', '.join(CLASSES)}"
         )
     fitting = [kind for kind, names in CLASSES.items() if set(names) == set(tensors)]
     if len(fitting) != 1:
         what = f"fit {' and '.join(fitting)}" if fitting else "fit none of its classes"
         raise UserError(
-            f"--sae {place.source} has no {CFG} with a dict_class, and its tensors {what}: put the "
+            f"`sae` {place.source} has no {CFG} with a dict_class, and its tensors {what}: put the "
             "trainer's config.json beside the file"
         )
     return fitting[0]

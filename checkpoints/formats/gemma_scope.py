@@ -43,12 +43,12 @@ def read(name: str, place: Place) -> SAE:
     tensors = _renamed(place, raw)
     scaling = tensors.pop("scaling_factor", None)
     if scaling is not None and bool((scaling != 1).any()):
-        raise UserError(f"--sae {place.source} has a scaling_factor that is not 1: choose another")
+        raise UserError(f"`sae` {place.source} has a scaling_factor that is not 1: choose another")
     exactly(place, tensors, _NEEDED, ("W_skip",))
     all_float(place, tensors)
     if tensors["W_dec"].dim() == 3:
         raise UserError(
-            f"--sae {place.source} is a cross-layer transcoder, which writes to many layers and is "
+            f"`sae` {place.source} is a cross-layer transcoder, which writes to many layers and is "
             "not read: choose another SAE"
         )
     d_model, d_sae = matrix(place, tensors, "W_enc")
@@ -63,7 +63,7 @@ def read(name: str, place: Place) -> SAE:
         notes.append("an SAE of the embedding: folded the model's factor sqrt(d_model)")
     site = _first_site(where) if first else _second_site(place, where)
     if not site["hook_name"] and not site["hf_hook_name"]:
-        notes.append("the path says no layer and site: give --layer and --site")
+        notes.append("the path says no layer and site: give `layer` and `site`")
     transcoder = "transcoder" in where or "W_skip" in tensors or d_out != d_model
     transcoder = transcoder or "hook_name_out" in site["metadata"]
     spec = spec_or_error(
@@ -83,7 +83,7 @@ def _renamed(place: Place, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in raw.items():
         ours = _NAMES.get(key.lower(), key)
         if ours in found:
-            raise UserError(f"--sae {place.source}: {place.weights} has two tensors for {ours}")
+            raise UserError(f"`sae` {place.source}: {place.weights} has two tensors for {ours}")
         found[ours] = tensor
     return found
 
@@ -128,7 +128,7 @@ def _second_site(place: Place, where: str) -> dict[str, Any]:
     config = place.config(CFG, optional=True)
     architecture = config.get("architecture", "jump_relu")
     if architecture != "jump_relu":
-        raise UserError(f"--sae {place.source} has architecture {architecture!r}, not jump_relu")
+        raise UserError(f"`sae` {place.source} has architecture {architecture!r}, not jump_relu")
     layer, metadata = _layer(where), dict[str, Any](prepend_bos=True, context_size=1024)
     kinds = {
         "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z",

@@ -48,7 +48,7 @@ def read(name: str, place: Place) -> SAE:
     d_model, d_sae = matrix(place, tensors, "W_enc")
     hook, model, notes = _site(name, place)
     if not hook:
-        notes.append("the file names no layer or site: give --layer and --site")
+        notes.append("the file names no layer or site: give `layer` and `site`")
     attention = name == "gpt2-attention"
     spec = spec_or_error(
         place,

@@ -41,10 +41,10 @@ def read(name: str, place: Place) -> SAE:
     d_sae, d_model = matrix(place, tensors, "encoder.weight")
     averages = config.get("dataset_average_activation_norm")
     if not isinstance(averages, dict):
-        raise UserError(f"--sae {place.source} lacks dataset_average_activation_norm; restore it")
+        raise UserError(f"`sae` {place.source} lacks dataset_average_activation_norm; restore it")
     hook, out = text(config, "hook_point_in"), text(config, "hook_point_out")
     if out and hook and out != hook:
-        raise UserError(f"--sae {place.source} is a transcoder ({hook} to {out}); SAEs are read")
+        raise UserError(f"`sae` {place.source} is a transcoder ({hook} to {out}); SAEs are read")
     scale = d_model**0.5 / number(place, averages, "in")
     if first:
         value = number(place, config, "jump_relu_threshold") * scale

@@ -24,7 +24,7 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 _TIED = "decoder.linear.weight"
 # Nothing in the file says where it reads.
-_NO_SITE = "the file names no layer or site: give --layer and --site"
+_NO_SITE = "the file names no layer or site: give `layer` and `site`"
 
 
 def read(name: str, place: Place) -> SAE:
@@ -41,11 +41,11 @@ def read(name: str, place: Place) -> SAE:
         weights["decoder.weight"].T if "decoder.weight" in weights else weights["encoder.weight"]
     )
     if _TIED in weights and not bool((weights[_TIED] == weights["encoder.weight"]).all()):
-        raise UserError(f"--sae {place.source}: {_TIED} is not the encoder's weight, as a tied one")
+        raise UserError(f"`sae` {place.source}: {_TIED} is not the encoder's weight, as a tied one")
     state = content.get("activation_state_dict")
     activation = content.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):
-        raise UserError(f"--sae {place.source} has activation {activation!r}; ReLU, TopK are read")
+        raise UserError(f"`sae` {place.source} has activation {activation!r}; ReLU, TopK are read")
     topk = activation == "TopK"
     spec = spec_or_error(
         place,
@@ -73,9 +73,9 @@ def _k(place: Place, state: Any) -> int:
     after = str(state.get("postact_fn", "ReLU")) if isinstance(state, dict) else "ReLU"
     if type(k) is not int or after.removesuffix("()") not in ("ReLU", "Identity"):
         raise UserError(
-            f"--sae {place.source}: activation_state_dict must hold a whole k and postact_fn ReLU, "
+            f"`sae` {place.source}: activation_state_dict must hold a whole k and postact_fn ReLU, "
             f"got {k!r} and {after!r}"
         )
     if after.startswith("Identity"):
-        raise UserError(f"--sae {place.source} keeps negative values in its top k; ReLU is read")
+        raise UserError(f"`sae` {place.source} keeps negative values in its top k; ReLU is read")
     return k

@@ -55,7 +55,7 @@ def read(name: str, place: Place) -> SAE:
             if activation == "batchtopk"
             else "is not read"
         )
-        raise UserError(f"--sae {place.source} has act_fn {activation!r}, which {why}")
+        raise UserError(f"`sae` {place.source} has act_fn {activation!r}, which {why}")
     notes: list[str] = []
     mode = config.get("norm_activation", "dataset-wise")
     if mode == "dataset-wise":
@@ -77,7 +77,7 @@ def read(name: str, place: Place) -> SAE:
     }  # fmt: skip
     if architecture == "jumprelu":
         if _THRESHOLD not in raw:
-            raise UserError(f"--sae {place.source} is jumprelu and lacks {_THRESHOLD}")
+            raise UserError(f"`sae` {place.source} is jumprelu and lacks {_THRESHOLD}")
         tensors["threshold"] = raw[_THRESHOLD].double().exp().expand(d_sae)
         if mode == "inference":
             notes.append(
@@ -112,13 +112,13 @@ def _refuse(place: Place, config: Mapping[str, Any], raw: Mapping[str, Tensor]) 
         ),
     ):
         if wrong:
-            raise UserError(f"--sae {place.source} has {what}, which is not read: choose another")
+            raise UserError(f"`sae` {place.source} has {what}, which is not read: choose another")
 
 
 def _factor(place: Place, averages: Mapping[str, float], hook: str, width: int) -> float:
     if averages.get(hook, 0) <= 0:
         raise UserError(
-            f"--sae {place.source} lacks {_NORM}{hook}, the average norm that it divides by: "
+            f"`sae` {place.source} lacks {_NORM}{hook}, the average norm that it divides by: "
             "restore the weights"
         )
     return float(width**0.5 / averages[hook])

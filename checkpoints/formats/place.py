@@ -61,7 +61,7 @@ def finish(
     """
     kind = DTYPES[spec.dtype]
     # Before they become fields of an SAE, whose names they must be.
-    check_tensors(tensors, spec, f"--sae {place.source}")
+    check_tensors(tensors, spec, f"`sae` {place.source}")
     sae = SAE(
         spec=spec,
         **{key: value.to(kind).contiguous() for key, value in tensors.items()},
@@ -70,7 +70,7 @@ def finish(
         format=name,
         notes=tuple(notes),
     )
-    return sae.check(f"--sae {place.source}")
+    return sae.check(f"`sae` {place.source}")
 
 
 def spec_or_error(place: Place, **fields: Any) -> SAESpec:
@@ -78,7 +78,7 @@ def spec_or_error(place: Place, **fields: Any) -> SAESpec:
     try:
         return SAESpec(**fields)
     except (UsageError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"--sae {place.source}: its config is wrong: {error}") from error
+        raise UserError(f"`sae` {place.source}: its config is wrong: {error}") from error
 
 
 def matrix(place: Place, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def matrix(place: Place, tensors: Mapping[str, Tensor], name: str) -> tuple[int,
     tensor = tensors[name]
     if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
         raise UserError(
-            f"--sae {place.source}: {name} is {tensor.dtype} of shape {list(tensor.shape)}; a "
+            f"`sae` {place.source}: {name} is {tensor.dtype} of shape {list(tensor.shape)}; a "
             "float matrix is needed"
         )
     return int(tensor.shape[0]), int(tensor.shape[1])
@@ -104,7 +104,7 @@ def exactly(
     extra = sorted(str(name) for name in tensors if name not in {*needed, *optional})
     if missing or extra:
         raise UserError(
-            f"--sae {place.source}: {place.weights} needs the tensors {', '.join(needed)}; "
+            f"`sae` {place.source}: {place.weights} needs the tensors {', '.join(needed)}; "
             f"missing: {', '.join(missing) or 'none'}; unexpected: "
             f"{', '.join(extra[:8]) or 'none'}"
         )
@@ -115,7 +115,7 @@ def all_float(place: Place, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise UserError(
-                f"--sae {place.source}: {name} is {str(tensor.dtype).removeprefix('torch.')}; "
+                f"`sae` {place.source}: {name} is {str(tensor.dtype).removeprefix('torch.')}; "
                 f"weights are {', '.join(DTYPES)}"
             )
 
@@ -129,7 +129,7 @@ def number(place: Place, config: Mapping[str, Any], key: str) -> float:
     """A finite number > 0 of a config."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise UserError(f"--sae {place.source}: {key} must be a positive number, got {value!r}")
+        raise UserError(f"`sae` {place.source}: {key} must be a positive number, got {value!r}")
     return float(value)
 
 
@@ -143,7 +143,7 @@ def scalar(place: Place, tensors: Mapping[str, Tensor], name: str) -> float:
     """The one finite number in a tensor."""
     tensor = tensors[name]
     if tensor.numel() != 1 or not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"--sae {place.source}: {name} must be one finite number")
+        raise UserError(f"`sae` {place.source}: {name} must be one finite number")
     return float(tensor.reshape(()))
 
 

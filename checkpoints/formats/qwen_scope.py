@@ -29,7 +29,7 @@ def read(name: str, place: Place) -> SAE:
     repository = re.search(r"SAE-Res-([\w.-]+?)-W\w+-L0_(\d{1,6})", where)
     if not repository:
         raise UserError(
-            f"--sae {place.source} holds no k, and none of its folders is named like the "
+            f"`sae` {place.source} holds no k, and none of its folders is named like the "
             "repository (SAE-Res-MODEL-W32K-L0_50): put the file into a folder of that name"
         )
     layer = re.fullmatch(r"layer(\d{1,4})\.sae\.pt", place.weights)

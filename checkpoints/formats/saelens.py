@@ -82,7 +82,7 @@ def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], 
     major = str(version).split(".")[0]
     if major.isdigit() and int(major) >= 6:
         if metadata is not None and not isinstance(metadata, dict):
-            raise UserError(f"--sae {source}: metadata in {CFG} is no JSON object; restore it")
+            raise UserError(f"`sae` {source}: metadata in {CFG} is no JSON object; restore it")
         return {**config, "metadata": dict(metadata or {})}, []
     new = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
     arguments = new.get("activation_fn_kwargs")
@@ -95,7 +95,7 @@ def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], 
     activation = new.get("activation_fn", "relu")
     if activation not in ("relu", "topk"):
         raise UserError(
-            f"--sae {source} has activation_fn {activation!r}; relu and topk are read: choose "
+            f"`sae` {source} has activation_fn {activation!r}; relu and topk are read: choose "
             "another SAE"
         )
     if isinstance(new.get("normalize_activations"), bool):
@@ -117,7 +117,7 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     for key in ("normalize_activations", "reshape_activations", "dtype"):
         if not isinstance(config.get(key) or "", str):
             raise UserError(
-                f"--sae {source}: {CFG} is wrong: {key} must be a text, got {config[key]!r:.60}"
+                f"`sae` {source}: {CFG} is wrong: {key} must be a text, got {config[key]!r:.60}"
             )
     if not isinstance(named, str):
         named = f"{named!r:.60}"
@@ -125,20 +125,20 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
         named = "jumprelu"
     if named in _REFUSED:
         raise UserError(
-            f"--sae {source} has architecture {named!r}, which {_REFUSED[named]} and is not "
+            f"`sae` {source} has architecture {named!r}, which {_REFUSED[named]} and is not "
             "read: choose another SAE"
         )
     architecture, transcoder = _base(str(named))
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"--sae {source} has architecture {named!r}; we read {', '.join(ARCHITECTURES)} and "
+            f"`sae` {source} has architecture {named!r}; we read {', '.join(ARCHITECTURES)} and "
             "their transcoders: choose another SAE"
         )
     absent = [key for key in ("d_in", "d_sae", "dtype") if key not in config]
     if transcoder and "d_out" not in config:
         absent.append("d_out")
     if absent:
-        raise UserError(f"--sae {source}: {CFG} lacks {', '.join(absent)}; restore the file")
+        raise UserError(f"`sae` {source}: {CFG} lacks {', '.join(absent)}; restore the file")
     metadata = dict(config["metadata"])
     normalization = config.get("normalize_activations") or "none"
     if normalization == "covariance_whitening":
@@ -154,7 +154,7 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
         whole_float = isinstance(value, float) and value.is_integer()
         if isinstance(value, bool) or not (isinstance(value, int) or whole_float):
             raise UserError(
-                f"--sae {source}: {CFG} is wrong: {key} must be a whole number, got {value!r:.60}"
+                f"`sae` {source}: {CFG} is wrong: {key} must be a whole number, got {value!r:.60}"
             )
     return spec_or_error(
         place,
@@ -179,7 +179,7 @@ def _pursuit(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     threshold = config.get("residual_threshold", 1e-2)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise UserError(
-            f"--sae {source}: {CFG} is wrong: residual_threshold must be a number, got "
+            f"`sae` {source}: {CFG} is wrong: residual_threshold must be a number, got "
             f"{threshold!r:.60}"
         )
     return {
@@ -197,7 +197,7 @@ def own_names(tensors: Mapping[str, Tensor], spec: SAESpec, source: str) -> dict
         scaling = found.pop("finetuning_scaling_factor", None)
     if scaling is not None and not torch.allclose(scaling.float(), torch.ones(scaling.shape)):
         raise UserError(
-            f"--sae {source} has a scaling_factor for each latent that is not 1, which is not read:"
+            f"`sae` {source} has a scaling_factor for each latent that is not 1, which is not read:"
             " choose another SAE"
         )
     if spec.architecture == "jumprelu" and "log_threshold" in found and "threshold" not in found:
@@ -228,11 +228,11 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     if name == "saelens":
         if saelens_name(sae) not in SAELENS_ARCHITECTURES:
             raise UserError(
-                f"SAELens has no architecture for this SAE ({saelens_name(sae)}): use --format "
+                f"SAELens has no architecture for this SAE ({saelens_name(sae)}): use `format` "
                 "saesteer"
             )
         if sae.spec.is_transcoder and sae.spec.reshape_activations != "none":
-            raise UserError("SAELens reshapes no heads for transcoders: use --format saesteer")
+            raise UserError("SAELens reshapes no heads for transcoders: use `format` saesteer")
         if sae.spec.normalize_activations == "expected_average_only_in":
             notes.append("normalize_activations says expected_average_only_in: nothing is scaled")
         if sae.spec.centers_input:

@@ -63,14 +63,14 @@ def read(name: str, place: Place) -> SAE:
         )
         sae = dataclasses.replace(sae, spec=spec, threshold=torch.full_like(sae.b_enc, value))
         sae = with_notes(sae, [f"{trained_as} became jumprelu with threshold {value:.6g}"])
-    return sae.check(f"--sae {place.source}")
+    return sae.check(f"`sae` {place.source}")
 
 
 def _pop_threshold(place: Place, tensors: dict[str, Tensor], architecture: str) -> float | None:
     """The batch's running threshold of the BatchTopK family; None for the others."""
     if (architecture in saelens.BATCH_TOPK) != ("topk_threshold" in tensors):
         raise UserError(
-            f"--sae {place.source} has architecture {architecture!r} and "
+            f"`sae` {place.source} has architecture {architecture!r} and "
             f"{'a' if 'topk_threshold' in tensors else 'no'} topk_threshold; the config and the "
             "weights do not belong together"
         )
@@ -92,6 +92,6 @@ def _whitening(place: Place) -> tuple[Tensor, Tensor, Tensor]:
     exactly(place, found, names)
     all_float(place, found)
     if not all(bool(torch.isfinite(found[name]).all()) for name in names):
-        raise UserError(f"--sae {place.source}: {WHITENING} holds NaN or infinity; refused")
+        raise UserError(f"`sae` {place.source}: {WHITENING} holds NaN or infinity; refused")
     mean, matrix, inverse = (found[name] for name in names)
     return mean, matrix, inverse

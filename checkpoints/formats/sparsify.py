@@ -43,11 +43,11 @@ def read(name: str, place: Place) -> SAE:
     activation = config.get("activation", "topk")
     if activation not in ("topk", "groupmax"):
         raise UserError(
-            f"--sae {place.source} has activation {activation!r}; topk and groupmax are read"
+            f"`sae` {place.source} has activation {activation!r}; topk and groupmax are read"
         )
     k = config.get("k")
     if isinstance(k, bool) or not isinstance(k, int):
-        raise UserError(f"--sae {place.source}: k in {CFG} must be a whole number, got {k!r}")
+        raise UserError(f"`sae` {place.source}: k in {CFG} must be a whole number, got {k!r}")
     transcode = bool(config.get("transcode", False))
     module = _module(place.folder.resolve())
     spec = spec_or_error(
@@ -83,7 +83,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     spec = sae.spec
     if spec.architecture not in ("topk", "groupmax"):
         raise UserError(
-            f"sparsify has topk and groupmax, this SAE is {spec.architecture}: use another --format"
+            f"sparsify has topk and groupmax, this SAE is {spec.architecture}: use another `format`"
         )
     for wrong, what in (
         (spec.scales_tokens, f"normalize_activations {spec.normalize_activations}"),
@@ -92,7 +92,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
         (spec.is_transcoder and spec.d_out != spec.d_model, "an output of another width"),
     ):
         if wrong:
-            raise UserError(f"sparsify cannot say {what}: use another --format")
+            raise UserError(f"sparsify cannot say {what}: use another `format`")
     notes = []
     if spec.rescale_acts_by_decoder_norm:
         sae = folds.fold_decoder_norms(sae)
@@ -139,7 +139,7 @@ def _check_widths(place: Place, config: dict[str, Any], d_model: int, d_sae: int
     ):
         if said != found:
             raise UserError(
-                f"--sae {place.source}: {CFG} says {key} {said!r} and the weights have {found}; "
+                f"`sae` {place.source}: {CFG} says {key} {said!r} and the weights have {found}; "
                 "the config and the weights do not belong together"
             )
 

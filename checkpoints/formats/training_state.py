@@ -56,14 +56,14 @@ def read(name: str, place: Place) -> SAE:
     lists = isinstance(saes, dict) and isinstance(scales, list) and len(saes) == len(scales)
     if not lists or not all(isinstance(spec, dict) for spec in saes.values()):
         raise UserError(
-            f"--sae {place.source}: the state does not say what its SAEs are; resume its run with "
+            f"`sae` {place.source}: the state does not say what its SAEs are; resume its run with "
             "this saesteer, which saves a state that does"
         )
     names = list(saes)
     if place.part not in names and (place.part or len(names) != 1):
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         raise UserError(
-            f"--sae {place.source}: the state holds the SAEs {shown}: give one as "
+            f"`sae` {place.source}: the state holds the SAEs {shown}: give one as "
             f"{place.folder}/NAME"
         )
     at = names.index(place.part) if place.part else 0
@@ -74,12 +74,12 @@ def read(name: str, place: Place) -> SAE:
     exactly(place, tensors, _PARAMETERS)
     factor = scales[at]
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e30:
-        raise UserError(f"--sae {place.source}: the state's input scale is {factor!r}; refused")
+        raise UserError(f"`sae` {place.source}: the state's input scale is {factor!r}; refused")
     F, D = spec.d_sae, spec.d_model
     shapes = dict(zip(_PARAMETERS, [(F, D), (F,), (F, D), (D,), (D,)], strict=True))
     for key, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
-            raise UserError(f"--sae {place.source}: the state's {key} does not fit its spec")
+            raise UserError(f"`sae` {place.source}: the state's {key} does not fit its spec")
     folded: dict[str, Any] = folds.fold_centred_scale(
         W_enc=tensors["param.W_enc_rows"].T,
         b_enc=tensors["param.b_enc"],
@@ -93,7 +93,7 @@ def read(name: str, place: Place) -> SAE:
         spec=spec, **folded, source=place.source, format=name,
         notes=(f"the state of step {step} of its training", "folded the input's scale and mean"),
     )  # fmt: skip
-    sae.check(f"--sae {place.source}")
+    sae.check(f"`sae` {place.source}")
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
@@ -103,7 +103,7 @@ def _spec(place: Place, saved: dict[str, Any]) -> SAESpec:
     for key, value in saved.items():
         empty = value is None and key in ("k", "d_out")
         if type(value) is not type(getattr(like, key, None)) and not empty:
-            raise UserError(f"--sae {place.source}: the state's spec has a wrong {key[:40]!r}")
+            raise UserError(f"`sae` {place.source}: the state's spec has a wrong {key[:40]!r}")
     if saved.get("architecture") not in ARCHITECTURES:
-        raise UserError(f"--sae {place.source}: the state's SAE is of no architecture known here")
+        raise UserError(f"`sae` {place.source}: the state's SAE is of no architecture known here")
     return spec_or_error(place, **saved)

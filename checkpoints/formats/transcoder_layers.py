@@ -52,7 +52,7 @@ def read(name: str, place: Place) -> SAE:
         model_name=text(_yaml(place, _MODEL), "model_name") if place.has(_MODEL) else "",
         metadata=metadata,
     )
-    notes = [] if layer else ["the file's name says no layer: give --layer and --site"]
+    notes = [] if layer else ["the file's name says no layer: give `layer` and `site`"]
     return finish(place, name, spec, {**tensors, "W_enc": tensors["W_enc"].T}, notes)
 
 

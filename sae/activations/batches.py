@@ -83,7 +83,7 @@ class ShardSource:
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
         if self.shard == len(self.reader):
             if self.kept == 0:
-                raise UserError("--activations holds no rows to train on: every row is a sink")
+                raise UserError("`activations` holds no rows to train on: every row is a sink")
             self.epoch, self.shard, self.row = self.epoch + 1, 0, 0
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.reader))
         index = int(order[self.shard])
@@ -100,7 +100,7 @@ class ShardSource:
         except NotFinite as error:
             layer, site = error.place
             raise NonFiniteError(
-                f"--activations {self.reader.folder} holds NaN or infinity in shard {index} of "
+                f"`activations` {self.reader.folder} holds NaN or infinity in shard {index} of "
                 f"layer {layer} {site}: harvest again"
             ) from None
         self.row += len(chosen)
@@ -190,8 +190,8 @@ class BatchStream:
         rows = self.source.next_rows()
         if rows is None:
             raise UserError(
-                f"the corpus ended after {self.drawn} of {self.total} --tokens: give more --data, "
-                "more --epochs or fewer --tokens"
+                f"the corpus ended after {self.drawn} of {self.total} `tokens`: give more `data`, "
+                "more `epochs` or fewer `tokens`"
             )
         rows = rows[: self.total - self.drawn]
         self.drawn += len(rows)

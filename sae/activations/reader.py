@@ -158,7 +158,7 @@ class ActivationStream:
             layer, _ = error.place
             raise NonFiniteError(
                 f"{self.lm.name} gave NaN or infinite activations at layer {layer} in batch "
-                f"{self.batches}: try --dtype float32, or look at the text there"
+                f"{self.batches}: try `dtype` float32, or look at the text there"
             ) from None
         size = self.config.batch_size
         everywhere = torch.stack([self.ranks.interleave(row, size, torch.nan) for row in medians])
@@ -195,7 +195,7 @@ class ActivationStream:
             # The first paragraph; hints for PyTorch's own developers follow.
             said = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
             raise UserError(
-                f"--compile does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
+                f"`compile` does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
                 f"leave it out. PyTorch says: {said[:200]}"
             ) from error
 
@@ -233,7 +233,7 @@ def open_activations(
     """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
     if len({point.key for point in points}) != len(points):
         named = ",".join(str(point.layer) for point in points)
-        raise UsageError(f"--layer names a block twice: {named}")
+        raise UsageError(f"`layer` names a block twice: {named}")
     replies_file = None
     if replies:
         settings = ReplyConfig(seed=config.seed)

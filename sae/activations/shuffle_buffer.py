@@ -28,7 +28,7 @@ class ShuffleBuffer:
     ) -> None:
         if capacity < batch_rows:
             raise UsageError(
-                f"--buffer-tokens must be at least --batch-tokens ({batch_rows}), got {capacity}"
+                f"`buffer_tokens` must be at least `batch_tokens` ({batch_rows}), got {capacity}"
             )
         self.rows = torch.empty(capacity, width, dtype=dtype)
         self.filled = 0

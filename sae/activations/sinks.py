@@ -18,7 +18,7 @@ class NotFinite(NonFiniteError):
 
     def __init__(self, place: Place) -> None:
         super().__init__(
-            f"the activations of layer {place[0]} {place[1]} are NaN or infinite: try --dtype "
+            f"the activations of layer {place[0]} {place[1]} are NaN or infinite: try `dtype` "
             "float32"
         )
         self.place = place

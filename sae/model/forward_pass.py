@@ -49,7 +49,7 @@ class Forward:
         for (_, site), values in seen.items():
             if values.shape[-1] != lm.d_model:
                 raise UsageError(
-                    f"--site {site} has width {values.shape[-1]}, the residual stream of "
+                    f"`site` {site} has width {values.shape[-1]}, the residual stream of "
                     f"{lm.name} has {lm.d_model}: give a site of that width"
                 )
         norms = norms_of(seen)

@@ -46,18 +46,18 @@ def generate(
     from saesteer.checkpoints.model_files import quiet
 
     if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+        raise UsageError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
     if temperature < 0:
-        raise UsageError(f"--temperature must be 0 (greedy) or more, got {temperature}")
+        raise UsageError(f"`temperature` must be 0 (greedy) or more, got {temperature}")
     if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p must be in (0, 1], got {top_p}")
+        raise UsageError(f"`top_p` must be in (0, 1], got {top_p}")
     if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+        raise UsageError(f"`batch_size` must be at least 1, got {batch_size}")
     longest = max((len(prompt) for prompt in prompts), default=0)
     positions = position_limit(lm)
     if positions is not None and longest + max_new_tokens > positions:
         raise UsageError(
-            f"--max-new-tokens {max_new_tokens} after a prompt of {longest} tokens is more than "
+            f"`max_new_tokens` {max_new_tokens} after a prompt of {longest} tokens is more than "
             f"the {positions} positions of {lm.name}: at most {max(0, positions - longest)} fit"
         )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

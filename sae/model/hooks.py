@@ -54,7 +54,7 @@ def layer_index(lm: LanguageModel, layer: int) -> int:
     """A 0-based block index; negative counts from the end. Raises UsageError out of range."""
     if not -lm.n_layers <= layer < lm.n_layers:
         raise UsageError(
-            f"--layer {layer} is out of range: {lm.name} has {lm.n_layers} blocks, "
+            f"`layer` {layer} is out of range: {lm.name} has {lm.n_layers} blocks, "
             f"0..{lm.n_layers - 1} (or -{lm.n_layers}..-1 from the end)"
         )
     return layer % lm.n_layers
@@ -84,12 +84,12 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
         module = None
     if not wanted or module is None:
         raise UsageError(
-            f"--site must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
+            f"`site` must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
         )
     inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
     if inside and int(inside[1]) != layer:
         raise UsageError(
-            f"--site {site} lies in block {inside[1]}, but --layer is {layer}: give that layer, or "
+            f"`site` {site} lies in block {inside[1]}, but `layer` is {layer}: give that layer, or "
             "write {layer} for the number"
         )
     return HookPoint(layer, site, module, wanted, "output")
@@ -129,7 +129,7 @@ def _first_child(lm: LanguageModel, block: nn.Module, site: str, names: Sequence
         if isinstance(getattr(block, name, None), nn.Module):
             return name
     raise UsageError(
-        f"--site {site} does not exist in the {type(block).__name__} blocks of {lm.name}: "
+        f"`site` {site} does not exist in the {type(block).__name__} blocks of {lm.name}: "
         "use resid_post, resid_pre or a module path"
     )
 
@@ -151,42 +151,42 @@ def sae_hook_point(
     spec, name = sae.spec, sae.source or "(in memory)"
     if spec.d_model != lm.d_model:
         raise UserError(
-            f"--sae {name} has d_model {spec.d_model}, --model {lm.name} has {lm.d_model}: "
+            f"`sae` {name} has d_model {spec.d_model}, `model` {lm.name} has {lm.d_model}: "
             "use the model it was trained on"
         )
     trained_on = (spec.metadata.get("saesteer") or {}).get("model", {}).get("hash")
     if trained_on and trained_on != lm.fingerprint and not force:
         raise UserError(
-            f"--sae {name} was trained on {spec.model_name} with weights {trained_on}, "
-            f"--model {lm.name} has weights {lm.fingerprint}: use that model, or --force"
+            f"`sae` {name} was trained on {spec.model_name} with weights {trained_on}, "
+            f"`model` {lm.name} has weights {lm.fingerprint}: use that model, or `force`"
         )
     chosen = spec.layer if layer is None else layer_index(lm, layer)
     if chosen is None:
-        raise UsageError(f"--sae {name} names no layer: give --layer")
+        raise UsageError(f"`sae` {name} names no layer: give `layer`")
     if spec.layer is not None and chosen != spec.layer:
         raise UsageError(
-            f"--layer {layer} conflicts with --sae {name}, which reads layer {spec.layer}: "
-            "leave --layer out"
+            f"`layer` {layer} conflicts with `sae` {name}, which reads layer {spec.layer}: "
+            "leave `layer` out"
         )
     if chosen >= lm.n_layers:
         raise UserError(
-            f"--sae {name} reads layer {chosen}, --model {lm.name} has {lm.n_layers} blocks: "
+            f"`sae` {name} reads layer {chosen}, `model` {lm.name} has {lm.n_layers} blocks: "
             "use the model it was trained on"
         )
     if spec.is_transcoder or spec.reshape_activations != "none":
         what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
         raise UserError(
-            f"--sae {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
+            f"`sae` {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
             "write one place of width d_model can be hooked: use it from Python (load_sae)"
         )
     if spec.hook_name and spec.site is None and site is None:
         raise UsageError(
-            f"--sae {name} reads {spec.hook_name}, which is none of our sites: give --site"
+            f"`sae` {name} reads {spec.hook_name}, which is none of our sites: give `site`"
         )
     wanted = None if site is None else site.replace("{layer}", str(chosen))
     if wanted is not None and spec.site is not None and wanted != spec.site:
         raise UsageError(
-            f"--site {site} conflicts with --sae {name}, which reads {spec.site}: leave --site out"
+            f"`site` {site} conflicts with `sae` {name}, which reads {spec.site}: leave `site` out"
         )
     return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
 
@@ -264,7 +264,7 @@ def run_to(lm: LanguageModel, points: Sequence[HookPoint], **inputs: Any) -> dic
     for point in points:
         if point.key not in seen:
             raise UsageError(
-                f"--site {point.site} is never reached in a pass over text of {lm.name}: give a "
+                f"`site` {point.site} is never reached in a pass over text of {lm.name}: give a "
                 f"module inside {lm.blocks_path}"
             )
     return seen

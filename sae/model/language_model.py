@@ -122,7 +122,7 @@ class LanguageModel:
     def unembed(self) -> nn.Module:
         head = self.model.get_output_embeddings()
         if head is None:
-            raise UserError(f"--model {self.name} has no output embedding: a causal LM is needed")
+            raise UserError(f"`model` {self.name} has no output embedding: a causal LM is needed")
         return head  # type: ignore[no-any-return]
 
 
@@ -142,14 +142,14 @@ def pick_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+        raise UsageError(f"`device` must be auto, cpu, cuda or cuda:N, got {device!r}") from None
     if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+        raise UsageError(f"`device` must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device} was asked for, but torch sees no CUDA device: use cpu")
+        raise UsageError(f"`device` {device} was asked for, but torch sees no CUDA device: use cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"--device {device} does not exist: torch sees {torch.cuda.device_count()} CUDA "
+            f"`device` {device} does not exist: torch sees {torch.cuda.device_count()} CUDA "
             "devices, numbered from 0"
         )
     return chosen
@@ -171,7 +171,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if dtype not in DTYPES:
-        raise UsageError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+        raise UsageError(f"`dtype` must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 
 
@@ -215,9 +215,9 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
         try:
             found = model.get_submodule(path)
         except AttributeError:
-            raise UserError(f"--blocks {path}: the model has no such module") from None
+            raise UserError(f"`blocks` {path}: the model has no such module") from None
         if not isinstance(found, nn.ModuleList):
-            raise UserError(f"--blocks {path} is a {type(found).__name__}, not a list of blocks")
+            raise UserError(f"`blocks` {path} is a {type(found).__name__}, not a list of blocks")
         return path, found
     expected = text_config(model).num_hidden_layers
     lists: list[tuple[str, nn.ModuleList]] = []
@@ -236,7 +236,7 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
         names = ", ".join(name for name, _ in lists) or "none"
         raise UserError(
             f"cannot tell which modules are the {expected} decoder blocks (candidates: {names}): "
-            "name their list with --blocks MODULE.PATH"
+            "name their list with `blocks` MODULE.PATH"
         )
     return lists[0]
 
@@ -301,11 +301,11 @@ def load_model(
         except Exception as error:  # the library raises a dozen unrelated types
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"--model {name} could not be loaded ({reason}): give another model, or get it anew"
+                f"`model` {name} could not be loaded ({reason}): give another model, or get it anew"
             ) from error
     else:
         todo = "check the name, or give a folder with config.json or a .gguf file"
-        model, tokenizer = hub_call(read, f"--model {name}", todo)
+        model, tokenizer = hub_call(read, f"`model` {name}", todo)
     lm = wrap_model(model, tokenizer, resolved.name, blocks_path)
     for parameter in model.parameters():
         if parameter.is_floating_point() and chosen_dtype == torch.float16:
@@ -320,14 +320,14 @@ def _placement(
 ) -> dict[str, Any]:
     """Arguments of `from_pretrained` that place or quantise the weights while they are read."""
     if device_map not in (None, "auto"):
-        raise UsageError(f"--device-map must be auto, got {device_map!r}")
+        raise UsageError(f"`device_map` must be auto, got {device_map!r}")
     if quantize not in (None, "8bit", "4bit"):
-        raise UsageError(f"--quantize must be 8bit or 4bit, got {quantize!r}")
+        raise UsageError(f"`quantize` must be 8bit or 4bit, got {quantize!r}")
     if quantize is None:
         return {} if device_map is None else {"device_map": device_map}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"--quantize {quantize} needs bitsandbytes, which is not installed: "
+            f"`quantize` {quantize} needs bitsandbytes, which is not installed: "
             "pip install 'saesteer[quant]'"
         )
     from transformers import BitsAndBytesConfig
@@ -369,7 +369,7 @@ def _from_pretrained(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"--model {path} lacks {len(missing)} of its weights, first {missing[0]}: give a "
+            f"`model` {path} lacks {len(missing)} of its weights, first {missing[0]}: give a "
             "complete causal language model"
         )
     return model

@@ -185,8 +185,8 @@ def refuse_what_cannot_fit(need: TrainingMemory, saes: int, device: torch.device
             raise UserError(
                 f"{saes} SAEs and the shuffle buffer need {gigabytes(size)} of {what} "
                 f"({gigabytes(need.saes)} for the SAEs, {gigabytes(need.buffer)} for the buffer), "
-                f"{gigabytes(free)} are free: give fewer --layer, --k, --d-sae or --init-seed at "
-                "once, or a smaller --buffer-tokens"
+                f"{gigabytes(free)} are free: give fewer `layer`, `k`, `d_sae` or `init_seed` at "
+                "once, or a smaller `buffer_tokens`"
             )
 
 

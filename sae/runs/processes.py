@@ -75,8 +75,8 @@ class Ranks:
     def _lost(self) -> UserError:
         return UserError(
             f"process {self.rank} of {self.world} lost another one (it ended, or did not answer "
-            f"within {self.timeout} s): what is in --out stays good; find its error above and run "
-            "the same command with --resume"
+            f"within {self.timeout} s): what is in `out` stays good; find its error above and run "
+            "the same command with `resume`"
         )
 
 

@@ -122,8 +122,8 @@ class ContextStream:
         if not ids:
             if self.emitted == 0:
                 raise UserError(
-                    f"--data {self.corpus.name} holds fewer tokens than one context of "
-                    f"{self.context}: give more text or a smaller --context"
+                    f"`data` {self.corpus.name} holds fewer tokens than one context of "
+                    f"{self.context}: give more text or a smaller `context`"
                 )
             return None
         numbers = torch.arange(self.emitted, self.emitted + len(ids))
@@ -198,7 +198,7 @@ class ContextStream:
                     self._tokenized += self._tokenize([text], [content])
                 except Exception as error:  # tokenizers raise what they like
                     failure = UserError(
-                        f"--data {self.corpus.name} holds a text that the tokenizer of "
+                        f"`data` {self.corpus.name} holds a text that the tokenizer of "
                         f"{self.lm.name} refuses ({reason_of(error)}): mend or remove "
                         f"{text[:40]!a}"
                     )
@@ -241,7 +241,7 @@ class ContextStream:
             return str(self.lm.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates raise what they like
             raise UserError(
-                f"--data {self.corpus.name} has `messages` that the chat template of "
+                f"`data` {self.corpus.name} has `messages` that the chat template of "
                 f"{self.lm.name} refuses ({reason_of(error)}): change their roles or order"
             ) from error
 
@@ -268,8 +268,8 @@ class ContextStream:
             ]
             if not fitting:
                 raise UserError(
-                    f"the chat template of {self.lm.name} rewrites the messages of --data "
-                    f"{self.corpus.name}: leave --exclude-template out"
+                    f"the chat template of {self.lm.name} rewrites the messages of `data` "
+                    f"{self.corpus.name}: leave `exclude_template` out"
                 )
             at = start + len(fitting[0])
             spans.append((start, at))
@@ -400,7 +400,7 @@ def open_contexts(
     longest = getattr(text_config(lm.model), "max_position_embeddings", None)
     if longest and config.context > longest:
         raise UsageError(
-            f"--context must be at most {longest}, the positions of {lm.name}, got {config.context}"
+            f"`context` must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )
 
     def packed(corpus: Corpus, epochs: int) -> ContextStream:

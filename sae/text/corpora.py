@@ -62,9 +62,9 @@ class FileCorpus:
                 for start, end in _document_spans(path)
             ]
         except OSError as error:
-            raise UserError(f"--data {name} cannot be read: {error}; check its path") from error
+            raise UserError(f"`data` {name} cannot be read: {error}; check its path") from error
         if not index:
-            raise UserError(f"--data {name} holds no text: give at least one document")
+            raise UserError(f"`data` {name} holds no text: give at least one document")
         self.index = np.array(index, dtype=np.int64)
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
@@ -81,7 +81,7 @@ class FileCorpus:
             text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"--data {path} is not UTF-8 (byte {start + error.start}): convert it, "
+                f"`data` {path} is not UTF-8 (byte {start + error.start}): convert it, "
                 "for example with iconv"
             ) from None
         if _is_json_lines(path):
@@ -111,7 +111,7 @@ def _check_json(path: Path) -> None:
                 is_row = False
             if not is_row:
                 raise UserError(
-                    f"--data {path} is a JSON file, not JSON lines: write one object with `text` "
+                    f"`data` {path} is a JSON file, not JSON lines: write one object with `text` "
                     "or `messages` on each line (jq -c '.[]' does that to a list)"
                 )
 
@@ -150,7 +150,7 @@ def _json_document(line: str, source: str) -> Document:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"--data {source} has a line that is not JSON ({error.msg}): give one object a line"
+            f"`data` {source} has a line that is not JSON ({error.msg}): give one object a line"
         ) from None
     return _row_document(row, source)
 
@@ -164,7 +164,7 @@ def _row_document(row: Any, source: str) -> Document:
             return [{"role": m["role"], "content": m["content"]} for m in messages]
     keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
     raise UserError(
-        f"--data {source} has a row with neither `text` (a string) nor `messages` (a list of role "
+        f"`data` {source} has a row with neither `text` (a string) nor `messages` (a list of role "
         f"and content); it has: {keys}"
     )
 
@@ -208,7 +208,7 @@ class HubCorpus:
         self.name = name
         dataset, *rest = name.removeprefix("hf:").split(":")
         if not dataset or len(rest) > 2:
-            raise UserError(f"--data {name} must read hf:DATASET[:config][:split]")
+            raise UserError(f"`data` {name} must read hf:DATASET[:config][:split]")
         config = rest[0] or None if len(rest) == 2 else None
         split = (rest[-1] if rest else "") or "train"
 
@@ -222,12 +222,12 @@ class HubCorpus:
                 self.rows = load()
             except Exception as error:  # the library raises a dozen unrelated types
                 raise UserError(
-                    f"--data {name} could not be opened ({reason_of(error)}): check the folder, "
+                    f"`data` {name} could not be opened ({reason_of(error)}): check the folder, "
                     "the config and the split"
                 ) from error
         else:
             todo = "check the name, the config and the split, or give a file or python-docs"
-            self.rows = hub_call(load, f"--data {name}", todo)
+            self.rows = hub_call(load, f"`data` {name}", todo)
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
         rows = iter(self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS).skip(start))
@@ -238,7 +238,7 @@ class HubCorpus:
                 return
             except Exception as error:
                 raise UserError(
-                    f"--data {self.name} broke off ({reason_of(error)}): try again, with --resume "
+                    f"`data` {self.name} broke off ({reason_of(error)}): try again, with `resume` "
                     "if something was saved"
                 ) from error
             yield _row_document(row, self.name)
@@ -294,11 +294,11 @@ def _open_one(spec: str) -> Corpus:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if _is_text_in(p, path))
         if not files:
-            raise UserError(f"--data {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
+            raise UserError(f"`data` {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
         return FileCorpus(spec, files, root=path)
     if not path.is_file():
         raise UserError(
-            f"--data {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
+            f"`data` {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
         )
     return FileCorpus(spec, [path])
 

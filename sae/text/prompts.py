@@ -38,7 +38,7 @@ class EncodedPrompt:
         inside = [i for i, (a, b) in enumerate(self.offsets) if a < high and b > low and b > a]
         if not inside:
             raise UserError(
-                f"--scope span:{start}-{end} covers no token of a prompt of "
+                f"`scope` span:{start}-{end} covers no token of a prompt of "
                 f"{len(self.text)} characters"
             )
         return inside[0], inside[-1] + 1
@@ -78,14 +78,14 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     if not text:
         raise UserError("a prompt is empty: give at least one character of text")
     if chat and not lm.has_chat_template:
-        raise UserError(f"--chat needs a chat template and {lm.name} has none: use --no-chat")
+        raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `no_chat`")
     rendered, start = text, 0
     if chat:
         rendered = _render(lm, text)
         # Searching for the text itself could find it in the template: "assistant", "user", "a".
         start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
         if start < 0 or not rendered.startswith(text, start):
-            raise UserError(f"the chat template of {lm.name} rewrites the prompt: use --no-chat")
+            raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `no_chat`")
     # A template writes its own BOS; a plain text gets the tokenizer's.
     encoded = lm.tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     return EncodedPrompt(

@@ -45,7 +45,7 @@ def sample_replies(
     Raises UserError when there is nothing to answer or the model says nothing.
     """
     if not prompts:
-        raise UserError("--replies names tasks without a single prompt: nothing to answer")
+        raise UserError("`replies` names tasks without a single prompt: nothing to answer")
     settings = json.dumps(asdict(config), sort_keys=True)
     template = str(getattr(lm.tokenizer, "chat_template", None))
     named = "\0".join([lm.fingerprint, template, settings, *prompts])
@@ -81,7 +81,7 @@ def sample_replies(
         if reply.text
     ]
     if not rows:
-        raise UserError(f"{lm.name} answered every --replies prompt with nothing")
+        raise UserError(f"{lm.name} answered every `replies` prompt with nothing")
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -267,7 +267,7 @@ class SAETrainer:
     def _not_finite(self) -> NonFiniteError:
         return NonFiniteError(
             f"the loss of {self.variant.folder} is not finite at step {self.step}: the last state "
-            f"before it was kept; lower --lr (now {self.peak_lr:.2g}) or look at the data there"
+            f"before it was kept; lower `lr` (now {self.peak_lr:.2g}) or look at the data there"
         )
 
     def take_log(self) -> dict[str, float]:

@@ -162,9 +162,9 @@ class _Job:
                 return dict(shared)
             if shared.get("processes", 1) != self.ranks.world:
                 raise UserError(
-                    f"--resume: {self.folder} was begun with {shared.get('processes', 1)} "
+                    f"`resume`: {self.folder} was begun with {shared.get('processes', 1)} "
                     f"processes, now there are {self.ranks.world}: start as many, or give another "
-                    "--out"
+                    "`out`"
                 )
         if resume and self._everybody((self.folder / part_manifest(part)).exists()):
             self.writer, cursor = ShardWriter.resume(self.folder, part=part)
@@ -221,8 +221,8 @@ class _Job:
                 batch = self._first.pop() if self._first else self.stream.next_batch()
                 if batch is None:
                     self.warn(
-                        f"the corpus ended after {self.done} of {total} --tokens: give more "
-                        "--data or --epochs"
+                        f"the corpus ended after {self.done} of {total} `tokens`: give more "
+                        "`data` or `epochs`"
                     )
                     break
                 self._store(writer, batch)
@@ -231,7 +231,7 @@ class _Job:
                     writer.checkpoint()
                     raise Interrupted(
                         f"stopped after {self.done} of {total} tokens, which are in "
-                        f"{self.folder}: run the same command with --resume to go on"
+                        f"{self.folder}: run the same command with `resume` to go on"
                     )
             extra = {
                 "excluded": self._sum(self.stream.excluded),
@@ -302,7 +302,7 @@ def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: 
     """Refuse shards that would not fit; what lies in the folder now stays, or gives its place."""
     row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
     needed = config.tokens * row * places - folder_bytes(folder)
-    need_space(folder, needed, "harvesting writes", "lower --tokens or give fewer layers")
+    need_space(folder, needed, "harvesting writes", "lower `tokens` or give fewer layers")
 
 
 def resolved_text(
@@ -366,25 +366,25 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     for key in ("layers", "dtype"):
         if key in now:
             old[key], new[key] = before.get(key), plain(now[key])
-    flags = {"layers": "--layer", "dtype": "--store-dtype"}
+    flags = {"layers": "`layer`", "dtype": "`store_dtype`"}
     for key, value in new.items():
         if old.get(key) != value:
             flag = flags.get(key, "--" + key.replace("_", "-"))
             raise UserError(
-                f"--resume: {folder} was made with {flag} {old.get(key)}, now it is {value}: give "
-                "the flags of the first run, or another --out"
+                f"`resume`: {folder} was made with {flag} {old.get(key)}, now it is {value}: give "
+                "the flags of the first run, or another `out`"
             )
     first, second = before.get("model") or {}, now["model"]
     for key in ("hash", "dtype"):
         if first.get(key) != second.get(key):
             raise UserError(
-                f"--resume: {folder} was made with a --model of {key} {first.get(key)}, now it is "
-                f"{second.get(key)}: give the model of the first run, or another --out"
+                f"`resume`: {folder} was made with a `model` of {key} {first.get(key)}, now it is "
+                f"{second.get(key)}: give the model of the first run, or another `out`"
             )
     if before.get("data") != plain(now["data"]):
         raise UserError(
-            f"--resume: {folder} was made from other text or replies than those there now: restore "
-            "them, or give another --out"
+            f"`resume`: {folder} was made from other text or replies than those there now: restore "
+            "them, or give another `out`"
         )
 
 

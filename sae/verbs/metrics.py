@@ -78,7 +78,7 @@ def metrics(
         kept.append(keep)
         progress("metrics: mean", min(total.count, config.tokens), config.tokens, "tokens")
     if total.count < 2:
-        raise UserError(f"--data {','.join(config.text.data)} keeps fewer than 2 tokens to measure")
+        raise UserError(f"`data` {','.join(config.text.data)} keeps fewer than 2 tokens to measure")
     mean = (total.sum / total.count).to(lm.device)
     tally = _Tally()
     fired = torch.zeros(sae.spec.d_sae, dtype=torch.bool, device=lm.device)

@@ -53,7 +53,7 @@ def reproduce(
     harvested = recorded_harvest(Path(run).expanduser())
     if harvested is not None:
         if activations is not None:
-            raise UsageError("--activations: this run is a harvest, give --model")
+            raise UsageError("`activations`: this run is a harvest, give `model`")
         return _again(
             out, force, lambda place: _reproduce_harvest(run, harvested, place, model, progress)
         )
@@ -159,7 +159,7 @@ def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
             verb = run.get("verb") if isinstance(run, dict) else None
             raise UserError(f"{place} holds a run of {verb!r}; only those of train are repeated")
         if run.get("complete") is not True or not isinstance(run.get("sae"), dict):
-            raise UserError(f"the run in {place} was not finished: finish it with --resume first")
+            raise UserError(f"the run in {place} was not finished: finish it with `resume` first")
         runs[place] = run
     if not runs:
         raise UsageError(f"{folder} holds no run.json: give a folder that train or harvest wrote")
@@ -183,11 +183,11 @@ def _repeat(
     device = str(recipe["device"])
     if recipe["activations"] is not None:
         if model is not None:
-            raise UsageError("--model: this run was trained from shards, give --activations")
+            raise UsageError("`model`: this run was trained from shards, give `activations`")
         source["activations"] = activations or recipe["activations"]
     else:
         if activations is not None:
-            raise UsageError("--activations: this run was trained live, give --model")
+            raise UsageError("`activations`: this run was trained live, give `model`")
         source["replies"] = [str(text) for text in recipe.get("replies") or ()]
         source["model"] = load_model(
             model or str(recipe["model"]),

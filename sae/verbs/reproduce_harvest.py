@@ -25,7 +25,7 @@ def recorded_harvest(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("complete") is not True:
-        raise UserError(f"the harvest in {folder} was not finished: finish it with --resume first")
+        raise UserError(f"the harvest in {folder} was not finished: finish it with `resume` first")
     recipe = manifest.get("recipe")
     if not isinstance(recipe, dict) or not {"model", "device"} <= recipe.keys():
         raise UserError(f"{folder}: its manifest names no recipe: it was made before harvests did")

@@ -89,9 +89,9 @@ def train(
         NonFiniteError when a loss is not finite, with the last good state saved.
     """
     if (model is None) == (activations is None):
-        raise UsageError("train needs either --model (live) or --activations (shards), not both")
+        raise UsageError("train needs either `model` (live) or `activations` (shards), not both")
     if activations is not None and replies:
-        raise UsageError("--replies needs --model: shards hold the replies they were made with")
+        raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     if is_one_of_many():
         raise UsageError(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
@@ -146,7 +146,7 @@ def _live_source(
     from saesteer.checkpoints.model_files import cache_folder
 
     if not config.layers:
-        raise UsageError("live training needs --layer: the block to read")
+        raise UsageError("live training needs `layer`: the block to read")
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     folder = replies_folder or cache_folder() / "replies"
     stream = open_activations(
@@ -176,7 +176,7 @@ def _shard_source(
     text = manifest.get("config") or {}
     paths = manifest.get("hf_hook_names") or []
     if len(set(places)) != len(places):
-        raise UsageError(f"--layer names a block twice: {','.join(map(str, config.layers))}")
+        raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     named = dict(zip(reader.places, paths, strict=False))
     return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
         "model": model or {"name": str(manifest["model"])},
@@ -219,7 +219,7 @@ class _Run:
         ]
         for variant in self.variants:
             if variant.d_sae < variant.k:
-                raise UsageError(f"--d-sae must be at least --k ({variant.k}), got {variant.d_sae}")
+                raise UsageError(f"`d_sae` must be at least `k` ({variant.k}), got {variant.d_sae}")
         self.dtype = dtype
         self.batches = BatchStream(
             source,
@@ -272,7 +272,7 @@ class _Run:
             keep=self.config.keep_states,
         )
         needed = footprint.total_bytes - folder_bytes(self.folder)
-        todo = "lower --buffer-tokens, --d-sae or --keep-states"
+        todo = "lower `buffer_tokens`, `d_sae` or `keep_states`"
         need_space(self.folder, needed, "training writes", todo)
 
     def _make_trainers(self, scales: list[InputScale]) -> None:
@@ -321,8 +321,8 @@ class _Run:
                     # Most often the corpus has ended: hours of training need not be lost with it.
                     self.save(now=True)
                     raise type(error)(
-                        f"{error}; the state is in {self.folder}: --resume goes on from step "
-                        f"{self.step}, with more --epochs too"
+                        f"{error}; the state is in {self.folder}: `resume` goes on from step "
+                        f"{self.step}, with more `epochs` too"
                     ) from error
                 clock.got_batch()
                 assert batch is not None, "the stream holds exactly `steps` batches"
@@ -344,7 +344,7 @@ class _Run:
                     self.save(now=True)
                     raise Interrupted(
                         f"stopped at step {self.step} of {config.steps}; the state is in "
-                        f"{self.folder}: run the same command with --resume to go on"
+                        f"{self.folder}: run the same command with `resume` to go on"
                     )
                 due = due or self.step % save_every == 0
                 if due and self.step < config.steps and self.saver.ready():

@@ -85,7 +85,7 @@ def dose_plan(
     """
     if plan.method not in SCALED_METHODS:
         raise UsageError(
-            f"--dose needs an edit that grows with its scale: --method {', '.join(SCALED_METHODS)},"
+            f"`dose` needs an edit that grows with its scale: `method` {', '.join(SCALED_METHODS)},"
             f" got {plan.method}"
         )
     if not 0 < tolerance < 1:
@@ -141,9 +141,9 @@ class _Search:
             else:
                 high, damage = middle, tried
         raise UserError(
-            f"--dose {self._name}: the cost jumps to {self._cost(damage):.3g} between scale "
+            f"`dose` {self._name}: the cost jumps to {self._cost(damage):.3g} between scale "
             f"{self._sign * low:.5g} and {self._sign * high:.5g}: ask for another dose, or use "
-            "--scale"
+            "`scale`"
         )
 
     def _measure(self, size: float) -> Damage:
@@ -164,10 +164,10 @@ class _Search:
     def _out_of_reach(self, damage: Damage) -> UserError:
         scale, cost = max(self.trials, key=lambda trial: trial[1])
         return UserError(
-            f"--dose {self._name} is out of reach: at most {cost:.3g} nats a token were measured, "
+            f"`dose` {self._name} is out of reach: at most {cost:.3g} nats a token were measured, "
             f"at scale {scale:.4g}, and scale {self._sign * self.trials[-1][0]:.4g} (relative dose "
             f"{damage.relative_dose or 0.0:.3g}) costs {self.trials[-1][1]:.3g}: ask for less, or "
-            "use another --scope or other latents"
+            "use another `scope` or other latents"
         )
 
     @property

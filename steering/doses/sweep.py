@@ -46,7 +46,7 @@ class Grid:
                 raise UsageError(f"the grid needs at least one value of {name}, got none")
         if 0 in self.scale:
             raise UsageError(
-                "--grid scale=0 would steer nothing: the unsteered arm is always there"
+                "`grid` scale=0 would steer nothing: the unsteered arm is always there"
             )
 
     def plans(self, plan: Plan) -> list[Plan]:
@@ -74,9 +74,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.kind not in BUDGETS:
-            raise UsageError(f"--budget must be kl=NATS or ce=NATS, got {self.kind!r}")
+            raise UsageError(f"`budget` must be kl=NATS or ce=NATS, got {self.kind!r}")
         if not self.limit > 0 or not math.isfinite(self.limit):
-            raise UsageError(f"--budget {self.kind}={self.limit:g} must be a number above 0")
+            raise UsageError(f"`budget` {self.kind}={self.limit:g} must be a number above 0")
 
     def spent(self, damage: Damage) -> float:
         """What a setting costs."""
@@ -287,7 +287,7 @@ def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
     if budget is not None and not within and damage is not None:
         said.append(
             f"no setting keeps to the budget {budget.kind}={budget.limit:g}: the cheapest of them "
-            f"costs {budget.spent(damage):.2g} nats; raise --budget, or give smaller scales"
+            f"costs {budget.spent(damage):.2g} nats; raise `budget`, or give smaller scales"
         )
     if damage is not None and damage.leaves_norm_range:
         said.append(

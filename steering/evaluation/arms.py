@@ -266,7 +266,7 @@ def evaluate(
         UsageError: a plan that bears the name of another arm, `n` below 1.
     """
     if n < 1:
-        raise UsageError(f"--n must be at least 1, got {n}")
+        raise UsageError(f"`n` must be at least 1, got {n}")
     taken = sorted({"unsteered", "prompted"} & plans.keys())
     if taken:
         raise UsageError(f"a plan cannot be called {taken[0]!r}, as another arm is: rename it")
@@ -300,11 +300,11 @@ def run_arms(
     """
     seeds = (decoding.seed,) if seeds is None else tuple(seeds)
     if not seeds:
-        raise UsageError("--seeds is empty: give at least one")
+        raise UsageError("`seeds` is empty: give at least one")
     if decoding.temperature == 0 and len(seeds) > 1:
         raise UsageError(
-            f"--seeds {','.join(map(str, seeds))} with temperature 0 would answer alike every "
-            "time: give --temperature, or one seed"
+            f"`seeds` {','.join(map(str, seeds))} with temperature 0 would answer alike every "
+            "time: give `temperature`, or one seed"
         )
     asked, asked_otherwise = two_ways_to_ask(task, contents)
 
@@ -358,7 +358,7 @@ def contents_to_grade(task: Task, split: str) -> list[str]:
         raise UserError(f"task {task.name!r} has no contents in its {split} split")
     if task.check_name is None:
         raise UserError(
-            f"task {task.name!r} has no check, so no answer can be graded: give --task a file "
+            f"task {task.name!r} has no check, so no answer can be graded: give `task` a file "
             "that names a check"
         )
     return contents

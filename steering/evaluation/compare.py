@@ -62,13 +62,13 @@ class CompareConfig:
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown:
             raise UsageError(
-                f"--controls must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
+                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
             )
-        for flag, value in (("--n", self.n), ("--random-draws", self.random_draws)):
+        for flag, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:
                 raise UsageError(f"{flag} must be at least 1, got {value}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise UsageError(f"--seeds must be different whole numbers, got {self.seeds}")
+            raise UsageError(f"`seeds` must be different whole numbers, got {self.seeds}")
 
 
 @dataclass(frozen=True)

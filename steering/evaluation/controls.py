@@ -39,7 +39,7 @@ def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
     if plan.method != "add":
         raise UsageError(
             f"the controls random, meandiff and logit-bias are edits of the same ||delta||, which "
-            f"--method {plan.method} does not fix: leave them out of --controls"
+            f"`method` {plan.method} does not fix: leave them out of `controls`"
         )
     vector = torch.tensor(plan.doses(), dtype=torch.float64) @ plan.directions.double()
     if plan.unit == "rel":
@@ -104,7 +104,7 @@ def random_plan(plan: Plan, sae: SAE | None, seed: int = 0) -> Plan:
     if len(pool) < len(doses):
         raise UserError(
             f"the SAE has {len(pool)} latents besides the plan's, too few to draw {len(doses)} at "
-            "random: leave random out of --controls"
+            "random: leave random out of `controls`"
         )
     ids = generator.sample(pool, len(doses))
     return with_directions(plan, rows[ids], ids, plan.sae.source, doses)
@@ -132,7 +132,7 @@ def mean_difference_plan(
     if not plain:
         raise UserError(
             f"task {task.name!r} has no train contents to take a mean difference over: leave "
-            "meandiff out of --controls"
+            "meandiff out of `controls`"
         )
     wordings = task.select_variants[:2] if read == "reply" else task.select_variants
     pairs = [

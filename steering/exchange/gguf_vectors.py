@@ -38,7 +38,7 @@ def write_control_vectors(path: Path, vectors: Mapping[int, Tensor], model_hint:
     if 0 in vectors:
         raise UserError(
             "llama.cpp takes no control vector for the output of block 0: choose a plan of a later "
-            "layer, or another --format"
+            "layer, or another `format`"
         )
 
     def write(temporary: Path) -> None:

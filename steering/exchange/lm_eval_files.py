@@ -172,7 +172,7 @@ def source_of_clamp(plan: Plan) -> tuple[str, str]:
         (not colon or local, f"comes from {plan.sae.source}, not from RELEASE:ID of sae_lens"),
     ):
         if wrong:
-            raise UserError(f"the plan {what}, so it cannot be lm-eval's CSV: use --format lm-eval")
+            raise UserError(f"the plan {what}, so it cannot be lm-eval's CSV: use `format` lm-eval")
     return release, sae_id
 
 

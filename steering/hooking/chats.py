@@ -96,7 +96,7 @@ def reply_header(lm: LanguageModel) -> str:
         header = whole.removeprefix(without) if whole.startswith(without) else ""
     if not header:
         raise UsageError(
-            f"--scope assistant needs a chat template that begins the reply, and {lm.name} has "
+            f"`scope` assistant needs a chat template that begins the reply, and {lm.name} has "
             "none: use generation"
         )
     return header
@@ -109,7 +109,7 @@ def header_start(prompt: EncodedPrompt, header: str) -> int:
     """
     if not prompt.rendered.endswith(header):
         raise UserError(
-            "--scope assistant: the prompt does not end with the beginning of a reply: send it "
+            "`scope` assistant: the prompt does not end with the beginning of a reply: send it "
             "through the chat template"
         )
     return _tokens(prompt, len(prompt.rendered) - len(header), len(prompt.rendered))[0]

@@ -189,7 +189,7 @@ def _sum(plan: Plan) -> Float[Tensor, " d_model"]:
     if length == 0:
         raise UsageError(
             "the directions of the plan's latents cancel out, so nothing would be added: choose "
-            "other --latents"
+            "other `latents`"
         )
     if plan.unit == "rel":
         vector = vector * (plan.scale / length)
@@ -202,5 +202,5 @@ def _basis(directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "rank d_mode
     # Directions are float32: what is smaller than their rounding is no direction of its own.
     kept: Tensor = rows[sizes > 1e-6 * sizes.max()]
     if sizes.max() == 0:
-        raise UsageError("the plan's directions are all 0: choose other --latents")
+        raise UsageError("the plan's directions are all 0: choose other `latents`")
     return kept.float()

@@ -85,7 +85,7 @@ def parse_gate(text: str) -> Gate:
     leaves = tuple(_leaves(root))
     if on_prompt and any(leaf.off != leaf.on for leaf in leaves):
         raise UsageError(
-            f"--gate {text!r}: a gate that is decided once on the prompt has no second threshold"
+            f"`gate` {text!r}: a gate that is decided once on the prompt has no second threshold"
         )
     return Gate(root, on_prompt, leaves)
 
@@ -106,7 +106,7 @@ class _Parser:
 
     def error(self) -> UsageError:
         return UsageError(
-            f"--gate must be conditions ID > VALUE joined by &, | and !, such as "
+            f"`gate` must be conditions ID > VALUE joined by &, | and !, such as "
             f"'412 > 3 & !(77 > 1)' or '412 > 3 : 1', got {self._text!r}"
         )
 
@@ -137,7 +137,7 @@ class _Parser:
         off = self._value() if self._take(":") else on
         if off > on:
             raise UsageError(
-                f"--gate {self._text!r}: latent {number} would go off at {off:g}, above the "
+                f"`gate` {self._text!r}: latent {number} would go off at {off:g}, above the "
                 f"{on:g} where it goes on: write the higher value first"
             )
         return Above(int(number), on, off)

@@ -227,7 +227,7 @@ class _SteerHook:
         self._report.passes = self._tracker.passes
         if h.shape != (tokens.batch, tokens.length, self._d_model):
             raise UserError(
-                f"--site {self.point.site} ({self.point.module_path}) carries a tensor of shape "
+                f"`site` {self.point.site} ({self.point.module_path}) carries a tensor of shape "
                 f"{list(h.shape)}, not [batch, tokens, {self._d_model}]: choose a site on the "
                 "residual stream, such as resid_post"
             )
@@ -382,9 +382,9 @@ def _task_texts(plan: Plan) -> Sequence[str]:
         if task.hash == plan.task.hash:
             return task.wordings
     raise UsageError(
-        "--scope after-instruction needs the wordings of the plan's task, and this plan of "
+        "`scope` after-instruction needs the wordings of the plan's task, and this plan of "
         f"{plan.task.name} does not hold them: make the plan again with rank, or use another "
-        "--scope"
+        "`scope`"
     )
 
 
@@ -398,7 +398,7 @@ def _check(report: SteerReport, passes: int, groups: Sequence[Group]) -> None:
     if report.tokens_touched + report.tokens_gated_off == 0:
         scopes = dict.fromkeys(plan.scope for group in groups for plan in group.plans)
         raise UserError(
-            f"steering touched no token: --scope {' and '.join(scopes)} covers no position of the "
-            f"{passes} forward passes; choose another --scope (generation steers from the "
+            f"steering touched no token: `scope` {' and '.join(scopes)} covers no position of the "
+            f"{passes} forward passes; choose another `scope` (generation steers from the "
             "first generated token on) or generate more tokens"
         )

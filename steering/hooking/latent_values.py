@@ -168,7 +168,7 @@ def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
 
     Raises UserError when it cannot be opened, has other weights (unless `force`) or does not fit.
     """
-    reason = f"--method {plan.method}" if plan.reads_latents else "--gate"
+    reason = f"`method` {plan.method}" if plan.reads_latents else "`gate`"
     if sae is None:
         try:
             sae = load_sae(plan.sae.source)
@@ -176,17 +176,17 @@ def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
             what = "a TopK SAE" if plan.sae.architecture == "topk" else "this plan"
             raise UserError(
                 f"{reason} with {what} needs the SAE itself, and the plan's "
-                f"could not be opened ({error}): give --sae"
+                f"could not be opened ({error}): give `sae`"
             ) from error
     if sae.sha256 != plan.sae.sha256 and not force:
         raise UserError(
-            f"--sae {sae.source} is not the one the plan was made from ({plan.sae.source}): its "
-            "weights differ; give that SAE, or --force"
+            f"`sae` {sae.source} is not the one the plan was made from ({plan.sae.source}): its "
+            "weights differ; give that SAE, or `force`"
         )
     gated = plan.parsed_gate.ids if plan.gate else ()
     if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max((*plan.ids, *gated)):
         raise UserError(
-            f"--sae {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
+            f"`sae` {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
             f"which does not fit the plan: give {plan.sae.source}"
         )
     return sae

@@ -39,7 +39,7 @@ class PositionTracker:
     ) -> None:
         if getattr(lm.model.config, "is_encoder_decoder", False):
             raise UserError(
-                f"--model {lm.name} is an encoder-decoder; only decoder-only models can be steered"
+                f"`model` {lm.name} is an encoder-decoder; only decoder-only models can be steered"
             )
         self.passes = 0
         """Forward passes seen."""

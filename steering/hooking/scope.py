@@ -110,14 +110,14 @@ class Scope:
         assert self.needs_prompts, self.kind
         if prompt is None:
             raise UsageError(
-                f"--scope {self} depends on the text of the prompts: give them (prompts=...), or "
+                f"`scope` {self} depends on the text of the prompts: give them (prompts=...), or "
                 "use generation, generated, prompt, all, last-prompt or first:N"
             )
         if self.kind == "span":
             characters = len(prompt.text)
             if self.first >= characters:
                 raise UserError(
-                    f"--scope {self} begins after the end of a prompt of {characters} characters "
+                    f"`scope` {self} begins after the end of a prompt of {characters} characters "
                     f"({_shorten(prompt.text)!r}): characters are counted from 0 in the prompt's "
                     "own text"
                 )
@@ -192,14 +192,14 @@ def parse_scope(
     if found := re.fullmatch(r"first:(\d+)", word):
         if int(found[1]) > 0:
             return Scope("first", int(found[1]), **rest)
-        raise UsageError(f"--scope {word}: N must be at least 1 token")
+        raise UsageError(f"`scope` {word}: N must be at least 1 token")
     if found := re.fullmatch(r"span:(\d+)-(\d+)", word):
         if int(found[1]) < int(found[2]):
             return Scope("span", int(found[1]), int(found[2]), **rest)
         raise UsageError(
-            f"--scope {word}: A must be less than B (characters A to B of the prompt, B not in it)"
+            f"`scope` {word}: A must be less than B (characters A to B of the prompt, B not in it)"
         )
-    raise UsageError(f"--scope must be one of {', '.join(SCOPES)}, got {text!r}")
+    raise UsageError(f"`scope` must be one of {', '.join(SCOPES)}, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -261,14 +261,14 @@ def _instruction_end(prompt: EncodedPrompt, instructions: Sequence[str]) -> int:
     wanted = [text.strip() for text in instructions if text.strip()]
     if not wanted:
         raise UsageError(
-            "--scope after-instruction needs the texts of the instruction: use a plan that rank "
-            "made, or another --scope"
+            "`scope` after-instruction needs the texts of the instruction: use a plan that rank "
+            "made, or another `scope`"
         )
     places = [(prompt.text.rfind(text), len(text)) for text in wanted]
     ends = [(at + length, at) for at, length in places if at >= 0]
     if not ends:
         raise UserError(
-            f"--scope after-instruction: the prompt {_shorten(prompt.text)!r} holds none of the "
+            f"`scope` after-instruction: the prompt {_shorten(prompt.text)!r} holds none of the "
             f"{len(wanted)} wordings of the instruction (the first is {_shorten(wanted[0])!r}): "
             "put the instruction into the prompt or use another scope"
         )

@@ -66,16 +66,16 @@ def load_ifeval(path: str | Path) -> list[IFEvalPrompt]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise UserError(f"--ifeval {path} does not exist: check the path") from None
+        raise UserError(f"`ifeval` {path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--ifeval {path} cannot be read ({error})") from None
+        raise UserError(f"`ifeval` {path} cannot be read ({error})") from None
     prompts = [
-        _row(line, f"--ifeval {path} line {number}")
+        _row(line, f"`ifeval` {path} line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not prompts:
-        raise UserError(f"--ifeval {path} holds no prompt: one JSON object a line")
+        raise UserError(f"`ifeval` {path} holds no prompt: one JSON object a line")
     return prompts
 
 
@@ -234,8 +234,8 @@ def evaluate_ifeval(
     chosen = chosen[: len(chosen) if n is None else n]
     if not chosen:
         raise UserError(
-            "no IFEval row is left: --plan needs rows with prompt_without_instruction and an "
-            "instruction that the plan is for, --ifeval-only the ids of instructions that occur"
+            "no IFEval row is left: `plan` needs rows with prompt_without_instruction and an "
+            "instruction that the plan is for, `ifeval_only` the ids of instructions that occur"
         )
     if plans and {"prompted", "unsteered"} & plans.keys():
         raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")

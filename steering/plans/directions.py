@@ -115,7 +115,7 @@ def mean_difference(
         NonFiniteError: the model's activations are NaN or infinite.
     """
     if read not in READ_AT:
-        raise UsageError(f"--read must be one of {', '.join(READ_AT)}, got {read!r}")
+        raise UsageError(f"`read` must be one of {', '.join(READ_AT)}, got {read!r}")
     use_chat = lm.has_chat_template if chat is None else chat
     rows = []
     for name, texts in (("positive", positive), ("negative", negative)):
@@ -153,7 +153,7 @@ def _residuals(
         norms = h.norm(dim=-1)
         if not bool(torch.isfinite(norms[mask.bool()]).all()):
             raise NonFiniteError(
-                f"{lm.name} gave NaN or infinite activations at layer {point.layer}: try --dtype "
+                f"{lm.name} gave NaN or infinite activations at layer {point.layer}: try `dtype` "
                 "float32"
             )
         ends = [len(p) - 1 if read == "template" else p.user_span[1] - 1 for p in chunk]

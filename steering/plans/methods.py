@@ -46,14 +46,14 @@ def _dose(plan: "Plan", latent: "PlannedLatent") -> float:
     factor = 1.0 if plan.unit == "rel" else plan.scale
     if plan.unit in ("sigma", "max"):
         given = 1.0 if latent.value is None else latent.value
-        return factor * given * _statistic(latent, plan.unit, f"--unit {plan.unit}")
+        return factor * given * _statistic(latent, plan.unit, f"`unit` {plan.unit}")
     if plan.method == "scale":
         return factor * (1.0 if latent.value is None else latent.value)
     if latent.value is not None:
         return factor * latent.value
-    dose = _statistic(latent, "mu", f"--method {plan.method} without values")
+    dose = _statistic(latent, "mu", f"`method` {plan.method} without values")
     if plan.beta != 0:
-        dose += plan.beta * _statistic(latent, "sigma", f"--beta {plan.beta:g}")
+        dose += plan.beta * _statistic(latent, "sigma", f"`beta` {plan.beta:g}")
     return factor * dose
 
 
@@ -62,7 +62,7 @@ def _statistic(latent: "PlannedLatent", name: str, reason: str) -> float:
     if number is None:
         raise UsageError(
             f"{reason} needs the {name} of latent {latent.id}, which this plan does not hold: "
-            "give values with --latents ID:VALUE and --unit raw, or use a plan made by rank"
+            "give values with `latents` ID:VALUE and `unit` raw, or use a plan made by rank"
         )
     return float(number)
 
@@ -70,10 +70,10 @@ def _statistic(latent: "PlannedLatent", name: str, reason: str) -> float:
 def check_dose(plan: "Plan") -> None:
     """Reject methods, units and doses that mean nothing. Raises UsageError, naming the flag."""
     if plan.method not in METHODS:
-        raise UsageError(f"--method must be one of {', '.join(METHODS)}, got {plan.method!r}")
+        raise UsageError(f"`method` must be one of {', '.join(METHODS)}, got {plan.method!r}")
     if plan.unit not in UNITS:
-        raise UsageError(f"--unit must be one of {', '.join(UNITS)}, got {plan.unit!r}")
-    for flag, number in (("--scale", plan.scale), ("--beta", plan.beta)):
+        raise UsageError(f"`unit` must be one of {', '.join(UNITS)}, got {plan.unit!r}")
+    for flag, number in (("`scale`", plan.scale), ("`beta`", plan.beta)):
         if not math.isfinite(number):
             raise UsageError(f"{flag} must be a finite number, got {number}")
     for latent in plan.latents:
@@ -83,7 +83,7 @@ def check_dose(plan: "Plan") -> None:
                 raise UsageError(f"{name} of latent {latent.id} must be finite, got {number}")
     by_hand = [latent.value is not None for latent in plan.latents]
     if any(by_hand) and not all(by_hand):
-        raise UsageError("either every latent has a value (--latents ID:VALUE) or none has")
+        raise UsageError("either every latent has a value (`latents` ID:VALUE) or none has")
     if plan.method in NO_DOSE:
         _check_no_dose(plan, any(by_hand))
         return
@@ -92,43 +92,43 @@ def check_dose(plan: "Plan") -> None:
     if plan.scale == 0:
         return
     if plan.method in ADDING_METHODS and not any(found):
-        change = "the values in --latents, or --scale" if any(by_hand) else "--beta"
+        change = "the values in `latents`, or `scale`" if any(by_hand) else "`beta`"
         raise UsageError(f"every dose is 0, so nothing would be added: change {change}")
     if plan.method == "scale" and all(dose == 1 for dose in found):
         raise UsageError(
-            "--method scale by a factor of 1 changes nothing: give factors with --latents "
-            "ID:FACTOR or one with --scale"
+            "`method` scale by a factor of 1 changes nothing: give factors with `latents` "
+            "ID:FACTOR or one with `scale`"
         )
 
 
 def _check_combination(plan: "Plan", by_hand: bool) -> None:
     if plan.unit == "rel" and plan.method not in ADDING_METHODS:
         raise UsageError(
-            f"--unit rel is for --method add and add-keep-norm alone, got --method {plan.method}: "
+            f"`unit` rel is for `method` add and add-keep-norm alone, got `method` {plan.method}: "
             "use raw, sigma or max"
         )
     if plan.method == "scale" and plan.unit != "raw":
-        raise UsageError(f"--method scale takes a factor, so --unit must be raw: {plan.unit!r}")
+        raise UsageError(f"`method` scale takes a factor, so `unit` must be raw: {plan.unit!r}")
     if plan.beta != 0 and by_hand:
         raise UsageError(
-            f"--beta {plan.beta:g} needs latents with mu and sigma, and these have values "
-            "given by hand: leave --beta out and use --scale"
+            f"`beta` {plan.beta:g} needs latents with mu and sigma, and these have values "
+            "given by hand: leave `beta` out and use `scale`"
         )
     if plan.beta != 0 and (plan.unit in ("sigma", "max") or plan.method == "scale"):
         raise UsageError(
-            f"--beta {plan.beta:g} has no meaning with --unit {plan.unit} and --method "
-            f"{plan.method}: leave it out and use --scale"
+            f"`beta` {plan.beta:g} has no meaning with `unit` {plan.unit} and `method` "
+            f"{plan.method}: leave it out and use `scale`"
         )
 
 
 def _check_no_dose(plan: "Plan", by_hand: bool) -> None:
     wrong = {
-        "values in --latents (write ID alone)": by_hand,
-        f"--beta {plan.beta:g}": plan.beta != 0,
-        f"--unit {plan.unit}": plan.unit != "raw",
+        "values in `latents` (write ID alone)": by_hand,
+        f"`beta` {plan.beta:g}": plan.beta != 0,
+        f"`unit` {plan.unit}": plan.unit != "raw",
         # 0 is the off switch of every method.
-        f"--scale {plan.scale:g}": plan.scale not in (0, 1),
+        f"`scale` {plan.scale:g}": plan.scale not in (0, 1),
     }
     for what, given in wrong.items():
         if given:
-            raise UsageError(f"--method {plan.method} takes no dose: leave out {what}")
+            raise UsageError(f"`method` {plan.method} takes no dose: leave out {what}")

@@ -139,7 +139,7 @@ class Plan:
                 f"{SCHEMA_VERSION}: make the plan again"
             )
         if not self.latents:
-            raise UsageError("a plan needs at least one latent: give --latents ID:VALUE,...")
+            raise UsageError("a plan needs at least one latent: give `latents` ID:VALUE,...")
         ids = [latent.id for latent in self.latents]
         twice = sorted({i for i in ids if ids.count(i) > 1})
         if twice:
@@ -177,7 +177,7 @@ class Plan:
         if self.gate_ids and self.gate_ids != (self.parsed_gate.ids if self.gate else ()):
             raise UserError(
                 f"the plan holds encoder columns of the latents {list(self.gate_ids)} and its gate "
-                f"is {self.gate!r}: change a gate with steering.with_gate, or --gate"
+                f"is {self.gate!r}: change a gate with steering.with_gate, or `gate`"
             )
 
     @property
@@ -214,7 +214,7 @@ class Plan:
     def top(self, k: int) -> "Plan":
         """The plan with its first `k` latents. Raises UsageError when it has fewer."""
         if not 1 <= k <= len(self.latents):
-            raise UsageError(f"--top must be in 1..{len(self.latents)} for this plan, got {k}")
+            raise UsageError(f"`top` must be in 1..{len(self.latents)} for this plan, got {k}")
         return self.select(range(k))
 
     def select(self, indices: Sequence[int]) -> "Plan":
@@ -237,13 +237,13 @@ class Plan:
         ours, name = self.model, lm.name
         if ours.d_model != lm.d_model:
             raise UserError(
-                f"--plan was made for {ours.name}, whose d_model is {ours.d_model}; {name} has "
-                f"{lm.d_model}: use --model {ours.name} or another plan"
+                f"`plan` was made for {ours.name}, whose d_model is {ours.d_model}; {name} has "
+                f"{lm.d_model}: use `model` {ours.name} or another plan"
             )
         if self.layer >= lm.n_layers:
             raise UserError(
-                f"--plan steers layer {self.layer} of {ours.name} and {name} has layers "
-                f"0..{lm.n_layers - 1}: use --model {ours.name} or another plan"
+                f"`plan` steers layer {self.layer} of {ours.name} and {name} has layers "
+                f"0..{lm.n_layers - 1}: use `model` {ours.name} or another plan"
             )
         differs = []
         if ours.n_layers != lm.n_layers:
@@ -252,8 +252,8 @@ class Plan:
             differs.append(f"weights {ours.hash} against {lm.fingerprint}")
         if differs and not force:
             raise UserError(
-                f"--plan was made for {ours.name} and --model {name} differs "
-                f"({'; '.join(differs)}): use --model {ours.name}, or --force to steer it anyway"
+                f"`plan` was made for {ours.name} and `model` {name} differs "
+                f"({'; '.join(differs)}): use `model` {ours.name}, or `force` to steer it anyway"
             )
 
 
@@ -286,7 +286,7 @@ def make_plan(
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
     if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
         raise UserError(
-            f"--sae {sae.source} scales each token by its length without its mean, which a plan "
+            f"`sae` {sae.source} scales each token by its length without its mean, which a plan "
             "cannot say: choose another SAE"
         )
     for latent in latents:
@@ -349,11 +349,11 @@ def plan_from_latents(
     Raises what `make_plan` raises, and UsageError for a missing value or a `beta` that is not 0.
     """
     if not values:
-        raise UsageError("--latents is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
+        raise UsageError("`latents` is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
     missing = [i for i, value in values.items() if value is None]
     if missing and method not in NO_DOSE:
         raise UsageError(
-            f"--latents {missing[0]} has no value and --method {method} needs one: write "
+            f"`latents` {missing[0]} has no value and `method` {method} needs one: write "
             f"{missing[0]}:VALUE"
         )
     latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
@@ -377,11 +377,11 @@ def parse_latents(text: str) -> dict[int, float | None]:
             latent, chosen = int(number), float(value) if colon else None
         except ValueError:
             raise UsageError(
-                f"--latents must be ID:VALUE,ID:VALUE (such as 9143:1.2,412:0.8) or ID,ID for "
+                f"`latents` must be ID:VALUE,ID:VALUE (such as 9143:1.2,412:0.8) or ID,ID for "
                 f"ablate and project, got {part!r} in {text!r}"
             ) from None
         if latent in values:
-            raise UsageError(f"--latents names latent {latent} twice: name each latent once")
+            raise UsageError(f"`latents` names latent {latent} twice: name each latent once")
         values[latent] = chosen
     return values
 

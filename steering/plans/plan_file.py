@@ -79,7 +79,7 @@ def load_plan(path: str | Path) -> Plan:
         return _plan_from(document, *tensors)
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
-        raise kind(f"--plan {path}: {error}") from error
+        raise kind(f"`plan` {path}: {error}") from error
 
 
 def _sae_row(sae: SAEIdentity) -> dict[str, Any]:

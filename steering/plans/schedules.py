@@ -63,7 +63,7 @@ def parse_schedule(text: str) -> Schedule:
     if found := re.fullmatch(r"(first|linear):(\d+)", word):
         if int(found[2]) > 0:
             return Schedule(found[1], steps=int(found[2]))
-        raise UsageError(f"--schedule {word}: N must be at least 1 token")
+        raise UsageError(f"`schedule` {word}: N must be at least 1 token")
     if found := re.fullmatch(r"decay:([^,]+),([^,]+)", word):
         try:
             omega, power = float(found[1]), float(found[2])
@@ -71,5 +71,5 @@ def parse_schedule(text: str) -> Schedule:
             omega, power = -1.0, -1.0
         if math.isfinite(omega) and math.isfinite(power) and omega > 0 and power > 0:
             return Schedule("decay", omega=omega, power=power)
-        raise UsageError(f"--schedule {word}: OMEGA and K must be numbers above 0, as decay:0.05,3")
-    raise UsageError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {text!r}")
+        raise UsageError(f"`schedule` {word}: OMEGA and K must be numbers above 0, as decay:0.05,3")
+    raise UsageError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {text!r}")

@@ -105,8 +105,8 @@ def require_check(task: Task) -> None:
     """Raise UsageError when nothing can judge the answers to a task."""
     if task.check_name is None:
         raise UsageError(
-            f"--by causal lets the task's check judge steered answers and {task.name!r} has none: "
-            "give --task with a file that names a check, or another --by"
+            f"`by` causal lets the task's check judge steered answers and {task.name!r} has none: "
+            "give `task` with a file that names a check, or another `by`"
         )
 
 

@@ -70,39 +70,39 @@ class RankConfig:
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (
-            ("--read", self.read, READS),
-            ("--by", self.resolved_by, SCORES),
-            ("--position", self.position, ("post", "pre")),
-            ("--pool", self.pool, ("max", "mean")),
-            *(("--drop", name, FILTERS) for name in self.drop),
+            ("`read`", self.read, READS),
+            ("`by`", self.resolved_by, SCORES),
+            ("`position`", self.position, ("post", "pre")),
+            ("`pool`", self.pool, ("max", "mean")),
+            *(("`drop`", name, FILTERS) for name in self.drop),
         ):
             if value not in allowed:
                 raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
         if self.read == "reply" and self.resolved_by == "saif":
             raise UsageError(
-                "--by saif compares single positions and --read reply reads many: "
-                "use --by rate or meandiff"
+                "`by` saif compares single positions and `read` reply reads many: "
+                "use `by` rate or meandiff"
             )
         for flag, count in (
-            ("--rank-contents", self.contents),
-            ("--reply-variants", self.reply_variants),
-            ("--effect-contents", self.effect_contents),
-            ("--candidates", self.candidates),
-            ("--shortlist", self.shortlist),
-            ("--causal-contents", self.causal_contents),
-            ("--max-new-tokens", self.max_new_tokens),
-            ("--batch-size", self.batch_size),
+            ("`rank_contents`", self.contents),
+            ("`reply_variants`", self.reply_variants),
+            ("`effect_contents`", self.effect_contents),
+            ("`candidates`", self.candidates),
+            ("`shortlist`", self.shortlist),
+            ("`causal_contents`", self.causal_contents),
+            ("`max_new_tokens`", self.max_new_tokens),
+            ("`batch_size`", self.batch_size),
         ):
             if count < 1:
                 raise UsageError(f"{flag} must be at least 1, got {count}")
         if self.shuffles < 0:
-            raise UsageError(f"--shuffles must be at least 0, got {self.shuffles}")
+            raise UsageError(f"`shuffles` must be at least 0, got {self.shuffles}")
         if not self.max_norm_ratio > 1:
-            raise UsageError(f"--max-norm-ratio must be above 1, got {self.max_norm_ratio}")
+            raise UsageError(f"`max_norm_ratio` must be above 1, got {self.max_norm_ratio}")
         if not 0 < self.max_fdr <= 1:
-            raise UsageError(f"--max-fdr must be above 0 and at most 1, got {self.max_fdr}")
+            raise UsageError(f"`max_fdr` must be above 0 and at most 1, got {self.max_fdr}")
         if not self.doses or not all(0 < dose < float("inf") for dose in self.doses):
-            raise UsageError(f"--doses must be positive numbers, got {self.doses}")
+            raise UsageError(f"`doses` must be positive numbers, got {self.doses}")
 
     @property
     def resolved_by(self) -> str:

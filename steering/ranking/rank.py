@@ -254,7 +254,7 @@ def plan_from_ranking(
 ) -> Plan:
     """A steering plan of the best `top` latents, with their statistics and lens tokens."""
     if top < 1:
-        raise UsageError(f"--top must be at least 1, got {top}")
+        raise UsageError(f"`top` must be at least 1, got {top}")
     latents = [
         PlannedLatent(
             id=i,

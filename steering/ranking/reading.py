@@ -162,7 +162,7 @@ class Reader:
             if not bool(torch.isfinite(real).all()):
                 raise NonFiniteError(
                     f"{self.lm.name} gave NaN or infinite activations at layer "
-                    f"{self.point.layer}: try --dtype float32"
+                    f"{self.point.layer}: try `dtype` float32"
                 )
             median = real.median()
             near = norms <= self.config.max_norm_ratio * median

@@ -82,21 +82,21 @@ class Ranking:
         ids = [i for i in order if score[i] > neutral and i not in skipped][:k]
         if not ids and bool((self.score > neutral).any()):
             raise UserError(
-                f"--drop {','.join(self.config.drop)} leaves no latent of "
+                f"`drop` {','.join(self.config.drop)} leaves no latent of "
                 f"{int((self.score > neutral).sum())} that score above {neutral:g}: drop less, "
-                "or raise --max-fdr"
+                "or raise `max_fdr`"
             )
         if not ids and self.trials:
             plain = next(trial for trial in self.trials if trial.latent is None)
             raise UserError(
                 f"no latent of {len({t.latent for t in self.trials}) - 1} on the shortlist makes "
                 f"more answers pass than the unsteered {plain.successes} of {plain.n}: try other "
-                "--doses, a longer --shortlist, or an SAE that saw the behaviour"
+                "`doses`, a longer `shortlist`, or an SAE that saw the behaviour"
             )
         if not ids:
             raise UserError(
                 f"no latent tells {self.task.name} apart at layer {self.point.layer}: the SAE may "
-                "never have seen the behaviour (train with --replies), or try another --read"
+                "never have seen the behaviour (train with `replies`), or try another `read`"
             )
         return ids
 

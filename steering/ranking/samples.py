@@ -68,8 +68,8 @@ def read_prompts(reader: Reader, task: Task, contents: list[str]) -> Samples:
             builder.add(acts, positive=True, content=i, variant=number, success=True)
     if not paired:
         raise UserError(
-            f"--read {reader.config.read} would read attention sinks alone: raise --max-norm-ratio "
-            f"({reader.config.max_norm_ratio:g}) or choose another --read"
+            f"`read` {reader.config.read} would read attention sinks alone: raise `max_norm_ratio` "
+            f"({reader.config.max_norm_ratio:g}) or choose another `read`"
         )
     for i in sorted(paired):
         negative.add(builder.dense(plain[i])[None])
@@ -87,8 +87,8 @@ def read_replies(reader: Reader, task: Task, contents: list[str]) -> Samples:
     config, d_sae = reader.config, reader.sae.spec.d_sae
     if task.check_name is None and not config.all_replies:
         raise UsageError(
-            f"--read reply counts replies that pass the task's check and {task.name!r} has none: "
-            "give --all-replies, or --task with a file that names a check"
+            f"`read` reply counts replies that pass the task's check and {task.name!r} has none: "
+            "give `all_replies`, or `task` with a file that names a check"
         )
     wordings = task.select_variants[: config.reply_variants]
     instructed = [
@@ -105,7 +105,7 @@ def read_replies(reader: Reader, task: Task, contents: list[str]) -> Samples:
     if not any(used):
         raise UserError(
             f"none of {len(answered)} replies to {task.name!r} passes its check, so there is "
-            f"nothing to learn from: {reader.lm.name} does not follow it; --all-replies counts "
+            f"nothing to learn from: {reader.lm.name} does not follow it; `all_replies` counts "
             "every reply"
         )
     plain = answers(reader, contents, "rank: plain replies")
@@ -172,7 +172,7 @@ def contrasts(reader: Reader, task: Task, contents: list[str]) -> list[Contrast]
     if not found:
         raise UserError(
             f"none of {len(sample)} answers to {task.name!r} follows it and is not the plain "
-            "one, so there is no effect to measure: raise --effect-contents, or give --all-replies "
+            "one, so there is no effect to measure: raise `effect_contents`, or give `all_replies` "
             "to take answers that fail the check"
         )
     return found

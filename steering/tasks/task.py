@@ -161,7 +161,7 @@ def load_task(name_or_path: str | Path) -> Task:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _read_task(path)
     raise UsageError(
-        f"unknown task {name!r}: --task takes a built-in name ({', '.join(builtin_tasks())}) "
+        f"unknown task {name!r}: `task` takes a built-in name ({', '.join(builtin_tasks())}) "
         "or the path of a .yaml file"
     )
 
@@ -174,8 +174,8 @@ def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: 
     a hash of `seed` and text, so the order of the lines does not matter. The task has no check.
     """
     if not instruction.strip():
-        raise UsageError("--instruction is empty: give the instruction's text")
-    contents = read_contents(Path(contents_file), SPLITS, seed, flag="--contents")
+        raise UsageError("`instruction` is empty: give the instruction's text")
+    contents = read_contents(Path(contents_file), SPLITS, seed, flag="`contents`")
     return Task("custom", instruction.strip(), (), contents)
 
 
@@ -201,17 +201,17 @@ def reply_prompts(
         ("plain", plain, 0),
     ):
         if value < least:
-            raise UsageError(f"{flag} must be at least {least} for --replies, got {value}")
+            raise UsageError(f"{flag} must be at least {least} for `replies`, got {value}")
     loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
     names = [task.name for task in loaded]
     if len(set(names)) != len(names):
-        raise UsageError(f"--replies names a task twice: {', '.join(names)}; name each once")
+        raise UsageError(f"`replies` names a task twice: {', '.join(names)}; name each once")
     prompts: list[Instructed] = []
     drawn: dict[str, None] = {}  # an ordered set
     for task in loaded:
         train = list(task.contents.get("train", ()))
         if not train:
-            raise UserError(f"task {task.name!r} has no train contents, which --replies needs")
+            raise UserError(f"task {task.name!r} has no train contents, which `replies` needs")
         chosen = random.Random(seed).sample(train, min(contents, len(train)))
         drawn.update(dict.fromkeys(chosen))
         for index, variant in enumerate(task.select_variants[:variants]):
@@ -274,7 +274,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
     from saesteer.checkpoints.yaml_text import parse_yaml
 
-    text = read_text(path, "--task")
+    text = read_text(path, "`task`")
     try:
         raw = parse_yaml(text)
     except yaml.YAMLError as error:

@@ -120,7 +120,7 @@ def test_no_canonical_form(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     source = saved(tmp_path / "a", make())
-    with pytest.raises(UsageError, match="--format must be one of saelens, sparsify"):
+    with pytest.raises(UsageError, match="`format` must be one of saelens, sparsify"):
         convert(source, None, "pickle")
     with pytest.raises(UserError, match="width 3"):
         convert(source, None, activations=torch.zeros(2, 3))

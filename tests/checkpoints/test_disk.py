@@ -11,11 +11,11 @@ from saesteer.checkpoints.errors import UserError
 
 def test_a_run_that_would_fill_the_disk_is_refused(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    need_space(tmp_path / "not" / "there" / "yet", free // 2, "training writes", "lower --d-sae")
+    need_space(tmp_path / "not" / "there" / "yet", free // 2, "training writes", "lower `d_sae`")
     with pytest.raises(UserError) as error:
-        need_space(tmp_path / "a", 10 * free, "training writes", "lower --d-sae")
+        need_space(tmp_path / "a", 10 * free, "training writes", "lower `d_sae`")
     text = str(error.value)
-    assert text.startswith("training writes up to ") and text.endswith("lower --d-sae")
+    assert text.startswith("training writes up to ") and text.endswith("lower `d_sae`")
     assert str(tmp_path / "a") in text and "is free there: " in text and "\n" not in text
 
 
@@ -24,7 +24,7 @@ def test_a_disk_that_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError
 
     monkeypatch.setattr(shutil, "disk_usage", refuse)
-    need_space(tmp_path, 10**18, "training writes", "lower --d-sae")
+    need_space(tmp_path, 10**18, "training writes", "lower `d_sae`")
 
 
 def test_bytes_below_a_folder(tmp_path: Path) -> None:

@@ -248,12 +248,12 @@ class TestClaimOutput:
 
     def test_resume_is_advised_where_there_is_one(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")
-        with pytest.raises(UsageError, match="--resume to continue it, --force to replace it"):
+        with pytest.raises(UsageError, match="`resume` to continue it, `force` to replace it"):
             files.claim_output(tmp_path, can_resume=True)
 
     def test_the_flag_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")
-        with pytest.raises(UsageError, match="--report"):
+        with pytest.raises(UsageError, match="`report`"):
             files.claim_output(tmp_path, flag="--report")
 
     def test_resume_keeps_what_is_there(self, tmp_path: Path) -> None:

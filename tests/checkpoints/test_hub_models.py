@@ -131,7 +131,7 @@ def test_a_hub_name_without_network(hub_cache: Path, monkeypatch: pytest.MonkeyP
     set_reachable(monkeypatch, False)
     text = refused("someone/some-model")
     assert text == (
-        "--model someone/some-model is not on this machine and the Hub cannot be reached: connect "
+        "`model` someone/some-model is not on this machine and the Hub cannot be reached: connect "
         "to the network, or give a folder, a .gguf file, or smollm2-135m-instruct-q4"
     )
 
@@ -162,7 +162,7 @@ def test_a_repository_that_is_not_there(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
     text = refused("someone/some-modle")
-    assert text.startswith("--model someone/some-modle: the Hub has no such repository")
+    assert text.startswith("`model` someone/some-modle: the Hub has no such repository")
     assert "give a Hub name" in text
 
 
@@ -186,9 +186,9 @@ def test_hub_calls_fail_soon_and_in_one_line(
     set_reachable(monkeypatch, False)
     start = time.monotonic()
     with pytest.raises(UserError) as error:
-        model_files.hub_call(lambda: hf_hub_download("a/b", "c"), "--model a/b", "give a folder")
+        model_files.hub_call(lambda: hf_hub_download("a/b", "c"), "`model` a/b", "give a folder")
     assert str(error.value) == (
-        "--model a/b: it is not on this machine and the Hub cannot be reached: connect to the "
+        "`model` a/b: it is not on this machine and the Hub cannot be reached: connect to the "
         "network, or give a folder"
     )
     assert time.monotonic() - start < 3
@@ -200,5 +200,5 @@ def test_hub_calls_fail_soon_and_in_one_line(
         raise RuntimeError("first line.\nsecond line " + "x" * 500)
 
     with pytest.raises(UserError) as error:
-        model_files.hub_call(fail, "--sae r:i", "give a folder")
-    assert str(error.value) == "--sae r:i: first line: give a folder"
+        model_files.hub_call(fail, "`sae` r:i", "give a folder")
+    assert str(error.value) == "`sae` r:i: first line: give a folder"

@@ -52,8 +52,8 @@ def test_two_processes_cannot_write_one_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error, folder_lock(tmp_path):
             pass
         text = str(error.value)
-        assert f"--out {tmp_path} is being written by process {process.pid}" in text
-        assert socket.gethostname() in text and "\n" not in text and "another --out" in text
+        assert f"`out` {tmp_path} is being written by process {process.pid}" in text
+        assert socket.gethostname() in text and "\n" not in text and "another `out`" in text
         process.communicate("")
         with folder_lock(tmp_path):
             pass

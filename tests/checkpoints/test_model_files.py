@@ -42,7 +42,7 @@ def test_a_folder(tiny_model_dir: Callable[..., Path]) -> None:
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     text = refused(tmp_path)
-    assert text.startswith(f"--model {tmp_path} holds no config.json")
+    assert text.startswith(f"`model` {tmp_path} holds no config.json")
     (tmp_path / "a.gguf").touch()
     assert f"give the file {tmp_path / 'a.gguf'}" in refused(tmp_path)
 
@@ -58,7 +58,7 @@ def test_a_folder_with_cut_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a/b/c", "./nothing", "/no/such/folder", "", "two words"])
 def test_an_unknown_name(name: str) -> None:
     text = refused(name)
-    assert text.startswith(f"--model {name} is no folder, file or Hub name: give a Hub name")
+    assert text.startswith(f"`model` {name} is no folder, file or Hub name: give a Hub name")
     assert "smollm2-135m-instruct" in text
 
 

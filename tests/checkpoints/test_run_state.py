@@ -146,7 +146,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     run_state.save_state(tmp_path, *state(6), keep=2, score=0.1)
     assert run_state.load_state(tmp_path, "best")[1]["step"] == 6
     assert len(list((tmp_path / "state").glob("*.safetensors"))) == 2
-    with pytest.raises(UsageError, match="--keep-states"):
+    with pytest.raises(UsageError, match="`keep_states`"):
         run_state.save_state(tmp_path, *state(7), keep=0)
 
 
@@ -239,7 +239,7 @@ def test_disk_full_keeps_the_old_state(
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no saved state in .*run without --resume"):
+    with pytest.raises(UserError, match="no saved state in .*run without `resume`"):
         run_state.load_state(tmp_path)
 
 

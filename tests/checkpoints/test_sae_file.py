@@ -80,7 +80,7 @@ def refused(path: Path | str) -> str:
     with pytest.raises(UserError) as error:
         load_sae(path)
     text = str(error.value)
-    assert "\n" not in text and text.startswith(f"--sae {path}")
+    assert "\n" not in text and text.startswith(f"`sae` {path}")
     return text
 
 
@@ -403,7 +403,7 @@ class TestRefusals:
         assert "W_dec holds NaN or infinity" in refused(tmp_path)
 
     def test_a_wrong_dtype_flag(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="--dtype must be one of"):
+        with pytest.raises(UsageError, match="`dtype` must be one of"):
             load_sae(saved(tmp_path), dtype="int8")
 
 

@@ -87,7 +87,7 @@ def refused(folder: Path) -> str:
     with pytest.raises(UserError) as error:
         ShardReader(folder)
     text = str(error.value)
-    assert "\n" not in text and f"--activations {folder}" in text
+    assert "\n" not in text and f"`activations` {folder}" in text
     return text
 
 
@@ -222,12 +222,12 @@ def test_checkpoint_saves_a_short_shard(tmp_path: Path) -> None:
 
 def test_resume_wants_the_same_settings(tmp_path: Path) -> None:
     harvest(writer_for(tmp_path), 0, [12])
-    with pytest.raises(UserError, match="--resume.*made with dtype 'float32', this run has 'bf"):
+    with pytest.raises(UserError, match="`resume`.*made with dtype 'float32', this run has 'bf"):
         ShardWriter.resume(tmp_path, expect={"dtype": "bfloat16"})
 
 
 def test_resume_without_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"--out {tmp_path} holds no manifest.json"):
+    with pytest.raises(UserError, match=f"`out` {tmp_path} holds no manifest.json"):
         ShardWriter.resume(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_non_finite_values_are_refused(tmp_path: Path) -> None:
     for value in (float("nan"), 1e6):  # 1e6 is infinite in float16
         rows = torch.zeros(2, D_MODEL)
         rows[1, 2] = value
-        with pytest.raises(NonFiniteError, match="layer 0 resid_post.*--store-dtype bfloat16"):
+        with pytest.raises(NonFiniteError, match="layer 0 resid_post.*`store_dtype` bfloat16"):
             writer.add({(0, "resid_post"): rows}, torch.arange(2))
     assert writer.tokens == 0
 
@@ -354,7 +354,7 @@ class TestReader:
     def test_a_place_must_be_clear(self, tmp_path: Path) -> None:
         reader = small_shards(tmp_path)
         for asked in ({}, {"layer": 2}, {"layer": 3, "site": "resid_post"}, {"site": "mlp_out"}):
-            with pytest.raises(UserError, match=r"layers \[2, 5\].*--layer and --site"):
+            with pytest.raises(UserError, match=r"layers \[2, 5\].*`layer` and `site`"):
                 reader.shard(0, **asked)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

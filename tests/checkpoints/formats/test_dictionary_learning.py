@@ -174,7 +174,7 @@ def test_they_read_ours(tmp_path: Path, options: dict[str, Any], input_bias: boo
     ],
 )
 def test_what_it_cannot_say(tmp_path: Path, sae: SAE) -> None:
-    with pytest.raises(UserError, match="use another --format"):
+    with pytest.raises(UserError, match="use another `format`"):
         formats.write("dictionary_learning", sae, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -80,7 +80,7 @@ def test_both_ways(tmp_path: Path, case: str, norm: str) -> None:
 )
 def test_our_own_architectures(tmp_path: Path, options: dict[str, Any]) -> None:
     sae = make(**options)
-    with pytest.raises(UserError, match="SAELens has no architecture.*--format saesteer"):
+    with pytest.raises(UserError, match="SAELens has no architecture.*`format` saesteer"):
         formats.write("saelens", sae, tmp_path / "a")
     formats.write("saesteer", sae, tmp_path / "b")
     again = load_sae(tmp_path / "b")

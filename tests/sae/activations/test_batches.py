@@ -145,7 +145,7 @@ def test_nan_in_shards_is_an_error_not_a_sink(shards: Callable[..., ShardReader]
     for entry in content["shards"]:
         entry["sha256"] = ""  # the file is not the one that was harvested
     manifest.write_text(json.dumps(content))
-    with pytest.raises(NonFiniteError, match="--activations .* in shard 1 of layer 6 resid_post"):
+    with pytest.raises(NonFiniteError, match="`activations` .* in shard 1 of layer 6 resid_post"):
         draw(ShardSource(ShardReader(reader.folder), PLACES, 10.0, seed=4), 40)
 
 
@@ -154,7 +154,7 @@ def test_shards_of_sinks_alone(
 ) -> None:
     source = ShardSource(shards(), PLACES, 10.0, seed=4)
     monkeypatch.setattr(source.sinks, "keep", lambda rows: torch.zeros(len(rows[PLACES[0]])) > 0)
-    with pytest.raises(UserError, match="--activations holds no rows to train on"):
+    with pytest.raises(UserError, match="`activations` holds no rows to train on"):
         draw(source, 1)
 
 
@@ -233,7 +233,7 @@ def test_fill_shows_the_first_rows() -> None:
 
 def test_a_source_that_ends_too_soon() -> None:
     stream = batch_stream(Counter(64))
-    with pytest.raises(UserError, match="the corpus ended after 64 of 100 --tokens: .*--epochs"):
+    with pytest.raises(UserError, match="the corpus ended after 64 of 100 `tokens`: .*`epochs`"):
         while stream.next_batch() is not None:
             pass
 

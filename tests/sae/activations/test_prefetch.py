@@ -135,7 +135,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
 
 def test_a_source_that_runs_dry() -> None:
     with Producer(stream(Numbers(total=123)), CPU) as producer:
-        with pytest.raises(UserError, match="the corpus ended after 123 of 400 --tokens"):
+        with pytest.raises(UserError, match="the corpus ended after 123 of 400 `tokens`"):
             all_of(producer)
 
 

@@ -161,7 +161,7 @@ def test_a_template_that_rewrites_messages_cannot_be_told_apart(
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "words " * 50}]}) + "\n")
     text = replace(TEXT, data=(str(path),), exclude_template=True)
-    with pytest.raises(UserError, match="rewrites the messages .* leave --exclude-template out"):
+    with pytest.raises(UserError, match="rewrites the messages .* leave `exclude_template` out"):
         stream_of(lm, text).next_batch()
 
 

@@ -130,5 +130,5 @@ def test_what_leaves_is_a_copy() -> None:
 
 
 def test_a_buffer_smaller_than_a_batch() -> None:
-    with pytest.raises(UsageError, match=r"--buffer-tokens must be at least .* \(4\), got 3"):
+    with pytest.raises(UsageError, match=r"`buffer_tokens` must be at least .* \(4\), got 3"):
         ShuffleBuffer(3, 2, 4, torch.float32, 0)

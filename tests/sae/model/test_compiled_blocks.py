@@ -82,7 +82,7 @@ def test_a_harvest_knows_whether_it_was_compiled(fresh_lm: Shared, tmp_path: Pat
     assert stages[:2] == ["compile", "compile"] and stages[-1] == "harvest"
     plain = HarvestConfig(layers=(1,), tokens=200, text=TextConfig(context=24, batch_size=4),
                           shard_tokens=64)  # fmt: skip
-    with pytest.raises(UserError, match="--compile True, now it is False"):
+    with pytest.raises(UserError, match="`compile` True, now it is False"):
         harvest(fresh_lm("llama"), tmp_path / "acts", plain, resume=True)
 
 
@@ -94,7 +94,7 @@ def test_a_machine_without_a_compiler_says_so(shared_lm: Shared, tmp_path: Path)
     torch.compiler.reset()
     with (
         config.patch(lacking),
-        pytest.raises(UserError, match=r"--compile does not work here .* leave it out") as raised,
+        pytest.raises(UserError, match=r"`compile` does not work here .* leave it out") as raised,
     ):
         open_activations(lm, [resolve_site(lm, 1)], text, replies_folder=tmp_path)
     said = str(raised.value)

@@ -97,10 +97,10 @@ def test_order_and_reports(shared_lm: Shared) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
-        ({"temperature": -0.1}, r"--temperature must be 0 \(greedy\) or more, got -0.1"),
-        ({"top_p": 0.0}, r"--top-p must be in \(0, 1\], got 0.0"),
-        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ({"temperature": -0.1}, r"`temperature` must be 0 \(greedy\) or more, got -0.1"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, float], message: str, shared_lm: Shared) -> None:
@@ -113,5 +113,5 @@ def test_more_tokens_than_the_model_has_positions_is_refused(shared_lm: Shared) 
     limit = lm.model.config.max_position_embeddings
     prompt = encode_prompt(lm, "A short text.", chat=False)
     room = limit - len(prompt)
-    with pytest.raises(UsageError, match=f"--max-new-tokens {room + 1} .* at most {room} fit"):
+    with pytest.raises(UsageError, match=f"`max_new_tokens` {room + 1} .* at most {room} fit"):
         generate(lm, [prompt], max_new_tokens=room + 1)

@@ -69,7 +69,7 @@ def test_every_site_of_every_family(family: str, shared_lm: Shared) -> None:
 @pytest.mark.parametrize("family", PARALLEL)
 def test_a_site_that_a_block_does_not_have(family: str, shared_lm: Shared) -> None:
     with pytest.raises(
-        UsageError, match="--site resid_mid does not exist in the .* use resid_post"
+        UsageError, match="`site` resid_mid does not exist in the .* use resid_post"
     ):
         resolve_site(shared_lm(family), 1, "resid_mid")
 
@@ -107,29 +107,29 @@ def test_layers_out_of_range(shared_lm: Shared) -> None:
     assert [layer_index(lm, layer) for layer in (0, 3, -1, -4)] == [0, 3, 3, 0]
     for layer in (4, -5):
         with pytest.raises(
-            UsageError, match=rf"--layer {layer} is out of range: tiny-llama has 4 blocks, 0\.\.3"
+            UsageError, match=rf"`layer` {layer} is out of range: tiny-llama has 4 blocks, 0\.\.3"
         ):
             resolve_site(lm, layer)
 
 
 @pytest.mark.parametrize("site", ["resid", "model.layers.9.mlp", "", "model.layers.{}"])
 def test_unknown_sites(site: str, shared_lm: Shared) -> None:
-    with pytest.raises(UsageError, match="--site must be one of resid_post, .* or a module path"):
+    with pytest.raises(UsageError, match="`site` must be one of resid_post, .* or a module path"):
         resolve_site(shared_lm(), 0, site)
 
 
 def test_a_module_path_must_lie_in_the_layer_asked(shared_lm: Shared) -> None:
     lm = shared_lm()
     assert resolve_site(lm, 1, "model.layers.1.mlp").key == (1, "model.layers.1.mlp")
-    with pytest.raises(UsageError, match="lies in block 1, but --layer is 2"):
+    with pytest.raises(UsageError, match="lies in block 1, but `layer` is 2"):
         resolve_site(lm, 2, "model.layers.1.mlp")
-    with pytest.raises(UsageError, match="lies in block 1, but --layer is 2"):
+    with pytest.raises(UsageError, match="lies in block 1, but `layer` is 2"):
         resolve_site(lm, 2, "model.layers.1")
 
 
 def test_a_module_that_text_never_reaches(shared_lm: Shared) -> None:
     lm = shared_lm()
-    with pytest.raises(UsageError, match="--site lm_head is never reached.*inside model.layers"):
+    with pytest.raises(UsageError, match="`site` lm_head is never reached.*inside model.layers"):
         run_to(lm, [resolve_site(lm, 0, "lm_head")], input_ids=IDS)
 
 
@@ -280,13 +280,13 @@ def test_an_sae_names_its_own_place(shared_lm: Shared) -> None:
 def test_an_sae_that_does_not_fit(shared_lm: Shared) -> None:
     lm = shared_lm()
     cases: list[tuple[SAE, dict[str, Any], str]] = [
-        (sae_for(lm, d_model=16), {}, "--sae S has d_model 16, --model tiny-llama has 32"),
-        (sae_for(lm), {"layer": 2}, "--layer 2 conflicts with --sae S, which reads layer 1"),
-        (sae_for(lm), {"layer": 9}, "--layer 9 is out of range"),
-        (sae_for(lm, "blocks.7.hook_resid_post"), {}, "--sae S reads layer 7, .* has 4 blocks"),
-        (sae_for(lm), {"site": "mlp_out"}, "--site mlp_out conflicts with --sae S.*resid_post"),
-        (sae_for(lm, ""), {}, "--sae S names no layer: give --layer"),
-        (sae_for(lm, hash="0" * 16), {}, "was trained on tiny with weights 0{16}.*or --force"),
+        (sae_for(lm, d_model=16), {}, "`sae` S has d_model 16, `model` tiny-llama has 32"),
+        (sae_for(lm), {"layer": 2}, "`layer` 2 conflicts with `sae` S, which reads layer 1"),
+        (sae_for(lm), {"layer": 9}, "`layer` 9 is out of range"),
+        (sae_for(lm, "blocks.7.hook_resid_post"), {}, "`sae` S reads layer 7, .* has 4 blocks"),
+        (sae_for(lm), {"site": "mlp_out"}, "`site` mlp_out conflicts with `sae` S.*resid_post"),
+        (sae_for(lm, ""), {}, "`sae` S names no layer: give `layer`"),
+        (sae_for(lm, hash="0" * 16), {}, "was trained on tiny with weights 0{16}.*or `force`"),
     ]
     for sae, asked, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -103,7 +103,7 @@ class _Ambiguous(nn.Module):
 @pytest.mark.parametrize(("lists", "candidates"), [(0, "none"), (2, "stack0, stack1")])
 def test_unclear_blocks_are_an_error_that_names_the_flag(lists: int, candidates: str) -> None:
     with pytest.raises(
-        UserError, match=rf"3 decoder blocks \(candidates: {candidates}\).*--blocks"
+        UserError, match=rf"3 decoder blocks \(candidates: {candidates}\).*`blocks`"
     ):
         find_blocks(_Ambiguous(lists))
 
@@ -112,9 +112,9 @@ def test_blocks_override(shared_lm: Shared, tiny_lm: Callable[..., tuple[Any, An
     assert find_blocks(_Ambiguous(2), "stack1")[0] == "stack1"
     lm = wrap_model(*tiny_lm("gpt2"), blocks_path="transformer.h")
     assert lm.n_layers == 4
-    with pytest.raises(UserError, match="--blocks transformer.g: the model has no such module"):
+    with pytest.raises(UserError, match="`blocks` transformer.g: the model has no such module"):
         find_blocks(lm.model, "transformer.g")
-    with pytest.raises(UserError, match="--blocks lm_head is a Linear, not a list of blocks"):
+    with pytest.raises(UserError, match="`blocks` lm_head is a Linear, not a list of blocks"):
         find_blocks(lm.model, "lm_head")
 
 
@@ -205,7 +205,7 @@ def test_fingerprint_samples_evenly_spaced_values() -> None:
 
 def test_unknown_models_are_one_line_errors(tmp_path: Path) -> None:
     for name in ("no-such-owner/no-such-model", str(tmp_path / "absent"), str(tmp_path)):
-        with pytest.raises(UserError, match="--model") as caught:
+        with pytest.raises(UserError, match="`model`") as caught:
             load_model(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -251,7 +251,7 @@ def test_hub_models_are_read_through_the_guarded_call(
     monkeypatch.setattr(model_files, "resolve_model", resolve)
     monkeypatch.setattr(model_files, "hub_call", call)
     assert load_model("owner/model", device="cpu").name == "owner/model"
-    assert [what for what, _ in asked] == ["--model owner/model"]
+    assert [what for what, _ in asked] == ["`model` owner/model"]
 
 
 # --- devices and dtypes
@@ -259,26 +259,26 @@ def test_hub_models_are_read_through_the_guarded_call(
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x"])
 def test_unknown_device(device: str) -> None:
-    with pytest.raises(UsageError, match=f"--device must be .* got '{device}'"):
+    with pytest.raises(UsageError, match=f"`device` must be .* got '{device}'"):
         pick_device(device)
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
-    with pytest.raises(UsageError, match="--device cuda was asked for.*use cpu"):
+    with pytest.raises(UsageError, match="`device` cuda was asked for.*use cpu"):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UsageError, match="--device cuda:2 does not exist: torch sees 2"):
+    with pytest.raises(UsageError, match="`device` cuda:2 does not exist: torch sees 2"):
         pick_device("cuda:2")
 
 
 def test_dtype_names(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert pick_dtype("float16", cpu) == torch.float16
-    with pytest.raises(UsageError, match="--dtype must be auto, float32, .* got 'int8'"):
+    with pytest.raises(UsageError, match="`dtype` must be auto, float32, .* got 'int8'"):
         pick_dtype("int8", cpu)
     native = has_fast_bfloat16(cpu)
     assert pick_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
@@ -340,14 +340,14 @@ def test_weights_that_are_elsewhere_until_needed(tiny_lm: Any, shared_lm: Any) -
 
 def test_placements_that_cannot_be(tiny_model_dir: Any, monkeypatch: Any) -> None:
     folder = str(tiny_model_dir("llama"))
-    with pytest.raises(UsageError, match="--device-map must be auto, got 'balanced'"):
+    with pytest.raises(UsageError, match="`device_map` must be auto, got 'balanced'"):
         load_model(folder, device_map="balanced")
-    with pytest.raises(UsageError, match="--quantize must be 8bit or 4bit, got '2bit'"):
+    with pytest.raises(UsageError, match="`quantize` must be 8bit or 4bit, got '2bit'"):
         load_model(folder, quantize="2bit")
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--quantize 4bit needs bitsandbytes.*saesteer\[quant\]"):
+    with pytest.raises(UserError, match=r"`quantize` 4bit needs bitsandbytes.*saesteer\[quant\]"):
         load_model(folder, quantize="4bit")
 
 

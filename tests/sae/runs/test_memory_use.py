@@ -93,7 +93,7 @@ def test_what_cannot_fit_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory, "free_bytes", lambda device: need.total + 1)
     refuse_what_cannot_fit(need, 9, CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: need.total - 1)
-    with pytest.raises(UserError, match=r"9 SAEs .* need 14\.\d GB of memory .*--buffer-tokens"):
+    with pytest.raises(UserError, match=r"9 SAEs .* need 14\.\d GB of memory .*`buffer_tokens`"):
         refuse_what_cannot_fit(need, 9, CPU)
     # On a GPU the SAEs lie there and the buffer does not.
     gpu = torch.device("cuda")

@@ -209,13 +209,13 @@ def test_corpora_that_fill_no_context(shared_lm: Shared, tmp_path: Path) -> None
     # Replies repeat until they fill one; it is the corpus that is too short.
     replies = tmp_path / "replies.jsonl"
     replies.write_text('{"text": "short"}\n')
-    with pytest.raises(UserError, match=f"--data {path} holds fewer tokens"):
+    with pytest.raises(UserError, match=f"`data` {path} holds fewer tokens"):
         open_contexts(lm, config, replies).next_batch(4)
 
 
 def test_contexts_longer_than_the_model(shared_lm: Shared) -> None:
     for family in ("gpt2", "llama", "gemma3_multimodal"):
-        with pytest.raises(UsageError, match="--context must be at most 1024, .* got 1025"):
+        with pytest.raises(UsageError, match="`context` must be at most 1024, .* got 1025"):
             open_contexts(shared_lm(family), TextConfig(context=1025))
 
 
@@ -245,7 +245,7 @@ def test_a_chat_that_the_template_refuses(tiny_lm: Callable[..., Any]) -> None:
     model, tokenizer = tiny_lm()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     corpus = Listed([{"role": "tool", "content": "x"}])
-    with pytest.raises(UserError, match="--data listed .* refuses .roles must alternate"):
+    with pytest.raises(UserError, match="`data` listed .* refuses .roles must alternate"):
         ContextStream(corpus, wrap_model(model, tokenizer), 4, 0, 1).next_batch(1)
 
 

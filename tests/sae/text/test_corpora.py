@@ -101,7 +101,7 @@ def test_a_json_file(tmp_path: Path, content: str, texts: list[str] | None) -> N
         return
     with pytest.raises(UserError) as error:
         open_corpus([str(path)])
-    assert f"--data {path} is a JSON file, not JSON lines" in str(error.value)
+    assert f"`data` {path} is a JSON file, not JSON lines" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -133,7 +133,7 @@ def test_a_dataset_is_streamed(tmp_path: Path) -> None:
         "hf:no/such",
         "hf:no/such:a:b",
     ):
-        with pytest.raises(UserError, match=f"--data {name}") as caught:
+        with pytest.raises(UserError, match=f"`data` {name}") as caught:
             open_corpus([name])
         assert "\n" not in str(caught.value)
     for name in ("hf:", "hf:a:b:c:d"):
@@ -145,7 +145,7 @@ def test_a_dataset_that_breaks_off_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "row"}\n')
     corpus = open_corpus([f"hf:{tmp_path}"])
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(UserError, match="broke off .*--resume"):
+    with pytest.raises(UserError, match="broke off .*`resume`"):
         list(corpus.documents(0, 0))
 
 
@@ -194,11 +194,11 @@ def test_files_that_are_no_corpus(name: str, content: bytes, message: str, tmp_p
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         all_texts(str(path))
-    assert f"--data {path}" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"`data` {path}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_paths_that_are_no_corpus(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--data absent.txt does not exist: give a file, a folder"):
+    with pytest.raises(UserError, match="`data` absent.txt does not exist: give a file, a folder"):
         open_corpus(["absent.txt"])
     (tmp_path / "a.py").write_text("pass")
     with pytest.raises(UserError, match="is a folder without .txt, .md, .rst, .jsonl files"):

@@ -94,17 +94,17 @@ def test_token_span_covers_the_characters(shared_lm: Shared, text: str, data: An
 
 def test_spans_outside_the_text(shared_lm: Shared) -> None:
     prompt = encode_prompt(shared_lm(), "Hello", chat=False)
-    with pytest.raises(UserError, match="--scope span:9-12 covers no token of a prompt of 5"):
+    with pytest.raises(UserError, match="`scope` span:9-12 covers no token of a prompt of 5"):
         prompt.token_span(9, 12)
 
 
 def test_templates_that_cannot_be_used(tiny_lm: Callable[..., Any], shared_lm: Shared) -> None:
-    with pytest.raises(UserError, match="--chat needs a chat template and .* use --no-chat"):
+    with pytest.raises(UserError, match="`chat` needs a chat template and .* use `no_chat`"):
         encode_prompt(shared_lm(chat=False), "Hello", chat=True)
     model, tokenizer = tiny_lm()
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     lm = wrap_model(model, tokenizer)
-    with pytest.raises(UserError, match="rewrites the prompt: use --no-chat"):
+    with pytest.raises(UserError, match="rewrites the prompt: use `no_chat`"):
         encode_prompt(lm, "Hello", chat=True)
     tokenizer.chat_template = "before {{ messages[0]['content'] | trim }} after"
     assert encode_prompt(lm, "Hello", chat=True).text_start == len("before ")

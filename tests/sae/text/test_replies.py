@@ -95,11 +95,11 @@ def test_another_model_prompt_setting_or_template_is_another_file(
 def test_nothing_asked_or_nothing_said(
     shared_lm: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="--replies names tasks without a single prompt"):
+    with pytest.raises(UserError, match="`replies` names tasks without a single prompt"):
         sample_replies(shared_lm(), [], tmp_path)
     silent = [Completion("", [2]), Completion("", [])]
     monkeypatch.setattr(replies_module, "generate", lambda *args, **options: silent)
-    with pytest.raises(UserError, match="answered every --replies prompt with nothing"):
+    with pytest.raises(UserError, match="answered every `replies` prompt with nothing"):
         sample_replies(shared_lm(), PROMPTS[:2], tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -118,7 +118,7 @@ def test_a_run_that_would_fill_the_disk_is_refused_at_once(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     wide = replace(CONFIG, d_sae=(4096,))
-    with pytest.raises(UserError, match=r"training writes up to .* only 10\.0 kB .*--keep-states"):
+    with pytest.raises(UserError, match=r"training writes up to .* only 10\.0 kB .*`keep_states`"):
         train(out, wide, activations=shards, device="cpu", force=True)
     assert (out / "sae_weights.safetensors").read_bytes() == before, "the old run is still there"
 
@@ -150,7 +150,7 @@ def test_a_write_that_fails_in_the_background_ends_the_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
-        with pytest.raises(UserError, match="no space left while writing .*--resume"):
+        with pytest.raises(UserError, match="no space left while writing .*`resume`"):
             train(tmp_path / "sae", CONFIG, activations=shards, device="cpu")
     assert not has_state(tmp_path / "sae")
     train(tmp_path / "sae", CONFIG, activations=shards, device="cpu", resume=True)

@@ -47,11 +47,11 @@ def test_a_corpus_that_ends_is_an_error(shared_lm: Shared, tmp_path: Path) -> No
     text = replace(LIVE.text, data=(str(path),))
     config = replace(LIVE, text=text, checkpoint_every=10**9)
     with pytest.raises(
-        UserError, match=r"the corpus ended after \d+ of 1024 --tokens.*--epochs"
+        UserError, match=r"the corpus ended after \d+ of 1024 `tokens`.*`epochs`"
     ) as caught:
         train(tmp_path / "sae", config, model=shared_lm(), device="cpu")
     step = load_state(tmp_path / "sae")[1]["step"]
-    assert step > 0 and f"--resume goes on from step {step}" in str(caught.value)
+    assert step > 0 and f"`resume` goes on from step {step}" in str(caught.value)
     enough = replace(config, text=replace(config.text, epochs=9))
     train(tmp_path / "two", enough, model=shared_lm(), device="cpu")
     # What was trained before the end is kept, and more epochs lead to the same weights.
@@ -82,7 +82,7 @@ def test_memory_is_said_first_and_refused(
     sources = (({"activations": shards}, (1, 5)), ({"model": shared_lm()}, (0, 1)))
     for source, layers in sources:
         config = replace(LIVE, layers=layers, tokens=256)
-        with pytest.raises(UserError, match="2 SAEs .* are free: give fewer --layer") as caught:
+        with pytest.raises(UserError, match="2 SAEs .* are free: give fewer `layer`") as caught:
             train(tmp_path / "b", config, device="cpu", **source)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
         assert not weights(tmp_path / "b")
@@ -121,7 +121,7 @@ def test_text_with_nan_stops_with_the_batch_named_and_the_state_before_it(
         return output * torch.nan if calls == 9 else output
 
     handle = lm.blocks[0].register_forward_hook(poison)
-    with pytest.raises(NonFiniteError, match="at layer 0 in batch 8.*--resume goes on from step"):
+    with pytest.raises(NonFiniteError, match="at layer 0 in batch 8.*`resume` goes on from step"):
         train(tmp_path / "out", LIVE, model=lm, device="cpu")
     handle.remove()
     assert torch.equal(weight, original)

@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     expected = train(tmp_path / "whole", config, device="cpu", **source)
     assert sum(expected[0]["excluded"].values()) > 10, "sinks are met on the way"
     out, total = tmp_path / "out", config.tokens
-    with pytest.raises(Interrupted, match=r"stopped at step \d+ of .*--resume") as caught:
+    with pytest.raises(Interrupted, match=r"stopped at step \d+ of .*`resume`") as caught:
         train(out, config, device="cpu", progress=stop_at("train", total // 5), **source)
     assert has_state(out) and not weights(out)
     assert f"step {load_state(out)[1]['step']} of" in str(caught.value)
@@ -152,9 +152,9 @@ def test_resume_with_other_settings_is_refused(
         train(out, CONFIG, activations=shards, device="cpu", progress=stop_at("train", 512))
     other = write_shards(tmp_path / "other", layers=(1, 4))
     cases: list[tuple[TrainConfig, Path, str]] = [
-        (replace(CONFIG, k=(5,)), shards, r"--k \[4\], now it is \[5\]"),
-        (replace(CONFIG, seed=1), shards, "--seed 0, now it is 1"),
-        (replace(CONFIG, text=TextConfig(max_norm_ratio=9.0)), shards, "--max-norm-ratio 10.0"),
+        (replace(CONFIG, k=(5,)), shards, r"`k` \[4\], now it is \[5\]"),
+        (replace(CONFIG, seed=1), shards, "`seed` 0, now it is 1"),
+        (replace(CONFIG, text=TextConfig(max_norm_ratio=9.0)), shards, "`max_norm_ratio` 10.0"),
         (CONFIG, other, "was made from other text"),
     ]
     for config, source, message in cases:

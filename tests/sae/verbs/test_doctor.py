@@ -186,5 +186,5 @@ def test_an_sae_from_elsewhere(shared_lm: Shared) -> None:
     # Its b_dec is the mean activation of somewhere far off.
     found = doctor(lm, sae=sae_for(lm, 2, torch.full((32,), 20.0)), **SMALL)
     assert list(failures(found)) == [FITS]
-    with pytest.raises(UserError, match="--layer 3 conflicts with --sae S, which reads layer 2"):
+    with pytest.raises(UserError, match="`layer` 3 conflicts with `sae` S, which reads layer 2"):
         doctor(lm, sae=sae_for(lm, 2, torch.zeros(32)), layer=3, **SMALL)

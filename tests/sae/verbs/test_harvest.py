@@ -199,12 +199,12 @@ def test_nan_names_layer_and_batch(fresh_lm: Shared, tmp_path: Path) -> None:
     stream = ActivationStream(lm, points, open_contexts(lm, TEXT), TEXT)
     stream.next_batch()
     stream.next_batch()
-    with pytest.raises(NonFiniteError, match=r"NaN .* at layer 1 in batch 2: try --dtype float32"):
+    with pytest.raises(NonFiniteError, match=r"NaN .* at layer 1 in batch 2: try `dtype` float32"):
         stream.next_batch()
 
 
 def test_a_block_named_twice(shared_lm: Shared, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--layer names a block twice: 3,3"):
+    with pytest.raises(UsageError, match="`layer` names a block twice: 3,3"):
         harvest(shared_lm(), tmp_path, replace(CONFIG, layers=(3, -1)))
 
 
@@ -219,7 +219,7 @@ def test_a_corpus_that_ends_is_a_warning(shared_lm: Shared, tmp_path: Path) -> N
     tokens = manifest["tokens"]
     assert 0 < tokens < 10**4 and manifest["complete"]
     assert said == [
-        f"the corpus ended after {tokens} of 1000000 --tokens: give more --data or --epochs"
+        f"the corpus ended after {tokens} of 1000000 `tokens`: give more `data` or `epochs`"
     ]
     twice = replace(CONFIG, text=replace(text, epochs=2), tokens=10**6)
     assert harvest(shared_lm(), tmp_path / "two", twice)["tokens"] >= 2 * tokens
@@ -228,7 +228,7 @@ def test_a_corpus_that_ends_is_a_warning(shared_lm: Shared, tmp_path: Path) -> N
 def test_a_folder_in_use(shared_lm: Shared, tmp_path: Path) -> None:
     lm = shared_lm()
     first = harvest(lm, tmp_path / "out", CONFIG)
-    with pytest.raises(UsageError, match="exists and is not empty: add --resume .* --force"):
+    with pytest.raises(UsageError, match="exists and is not empty: add `resume` .* `force`"):
         harvest(lm, tmp_path / "out", CONFIG)
     # A mistake in the command does not cost the old shards.
     for mistake in (
@@ -260,7 +260,7 @@ def test_two_harvests_into_one_folder(
                 refused.append(str(error.value))
 
     harvest(lm, tmp_path / "out", CONFIG, progress=second)
-    assert len(refused) == 3 and "choose another --out" in refused[0]
+    assert len(refused) == 3 and "choose another `out`" in refused[0]
     harvest(lm, tmp_path / "whole", CONFIG)
     assert equal(stored(tmp_path / "out"), stored(tmp_path / "whole"))
     assert not list((tmp_path / "out").glob(".*")), "the lock goes with its holder"
@@ -277,7 +277,7 @@ def test_a_disk_without_room_is_seen_before_the_work(
     monkeypatch.setattr(
         "saesteer.checkpoints.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free[0])
     )
-    with pytest.raises(UserError, match="harvesting writes up to .* lower --tokens"):
+    with pytest.raises(UserError, match="harvesting writes up to .* lower `tokens`"):
         harvest(lm, tmp_path / "out", CONFIG)
     assert not list(tmp_path.rglob("*.safetensors"))
     free[0] += 1000
@@ -298,7 +298,7 @@ def test_an_interrupted_harvest_goes_on_to_the_bit(
     with_sinks(lm)
     expected = harvest(lm, tmp_path / "whole", CONFIG)
     out = tmp_path / "out"
-    with pytest.raises(Interrupted, match=r"stopped after \d+ of 500 tokens.*--resume") as caught:
+    with pytest.raises(Interrupted, match=r"stopped after \d+ of 500 tokens.*`resume`") as caught:
         harvest(lm, out, CONFIG, progress=stop_at("harvest", 50))
     done = ShardReader(out).tokens
     # Less than a shard: a stop writes what there is.
@@ -355,7 +355,7 @@ def test_disk_full_keeps_what_was_whole(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(Draft, "__enter__", full)
-        with pytest.raises(UserError, match="no space left while writing .*shard-00001.*--resume"):
+        with pytest.raises(UserError, match="no space left while writing .*shard-00001.*`resume`"):
             harvest(lm, out, CONFIG)
     reader = ShardReader(out)
     assert len(reader) == 1 and reader.tokens < 500
@@ -375,13 +375,13 @@ def test_resume_with_other_settings_is_refused(
     with pytest.raises(Interrupted):
         harvest(lm, tmp_path / "out", config, progress=stop_at("harvest", 100))
     cases: list[tuple[Any, HarvestConfig, str]] = [
-        (lm, replace(config, text=replace(text, context=32)), "--context 24, now it is 32"),
-        (lm, replace(config, text=replace(text, seed=6)), "--seed 5, now it is 6"),
-        (lm, replace(config, tokens=600), "--tokens 500, now it is 600"),
-        (lm, replace(config, layers=(1, 2)), r"--layer \[1, 3\], now it is \[1, 2\]"),
-        (lm, replace(config, site="mlp_out"), "--site resid_post, now it is mlp_out"),
-        (lm, replace(config, store_dtype="bfloat16"), "--store-dtype float32, now it is bfloat16"),
-        (fresh_lm(seed=1), config, f"--model of hash {lm.fingerprint}"),
+        (lm, replace(config, text=replace(text, context=32)), "`context` 24, now it is 32"),
+        (lm, replace(config, text=replace(text, seed=6)), "`seed` 5, now it is 6"),
+        (lm, replace(config, tokens=600), "`tokens` 500, now it is 600"),
+        (lm, replace(config, layers=(1, 2)), r"`layer` \[1, 3\], now it is \[1, 2\]"),
+        (lm, replace(config, site="mlp_out"), "`site` resid_post, now it is mlp_out"),
+        (lm, replace(config, store_dtype="bfloat16"), "`store_dtype` float32, now it is bfloat16"),
+        (fresh_lm(seed=1), config, f"`model` of hash {lm.fingerprint}"),
     ]
     for model, changed, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -372,8 +372,8 @@ def test_what_cannot_be_measured(shared_lm: Shared, fresh_lm: Shared, tmp_path: 
     short = tmp_path / "short.txt"
     short.write_text("too short")
     cases: list[tuple[LanguageModel, dict[str, Any], str]] = [
-        (lm, {"layer": 2}, "--layer 2 conflicts"),
-        (fresh_lm(seed=1), {}, "or --force"),
+        (lm, {"layer": 2}, "`layer` 2 conflicts"),
+        (fresh_lm(seed=1), {}, "or `force`"),
         (lm, {"config": replace(CONFIG, text=replace(TEXT, data=(str(short),)))}, "fewer tokens"),
     ]
     for model, options, message in cases:

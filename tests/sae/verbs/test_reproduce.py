@@ -80,7 +80,7 @@ def test_a_live_run_with_replies(tiny_model_dir: Callable[..., Path], tmp_path: 
     other = reproduce(tmp_path / "sae", model=str(tiny_model_dir("llama", seed=1)))
     assert not other["equal"]
     assert "model.hash" in [difference["what"] for difference in other["differences"]]
-    with pytest.raises(UsageError, match="--activations: this run was trained live"):
+    with pytest.raises(UsageError, match="`activations`: this run was trained live"):
         reproduce(tmp_path / "sae", activations=tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_shards_that_moved_and_shards_that_changed(run: Path, shards: Path, tmp_
     changed = reproduce(run, activations=write_shards(tmp_path / "other", seed=1))
     assert not changed["equal"]
     assert "data.shards" in [difference["what"] for difference in changed["differences"]]
-    with pytest.raises(UsageError, match="--model: this run was trained from shards"):
+    with pytest.raises(UsageError, match="`model`: this run was trained from shards"):
         reproduce(run, model="x")
 
 

@@ -98,5 +98,5 @@ def test_harvests_that_are_not_repeated(lm: LanguageModel, tmp_path: Path) -> No
             reproduce(tmp_path / "acts")
         assert "\n" not in str(error.value)
     write_json(path, manifest)
-    with pytest.raises(UsageError, match="this run is a harvest, give --model"):
+    with pytest.raises(UsageError, match="this run is a harvest, give `model`"):
         reproduce(tmp_path / "acts", activations=tmp_path)

@@ -119,7 +119,7 @@ def test_width_is_eight_times_d_model_by_default(shards: Path, tmp_path: Path) -
     config = TrainConfig(layers=(1,), tokens=128, batch_tokens=64, buffer_tokens=64)
     (run,) = train(tmp_path / "sae", config, activations=shards, device="cpu")
     assert run["sae"]["d_sae"] == 128
-    with pytest.raises(UsageError, match=r"--d-sae must be at least --k \(200\), got 128"):
+    with pytest.raises(UsageError, match=r"`d_sae` must be at least `k` \(200\), got 128"):
         train(tmp_path / "no", replace(config, k=(200,)), activations=shards, device="cpu")
 
 
@@ -138,13 +138,13 @@ def test_layers_and_sites_of_shards(shards: Path, tmp_path: Path) -> None:
     for wrong in (2, -1):
         with pytest.raises(UserError, match=r"does not have the asked .*layers \[1, 5\]"):
             layers(layers=(wrong,))
-    with pytest.raises(UsageError, match="--layer names a block twice: 5,-3"):
+    with pytest.raises(UsageError, match="`layer` names a block twice: 5,-3"):
         layers(layers=(5, -3))
-    with pytest.raises(UserError, match="does not have the asked .*--site mlp_out"):
+    with pytest.raises(UserError, match="does not have the asked .*`site` mlp_out"):
         layers(site="mlp_out")
     other = write_shards(tmp_path / "x-shards", site="mlp_out")
     assert layers(source=other, layers=(1,)) == [(1, "mlp_out")], "the only site there is"
-    with pytest.raises(UserError, match="--site attn_out"):
+    with pytest.raises(UserError, match="`site` attn_out"):
         layers(source=other, site="attn_out")
 
 
@@ -163,11 +163,11 @@ def test_a_module_path_is_named_without_its_placeholder(tmp_path: Path) -> None:
 def test_sources_that_cannot_be(shards: Path, shared_lm: Shared, tmp_path: Path) -> None:
     out = tmp_path / "sae"
     cases: list[tuple[dict[str, Any], str]] = [
-        ({}, "needs either --model .* or --activations"),
+        ({}, "needs either `model` .* or `activations`"),
         ({"model": shared_lm(), "activations": shards}, "not both"),
-        ({"activations": shards, "replies": ["a"]}, "--replies needs --model"),
-        ({"model": shared_lm()}, "live training needs --layer"),
-        ({"activations": tmp_path}, "--activations .* holds no manifest.json"),
+        ({"activations": shards, "replies": ["a"]}, "`replies` needs `model`"),
+        ({"model": shared_lm()}, "live training needs `layer`"),
+        ({"activations": tmp_path}, "`activations` .* holds no manifest.json"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -64,7 +64,7 @@ def test_a_dose_beyond_reach_is_an_error(
     lm: LanguageModel, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, lambda s: 2 * s / (1 + s))
-    with pytest.raises(UserError, match=r"--dose ce=3 is out of reach: at most 2 nats") as error:
+    with pytest.raises(UserError, match=r"`dose` ce=3 is out of reach: at most 2 nats") as error:
         dose_plan(lm, plan, Budget("ce", 3.0), texts=TEXTS)
     assert "\n" not in str(error.value)
     assert dose_plan(lm, plan, Budget("ce", 1.5), texts=TEXTS).plan.scale == pytest.approx(3, 0.2)
@@ -91,7 +91,7 @@ def test_what_does_not_grow_with_its_scale_has_no_dose(lm: LanguageModel, plan: 
     for method in ("set", "max", "scale", "ablate", "project"):
         values = {} if method in ("ablate", "project") else {"scale": 2.0}
         other = dataclasses.replace(plan, method=method, **values)
-        with pytest.raises(UsageError, match="--dose needs an edit that grows with its scale"):
+        with pytest.raises(UsageError, match="`dose` needs an edit that grows with its scale"):
             dose_plan(lm, other, Budget("ce", 0.1), texts=TEXTS)
     with pytest.raises(UsageError, match="tolerance must be in"):
         dose_plan(lm, plan, Budget("ce", 0.1), texts=TEXTS, tolerance=0.0)

@@ -104,7 +104,7 @@ def test_a_grid_without_values_is_refused(empty: str) -> None:
 
 
 def test_a_k_that_means_nothing_is_refused(lm: LanguageModel, plan: Plan, script: Script) -> None:
-    with pytest.raises(UsageError, match="--top must be in 1..4 for this plan, got 0"):
+    with pytest.raises(UsageError, match="`top` must be in 1..4 for this plan, got 0"):
         calibrate(lm, TASK, plan, Grid(k=(0,)))
 
 
@@ -345,7 +345,7 @@ def test_the_front_holds_what_none_beats(plan: Plan, script: Script, lm: Languag
 
 @pytest.mark.parametrize(
     ("kind", "limit", "said"),
-    [("mse", 1.0, "--budget must be kl=NATS or ce=NATS"), ("kl", 0.0, "a number above 0")],
+    [("mse", 1.0, "`budget` must be kl=NATS or ce=NATS"), ("kl", 0.0, "a number above 0")],
 )
 def test_budgets_that_mean_nothing(kind: str, limit: float, said: str) -> None:
     with pytest.raises(UsageError, match=said):
@@ -353,7 +353,7 @@ def test_budgets_that_mean_nothing(kind: str, limit: float, said: str) -> None:
 
 
 def test_scale_0_is_no_setting() -> None:
-    with pytest.raises(UsageError, match="--grid scale=0 would steer nothing"):
+    with pytest.raises(UsageError, match="`grid` scale=0 would steer nothing"):
         Grid(scale=(0.0, 1.0))
 
 

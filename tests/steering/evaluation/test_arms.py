@@ -203,7 +203,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
     unchecked = dataclasses.replace(TASK, check_name=None, check_arguments=None)
     with pytest.raises(UserError, match="task 'lists' has no check, so no answer can be graded"):
         evaluate(lm, unchecked, {})
-    with pytest.raises(UsageError, match="--n must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`n` must be at least 1, got 0"):
         evaluate(lm, TASK, {}, n=0)
     with pytest.raises(UsageError, match="a plan cannot be called 'prompted'"):
         evaluate(lm, TASK, {"prompted": plan})
@@ -350,7 +350,7 @@ def test_seeds_answer_every_content_again(lm: LanguageModel, plan: Plan, script:
 
 
 def test_several_seeds_of_greedy_decoding_are_refused(lm: LanguageModel, script: Script) -> None:
-    with pytest.raises(UsageError, match="--seeds 0,1 with temperature 0 would answer alike"):
+    with pytest.raises(UsageError, match="`seeds` 0,1 with temperature 0 would answer alike"):
         evaluate(lm, TASK, {}, seeds=(0, 1), decoding=Decoding(temperature=0.0))
 
 

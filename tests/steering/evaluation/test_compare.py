@@ -121,16 +121,16 @@ def test_the_document_holds_every_figure(lm: LanguageModel, plan: Plan, sae: SAE
 def test_what_cannot_be_compared(lm: LanguageModel, plan: Plan) -> None:
     with pytest.raises(UsageError, match="at least one plan"):
         compare(lm, TASK, {})
-    with pytest.raises(UsageError, match="--controls must be some of prompt, random"):
+    with pytest.raises(UsageError, match="`controls` must be some of prompt, random"):
         CompareConfig(controls=("luck",))
-    with pytest.raises(UsageError, match="--seeds must be different"):
+    with pytest.raises(UsageError, match="`seeds` must be different"):
         CompareConfig(seeds=(1, 1))
-    with pytest.raises(UsageError, match="--n must be at least 1"):
+    with pytest.raises(UsageError, match="`n` must be at least 1"):
         CompareConfig(n=0)
     other = dataclasses.replace(plan, model=dataclasses.replace(plan.model, hash="another"))
-    with pytest.raises(UserError, match="--plan was made for"):
+    with pytest.raises(UserError, match="`plan` was made for"):
         compare(lm, TASK, {"steered": other}, GREEDY)
-    with pytest.raises(UsageError, match="leave them out of --controls"):
+    with pytest.raises(UsageError, match="leave them out of `controls`"):
         ablating = dataclasses.replace(plan, method="project", latents=plan.latents)
         compare(lm, TASK, {"steered": ablating}, GREEDY)
 

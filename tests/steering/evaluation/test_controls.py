@@ -42,7 +42,7 @@ def test_delta_vector_is_what_the_hook_adds(lm: LanguageModel, plan: Plan) -> No
     with torch.inference_mode(), steer(lm, plan) as report:
         lm.model(input_ids=ids)
     assert report.delta_norm == pytest.approx(float(delta_vector(plan).norm()), rel=1e-5)
-    with pytest.raises(UsageError, match="--method ablate does not fix"):
+    with pytest.raises(UsageError, match="`method` ablate does not fix"):
         delta_vector(dataclasses.replace(plan, method="ablate", scale=1.0, beta=0.0))
 
 

@@ -127,8 +127,8 @@ def test_a_clamp_for_lm_eval(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "changes", "words"),
     [
-        ("gguf", {"scope": "generation"}, "scope is generation.*--as-scope all"),
-        ("lm-eval", {"scope": "first:3"}, "--as-scope all"),
+        ("gguf", {"scope": "generation"}, "scope is generation.*`as_scope` all"),
+        ("lm-eval", {"scope": "first:3"}, "`as_scope` all"),
         ("gguf", {"layer": 0}, "no place for a vector at resid_post of layer 0"),
         ("lm-eval", {"layer": 0, "site": "resid_pre"}, "no place"),
         ("gguf", {"site": "mlp_out"}, "steers mlp_out"),
@@ -136,7 +136,7 @@ def test_a_clamp_for_lm_eval(tmp_path: Path) -> None:
         ("steering-vectors", {"unit": "rel"}, "unit rel"),
         ("lm-eval-csv", {}, "has method add"),
         ("lm-eval-csv", {"method": "set"}, "several latents"),
-        ("onnx", {}, "--format must be one of gguf"),
+        ("onnx", {}, "`format` must be one of gguf"),
     ],
 )
 def test_what_cannot_be_exported(

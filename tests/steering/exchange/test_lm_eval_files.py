@@ -194,7 +194,7 @@ WORDS = ["clamp", "add", "sparsify", "sae_lens", "layers.1", "1", "../..", "nan"
 )
 def test_any_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[list[str]]) -> None:
     def nothing(source: str) -> Any:
-        raise UserError(f"--sae {source!r} does not exist")
+        raise UserError(f"`sae` {source!r} does not exist")
 
     monkeypatch.setattr(lm_eval_files, "load_sae", nothing)
     path = tmp_path / "fuzz.csv"

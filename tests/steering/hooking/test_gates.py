@@ -20,13 +20,13 @@ def test_not_binds_before_and_before_or() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "--gate must be conditions"),
-        ("3", "--gate must be conditions"),
-        ("3 > x", "--gate must be conditions"),
-        ("3 > 1 &", "--gate must be conditions"),
-        ("(3 > 1", "--gate must be conditions"),
-        ("3 > 1 4 > 1", "--gate must be conditions"),
-        ("1.5 > 1", "--gate must be conditions"),
+        ("", "`gate` must be conditions"),
+        ("3", "`gate` must be conditions"),
+        ("3 > x", "`gate` must be conditions"),
+        ("3 > 1 &", "`gate` must be conditions"),
+        ("(3 > 1", "`gate` must be conditions"),
+        ("3 > 1 4 > 1", "`gate` must be conditions"),
+        ("1.5 > 1", "`gate` must be conditions"),
         ("3 > 1 : 2", "above the 1 where it goes on"),
         ("prompt: 3 > 2 : 1", "no second threshold"),
     ],
@@ -49,5 +49,5 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("text", ["", "first", "first:0", "linear:-1", "decay:1", "decay:0,3"])
 def test_what_is_no_schedule_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="--schedule"):
+    with pytest.raises(UsageError, match="`schedule`"):
         parse_schedule(text)

@@ -124,7 +124,7 @@ def test_chat_follows_the_tokenizer_and_can_be_switched_off(lm: LanguageModel, p
     assert default == on != off
     lm.tokenizer.chat_template = None
     assert generate_steered(lm, TEXTS[:1], plan, max_new_tokens=4) == off
-    with pytest.raises(UserError, match="--chat needs a chat template and tiny has none"):
+    with pytest.raises(UserError, match="`chat` needs a chat template and tiny has none"):
         generate_steered(lm, TEXTS[:1], plan, chat=True)
 
 
@@ -157,11 +157,11 @@ def test_scopes_on_text_and_exclusions_reach_the_hook(lm: LanguageModel, plan: P
 
 
 def test_errors_pass_through(lm: LanguageModel, plan: Plan) -> None:
-    with pytest.raises(UserError, match="touched no token: --scope generated"):
+    with pytest.raises(UserError, match="touched no token: `scope` generated"):
         generate_steered(lm, TEXTS, plan, max_new_tokens=1, scope="generated")
-    with pytest.raises(UsageError, match="--beta 1 needs latents with mu and sigma"):
+    with pytest.raises(UsageError, match="`beta` 1 needs latents with mu and sigma"):
         generate_steered(lm, TEXTS, plan, beta=1.0)
-    with pytest.raises(UsageError, match="--max-new-tokens must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`max_new_tokens` must be at least 1, got 0"):
         generate_steered(lm, TEXTS, plan, max_new_tokens=0)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("endless")
 
 def test_a_run_that_touches_no_token_is_an_error(lm: LanguageModel) -> None:
     plan = ranked_plan(lm, make_sae(lm))
-    with pytest.raises(UserError, match="touched no token: --scope generated .* 1 forward passes"):
+    with pytest.raises(UserError, match="touched no token: `scope` generated .* 1 forward passes"):
         with steer(lm, plan, scope="generated"):
             generate(lm, prompts_of(lm), max_new_tokens=1)
 
@@ -34,7 +34,7 @@ def test_a_model_that_does_not_run_is_an_error(lm: LanguageModel) -> None:
 def test_a_plan_for_another_model_needs_force(lm_of: Callable[..., LanguageModel]) -> None:
     lm, other = lm_of("llama", endless=True), lm_of("qwen3", endless=True)
     plan = ranked_plan(lm, make_sae(lm))
-    with pytest.raises(UserError, match="made for tiny-llama .*tiny-qwen3 differs.*--force"):
+    with pytest.raises(UserError, match="made for tiny-llama .*tiny-qwen3 differs.*`force`"):
         with steer(other, plan):
             pass
     with steer(other, plan, force=True) as report:
@@ -53,7 +53,7 @@ def test_prompts_that_are_not_run_are_an_error(lm: LanguageModel) -> None:
 @pytest.mark.parametrize("scope", ["span:0-4", "after-instruction"])
 def test_scopes_on_text_need_the_prompts(scope: str, lm: LanguageModel) -> None:
     plan = ranked_plan(lm, make_sae(lm))
-    with pytest.raises(UsageError, match=f"--scope {scope} depends on the text of the prompts"):
+    with pytest.raises(UsageError, match=f"`scope` {scope} depends on the text of the prompts"):
         with steer(lm, plan, scope=scope, instructions=["x"]):
             pass
 
@@ -69,7 +69,7 @@ def test_a_site_off_the_residual_stream_is_an_error(lm: LanguageModel) -> None:
     sae = make_sae(lm)
     sae = dataclasses.replace(sae, spec=dataclasses.replace(sae.spec, hook_name=""))
     plan = ranked_plan(lm, sae, layer=LAYER, site="model.layers.1.mlp.up_proj")
-    with pytest.raises(UserError, match=r"--site .*up_proj.* shape \[3, \d+, 64\], not"):
+    with pytest.raises(UserError, match=r"`site` .*up_proj.* shape \[3, \d+, 64\], not"):
         with steer(lm, plan):
             generate(lm, prompts_of(lm))
 
@@ -89,7 +89,7 @@ def test_reading_a_topk_sae_needs_the_sae_that_the_plan_was_made_from(
         with steer(lm, plan):
             pass
     (folder / "cfg.json").unlink()
-    with pytest.raises(UserError, match="TopK SAE needs the SAE itself.*give --sae"):
+    with pytest.raises(UserError, match="TopK SAE needs the SAE itself.*give `sae`"):
         with steer(lm, plan):
             pass
     # Adding reads no latent and needs no SAE.

@@ -100,7 +100,7 @@ def test_projection_asks_for_no_change_and_a_plan_may_do_without_its_sae(
 
 def test_what_cannot_be_read_is_an_error(lm: LanguageModel) -> None:
     plan = plan_of(lm, make_sae(lm, "topk"))
-    with pytest.raises(UserError, match="a TopK SAE needs the SAE itself.*give --sae"):
+    with pytest.raises(UserError, match="a TopK SAE needs the SAE itself.*give `sae`"):
         read_back(lm, plan, TEXTS)
     with pytest.raises(UsageError, match="no text to read latents on"):
         read_back(lm, dataclasses.replace(plan), [])

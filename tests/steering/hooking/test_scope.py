@@ -36,18 +36,18 @@ def test_a_scope_reads_back_as_it_was_written(text: str) -> None:
     [
         (
             "everything",
-            "--scope must be one of generation, .*after-instruction, assistant, got 'everything'",
+            "`scope` must be one of generation, .*after-instruction, assistant, got 'everything'",
         ),
-        ("", "--scope must be one of"),
-        ("first", "--scope must be one of"),
-        ("first:N", "--scope must be one of"),
-        ("first:-1", "--scope must be one of"),
+        ("", "`scope` must be one of"),
+        ("first", "`scope` must be one of"),
+        ("first:N", "`scope` must be one of"),
+        ("first:-1", "`scope` must be one of"),
         ("first:0", "N must be at least 1"),
-        ("span:A-B", "--scope must be one of"),
-        ("span:3", "--scope must be one of"),
+        ("span:A-B", "`scope` must be one of"),
+        ("span:3", "`scope` must be one of"),
         ("span:5-5", "A must be less than B"),
         ("span:9-2", "A must be less than B"),
-        ("generation:3", "--scope must be one of"),
+        ("generation:3", "`scope` must be one of"),
     ],
 )
 def test_a_bad_scope_is_a_usage_error(text: str, message: str) -> None:
@@ -153,7 +153,7 @@ def test_a_span_covers_the_tokens_of_its_characters(
     # The template goes on after the text; it is no part of it.
     whole = parse_scope("span:0-999").row(len(prompt), prompt)
     assert (whole.start, whole.stop) == prompt.user_span
-    with pytest.raises(UserError, match="--scope span:20-22 begins after the end .*20 characters"):
+    with pytest.raises(UserError, match="`scope` span:20-22 begins after the end .*20 characters"):
         parse_scope("span:20-22").row(len(prompt), prompt)
 
 

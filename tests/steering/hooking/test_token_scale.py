@@ -192,7 +192,7 @@ def test_a_share_of_the_length_stays_one(tmp_path: Path, lm: LanguageModel) -> N
 def test_what_cannot_be_said(tmp_path: Path, lm: LanguageModel) -> None:
     sae = make_sae(tmp_path / "sae", "layer_norm")
     plan = plan_of(lm, sae, "add")
-    with pytest.raises(UserError, match="scales each token.*--method add"):
+    with pytest.raises(UserError, match="scales each token.*`method` add"):
         plan_vector(plan)
     with pytest.raises(UserError, match="sae.normalize_activations is 'x'"):
         dataclasses.replace(plan.sae, normalize_activations="x")

@@ -73,19 +73,19 @@ def test_values_in_units_of_a_statistic(lm: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "clamp"}, "--method must be one of add, .*project, got 'clamp'"),
-        ({"unit": "std"}, "--unit must be one of raw, sigma, max, rel, got 'std'"),
-        ({"scope": "here"}, "--scope must be one of"),
-        ({"scale": float("nan")}, "--scale must be a finite number"),
-        ({"beta": float("inf")}, "--beta must be a finite number"),
-        ({"unit": "rel", "method": "set"}, "--unit rel is for --method add and add-keep-norm"),
-        ({"unit": "sigma", "method": "scale"}, "--method scale takes a factor"),
-        ({"unit": "sigma", "beta": 1.0}, "--beta 1 has no meaning with --unit sigma"),
-        ({"beta": 1.0, "method": "scale", "scale": 2.0}, "--beta 1 has no meaning"),
+        ({"method": "clamp"}, "`method` must be one of add, .*project, got 'clamp'"),
+        ({"unit": "std"}, "`unit` must be one of raw, sigma, max, rel, got 'std'"),
+        ({"scope": "here"}, "`scope` must be one of"),
+        ({"scale": float("nan")}, "`scale` must be a finite number"),
+        ({"beta": float("inf")}, "`beta` must be a finite number"),
+        ({"unit": "rel", "method": "set"}, "`unit` rel is for `method` add and add-keep-norm"),
+        ({"unit": "sigma", "method": "scale"}, "`method` scale takes a factor"),
+        ({"unit": "sigma", "beta": 1.0}, "`beta` 1 has no meaning with `unit` sigma"),
+        ({"beta": 1.0, "method": "scale", "scale": 2.0}, "`beta` 1 has no meaning"),
         ({"method": "scale"}, "factor of 1 changes nothing"),
-        ({"method": "ablate", "scale": 2.0}, "--method ablate takes no dose: leave out --scale 2"),
-        ({"method": "project", "beta": 1.0}, "takes no dose: leave out --beta 1"),
-        ({"method": "ablate", "unit": "sigma"}, "takes no dose: leave out --unit sigma"),
+        ({"method": "ablate", "scale": 2.0}, "`method` ablate takes no dose: leave out `scale` 2"),
+        ({"method": "project", "beta": 1.0}, "takes no dose: leave out `beta` 1"),
+        ({"method": "ablate", "unit": "sigma"}, "takes no dose: leave out `unit` sigma"),
     ],
 )
 def test_doses_that_mean_nothing_are_usage_errors(
@@ -98,10 +98,10 @@ def test_doses_that_mean_nothing_are_usage_errors(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"beta": 0.5}, "--beta 0.5 needs latents with mu and sigma.*leave --beta out"),
-        ({"unit": "sigma"}, "--unit sigma needs the sigma of latent 9"),
-        ({"unit": "max"}, "--unit max needs the max of latent 9"),
-        ({"method": "ablate"}, "leave out values in --latents"),
+        ({"beta": 0.5}, "`beta` 0.5 needs latents with mu and sigma.*leave `beta` out"),
+        ({"unit": "sigma"}, "`unit` sigma needs the sigma of latent 9"),
+        ({"unit": "max"}, "`unit` max needs the max of latent 9"),
+        ({"method": "ablate"}, "leave out values in `latents`"),
     ],
 )
 def test_values_by_hand_have_no_statistics(
@@ -112,11 +112,11 @@ def test_values_by_hand_have_no_statistics(
 
 
 def test_a_dose_of_zero_is_an_error_and_a_multiplier_of_zero_is_not(lm: LanguageModel) -> None:
-    with pytest.raises(UsageError, match="every dose is 0.*values in --latents, or --scale$"):
+    with pytest.raises(UsageError, match="every dose is 0.*values in `latents`, or `scale`$"):
         plan_from_latents(lm, make_sae(), None, {9: 0.0})
     assert plan_from_latents(lm, make_sae(), None, {9: 1.0}, scale=0.0).doses() == [0.0]
     assert ranked(lm, method="ablate", scale=0.0).scale == 0
-    with pytest.raises(UsageError, match="every dose is 0.*change --beta$"):
+    with pytest.raises(UsageError, match="every dose is 0.*change `beta`$"):
         ranked(lm, beta=-4.0)  # both have mu / sigma = 4
 
 
@@ -137,13 +137,13 @@ def test_latents_may_be_given_without_values_for_methods_that_take_none(lm: Lang
     assert parse_latents("9, 2") == {9: None, 2: None}
     plan = plan_from_latents(lm, make_sae(), None, parse_latents("9,2"), method="ablate")
     assert plan.ids == (9, 2)
-    with pytest.raises(UsageError, match="--latents 9 has no value and --method add needs one"):
+    with pytest.raises(UsageError, match="`latents` 9 has no value and `method` add needs one"):
         plan_from_latents(lm, make_sae(), None, parse_latents("9,2"))
 
 
 @pytest.mark.parametrize("text", ["", "a", "9:", "9:x", "-3:1", "9:1,,2:1", "1.5:2", "9:1:2"])
 def test_bad_latents_are_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="--latents must be ID:VALUE"):
+    with pytest.raises(UsageError, match="`latents` must be ID:VALUE"):
         parse_latents(text)
 
 
@@ -168,22 +168,22 @@ def test_layer_and_site_come_from_the_sae(lm: LanguageModel) -> None:
     plan = plan_from_latents(lm, other, None, values)
     assert (plan.layer, plan.site) == (2, "mlp_out")
     assert plan_from_latents(lm, other, -2, values).layer == 2
-    with pytest.raises(UsageError, match="--layer 1 conflicts with --sae folder.*reads layer 2"):
+    with pytest.raises(UsageError, match="`layer` 1 conflicts with `sae` folder.*reads layer 2"):
         plan_from_latents(lm, other, 1, values)
-    with pytest.raises(UsageError, match="--site resid_post conflicts .*reads mlp_out"):
+    with pytest.raises(UsageError, match="`site` resid_post conflicts .*reads mlp_out"):
         plan_from_latents(lm, other, None, values, site="resid_post")
     silent = make_sae(hook="")
     assert plan_from_latents(lm, silent, -1, values).layer == 3
-    with pytest.raises(UsageError, match="names no layer: give --layer"):
+    with pytest.raises(UsageError, match="names no layer: give `layer`"):
         plan_from_latents(lm, silent, None, values)
-    with pytest.raises(UsageError, match="--layer 7 is out of range"):
+    with pytest.raises(UsageError, match="`layer` 7 is out of range"):
         plan_from_latents(lm, silent, 7, values)
 
 
 def test_an_sae_for_another_model_is_an_error(lm: LanguageModel) -> None:
-    with pytest.raises(UserError, match="has d_model 16, --model tiny has 32"):
+    with pytest.raises(UserError, match="has d_model 16, `model` tiny has 32"):
         plan_from_latents(lm, make_sae(d_model=16), None, {9: 1.0})
-    with pytest.raises(UserError, match="reads layer 9, --model tiny has 4 blocks"):
+    with pytest.raises(UserError, match="reads layer 9, `model` tiny has 4 blocks"):
         plan_from_latents(lm, make_sae(hook="blocks.9.hook_resid_post"), None, {9: 1.0})
 
 
@@ -232,7 +232,7 @@ def test_the_first_latents_of_a_plan(lm: LanguageModel) -> None:
         assert torch.equal(smaller.tensors()["W_enc"], sae.W_enc[:, [i]])
         assert sae.threshold is not None and smaller.threshold is not None
         assert torch.equal(smaller.threshold, sae.threshold[[i]])
-    with pytest.raises(UsageError, match=r"--top must be in 1..2 for this plan, got 3"):
+    with pytest.raises(UsageError, match=r"`top` must be in 1..2 for this plan, got 3"):
         plan.top(3)
 
 
@@ -241,7 +241,7 @@ def test_a_plan_knows_its_model(lm: LanguageModel, tiny_lm: Callable[..., tuple[
     plan.check_model(lm)
     twin = wrap_model(*tiny_lm("llama", seed=1), "twin")
     with pytest.raises(
-        UserError, match="made for tiny and --model twin differs .*weights.*--force"
+        UserError, match="made for tiny and `model` twin differs .*weights.*`force`"
     ):
         plan.check_model(twin)
     plan.check_model(twin, force=True)

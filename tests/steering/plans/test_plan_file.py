@@ -138,8 +138,8 @@ def _set(document: dict[str, Any], path: str, value: Any) -> None:
         ("latents.0.mu", float("nan"), "mu of latent 9 must be finite"),
         ("latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
         ("model.d_model", 16, r"directions has shape \[2, 32\]"),
-        ("method", "clamp", "--method must be one of"),
-        ("scope", "here", "--scope must be one of"),
+        ("method", "clamp", "`method` must be one of"),
+        ("scope", "here", "`scope` must be one of"),
         ("layer", 12, r"layer must be in 0..3"),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_plan_file_with_a_wrong_key_or_value_is_refused(
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     _set(document, path, value)
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+    with pytest.raises(UserError, match=f"^`plan` .*{message}") as caught:
         load_plan(file)
     assert "\n" not in str(caught.value)
 
@@ -175,7 +175,7 @@ def test_a_spoilt_plan_file_is_one_line(
 ) -> None:
     save_plan(ranked(lm), tmp_path)
     spoil(tmp_path / name)
-    with pytest.raises(UserError, match=f"^--plan .*{message}") as caught:
+    with pytest.raises(UserError, match=f"^`plan` .*{message}") as caught:
         load_plan(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -192,5 +192,5 @@ def test_a_tensor_file_of_something_else_is_refused(lm: LanguageModel, tmp_path:
         ({"W_enc": torch.ones(32, 2)}, {"ids": "[9, 2]"}),
     ):
         write_tensors(file, tensors, metadata)
-        with pytest.raises(UserError, match="^--plan .*is not the tensor file of a plan"):
+        with pytest.raises(UserError, match="^`plan` .*is not the tensor file of a plan"):
             load_plan(tmp_path)

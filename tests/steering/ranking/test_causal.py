@@ -230,13 +230,13 @@ def test_filters_and_duplicates_leave_the_plan(lm: LanguageModel, sae: SAE) -> N
     if left:
         assert dropped.top(D_SAE) == left
     strict = rank(lm, sae, TASK, dataclasses.replace(config, drop=("fdr",), max_fdr=1e-9))
-    with pytest.raises(UserError, match="--drop fdr leaves no latent of .* raise --max-fdr"):
+    with pytest.raises(UserError, match="`drop` fdr leaves no latent of .* raise `max_fdr`"):
         strict.top(3)
 
 
 def test_a_task_without_a_check_cannot_be_steered_for(lm: LanguageModel, sae: SAE) -> None:
     unchecked = dataclasses.replace(TASK, check_name=None, check_arguments=None)
-    with pytest.raises(UsageError, match="--by causal .* 'lists' has none"):
+    with pytest.raises(UsageError, match="`by` causal .* 'lists' has none"):
         rank(lm, sae, unchecked, RankConfig(by="causal"))
 
 

@@ -197,22 +197,22 @@ def test_an_sae_in_memory_goes_where_the_model_is(read: str, lm: LanguageModel) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"read": "first"}, "--read must be one of last, template, span, reply, got 'first'"),
-        ({"by": "luck"}, "--by must be one of saif, rate, logodds, .*, causal, got 'luck'"),
-        ({"drop": ("dense", "odd")}, "--drop must be one of dense, template, duplicate, fdr, got"),
-        ({"max_fdr": 0.0}, "--max-fdr must be above 0 and at most 1, got 0.0"),
-        ({"doses": ()}, "--doses must be positive numbers, got"),
-        ({"doses": (0.3, -1.0)}, "--doses must be positive numbers, got"),
-        ({"shortlist": 0}, "--shortlist must be at least 1, got 0"),
-        ({"position": "inside"}, "--position must be one of post, pre, got 'inside'"),
-        ({"pool": "sum"}, "--pool must be one of max, mean, got 'sum'"),
-        ({"by": "saif", "read": "reply"}, "--by saif .* --read reply .*: use --by rate"),
-        ({"contents": 0}, "--rank-contents must be at least 1, got 0"),
-        ({"reply_variants": 0}, "--reply-variants must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
-        ({"batch_size": -1}, "--batch-size must be at least 1, got -1"),
-        ({"max_norm_ratio": 1.0}, "--max-norm-ratio must be above 1, got 1.0"),
-        ({"max_norm_ratio": math.nan}, "--max-norm-ratio must be above 1, got nan"),
+        ({"read": "first"}, "`read` must be one of last, template, span, reply, got 'first'"),
+        ({"by": "luck"}, "`by` must be one of saif, rate, logodds, .*, causal, got 'luck'"),
+        ({"drop": ("dense", "odd")}, "`drop` must be one of dense, template, duplicate, fdr, got"),
+        ({"max_fdr": 0.0}, "`max_fdr` must be above 0 and at most 1, got 0.0"),
+        ({"doses": ()}, "`doses` must be positive numbers, got"),
+        ({"doses": (0.3, -1.0)}, "`doses` must be positive numbers, got"),
+        ({"shortlist": 0}, "`shortlist` must be at least 1, got 0"),
+        ({"position": "inside"}, "`position` must be one of post, pre, got 'inside'"),
+        ({"pool": "sum"}, "`pool` must be one of max, mean, got 'sum'"),
+        ({"by": "saif", "read": "reply"}, "`by` saif .* `read` reply .*: use `by` rate"),
+        ({"contents": 0}, "`rank_contents` must be at least 1, got 0"),
+        ({"reply_variants": 0}, "`reply_variants` must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ({"batch_size": -1}, "`batch_size` must be at least 1, got -1"),
+        ({"max_norm_ratio": 1.0}, "`max_norm_ratio` must be above 1, got 1.0"),
+        ({"max_norm_ratio": math.nan}, "`max_norm_ratio` must be above 1, got nan"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -224,7 +224,7 @@ def test_nothing_told_apart(lm: LanguageModel) -> None:
     silent = random_sae("standard")
     silent.b_enc -= 1e6
     ranking = rank(lm, silent, TASK, RankConfig(contents=2))
-    with pytest.raises(UserError, match="no latent tells lists apart at layer 1.*--replies"):
+    with pytest.raises(UserError, match="no latent tells lists apart at layer 1.*`replies`"):
         ranking.top(15)
     with pytest.raises(UserError, match="no latent tells lists apart"):
         plan_from_ranking(lm, silent, ranking)
@@ -232,7 +232,7 @@ def test_nothing_told_apart(lm: LanguageModel) -> None:
 
 def test_no_reply_passes(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = scripted(monkeypatch, lm, lambda text: "Something else.")
-    with pytest.raises(UserError, match="none of 10 replies to 'lists' passes .*--all-replies"):
+    with pytest.raises(UserError, match="none of 10 replies to 'lists' passes .*`all_replies`"):
         rank(lm, random_sae(), TASK, RankConfig(read="reply", contents=CONTENTS))
     assert len(calls) == 1  # plain contents were not answered for nothing
 
@@ -242,7 +242,7 @@ def test_a_task_without_a_check_has_no_passing_replies(
 ) -> None:
     calls = scripted(monkeypatch, lm, reply_to)
     unchecked = dataclasses.replace(TASK, check_name=None, check_arguments=None)
-    with pytest.raises(UsageError, match="'lists' has none: give --all-replies"):
+    with pytest.raises(UsageError, match="'lists' has none: give `all_replies`"):
         rank(lm, random_sae(), unchecked, RankConfig(read="reply", contents=CONTENTS))
     assert not calls
     config = RankConfig(read="reply", contents=CONTENTS, all_replies=True)
@@ -256,26 +256,26 @@ def test_no_train_contents(lm: LanguageModel) -> None:
 
 
 def test_an_unknown_task(lm: LanguageModel) -> None:
-    with pytest.raises(UsageError, match="unknown task 'klingon': --task takes"):
+    with pytest.raises(UsageError, match="unknown task 'klingon': `task` takes"):
         rank(lm, random_sae(), "klingon")
 
 
 def test_an_sae_of_another_model(lm: LanguageModel) -> None:
-    with pytest.raises(UserError, match="an-sae has d_model 16, --model tiny has 32"):
+    with pytest.raises(UserError, match="an-sae has d_model 16, `model` tiny has 32"):
         rank(lm, random_sae(d_model=16), TASK)
     facts = {"saesteer": {"model": {"hash": "0123"}}}
     other = random_sae(metadata=facts, model_name="elsewhere")
-    with pytest.raises(UserError, match="trained on elsewhere with weights 0123.*or --force"):
+    with pytest.raises(UserError, match="trained on elsewhere with weights 0123.*or `force`"):
         rank(lm, other, TASK)
     assert rank(lm, other, TASK, RankConfig(contents=1), force=True).positives == 3
-    with pytest.raises(UserError, match="--layer 2 conflicts with --sae an-sae.*layer 1"):
+    with pytest.raises(UserError, match="`layer` 2 conflicts with `sae` an-sae.*layer 1"):
         rank(lm, random_sae(), TASK, layer=2)
 
 
 def test_activations_that_are_not_finite(lm: LanguageModel) -> None:
     with torch.no_grad():
         next(lm.blocks[0].parameters()).fill_(math.nan)
-    with pytest.raises(NonFiniteError, match="NaN or infinite activations at layer 1: try --dtype"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite activations at layer 1: try `dtype`"):
         rank(lm, random_sae(), TASK, RankConfig(contents=1))
 
 
@@ -303,7 +303,7 @@ def test_a_plan_takes_no_latent_that_scores_nothing(lm: LanguageModel) -> None:
     found = made_ranking(lm, [0.5, 0.0, 0.7] + [-0.1] * (D_SAE - 3), [1.0] * D_SAE)
     plan = plan_from_ranking(lm, random_sae(), found, top=15)
     assert plan.ids == (2, 0)
-    with pytest.raises(UsageError, match="--top must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`top` must be at least 1, got 0"):
         plan_from_ranking(lm, random_sae(), found, top=0)
 
 
@@ -313,7 +313,7 @@ def test_the_last_block_is_reached_from_the_end(
     """An SAE that names no layer is read where `layer` says; negative counts from the end."""
     lm = load_model(str(tiny_model_dir("llama")), device="cpu")
     nameless = random_sae(hook_name="")
-    with pytest.raises(UsageError, match="names no layer: give --layer"):
+    with pytest.raises(UsageError, match="names no layer: give `layer`"):
         rank(lm, nameless, TASK)
     found = rank(lm, nameless, TASK, RankConfig(contents=2), layer=-1)
     wanted = rank(lm, random_sae(layer=3), TASK, RankConfig(contents=2))

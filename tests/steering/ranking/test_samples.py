@@ -151,7 +151,7 @@ def test_sinks_alone_are_an_error(lm: LanguageModel) -> None:
     with torch.no_grad():
         sink = token_ids_plain(lm, WORDINGS[0])[-1]
         lm.model.get_input_embeddings().weight[sink] *= 300
-    with pytest.raises(UserError, match="--read last would read attention sinks alone"):
+    with pytest.raises(UserError, match="`read` last would read attention sinks alone"):
         rank(lm, random_sae(), task)
 
 

@@ -175,7 +175,7 @@ def test_an_unknown_name_lists_the_built_in_ones() -> None:
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--task: no such file"):
+    with pytest.raises(UserError, match="`task`: no such file"):
         load_task(tmp_path / "nothing.yaml")
 
 
@@ -224,12 +224,12 @@ def test_an_instruction_with_a_contents_file(tmp_path: Path) -> None:
 
 def test_a_bare_instruction_needs_text_and_contents(tmp_path: Path) -> None:
     contents = tmp_path / "c.jsonl"
-    with pytest.raises(UserError, match="--contents: no such file"):
+    with pytest.raises(UserError, match="`contents`: no such file"):
         task_from_instruction("Shout.", contents)
     contents.write_text('{"text": "a"}\nnot json\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 2: not valid JSON"):
         task_from_instruction("Shout.", contents)
-    with pytest.raises(UsageError, match="--instruction is empty"):
+    with pytest.raises(UsageError, match="`instruction` is empty"):
         task_from_instruction(" ", contents)
 
 

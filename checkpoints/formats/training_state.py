@@ -17,7 +17,9 @@ from saesteer.checkpoints.sae_spec import ARCHITECTURES, SAESpec
 from saesteer.checkpoints.sparse_autoencoder import SAE, tensors_sha256
 
 FOLDER = "state"
-_PARAMETERS = ("param.W_enc_rows", "param.b_enc", "param.W_dec", "param.b_dec", "scale.mean")
+_CANONICAL = {"W_enc_rows": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+"""Which tensor of an SAE each trained parameter is, where a state does not say so itself: states of
+before several architectures could be trained."""
 _NEWEST = "newest"
 
 
@@ -68,25 +70,24 @@ def read(name: str, place: Place) -> SAE:
         )
     at = names.index(place.part) if place.part else 0
     spec = _spec(place, saes[names[at]])
-    wanted = {f"{at}/{tensor}": tensor for tensor in _PARAMETERS}
+    canonical = _canonical_names(place, meta, names[at])
+    factors = _factors(place, scales[at])
+    means = [f"scale.mean.{i}" if i else "scale.mean" for i in range(len(factors))]
+    wanted = {f"{at}/{tensor}": tensor for tensor in (*(f"param.{n}" for n in canonical), *means)}
     found = safe_reading.read_safetensors(path, wanted)
     tensors = {wanted[key]: tensor for key, tensor in found.items()}
-    exactly(place, tensors, _PARAMETERS)
-    factor = scales[at]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e30:
-        raise UserError(f"`sae` {place.source}: the state's input scale is {factor!r}; refused")
-    F, D = spec.d_sae, spec.d_model
-    shapes = dict(zip(_PARAMETERS, [(F, D), (F,), (F, D), (D,), (D,)], strict=True))
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
-            raise UserError(f"`sae` {place.source}: the state's {key} does not fit its spec")
+    exactly(place, tensors, tuple(wanted.values()))
+    widths = [tensors[name].numel() for name in means]
+    read, write = _read_and_written(place, spec, widths)
+    F, D, out = spec.d_sae, spec.d_model, spec.d_out or spec.d_model
+    shapes = {"W_enc": (F, D), "W_dec": (F, out), "b_dec": (out,), "b_enc": (F,), "threshold": (F,)}
+    trained = {ours: tensors[f"param.{name}"] for name, ours in canonical.items()}
+    for ours, tensor in trained.items():
+        if tuple(tensor.shape) != shapes[ours] or not tensor.is_floating_point():
+            raise UserError(f"`sae` {place.source}: the state's {ours} does not fit its spec")
+    scaled = [(tensors[name], factor) for name, factor in zip(means, factors, strict=True)]
     folded: dict[str, Any] = folds.fold_centred_scale(
-        W_enc=tensors["param.W_enc_rows"].T,
-        b_enc=tensors["param.b_enc"],
-        W_dec=tensors["param.W_dec"],
-        b_dec=tensors["param.b_dec"],
-        mean=tensors["scale.mean"],
-        factor=float(factor),
+        trained, [scaled[i] for i in read], [scaled[i] for i in write]
     )
     step = meta.get("step")
     sae = SAE(
@@ -95,6 +96,40 @@ def read(name: str, place: Place) -> SAE:
     )  # fmt: skip
     sae.check(f"`sae` {place.source}")
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
+
+
+def _canonical_names(place: Place, meta: dict[str, Any], sae: str) -> dict[str, str]:
+    """Trained parameters and the tensors of an SAE that they are."""
+    told = meta.get("canonical", {})
+    names = told.get(sae, _CANONICAL) if isinstance(told, dict) else None
+    needed = sorted(_CANONICAL.values())
+    known = (needed, sorted([*needed, "threshold"]))
+    if not isinstance(names, dict) or sorted(map(str, names.values())) not in known:
+        raise UserError(f"`sae` {place.source}: the state's SAE has parameters not known here")
+    return {str(name): str(ours) for name, ours in names.items()}
+
+
+def _factors(place: Place, saved: Any) -> list[float]:
+    """The input scale of each place that the SAE reads or writes."""
+    factors = saved if isinstance(saved, list) and saved else [saved]
+    for factor in factors:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e30:
+            raise UserError(f"`sae` {place.source}: the state's input scale is {factor!r}; refused")
+    return [float(factor) for factor in factors]
+
+
+def _read_and_written(
+    place: Place, spec: SAESpec, widths: list[int]
+) -> tuple[list[int], list[int]]:
+    """Which of the state's places the SAE reads, and which it writes; first those it reads."""
+    numbers = list(range(len(widths)))
+    ends = [sum(widths[:i]) for i in range(1, len(widths) + 1)]
+    split = ends.index(spec.d_model) + 1 if spec.d_model in ends else 0
+    read, rest = numbers[:split], numbers[split:]
+    write = rest if spec.is_transcoder else read
+    if not read or sum(widths[i] for i in write) != (spec.d_out or spec.d_model):
+        raise UserError(f"`sae` {place.source}: the state's input scales do not fit its spec")
+    return read, write
 
 
 def _spec(place: Place, saved: dict[str, Any]) -> SAESpec:

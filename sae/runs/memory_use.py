@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,8 +143,9 @@ class TrainingMemory:
 
 
 def training_memory(
+    parameters: Sequence[int],
+    widest: int,
     d_model: int,
-    widths: list[int],
     config: TrainConfig,
     device: torch.device,
     *,
@@ -151,20 +153,20 @@ def training_memory(
     row_bytes: int,
     batches_ahead: int,
 ) -> TrainingMemory:
-    """Predict the memory of training SAEs with these numbers of latents (one entry an SAE).
+    """Predict the memory of training SAEs with these numbers of parameters (one entry an SAE).
 
-    `row_bytes` is one row of the buffer, which holds all hook points side by side.
+    `widest` is the largest number of latents, and `row_bytes` one row of the buffer, which holds
+    all hook points side by side.
     """
     # float32 weights, and two moments of theirs.
     each = 4 + 2 * (2 if config.moments == "bfloat16" else 4)
     if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
         each += 2  # the copies that products use
-    parameters = [2 * width * d_model + width + d_model for width in widths]
     # On a CPU a plain step sums each row's gradient and uses it at once.
     plain = config.clip_norm is None and config.micro_batch_tokens is None
     gradient = 0 if device.type == "cpu" and plain else 4 * max(parameters)
     rows = min(config.batch_tokens, _DENSE_ROWS)
-    step = 4 * (2 * rows * max(widths) + 6 * config.batch_tokens * d_model) + gradient
+    step = 4 * (2 * rows * widest + 6 * config.batch_tokens * d_model) + gradient
     batches = (batches_ahead + 2) * config.batch_tokens
     return TrainingMemory(
         saes=sum(parameters) * each,

@@ -79,7 +79,10 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--activations", "a", "--compile"], "--compile needs --model"),
         (["--activations", "a", "--isolate-documents"], "--isolate-documents needs --model"),
         (["--model", "a"], "--layer is missing"),
-        (["--model", "a", "--layer", "1", "--arch", "relu"], "--arch must be topk, got 'relu'"),
+        (
+            ["--model", "a", "--layer", "1", "--arch", "relu"],
+            "--arch must be one of topk, abstopk, got 'relu'",
+        ),
         (
             ["--activations", "a", "--d-sae", "16", "--k", "32"],
             "--d-sae must be at least --k (32), got 16",

@@ -172,7 +172,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(
     save_state(out, tensors, {**meta, key: value})
     with pytest.raises(UserError) as error:
         train(out, CONFIG, activations=shards, device="cpu", resume=True)
-    assert "\n" not in str(error.value) and "--resume" in str(error.value)
+    assert "\n" not in str(error.value) and "`resume`" in str(error.value)
     save_state(out, {name: t for name, t in tensors.items() if "W_dec" not in name}, meta)
     with pytest.raises(UserError, match="does not fit this run"):
         train(out, CONFIG, activations=shards, device="cpu", resume=True)

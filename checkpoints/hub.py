@@ -20,7 +20,7 @@ from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.model_card import END, MARK, card, card_body, describe_sae
 
 if TYPE_CHECKING:
-    from saesteer.checkpoints.sae_file import SAE
+    from saesteer.checkpoints.sparse_autoencoder import SAE
 else:  # importing torch takes seconds
     SAE = Any
 
@@ -106,7 +106,7 @@ def from_pretrained(
     Raises:
         UserError: not there, not reachable, damaged, or not the weights that were asked for.
     """
-    from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.checkpoints.sae_folder import read_sae
 
     if sae_id is not None:
         _check_id(sae_id)
@@ -123,7 +123,7 @@ def from_pretrained(
     inside = place / sae_id
     if not inside.is_dir() or not inside.resolve().is_relative_to(place.resolve()):
         raise UserError(f"{repo} holds no SAE {sae_id!r}{_there_are(index)}")
-    sae = load_sae(inside, device, dtype)
+    sae = read_sae(inside).to(device, dtype)
     wanted = sha256 or _dict(index.get(sae_id)).get("sha256")
     if wanted is not None and sae.sha256 != wanted:
         raise UserError(
@@ -147,9 +147,9 @@ def _collect(folder: Path, sae_id: str | None, metrics: str | Path | None) -> li
 
 
 def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -> _Shared:
-    from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.checkpoints.sae_folder import read_sae
 
-    sae = load_sae(folder)  # nobody else's loader should be the first to find it broken
+    sae = read_sae(folder)  # nobody else's loader should be the first to find it broken
     sae_id = sae_id or sae.spec.hook_name or folder.resolve().name
     _check_id(sae_id)
     contents: dict[str, Path | bytes] = {

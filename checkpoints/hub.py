@@ -17,7 +17,7 @@ from saesteer.checkpoints import files
 from saesteer.checkpoints.durable import Draft, make_folder, writing
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.locks import folder_lock
-from saesteer.checkpoints.model_card import END, MARK, card, card_body, describe_sae
+from saesteer.checkpoints.model_card import card, describe_sae
 
 if TYPE_CHECKING:
     from saesteer.checkpoints.sparse_autoencoder import SAE
@@ -205,18 +205,6 @@ def _merge(
     return merged
 
 
-def _new_card(
-    before: str | None, repo: str, entries: Mapping[str, Any], license_name: str | None
-) -> str | None:
-    """The README.md to write; None when there is one that somebody wrote by hand."""
-    if before is None:
-        return card(repo, entries, license_name)
-    start, end = before.find(MARK), before.find(END)
-    if start < 0 or end < start:
-        return None
-    return f"{before[:start]}{MARK}\n{card_body(repo, entries)}{before[end:]}"
-
-
 def _index_of(content: bytes | None, repo: object) -> dict[str, Any]:
     """What `saes.json` lists. Raises UserError when it cannot be read."""
     import json
@@ -261,7 +249,7 @@ def _push_to_folder(
         index = _index_of(index_file.read_bytes() if index_file.is_file() else None, folder)
         merged = _merge(index, shared, str(folder), force)
         before = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        new_card = _new_card(before, folder.resolve().name, merged, license_name)
+        new_card = card(before, folder.resolve().name, merged, license_name)
         for name, content in _all_contents(shared, merged, new_card).items():
             make_folder((folder / name).parent)
             with writing(folder / name), Draft(folder / name) as draft:
@@ -294,10 +282,8 @@ def _push_to_hub(
         index = _index_of(_download(repo, INDEX, head), repo)
         merged = _merge(index, shared, repo, force)
         before = _download(repo, _CARD, head)
-        new_card = _new_card(
-            None if before is None else before.decode("utf-8", "replace"),
-            repo, merged, license_name,
-        )  # fmt: skip
+        text = None if before is None else before.decode("utf-8", "replace")
+        new_card = card(text, repo, merged, license_name)
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in _all_contents(shared, merged, new_card).items()

@@ -12,7 +12,7 @@ from typing import Any
 
 from saesteer.checkpoints import folds, run_state, safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import Place, exactly, spec_or_error
+from saesteer.checkpoints.formats.sae_files import SAEFiles, exactly, spec_or_error
 from saesteer.checkpoints.sae_spec import ARCHITECTURES, SAESpec
 from saesteer.checkpoints.sparse_autoencoder import SAE, tensors_sha256
 
@@ -21,7 +21,7 @@ _PARAMETERS = ("param.W_enc_rows", "param.b_enc", "param.W_dec", "param.b_dec", 
 _NEWEST = "newest"
 
 
-def find(path: Path, source: str) -> Place | None:
+def find(path: Path, source: str) -> SAEFiles | None:
     """The state that a path means, or None.
 
     That is a `state` folder or a file in it; with the name of one of several SAEs after it, that
@@ -29,22 +29,22 @@ def find(path: Path, source: str) -> Place | None:
     """
     path = path.absolute()
     if run_state.is_state_file(path):
-        return Place(path.parent, path.name, source)
+        return SAEFiles(path.parent, path.name, source)
     for folder in (path, path / FOLDER):
         if run_state.has_state(folder.parent) and folder.name == FOLDER:
-            return Place(folder, _NEWEST, source)
+            return SAEFiles(folder, _NEWEST, source)
     above = path.parent
     if run_state.is_state_file(above):
-        return Place(above.parent, above.name, source, part=path.name)
+        return SAEFiles(above.parent, above.name, source, part=path.name)
     for folder in (above, above / FOLDER):
         # A run's own folder holds other things that are no SAEs: only those there count.
         if run_state.has_state(folder.parent) and folder.name == FOLDER:
             if folder == above or (path / "metrics.jsonl").is_file():
-                return Place(folder, _NEWEST, source, part=path.name)
+                return SAEFiles(folder, _NEWEST, source, part=path.name)
     return None
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """The SAE of a state, on raw activations.
 
     Raises UserError for a damaged state, one from before states named their SAEs, and where several
@@ -97,7 +97,7 @@ def read(name: str, place: Place) -> SAE:
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
-def _spec(place: Place, saved: dict[str, Any]) -> SAESpec:
+def _spec(place: SAEFiles, saved: dict[str, Any]) -> SAESpec:
     """The spec as it was saved."""
     like = SAESpec(architecture="topk", d_model=1, d_sae=1, k=1, d_out=1)
     for key, value in saved.items():

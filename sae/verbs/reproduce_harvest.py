@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import read_json
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import MANIFEST, ShardReader
 from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig
@@ -117,7 +118,7 @@ def compare_shards(then: Path, now: Path) -> dict[str, Any]:
 
 
 def _pieces(
-    one: ShardReader, two: ShardReader, place: tuple[int, str]
+    one: ShardReader, two: ShardReader, place: Place
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """The rows of both side by side, as far as both go, in pieces that lie within one shard."""
     numbers = [0, 0]

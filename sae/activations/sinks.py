@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError
-
-Place = tuple[int, str]
+from saesteer.checkpoints.places import Place
 
 
 class NotFinite(NonFiniteError):

@@ -10,12 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.sinks import norms_of
 from saesteer.sae.model.hooks import HookPoint, run_to
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch
-
-Place = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)

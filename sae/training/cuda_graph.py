@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from saesteer.checkpoints.places import Place
 from saesteer.sae.training.architecture import Pass
-from saesteer.sae.training.input_scale import Place
 
 # Runs before recording, in which libraries choose their algorithms and Triton compiles.
 _WARM_UPS = 3

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Place = tuple[int, str]
+from saesteer.checkpoints.places import Place
 
 
 @dataclass(frozen=True)

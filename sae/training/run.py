@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.disk import folder_bytes, need_space
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UserError
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import has_state, restoring
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.activations.batches import ActivationSource, BatchStream
@@ -17,7 +18,7 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
-from saesteer.sae.training.input_scale import InputScale, Place, PlacedRows
+from saesteer.sae.training.input_scale import InputScale, PlacedRows
 from saesteer.sae.training.run_files import RunFiles
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 from saesteer.sae.training.saved_state import restore, state_of

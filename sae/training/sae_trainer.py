@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import folder_name
 from saesteer.sae.config import TrainConfig, default_lr
 from saesteer.sae.training.architecture import Architecture, Pass
 from saesteer.sae.training.cuda_graph import GraphedStep
 from saesteer.sae.training.dead_latents import SilenceCounter
-from saesteer.sae.training.input_scale import InputScale, Place, PlacedRows
+from saesteer.sae.training.input_scale import InputScale, PlacedRows
 from saesteer.sae.training.optimiser import Optimiser
 
 

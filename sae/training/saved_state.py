@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from saesteer.checkpoints.files import plain
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import load_state
 from saesteer.sae.config import TrainConfig
-from saesteer.sae.training.input_scale import InputScale, Place
+from saesteer.sae.training.input_scale import InputScale
 from saesteer.sae.training.sae_trainer import SAETrainer
 from saesteer.sae.verbs.harvest import check_same_run
 

@@ -9,6 +9,7 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
 from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.batches import ActivationSource, LiveSource, ShardSource
 from saesteer.sae.activations.reader import open_activations
@@ -17,7 +18,6 @@ from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
-from saesteer.sae.training.input_scale import Place
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 from saesteer.sae.verbs.harvest import as_given, keep_only_read, model_facts, resolved_text

@@ -21,7 +21,6 @@ from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
 from saesteer.kernels.topk_encode import topk_encode_op
-from saesteer.kernels.topk_encode_fused import encode_topk_fused_op
 
 __all__ = [
     "LatentOrder",
@@ -31,7 +30,6 @@ __all__ = [
     "auxk",
     "decode_mse",
     "encode_topk",
-    "encode_topk_fused",
     "gather_dot",
     "sort_indices",
     "sparse_decode",
@@ -363,33 +361,3 @@ def adam_sparse_rows_(
             beta1, beta2, eps, unit_rows, extra, extra_ids,
         )  # fmt: skip
     return sums, counts
-
-
-def encode_topk_fused(
-    x: Float[Tensor, "batch d_model"],
-    W_enc_rows: Float[Tensor, "d_sae d_model"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    *,
-    strided: bool = False,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """What `encode_topk` gives, from a product whose pre-activations are never stored.
-
-    Needs memory for a few candidates of every 128 latents instead of dense pre-activations. Exact:
-    rows whose candidates do not prove that nothing was missed are redone. That is rare where the
-    order of the latents says nothing about how often they fire; for dictionaries sorted by
-    frequency ``strided`` deals neighbouring latents out to different tiles. It changes no result.
-    float64, and k too large for candidates to pay, go to `encode_topk`.
-
-    Raises:
-        ValueError: shapes disagree, or k is not in 1..d_sae.
-    """
-    check_matrix("x", x, "batch, d_model")
-    check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
-    d_sae = W_enc_rows.shape[0]
-    check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
-    check("b_enc", b_enc, (d_sae,), "d_sae")
-    if not 0 < k <= d_sae:
-        raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
-    acts, indices = encode_topk_fused_op(x, W_enc_rows, b_enc, k, strided)
-    return acts, indices

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for sm_90 without a GPU. Run by test_triton.py in its own process.
 
 The interpreter accepts code that the compiler rejects, and says nothing about registers. Prints one
-line per kernel and exits with 1 if one spills registers to memory, takes so much shared memory that
-two programs do not fit on a multiprocessor, or does without the hardware that copies tiles.
+line per kernel and exits with 1 if one spills registers to memory or takes so much shared memory
+that two programs do not fit on a multiprocessor.
 """
 
 import re
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aot_fused_steer as fused_steer
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -30,7 +29,6 @@ from saesteer.kernels import (
 )
 
 MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
-MODULES += fused_steer.MODULES
 
 POINTERS = {
     "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
@@ -42,12 +40,11 @@ POINTERS = {
     "*fp64": "schedule",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
-TYPES |= {name: kind for kind, names in fused_steer.TYPES.items() for name in names.split()}
 TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
 
-UNHINTED = ("k", "n_chosen", *fused_steer.UNHINTED)
+UNHINTED = ("k", "n_chosen")
 
 MOST_SHARED = 113 * 1024
 """Bytes of shared memory with which two programs fit on one multiprocessor."""
@@ -79,7 +76,6 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         yield adam_rows.adam_kernel, 4, {"BLOCK": 1024, **flags}, types
         for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
             yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width, **flags}, types
-    yield from fused_steer.variants()
 
 
 def compile_kernel(
@@ -150,9 +146,6 @@ def main() -> int:
         wrong |= bool(facts) and not facts.endswith(" 0 bytes spilled")
         shared = compiled.metadata.shared
         wrong |= shared > MOST_SHARED
-        if any(kind.startswith("tensordesc") for kind in types.values()):
-            # Descriptors are read by the hardware that copies tiles, not element by element.
-            wrong |= "cp.async.bulk.tensor" not in compiled.asm["ptx"]
         print(
             f"{kernel.__name__}: {warps} warps, {shared} bytes shared, {facts or 'not assembled'}"
         )

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,6 @@ def test_yaml_that_is_no_plan(
     monkeypatch.chdir(tmp_path)
     file = plan / "plan.yaml"
     before = file.read_text()
-    started = time.monotonic()
     try:
         for text in (TEXTS[name], before + TEXTS[name]):
             file.write_text(text)
@@ -102,8 +100,7 @@ def test_yaml_that_is_no_plan(
     finally:
         file.write_text(before)
     assert not (tmp_path / "code-was-run").exists()
-    # A billion laughs written out would take minutes and the whole memory.
-    assert time.monotonic() - started < 60
+    # Here in the end: a billion laughs written out would have taken the whole memory.
 
 
 def test_values_that_expand_are_not_written_out(plan: Path) -> None:

@@ -80,10 +80,13 @@ def test_who_does_not_leave_in_time_is_interrupted(number: signal.Signals) -> No
 
 def test_who_leaves_in_time_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     timers: list[threading.Timer] = []
-    start = threading.Timer.start
-    monkeypatch.setattr(
-        threading.Timer, "start", lambda timer: (timers.append(timer), start(timer))
-    )
+    original = threading.Timer.start
+
+    def start(timer: threading.Timer) -> None:
+        timers.append(timer)
+        original(timer)
+
+    monkeypatch.setattr(threading.Timer, "start", start)
     with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop() and not timers[0].finished.is_set()

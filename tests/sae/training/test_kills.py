@@ -1,7 +1,8 @@
 """A run killed at random instants and resumed ends in the bits of one that was left in peace.
 
 Training from shards and live, and a harvest by two processes. The default suite kills twice each,
-with the same pauses at every run; the slow one twenty times, by a new seed. A failure names its seed.
+with the same pauses at every run; the slow one twenty times, by a new seed. A failure names its
+seed.
 """
 
 import json

@@ -1,6 +1,7 @@
 """The Triton kernels: in the interpreter, compiled on a GPU, and compiled ahead of time.
 
-Each in a process of its own: Triton reads TRITON_INTERPRET once, when a kernel is defined.
+Each in a process of its own: Triton reads TRITON_INTERPRET once, when a kernel is defined. The slow
+suite also compiles them with an older Triton, which it fetches.
 """
 
 import os
@@ -94,6 +95,7 @@ def older_triton() -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_with_an_older_triton(older_triton: Path, tmp_path: Path) -> None:
     out = run(
         [str(HERE / "aot_compile.py")],

@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def test_a_state_holds_what_was_made_ahead(stop_after: int) -> None:
     expected = list(iter(stream(Numbers()).next_batch, None))
     with Producer(stream(Numbers()), CPU) as producer:
         first = [producer.next_batch() for _ in range(stop_after)]
-        time.sleep(0.01)  # let it run ahead
+        while producer.ahead < min(BATCHES_AHEAD, 40 - stop_after):
+            time.sleep(0.001)
         with producer.paused() as (tensors, meta):
             saved = {name: tensor.clone() for name, tensor in tensors.items()}
         rest = all_of(producer)
@@ -106,13 +108,22 @@ def test_it_never_runs_further_ahead_than_it_says() -> None:
         producer.next_batch()
 
 
-def test_who_waits_is_measured() -> None:
+def test_who_waits_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the test moves."""
+    now = 100.0
+    monkeypatch.setattr(producer_module, "time", SimpleNamespace(monotonic=lambda: now))
     with Producer(stream(Numbers(), tokens=100_000), CPU) as producer:
-        producer.next_batch()
-        time.sleep(0.05)
-        stalled = producer.take_stall()
-        assert 0.02 < stalled < 1.0, "the source is instant: it waited nearly all the time"
-        assert producer.take_stall() < stalled
+        for seconds in (2.5, 4.0):
+            while producer._stalled_since is None:  # until it has made all that may wait
+                time.sleep(0.001)
+            assert producer.take_stall() == 0.0
+            now += seconds
+            assert producer.take_stall() == seconds and producer.take_stall() == 0.0
+            now += 1
+            producer.next_batch()
+            while producer.ahead < BATCHES_AHEAD:
+                time.sleep(0.001)
+            assert producer.take_stall() == 1.0, "until the trainer took one"
 
 
 def test_an_error_comes_after_the_batches_before_it() -> None:
@@ -150,10 +161,17 @@ def test_a_trainer_that_fails_ends_the_thread(error: type[BaseException]) -> Non
 
 def test_a_source_that_hangs_does_not_hang_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producer_module, "_LAST_PASS_SECONDS", 0.05)
-    forever = threading.Event()
-    with Producer(stream(Numbers(before=lambda at: forever.wait() if at > 100 else None)), CPU):
-        time.sleep(0.01)
-    assert not forever.is_set()
+    forever, hanging = threading.Event(), threading.Event()
+
+    def before(at: int) -> None:
+        if at > 100:
+            hanging.set()
+            forever.wait()
+
+    with Producer(stream(Numbers(before=before)), CPU) as producer:
+        while not hanging.is_set():
+            producer.next_batch()
+    assert not forever.is_set(), "the end did not wait for the source"
     forever.set()
 
 

@@ -63,20 +63,21 @@ def auxk_op(
     b_enc: Tensor,
     W_dec: Tensor,
     ids: Tensor,
-    alive: Tensor | None,
+    is_filler: Tensor | None,
     k_aux: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by ``W_enc_rows[ids]``, ``b_enc[ids]`` and ``W_dec[ids]``.
 
-    ``ids`` [n] are distinct. Those with ``alive`` [n] bool true are filling: they take no part and
-    their gradients are 0 (a list whose true length only the device knows has a fixed length so).
+    ``ids`` [n] are distinct. Where ``is_filler`` [n] is true they only fill the list: they take no
+    part and their gradients are 0 (a list whose true length only the device knows has a fixed
+    length so).
     """
     dtype = accumulator_dtype(x, residual, W_enc_rows, W_dec)
     x, residual = x.to(dtype), residual.to(dtype)
     W_enc_ids, W_dec_ids = W_enc_rows[ids].to(dtype), W_dec[ids].to(dtype)
     acts = torch.addmm(b_enc[ids].to(dtype), x, W_enc_ids.t())
-    if alive is not None:
-        acts.masked_fill_(alive, 0)
+    if is_filler is not None:
+        acts.masked_fill_(is_filler, 0)
     keep_largest_(acts, k_aux)
     difference = torch.addmm(residual, acts, W_dec_ids, beta=-1)
     variance = (residual - residual.mean(0)).square().sum().clamp_min(1e-12)
@@ -94,7 +95,7 @@ def _(
     b_enc: Tensor,
     W_dec: Tensor,
     ids: Tensor,
-    alive: Tensor | None,
+    is_filler: Tensor | None,
     k_aux: int,
 ) -> Grads:
     dtype = accumulator_dtype(x, residual, W_enc_rows, W_dec)

@@ -22,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from saesteer.kernels import (
     adam_rows,
+    auxk,
     decode_mse,
     gather_dot,
     sparse_decode,
@@ -29,12 +30,13 @@ from saesteer.kernels import (
     topk_encode,
 )
 
-MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+MODULES = (adam_rows, auxk, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
 
 POINTERS = {
     "*i64": "latent_indices indices order starts row_starts examples owners counts",
     "*i32": "group_keys group_ids",
-    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums "
+    "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
     "*bf16": "shadows",
     "*fp64": "schedule",
 }
@@ -74,6 +76,8 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
         latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
         yield topk_encode.select_latents_kernel, warps, latents, {}
+    for width in (2048, auxk.WIDEST):
+        yield auxk.keep_largest_kernel, max(4, width // 1024), {"BLOCK": width, **KEYS}, {}
     plain = dict.fromkeys(("SCALED", "SHADOW", "RANDOM"), False)
     half = {"exp_avgs": "*bf16", "exp_avg_sqs": "*bf16"}
     for flags, types in ((plain, {}), (dict.fromkeys(plain, True), half)):

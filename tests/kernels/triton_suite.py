@@ -16,6 +16,7 @@ os.environ["SAESTEER_KERNELS"] = "triton"
 
 from saesteer.kernels import (
     adam_rows,
+    auxk,
     decode_mse,
     ops,
     sparse_decode,
@@ -136,6 +137,16 @@ def test_selection_on_ties_and_odd_values(values: list[float], d_sae: int, k: in
     assert torch.equal(acts, clean.gather(1, expected).relu())
 
 
+@pytest.mark.parametrize("values", ODD, ids=str)
+@pytest.mark.parametrize(("width", "k"), [(7, 3), (300, 20), (5, 1)])
+def test_the_largest_are_kept(values: list[float], width: int, k: int) -> None:
+    pre_acts = torch.tensor(values, device=DEVICE)[integers(len(values), 2, width)]
+    clean = torch.where(pre_acts > 0, pre_acts, 0)
+    first = torch.sort(clean, dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(clean).scatter(1, first, clean.gather(1, first))
+    assert torch.equal(auxk.keep_largest_(pre_acts, k), expected)
+
+
 def test_strided_inputs() -> None:
     weights, rows, matrix = normal(5, 4), normal(5, 18, seed=1), normal(9, 18, seed=2)
     indices = integers(9, 5, 4)
@@ -225,7 +236,8 @@ LENGTHS = [[3, 0, 7, 1], [0, 0], [], [40], [0, 130, 5]]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_ragged(lengths: list[int], dtype: torch.dtype) -> None:
-    batch, d_model, d_sae, n_entries = len(lengths), 41, 2 if sum(lengths) > 100 else 9, sum(lengths)
+    batch, d_model, n_entries = len(lengths), 41, sum(lengths)
+    d_sae = 2 if n_entries > 100 else 9
     row_starts = torch.tensor([0, *itertools.accumulate(lengths)], device=DEVICE)
     acts, indices = normal(n_entries), integers(d_sae, n_entries)
     acts[::3] = 0

@@ -20,7 +20,8 @@ def problem(
 
     weights_a = normal(batch, k).relu()
     indices = torch.randint(0, d_sae, (batch, k), generator=random)
-    return [weights_a, normal(batch, d_model), normal(batch, k), normal(batch, d_model), indices]
+    other = d_model // 2 + 1  # the two matrices may differ in width
+    return [weights_a, normal(batch, d_model), normal(batch, k), normal(batch, other), indices]
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -267,6 +267,16 @@ def test_ragged(lengths: list[int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.double(), theirs.double(), **CLOSE)
 
 
+@pytest.mark.parametrize("candidate", range(1, 4))
+def test_every_tile_that_may_be_chosen(candidate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sparse_decode, decode_mse, sparse_row_grads):
+        assert len(module.TILES) == 4
+        monkeypatch.setattr(module, "TILES", module.TILES[candidate:])
+    test_linear_ops(2, 700, 12, 12, torch.bfloat16)
+    test_decode_mse(2, 700, 12, 12, torch.bfloat16)
+    test_pair_grads(20, 7, 2, 8, torch.float32)
+
+
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_adam_with_a_scale_a_shadow_and_half_moments(unit_rows: bool) -> None:
     """Against the PyTorch twin, whose random bits are the same."""

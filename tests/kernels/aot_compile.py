@@ -5,6 +5,7 @@ line per kernel and exits with 1 if one spills registers to memory or takes so m
 that two programs do not fit on a multiprocessor.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from saesteer.kernels import (
     adam_rows,
+    auxk,
     decode_mse,
     gather_dot,
     sparse_decode,
@@ -28,14 +30,13 @@ from saesteer.kernels import (
     topk_encode,
 )
 
-MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+MODULES = (adam_rows, auxk, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
 
 POINTERS = {
-    "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
-    "chunk_ends partial_ends",
+    "*i64": "latent_indices indices order starts row_starts examples owners counts",
     "*i32": "group_keys group_ids",
-    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums partial_grads "
-    "partial_sums exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums "
+    "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
     "*bf16": "shadows",
     "*fp64": "schedule",
 }
@@ -44,7 +45,7 @@ TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
 
-UNHINTED = ("k", "n_chosen")
+UNHINTED = ("k", "n_chosen", "batch", "n_entries")
 
 MOST_SHARED = 113 * 1024
 """Bytes of shared memory with which two programs fit on one multiprocessor."""
@@ -52,24 +53,31 @@ MOST_SHARED = 113 * 1024
 
 def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
     """Kernel, warps, compile-time values, and the types of its matrices."""
-    for matrix in ("*fp32", "*bf16"):
-        block = {"BLOCK_K": 8, "ACC": tl.float32}
-        for bias in (True, False):
-            decode = {**block, "BLOCK_D": 512, "HAS_BIAS": bias}
-            yield sparse_decode.sparse_decode_kernel, 4, decode, {"W_dec": matrix}
-        fused = {**block, "BLOCK_K": 4, "BLOCK_D": 512}
-        yield decode_mse.decode_mse_kernel, 4, fused, {"W_dec": matrix}
-        dots = {**block, "BLOCK_D": 256}
-        yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix}
-        sums = {"CHUNK": 64, "BLOCK_N": 8, "BLOCK_D": 512, "ACC": tl.float32}
-        yield sparse_row_grads.row_grads_kernel, 4, sums, {"rows": matrix}
-    partials = {"BLOCK_D": 512, "ACC": tl.float32}
-    yield sparse_row_grads.add_partials_kernel, 4, partials, {}
+    for matrix, size in (("*fp32", 4), ("*bf16", 2)):
+        for module, kernel, types in (
+            (sparse_decode, sparse_decode.sparse_decode_kernel, {"W_dec": matrix}),
+            (decode_mse, decode_mse.decode_mse_kernel, {"W_dec": matrix, "target": matrix}),
+            (sparse_row_grads, sparse_row_grads.row_grads_kernel, {"rows": matrix}),
+        ):
+            for tile, ragged in itertools.product(module.TILES, (False, True)):
+                if ragged and (tile != module.TILES[0] or module is sparse_row_grads):
+                    continue
+                columns, warps = tile.fit(4096, size)
+                how = {"ROWS": tile.rows, "BLOCK_D": columns, "STAGES": tile.stages}
+                how |= {"ACC": tl.float32, "RAGGED": ragged, "HAS_BIAS": not ragged, "CHUNK": 64}
+                yield kernel, warps, how, types
+        for ragged in (False, True):
+            dots = {"BLOCK_K": 8, "BLOCK_D": 256, "ACC": tl.float32, "RAGGED": ragged}
+            yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix, "vectors": matrix}
+    chunks = {"CHUNK": 64, "BLOCK_D": 512, "ACC": tl.float32}
+    yield sparse_row_grads.add_chunks_kernel, 1, chunks, {}
     yield topk_encode.group_max_kernel, 4, {"GROUP": 32, "BLOCK_G": 128, **KEYS}, {}
     for keys, warps in ((512, 4), (topk_encode.MAX_CANDIDATES, 8)):
         yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
         latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
         yield topk_encode.select_latents_kernel, warps, latents, {}
+    for width in (2048, auxk.WIDEST):
+        yield auxk.keep_largest_kernel, max(4, width // 1024), {"BLOCK": width, **KEYS}, {}
     plain = dict.fromkeys(("SCALED", "SHADOW", "RANDOM"), False)
     half = {"exp_avgs": "*bf16", "exp_avg_sqs": "*bf16"}
     for flags, types in ((plain, {}), (dict.fromkeys(plain, True), half)):

@@ -40,7 +40,7 @@ def run_suite(**variables: str) -> None:
     suites = [str(path) for path in sorted(HERE.glob("triton_suite*.py"))]
     out = run(["-m", "pytest", *suites, "-q", "-p", "no:cacheprovider"], **variables)
     passed = re.search(r"(\d+) passed", out)
-    assert passed and int(passed.group(1)) > 150, out
+    assert passed and int(passed.group(1)) > 100, out
 
 
 def test_in_the_interpreter() -> None:

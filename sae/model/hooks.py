@@ -102,6 +102,13 @@ def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
     return None if None in found else max(int(match[1]) for match in found if match)
 
 
+def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
+    """Free what a pass up to the last point does not need; the model can do nothing else then."""
+    last = last_block(lm, points)
+    if last is not None:
+        lm.keep_only(last)
+
+
 def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:
     """Name of the child module and the side of it that is a site inside the block.
 

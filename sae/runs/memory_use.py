@@ -2,13 +2,14 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.runs.processes import ALONE, Processes
 
 # Latents of one chunk of a batch that a step holds densely (float32), and what it keeps of them.
 _DENSE_ROWS = 1024
@@ -123,6 +124,16 @@ def automatic_batch_size(lm: LanguageModel, text: TextConfig) -> int:
         return min(most, 16)
     one = forward_bytes(lm, text.context, text.context, text.isolate_documents)
     return max(1, min(most, int(_BATCH_SHARE * free / one)))
+
+
+def resolved_text(
+    lm: LanguageModel, text: TextConfig, before: int | None = None, processes: Processes = ALONE
+) -> TextConfig:
+    """The text with a batch size: the one asked for, the one of the run to resume, or what fits."""
+    if text.batch_size:
+        return text
+    fitting = before or automatic_batch_size(lm, text)
+    return replace(text, batch_size=int(min(processes.gather(torch.tensor([fitting])))))
 
 
 @dataclass(frozen=True, kw_only=True)

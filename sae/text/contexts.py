@@ -14,7 +14,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import TextConfig
 from saesteer.sae.model.language_model import LanguageModel, text_config
-from saesteer.sae.runs.processes import ALONE, Ranks
+from saesteer.sae.runs.processes import ALONE, Processes
 from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
 
 # What is tokenized in one call: less leaves cores idle, more only takes memory.
@@ -363,9 +363,9 @@ class SharedStream:
     the same whatever the number of processes.
     """
 
-    def __init__(self, contexts: ContextStream | MixedStream, ranks: Ranks) -> None:
+    def __init__(self, contexts: ContextStream | MixedStream, processes: Processes) -> None:
         self.contexts = contexts
-        self.ranks = ranks
+        self.processes = processes
         self.prepend_bos = contexts.prepend_bos
         self.identity = contexts.identity
         self.state_dict = contexts.state_dict
@@ -376,8 +376,8 @@ class SharedStream:
 
         The last batch of the text can be empty here and not elsewhere.
         """
-        batch = self.contexts.next_batch(rows * self.ranks.world)
-        return None if batch is None else batch[self.ranks.rank :: self.ranks.world]
+        batch = self.contexts.next_batch(rows * self.processes.world)
+        return None if batch is None else batch[self.processes.rank :: self.processes.world]
 
 
 Contexts = ContextStream | MixedStream | SharedStream
@@ -390,7 +390,7 @@ def open_contexts(
     lm: LanguageModel,
     config: TextConfig,
     replies_file: Path | None = None,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> Contexts:
     """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
 
@@ -415,4 +415,4 @@ def open_contexts(
         # resumed.
         replies = packed(FileCorpus(replies_file.name, [replies_file]), _ENDLESS)
         stream = MixedStream(stream, replies, config.replies_share)
-    return stream if ranks.world == 1 else SharedStream(stream, ranks)
+    return stream if processes.world == 1 else SharedStream(stream, processes)

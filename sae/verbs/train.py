@@ -30,21 +30,20 @@ from saesteer.sae.activations.batches import ActivationSource, BatchStream, Live
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Producer
 from saesteer.sae.activations.reader import open_activations
 from saesteer.sae.config import Progress, TrainConfig, no_progress
-from saesteer.sae.model.hooks import resolve_site
+from saesteer.sae.model.hooks import keep_only_read, resolve_site
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
 from saesteer.sae.runs.disk_use import train_footprint
-from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
+from saesteer.sae.runs.facts import as_given, check_same_run, model_facts
+from saesteer.sae.runs.memory_use import (
+    gigabytes,
+    refuse_what_cannot_fit,
+    resolved_text,
+    training_memory,
+)
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.runs.stopping import stop_requests
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 from saesteer.sae.training.topk import InputScale
-from saesteer.sae.verbs.harvest import (
-    as_given,
-    check_same_run,
-    keep_only_read,
-    model_facts,
-    resolved_text,
-)
 
 _LOGS_PER_RUN = 100
 # Rows that mean and scale are measured on; more would not change the third digit.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import TextConfig
-from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.model.generation import position_limit
+from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.processes import ALONE, Processes
 from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
 
@@ -397,8 +398,8 @@ def open_contexts(
     Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
     model's positions.
     """
-    longest = getattr(text_config(lm.model), "max_position_embeddings", None)
-    if longest and config.context > longest:
+    longest = position_limit(lm)
+    if longest is not None and config.context > longest:
         raise UsageError(
             f"`context` must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )

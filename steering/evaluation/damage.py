@@ -162,13 +162,6 @@ class NeutralProbe:
         counted = self._flips(plan) if flips else {}
         return Damage(kl, reverse, agreement, rise, dose, ratio, outside, **counted)
 
-    @property
-    def unsteered_right(self) -> int:
-        """Questions that the unsteered model answers right."""
-        self._answer()
-        pairs = zip(self.questions, self._texts, strict=True)
-        return sum(question.is_right(text) for question, text in pairs)
-
     def _flips(self, plan: Plan) -> dict[str, Any]:
         with steer(self.lm, plan, prompts=self._prompts):
             replies = self._generate()

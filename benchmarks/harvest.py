@@ -22,7 +22,7 @@ out what its users get:
     sparsify            its Trainer's pass: the whole base model, a hook that flattens
     dictionary_learning ActivationBuffer, out_batch_size as here
 
-All of them profit from `sae.memory.keep_pages`, which the first stream of the process calls.
+All of them profit from `sae.runs.memory_use.keep_pages`, which the first stream calls.
 Toolkits that are not installed, or that do not run with the installed transformers, are named and
 left out. Absolute figures mean nothing on another machine.
 """

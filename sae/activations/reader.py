@@ -79,9 +79,9 @@ class ActivationStream:
         self.sinks = SinkFilter(config.max_norm_ratio)
         self.excluded = {"special": 0, "template": 0, "sinks": 0}
         self.batches = 0
-        self.keeps_busy = lm.device.type == "cuda"
-        """Whether the next pass is begun before a batch is sorted out: for a device that computes
-        while the CPU does something else."""
+        self.reads_ahead = lm.device.type == "cuda"
+        """Whether the next pass is begun before the rows of this one are picked: for a device that
+        computes while the CPU does something else."""
         self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
         self._position = contexts.state_dict()
         self._begun: _Begun | Exception | None = None
@@ -93,14 +93,14 @@ class ActivationStream:
     def next_batch(self) -> ActivationBatch | None:
         """Run the next contexts through the model; None when the text has ended.
 
-        Raises NonFiniteError naming the batch, and what text and model raise; the stream then still
+        Raises NonFiniteError naming the batch, and what text and model raise. The stream then still
         stands before the batch.
         """
         before = self.state_dict()
         try:
             return self._next_batch()
         except Exception:
-            self.load_state_dict(before)  # whoever asks again gets this batch, not the next
+            self.load_state_dict(before)  # the next call gets this batch again
             raise
 
     def _next_batch(self) -> ActivationBatch | None:
@@ -109,7 +109,7 @@ class ActivationStream:
             if begun is None:
                 return None
             contexts, forward, after = begun
-            if self.keeps_busy:
+            if self.reads_ahead:
                 try:
                     self._begun = self._begin()
                 except Exception as error:
@@ -181,7 +181,7 @@ class ActivationStream:
         return self.contexts.identity()
 
     def compile(self) -> None:
-        """Run one pass over nothing in particular, which compiles the blocks where that is asked.
+        """Run one pass over made-up tokens, which compiles the blocks where that is asked.
 
         Raises UserError when that fails.
         """

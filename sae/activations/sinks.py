@@ -19,7 +19,7 @@ Place = tuple[int, str]
 
 
 class NotFinite(NonFiniteError):
-    """Rows of one hook point hold NaN or infinity; callers that know more say more."""
+    """Rows of one hook point hold NaN or infinity. Callers add what they know of model and text."""
 
     def __init__(self, place: Place) -> None:
         super().__init__(
@@ -121,9 +121,9 @@ class SinkFilter:
 
 
 def norms_of(activations: Mapping[Place, Float[Tensor, "..."]]) -> Float[Tensor, "places ..."]:
-    """Length of every row in float32, one line a hook point, on the device of the first.
+    """Length of every row in float32, for each hook point, on the device of the first.
 
-    The one transfer that a batch waits for: everything else is decided from these numbers.
+    A batch waits for no other transfer: which rows are kept is decided from these numbers.
     """
     lengths = [
         torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))

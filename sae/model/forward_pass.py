@@ -1,4 +1,4 @@
-"""One pass of contexts through a model: begun now, its rows asked for later."""
+"""One pass through a model that is begun now and whose rows are asked for later."""
 
 import contextlib
 import functools
@@ -10,12 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.activations.sinks import norms_of
+from saesteer.sae.activations.sinks import Place, norms_of
 from saesteer.sae.model.hooks import HookPoint, run_to
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch
-
-Place = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +84,9 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _to_host(values: Tensor) -> Tensor:
-    """What lies on the CPU as it is; from a GPU a copy that is still on its way.
+    """A tensor of the CPU as it is; of a GPU's a copy that may still be on its way.
 
-    Page-locked memory that is let go is given out again by PyTorch, so that two batches take turns
-    with two blocks.
+    PyTorch uses freed page-locked memory again, so that two batches take turns with two blocks.
     """
     if not values.is_cuda:
         return values.cpu()
@@ -98,7 +95,7 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
-    """What the model is called with, on its device; `isolated` keeps attention in each document."""
+    """Arguments of the model, on its device; `isolated` keeps attention inside each document."""
     inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
     if isolated:
         positions = document_positions(contexts.document_ids)

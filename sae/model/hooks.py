@@ -47,7 +47,7 @@ class HookPoint:
 
 
 class StopForward(Exception):
-    """Raised by `stop_after` inside the forward pass; nothing beyond the last hook is needed."""
+    """Raised by `capture` inside the forward pass: nothing beyond the last hook is needed."""
 
 
 def layer_index(lm: LanguageModel, layer: int) -> int:
@@ -103,7 +103,8 @@ def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
 
 
 def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
-    """Free what a pass up to the last point does not need; the model can do nothing else then."""
+    """Free the weights that a pass up to the last point does not need. Afterwards the model can do
+    nothing else."""
     last = last_block(lm, points)
     if last is not None:
         lm.keep_only(last)

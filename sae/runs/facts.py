@@ -1,4 +1,4 @@
-"""Facts about a run: which model and text it had, by which a later one is known as the same."""
+"""Facts about a run, of its model and text, which tell whether a later run is the same one."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,6 @@
 """What a job will take of the memory, said before it starts."""
 
+import functools
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -59,17 +60,25 @@ def held_bytes() -> int:
         return peak_bytes()
 
 
+@functools.cache
 def keep_pages() -> None:
-    """Have the C library keep freed memory up to some size for the next tensor. Process-wide.
+    """Have the C library keep freed memory up to some size for the next tensor.
 
     By default glibc gives large blocks, and a large free end of its heap, back to the system. The
     next layer then faults the same pages in again, zeroed: a pass of SmolLM2-135M over 4,096 tokens
     took 140,000 faults up to half depth, a fifth to a third of its time. Threads share one heap, so
     that a shard's writer takes what the model's pass freed: heaps of other threads end at 64 MiB
-    and are given back all the same. Does nothing elsewhere.
+    and are given back all the same.
+
+    This holds for the whole process and cannot be undone, because glibc does not tell the values it
+    had; its price is up to 1 GiB that the process keeps. PyTorch has no setting for it, and the
+    environment variables of glibc would have to be set before Python starts. Whoever has set one of
+    those (`MALLOC_..._`) has decided: nothing is changed then, nor without glibc.
     """
     import ctypes
 
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
@@ -102,7 +111,7 @@ def model_bytes(lm: LanguageModel, last: int | None = None) -> int:
 
 
 def forward_bytes(lm: LanguageModel, tokens: int, context: int, isolated: bool = False) -> int:
-    """About what one pass over `tokens` tokens holds at once, beside the weights.
+    """About what one pass over `tokens` tokens holds at once, besides the weights.
 
     The widest moment of a block: the residual stream and its norm, queries, keys, values and the
     attention's output, and the gate, the up-projection and their product.
@@ -138,7 +147,7 @@ def resolved_text(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes that training needs beside the language model."""
+    """Bytes that training needs besides the language model."""
 
     saes: int
     """Weights and moments of every SAE."""

@@ -360,8 +360,8 @@ class MixedStream:
 class SharedStream:
     """The contexts of one process among several: number i belongs to process i mod world.
 
-    Every process packs all the text, which costs little beside the model, so that the numbers are
-    the same whatever the number of processes.
+    Every process packs all the text, so that the numbers are the same whatever the number of
+    processes; that costs little compared with the model.
     """
 
     def __init__(self, contexts: ContextStream | MixedStream, processes: Processes) -> None:

@@ -145,7 +145,10 @@ class _Job:
         self._first: list[ActivationBatch | None] = []
 
     def open(self, resume: bool) -> dict[str, Any] | None:
-        """Start the shards, or go on with those that are there; the manifest when all is done."""
+        """Start the shards, or go on with those that are there.
+
+        Returns the manifest when nothing is left to do, else None.
+        """
         dtype = _stored_dtype(self.config, self.lm)
         layers = [point.layer for point in self.points]
         facts = _facts(self.lm, self.points, self.config, self.stream, self.recipe)
@@ -180,7 +183,7 @@ class _Job:
             "shuffle_seed": self.config.text.seed if self.config.shuffle else None,
         }
         if self.processes.world > 1 and not self.processes.rank:
-            # Whoever looks into the folder before the end finds a manifest that is true.
+            # Until the parts are merged, this manifest tells a reader what the folder is.
             ShardWriter(self.folder, facts={**facts, "processes": self.processes.world}, **options)
         self.processes.wait_for_first()
         self.writer = ShardWriter(self.folder, facts=facts, part=part, **options)
@@ -295,7 +298,8 @@ def _stored_dtype(config: HarvestConfig, lm: LanguageModel) -> torch.dtype:
 
 
 def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: int) -> None:
-    """Refuse shards that would not fit; what lies in the folder now stays, or gives its place."""
+    """Refuse shards that would not fit. What the folder holds now is either kept or replaced, so it
+    counts as room."""
     row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
     needed = config.tokens * row * places - folder_bytes(folder)
     need_space(folder, needed, "harvesting writes", "lower `tokens` or give fewer layers")

@@ -99,7 +99,7 @@ class Damage:
 
 
 class NeutralProbe:
-    """Measures plans on neutral questions; the unsteered side is worked out once.
+    """Measures plans on neutral questions; the unsteered model is run once for all of them.
 
     Args:
         questions: by default the built-in ones.

@@ -174,7 +174,7 @@ def test_passes_begun_ahead_change_nothing(shared_lm: Shared, tmp_path: Path) ->
 
     def read(ahead: bool, state: dict[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
         stream = stream_of(lm, text)
-        stream.keeps_busy = ahead
+        stream.reads_ahead = ahead
         if state is not None:
             stream.next_batch()  # what was begun after it must not come after the state
             stream.load_state_dict(state)
@@ -213,7 +213,7 @@ def test_a_pass_is_begun_before_the_last_one_is_asked_for(
     for ahead, expected in ((False, ["begin", "norms"] * 2),
                             (True, ["begin", "begin", "norms", "begin", "norms"])):  # fmt: skip
         stream = stream_of(lm, TEXT)
-        stream.keeps_busy = ahead
+        stream.reads_ahead = ahead
         order.clear()
         stream.next_batch()
         stream.next_batch()
@@ -235,7 +235,7 @@ def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, ahead: bool)
     stream = stream_of(lm, TEXT)
     stream.next_batch()
     stream.next_batch()
-    stream.keeps_busy = ahead
+    stream.reads_ahead = ahead
     before, good = stream.state_dict(), weight[new].clone()
     with torch.no_grad():
         weight[new] = torch.nan
@@ -257,7 +257,7 @@ def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
     *whole, third = [stream.next_batch() for _ in range(3)]
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
-    stream.keeps_busy = ahead
+    stream.reads_ahead = ahead
     original, calls = stream.contexts.next_batch, 0
 
     def breaks(rows: int) -> Any:
@@ -286,7 +286,7 @@ def test_a_batch_whose_pass_failed_is_not_skipped(
     shared_lm: Shared, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     stream, begin, passes = stream_of(shared_lm(), TEXT), ForwardPass.begin, 0
-    stream.keeps_busy = ahead
+    stream.reads_ahead = ahead
 
     def fails_once(*arguments: Any) -> ForwardPass:
         nonlocal passes

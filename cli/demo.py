@@ -174,7 +174,7 @@ class Demo:
 
     def get_model(self) -> None:
         from saesteer.sae import load_model
-        from saesteer.sae.verbs.harvest import model_facts
+        from saesteer.sae.runs.facts import model_facts
         from saesteer.steering.tasks.task import load_task
 
         self.task: Task = load_task(self.args.task)

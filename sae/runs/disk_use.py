@@ -49,7 +49,7 @@ def train_footprint(
         width: elements of a row: `d_model` times the number of hook points.
         element_bytes: bytes of an element in the buffer.
     """
-    # Beside Adam's two moments: a counter per latent, the input's mean, and a few scalars.
+    # Besides Adam's two moments: a counter per latent, the input's mean, and a few scalars.
     small = sum(8 * d_sae + _FLOAT_BYTES * d_model + 64 for d_sae in d_saes)
     # The buffer, the rows on their way in, and a chunk of batches that left it and wait.
     rows = buffer_tokens + batch_tokens + max(8192, 2 * batch_tokens)

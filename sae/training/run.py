@@ -13,7 +13,7 @@ from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import has_state, restoring
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.activations.batches import ActivationSource, BatchStream
-from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Producer
+from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
 from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
@@ -154,9 +154,9 @@ class TrainingRun:
         with (
             stop_requests() as stop,
             self.saver,
-            Producer(self.batches, self.device) as self.producer,
+            Prefetch(self.batches, self.device) as self.prefetch,
         ):
-            watch = Stopwatch(self.producer)
+            watch = Stopwatch(self.prefetch)
             self.show()
             while self.step < steps:
                 batch = self.next_batch()
@@ -176,7 +176,7 @@ class TrainingRun:
     def next_batch(self) -> Float[Tensor, "batch width"]:
         """The next batch. Saves the state and raises UserError when the text has ended."""
         try:
-            batch = self.producer.next_batch()
+            batch = self.prefetch.next_batch()
         except UserError as error:
             # Most often the corpus has ended: hours of training need not be lost with it.
             self.save(now=True)
@@ -194,7 +194,7 @@ class TrainingRun:
             losses = [trainer.forward(rows) for trainer in self.trainers]
         except NonFiniteError:
             # With the batch back, the state is the one before it.
-            self.producer.put_back(batch)
+            self.prefetch.put_back(batch)
             self.save(now=True)
             raise
         for trainer, passes in zip(self.trainers, losses, strict=True):
@@ -241,7 +241,7 @@ class TrainingRun:
         """
         for trainer in self.trainers:
             trainer.check_finite()
-        with self.producer.paused() as (tensors, stream):
+        with self.prefetch.paused() as (tensors, stream):
             state, meta, logs = state_of(self, tensors, stream)
             known = [last["fvu"] for last in self.last if last]
             score = sum(known) / len(known) if known else None

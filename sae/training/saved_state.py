@@ -12,9 +12,9 @@ from saesteer.checkpoints.files import plain
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import load_state
 from saesteer.sae.config import TrainConfig
+from saesteer.sae.runs.facts import check_same_run
 from saesteer.sae.training.input_scale import InputScale
 from saesteer.sae.training.sae_trainer import SAETrainer
-from saesteer.sae.verbs.harvest import check_same_run
 
 if TYPE_CHECKING:
     from saesteer.sae.training.run import TrainingRun

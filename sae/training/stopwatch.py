@@ -2,14 +2,14 @@
 
 import time
 
-from saesteer.sae.activations.prefetch import Producer
+from saesteer.sae.activations.prefetch import Prefetch
 
 
 class Stopwatch:
     """Times the loop over batches."""
 
-    def __init__(self, producer: Producer) -> None:
-        self._producer = producer
+    def __init__(self, prefetch: Prefetch) -> None:
+        self._prefetch = prefetch
         self._start = self._mark = time.monotonic()
         self._waited = 0.0
         self._tokens = 0
@@ -32,7 +32,7 @@ class Stopwatch:
         seconds = max(now - self._start, 1e-9)
         taken = {
             "tokens_per_second": self._tokens / seconds,
-            "stall_model": min(1.0, self._producer.take_stall() / seconds),
+            "stall_model": min(1.0, self._prefetch.take_stall() / seconds),
             "stall_trainer": self._waited / seconds,
             "seconds": seconds,
         }

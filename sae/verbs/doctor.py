@@ -27,10 +27,10 @@ from saesteer.sae.model.hooks import (
     sae_hook_point,
 )
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.runs.memory_use import model_bytes, training_memory
 from saesteer.sae.training.architectures import architecture_named
-from saesteer.sae.verbs.harvest import model_facts
 from saesteer.sae.verbs.metrics import metrics
 
 # Enough text for an SAE's FVU to two digits, in seconds.

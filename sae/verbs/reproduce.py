@@ -45,7 +45,7 @@ def reproduce(
     Returns:
         `equal` (every SAE and every metric, to the bit), `saes` (for each: `weights_equal`,
         `max_abs_difference` by tensor, `metrics_equal`, `first_differing_step`, `final` then and
-        now; of a harvest instead `shards`, what `harvest_reproduction.compare_shards` gives) and
+        now; of a harvest instead `shards`, what `compare_shards` gives) and
         `differences` of inputs and environment, each with `what`, `then` and `now`.
 
     Raises:
@@ -76,7 +76,7 @@ def reproduce(
 def _again(
     out: str | Path | None, force: bool, work: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `work` finds in `out`, or in a folder that does not stay."""
+    """What `work` finds in `out`, or in a temporary folder."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saesteer-reproduce-") as place:
             return {**work(Path(place)), "again": None}
@@ -199,7 +199,7 @@ def _compare(
 
 
 def _all_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of inputs and environment."""
+    """What differs in inputs and environment."""
     found = []
     for part in ("model", "data", "recipe", "versions", "git_revision", "machine"):
         found += _differences(part, plain(then.get(part)), plain(now.get(part)))

@@ -14,13 +14,14 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.batches import ActivationSource, LiveSource, ShardSource
 from saesteer.sae.activations.reader import open_activations
 from saesteer.sae.config import Progress, TrainConfig, no_progress
-from saesteer.sae.model.hooks import resolve_site
+from saesteer.sae.model.hooks import keep_only_read, resolve_site
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
+from saesteer.sae.runs.facts import as_given, model_facts
+from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
-from saesteer.sae.verbs.harvest import as_given, keep_only_read, model_facts, resolved_text
 
 
 def train(

@@ -85,6 +85,9 @@ class Pass:
     """Its weights are the derivatives by the pre-activations."""
     factor: float
     """What both sums are multiplied with."""
+    row_starts: Int[Tensor, " starts"] | None = None
+    """Where examples have different numbers of entries: those of example b are entries
+    row_starts[b]:row_starts[b + 1]. None for a rectangle `[batch, k]`."""
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Whole gradients of other parameters, and further parts of those of `ENTRY_PARAMETERS`."""
     compact: CompactGradients | None = None
@@ -195,7 +198,7 @@ def gradients(done: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor, " 
     decoder, encoder = done.decoder, done.encoder
     W_dec, W_enc, b_enc, counts = sparse_pair_grads(
         decoder.weights, decoder.rows, encoder.weights, encoder.rows,
-        done.latent_indices, d_sae, done.order,
+        done.latent_indices, d_sae, done.order, row_starts=done.row_starts,
     )  # fmt: skip
     grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
     for grad in grads.values():

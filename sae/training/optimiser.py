@@ -93,6 +93,7 @@ class Optimiser:
         beta1, beta2 = _BETAS
         step = partial(
             adam_sparse_rows_, latent_indices=done.latent_indices, order=done.order,
+            row_starts=done.row_starts,
             factor=done.factor, extra_ids=None if more is None else more.ids,
             schedule=self._schedule, beta1=beta1, beta2=beta2, eps=_EPS,
         )  # fmt: skip

@@ -12,9 +12,10 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import read_json
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shards import ShardReader
+from saesteer.kernels.ops import decode_mse, sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training import architectures
-from saesteer.sae.training.architecture import Parameters, gradients
+from saesteer.sae.training.architecture import DeadList, EntrySum, Parameters, Pass, gradients
 from saesteer.sae.training.architectures import ARCHITECTURES, architecture_named, check_settings
 from saesteer.sae.training.architectures.topk import TopK
 from saesteer.sae.training.input_scale import InputScale, PlacedRows
@@ -120,6 +121,74 @@ def test_a_new_architecture_is_one_class_and_one_line(
         tmp_path, replace(CONFIG, arch="halved", layers=(1,)), activations=shards, device="cpu"
     )
     assert run["final"]["fvu"] < 1 and load_sae(tmp_path).spec.k == 4
+
+
+@dataclass(frozen=True)
+class AboveZero(TopK):
+    """Made up: every positive pre-activation counts, more for one example than for another."""
+
+    name: ClassVar[str] = "above-zero"
+
+    @torch.no_grad()
+    def loss(
+        self, parameters: Parameters, x: Tensor, target: Tensor, dead: DeadList | None
+    ) -> Pass:
+        pre_acts = x @ parameters["W_enc_rows"].T + parameters["b_enc"]
+        examples, indices = (pre_acts > 0).nonzero(as_tuple=True)
+        starts = torch.searchsorted(examples, torch.arange(len(x) + 1))
+        acts = pre_acts[examples, indices]
+        W_dec, b_dec = parameters["W_dec"], parameters["b_dec"]
+        squared, error, act_grads = decode_mse(acts, indices, W_dec, b_dec, target, starts)
+        factor = 2 / target.numel()
+        return Pass(
+            loss=squared.sum() / target.numel(),
+            squared_error=squared.sum(),
+            squared_deviation=target.square().sum(),
+            examples=len(x),
+            latent_acts=acts,
+            latent_indices=indices,
+            order=sort_indices(indices, len(W_dec), starts),
+            decoder=EntrySum(acts, error),
+            encoder=EntrySum(act_grads, x),
+            factor=factor,
+            row_starts=starts,
+            dense={"b_dec": error.sum(dim=0) * factor},
+        )
+
+
+def test_examples_may_have_different_numbers_of_latents() -> None:
+    """Ragged entries: gradients against autograd, and the same steps on both paths."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 6, generator=rng, dtype=torch.float64)
+    p = {
+        name: torch.randn(*shape, generator=rng, dtype=torch.float64)
+        for name, shape in AboveZero(1).shapes(6, 6, 20).items()
+    }
+    done = AboveZero(1).loss(p, x, x, None)
+    assert len(set(done.row_starts.diff().tolist())) > 3
+    own = {name: q.clone().requires_grad_() for name, q in p.items()}
+    acts = torch.relu(x @ own["W_enc_rows"].T + own["b_enc"])
+    loss = (x - acts @ own["W_dec"] - own["b_dec"]).square().mean()
+    torch.testing.assert_close(done.loss, loss.detach())
+    found, counts = gradients(done, 20)
+    wanted = torch.autograd.grad(loss, list(own.values()))
+    for name, grad in zip(own, wanted, strict=True):
+        torch.testing.assert_close(found[name], grad, msg=name)
+    assert torch.equal(counts, (acts > 0).sum(dim=0))
+
+    place, rows = (1, "resid_post"), sparse_data(640, 1)
+    ends = []
+    for clip_norm in (None, 1e9):
+        variant = Variant((place,), (place,), 48, AboveZero(1), 0)
+        config = replace(CONFIG, clip_norm=clip_norm, auxk=0.0)
+        trainer = SAETrainer(variant, config, {place: InputScale.of(rows)}, CPU)
+        for batch in rows.split(64):
+            passes = trainer.forward(PlacedRows(batch, {place: slice(0, D_MODEL)}))
+            trainer.step(passes)
+        ends.append((trainer.parameters, trainer.take_log()))
+    assert ends[0][1]["l0"] == pytest.approx(ends[1][1]["l0"], rel=1e-3) and ends[0][1]["l0"] > 5
+    for name, parameter in ends[0][0].items():
+        torch.testing.assert_close(parameter, ends[1][0][name], rtol=1e-3, atol=1e-4)
 
 
 # --- several places

@@ -4,7 +4,9 @@
     python benchmarks/kernels.py --size S1,S2          # CUDA: the two reference sizes
     python benchmarks/kernels.py --only encode_topk --rounds 31
 
-First the rate of the matrix product and of copies is measured on the same device. The roofline of
+First the rate of the matrix product and of copies is measured on the same device. On CUDA a time
+is that of the device alone, and `host ms` is what the host takes to launch the op: an op whose host
+takes longer than its device is no faster than its host when nothing else keeps the device busy. The roofline of
 an op is the time its arithmetic takes at that rate, or its bytes at that bandwidth, whichever is
 longer. Bytes are counted as if nothing stayed in a cache: an operand once, and a matrix row each
 time an example names it. An op whose matrix fits into a cache can therefore exceed 100 %.
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from op_cases import MAKERS, Case, make_operands
+from rates import copied_bytes_per_second, product_flops_per_second
 from side_by_side import (
     Contender,
     add_flags,
@@ -39,7 +42,6 @@ SIZES = {
 """d_model, d_sae, k, batch."""
 NOT_TIMED = {"LatentOrder", "adam_schedule"}
 """Public names of `ops` that do no work on a tensor."""
-_COPY_BYTES = 256 * 2**20
 
 
 def public_ops() -> list[str]:
@@ -64,38 +66,20 @@ def contender(run: Callable[[], object]) -> Contender:
     return Contender(lambda _: run(), "")
 
 
-def gemm_flops_per_second(
-    size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
-) -> float:
-    """Of the encoder's own product, `[batch, d_model] @ [d_model, d_sae]`."""
-    d_model, d_sae, _, batch = size
-    a = torch.randn(batch, d_model, device=device, dtype=dtype)
-    b = torch.randn(d_model, d_sae, device=device, dtype=dtype)
-    out = torch.empty(batch, d_sae, device=device, dtype=dtype)
-    product = contender(lambda: torch.mm(a, b, out=out))
-    timing = take_turns({"": product}, device, rounds=rounds, warmup=2, flush=True)[""]
-    return 2 * batch * d_model * d_sae / timing.median
-
-
-def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
-    """Bytes read plus bytes written by a copy between two buffers that fit into no cache."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = contender(lambda: target.copy_(source))
-    timing = take_turns({"": copy}, device, rounds=rounds, warmup=2, flush=True)[""]
-    return 2 * _COPY_BYTES / timing.median
-
-
 def measure(
     name: str, dtype: torch.dtype, device: torch.device, only: set[str], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     size = SIZES[name] if name in SIZES else tuple(int(part) for part in name.split("x"))
     assert len(size) == 4
-    gemm = gemm_flops_per_second(size, dtype, device, args.rounds)
+    d_model, d_sae, _, batch = size
+    gemm = product_flops_per_second(batch, d_model, d_sae, dtype, device, args.rounds)
     copied = copied_bytes_per_second(device, args.rounds)
     say(f"{name}: product {gemm / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.3g} GB/s")
     rows = []
     for case in cases(size, dtype, device, only):
+        if args.out_of_time():
+            say(f"no time left: {case.op}, latents {case.latents}, and those after it")
+            break
         say(f"timing {case.op}, latents {case.latents}, against {case.counterpart}")
         pair = {"ours": contender(case.ours), "torch": contender(case.torch)}
         timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
@@ -132,6 +116,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ms (p20 to p80)": lambda row: (
         f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
     ),
+    "host ms": lambda row: f"{row['host_ms']:.2f}",
     "plain PyTorch": lambda row: f"{row['counterpart']}: {row['torch_median_ms']:.2f} ms",
     "saesteer is (p20 to p80)": lambda row: (
         f"{row['times_as_fast']:.2f} x "
@@ -158,7 +143,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of activations and weights (default: float32 on a CPU, bfloat16 on CUDA)",
     )
     parser.add_argument("--only", help=f"comma-separated ops, of {', '.join(MAKERS)}")
-    add_flags(parser, rounds=15)
+    add_flags(parser, name="kernels", rounds=15)
     args = parser.parse_args(argv)
     if args.only and (unknown := set(args.only.split(",")) - set(MAKERS)):
         parser.error(f"--only takes {', '.join(MAKERS)}, got {', '.join(sorted(unknown))}")
@@ -187,7 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = {**facts(device, {}), **described, "rounds": args.rounds}
-    deliver(args, f"kernels-{device.type}", found, rows, COLUMNS)
+    columns = {name: cell for name, cell in COLUMNS.items() if on_cuda or name != "host ms"}
+    deliver(args, device, found, rows, columns)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of each row")
     parser.add_argument("--only", help="names with semicolons between them")
     parser.add_argument("--no-rivals", action="store_true")
-    add_flags(parser, rounds=5)
+    add_only(parser)
+    add_flags(parser, name="steering_overhead", rounds=5)
     args = parser.parse_args(argv)
     known = [*OURS, *RIVALS]
     args.names = known if args.only is None else [n.strip() for n in args.only.split(";")]

@@ -4,12 +4,14 @@
     python benchmarks/kernels.py --size S1,S2          # CUDA: the two reference sizes
     python benchmarks/kernels.py --only encode_topk --rounds 31
 
-First the rate of the matrix product and of copies is measured on the same device. On CUDA a time
-is that of the device alone, and `host ms` is what the host takes to launch the op: an op whose host
-takes longer than its device is no faster than its host when nothing else keeps the device busy. The roofline of
+First the rate of the matrix product and of copies is measured on the same device. The roofline of
 an op is the time its arithmetic takes at that rate, or its bytes at that bandwidth, whichever is
 longer. Bytes are counted as if nothing stayed in a cache: an operand once, and a matrix row each
 time an example names it. An op whose matrix fits into a cache can therefore exceed 100 %.
+
+On CUDA a time is that of the device alone. `host ms` is what the host takes to launch the op, or to
+wait for it where it does: an op whose host is slower than its device waits for its host, unless the
+device has other work meanwhile.
 
 Latents are drawn uniformly, and by Zipf's law (the n-th most frequent with a weight of 1/n), where
 a few hot latents take part in most examples.

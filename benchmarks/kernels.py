@@ -69,8 +69,14 @@ def contender(run: Callable[[], object]) -> Contender:
 
 
 def measure(
-    name: str, dtype: torch.dtype, device: torch.device, only: set[str], args: argparse.Namespace
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: set[str],
+    args: argparse.Namespace,
+    failed: list[str],
 ) -> list[dict[str, Any]]:
+    """A row for each case; those that fail are added to `failed`."""
     size = SIZES[name] if name in SIZES else tuple(int(part) for part in name.split("x"))
     assert len(size) == 4
     d_model, d_sae, _, batch = size
@@ -84,7 +90,13 @@ def measure(
             break
         say(f"timing {case.op}, latents {case.latents}, against {case.counterpart}")
         pair = {"ours": contender(case.ours), "torch": contender(case.torch)}
-        timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
+        try:
+            timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
+        except Exception as error:
+            # The other ops are worth knowing all the same; the exit status tells.
+            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            failed.append(f"{case.op} ({case.latents}): {type(error).__name__}")
+            continue
         arithmetic, traffic = case.flops / gemm, case.bytes / copied
         roofline = max(arithmetic, traffic)
         ratio = timings["torch"].over(timings["ours"])
@@ -162,8 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in sorted(set(public_ops()) - set(MAKERS)):
         say(f"not measured: {name} has no case in this script")
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for name in names:
-        rows += measure(name, dtype, device, only, args)
+        rows += measure(name, dtype, device, only, args, failed)
     described = {
         "sizes": "; ".join(
             f"{row['size']} d_model {row['d_model']} d_sae {row['d_sae']} k {row['k']} "
@@ -174,8 +187,12 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = {**facts(device, {}), **described, "rounds": args.rounds}
+    if failed:
+        found["failed"] = "; ".join(failed)
     columns = {name: cell for name, cell in COLUMNS.items() if on_cuda or name != "host ms"}
     deliver(args, device, found, rows, columns)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def about(device: torch.device) -> dict[str, Any]:
     found |= {
         "multiprocessors": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
-        "l2_mb": round(properties.L2_cache_size / 2**20, 1),
+        "l2_mb": getattr(properties, "L2_cache_size", 0) // 2**20,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
     }

@@ -26,6 +26,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 # Larger than any last-level cache of a GPU; written before each timing of a single op there.
 _FLUSH_BYTES = 256 * 2**20
+_MOST_FLUSHES = 200
 
 
 def leave_folder() -> None:
@@ -159,9 +160,10 @@ def _device_clock(device: torch.device) -> Clock:
     flush = statistics.median(wall(lambda _: cache.zero_(), 0)[0] for _ in range(5))
 
     def clock(step: Callable[[int], object], number: int) -> tuple[float, float]:
-        # As many writes as take twice as long as the host needs.
+        # As many writes as take twice as long as the host needs; the first steps also compile, and
+        # an op that waits for the device takes its host as long as itself.
         _, launched = wall(step, number)
-        for _ in range(1 + math.ceil(2 * launched / flush)):
+        for _ in range(1 + min(_MOST_FLUSHES, math.ceil(2 * launched / flush))):
             cache.zero_()
         start.record()
         step(number)

@@ -160,7 +160,8 @@ def prepare(make: Make, job: Job) -> tuple[Contender, dict[str, float]]:
     contender.step(1)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
-    return contender, {"held_gb": (held - before) / 1e9, "step_gb": (peak - held) / 1e9}
+    memory = {"held_gb": held - before, "step_gb": peak - held, "peak_gb": peak}
+    return contender, {name: size / 1e9 for name, size in memory.items()}
 
 
 def measure(
@@ -304,13 +305,14 @@ def main(argv: list[str] | None = None) -> None:
     dead = max(1, round(args.dead * args.d_sae)) if args.auxk else 0
     job = Job(args.d_model, args.d_sae, args.k, batches, dead)
     usual = FOR_CUDA if device.type == "cuda" else CONTENDERS
-    makers = choose(args.only, usual, {**CONTENDERS, **FOR_CUDA})
+    makers = choose(args.only, usual, {**CONTENDERS, **FOR_CUDA, **usual})
     timings, known = measure(makers, job, args)
     rows = rows_of(timings, known, args.batch)
     shape = {"d_model": args.d_model, "d_sae": args.d_sae, "k": args.k, "batch": args.batch}
     found = {**facts(device, shape), "rounds": args.rounds}
     columns = dict(COLUMNS)
     if device.type == "cuda":
+        found["peak_gb"] = max((row.get("peak_gb", 0.0) for row in rows), default=0.0)
         given = columns.pop("given")
         columns |= {**COLUMNS_OF_CUDA, "given": given}
     deliver(args, device, found, rows, columns)

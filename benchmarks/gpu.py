@@ -74,6 +74,10 @@ class Part:
     cuda_only: str = ""
     """Why a CPU cannot run it."""
 
+    def seconds_for(self, minutes: float) -> float:
+        """Of a run of so many minutes; compiling takes as long with few rounds as with many."""
+        return self.seconds * max(0.6, minutes / MINUTES) if self.rounds > 1 else self.seconds
+
 
 @dataclass
 class Outcome:
@@ -321,10 +325,11 @@ def run_part(part: Part, args: argparse.Namespace, limit: float, enough: float) 
     return outcome
 
 
-def fits(part: Part, later: Sequence[Part], remaining: float, scale: float) -> bool:
-    """Whether at least half of a part fits beside the more important ones that follow it."""
-    reserved = sum(other.seconds for other in later if other.priority < part.priority)
-    return remaining - scale * reserved >= scale * part.seconds / 2
+def fits(part: Part, later: Sequence[Part], remaining: float, minutes: float) -> bool:
+    """Whether two thirds of a part fit beside the more important ones that follow it."""
+    important = [other for other in later if other.priority < part.priority]
+    reserved = sum(other.seconds_for(minutes) for other in important)
+    return remaining - reserved >= part.seconds_for(minutes) / 1.5
 
 
 def reason_to_leave_out(part: Part, args: argparse.Namespace) -> str:
@@ -421,22 +426,24 @@ def main(argv: list[str] | None = None) -> None:
         args.csv = Path(folder.name)
     elif not args.smoke:
         args.csv, args.page = args.csv or HERE / "results", args.page or PAGE
-    where, scale = slug(device), max(0.6, args.minutes / MINUTES)
+    where = slug(device)
     outcomes: list[Outcome] = []
     left_out: dict[str, str] = {}
     for number, part in enumerate(args.parts):
+        later = args.parts[number + 1 :]
         remaining = 60 * args.minutes - (time.monotonic() - started)
+        usual = part.seconds_for(args.minutes)
         why = reason_to_leave_out(part, args)
-        if not why and not fits(part, args.parts[number + 1 :], remaining, scale):
-            why = f"no time: about {scale * part.seconds:.0f} s, of {remaining:.0f} s that are left"
+        if not why and not fits(part, later, remaining, args.minutes):
+            why = f"no time: it takes about {usual:.0f} s, and {remaining:.0f} s are left for all"
         if why:
             say(f"{part.name}: left out, {why}")
             left_out[part.name] = why
             continue
-        limit = min(remaining, 2 * scale * part.seconds)
+        limit = min(remaining, 2 * usual)
         # What nobody behind it needs is its own; the rest is for handing in what there is.
-        spare = remaining - scale * sum(other.seconds for other in args.parts[number + 1 :])
-        enough = min(max(scale * part.seconds, spare), 0.8 * limit)
+        spare = remaining - sum(other.seconds_for(args.minutes) for other in later)
+        enough = min(max(usual, spare), 0.8 * limit)
         say(f"{part.name}: {part.title} (at most {limit:.0f} s)")
         outcomes.append(run_part(part, args, limit, enough))
         say(f"{part.name}: {outcomes[-1].status} after {outcomes[-1].seconds:.0f} s")

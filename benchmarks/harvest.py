@@ -30,13 +30,11 @@ left out. Absolute figures mean nothing on another machine.
 
 import argparse
 import contextlib
-import io
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,7 +53,18 @@ from harvest_rivals import (
 )
 from our_trainer import make_trainer
 from random_model import load
-from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, say, synchronise
+from side_by_side import (
+    add_flags,
+    add_passes,
+    begin,
+    deliver,
+    depths,
+    facts,
+    measured,
+    quiet,
+    say,
+    synchronise,
+)
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
@@ -247,28 +256,17 @@ def measure(bench: Bench, names: list[str], rounds: int, warmup: int) -> list[di
     return rows + missing
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    return lambda row: text(row) if row["status"] == "ok" else "-"
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "contender": lambda row: row["contender"],
     "block": lambda row: str(row["layer"]),
     "tokens/s": lambda row: (
         f"{row['tokens_per_second']:,.0f}" if row["status"] == "ok" else row["status"]
     ),
-    "slowest to fastest round": _measured(
+    "slowest to fastest round": measured(
         lambda row: f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
     ),
-    "of bare": _measured(lambda row: f"{row['share_of_bare']:.0%}"),
-    "by CPU time": _measured(lambda row: f"{row['share_of_bare_by_cpu_time']:.0%}"),
+    "of bare": measured(lambda row: f"{row['share_of_bare']:.0%}"),
+    "by CPU time": measured(lambda row: f"{row['share_of_bare_by_cpu_time']:.0%}"),
 }
 
 

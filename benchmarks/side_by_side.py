@@ -4,7 +4,9 @@ A machine whose speed drifts slows every contender of a round alike, so what to 
 of the medians, with the 20th and 80th percentile of the ratios inside single rounds as its spread.
 """
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -14,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -331,6 +334,28 @@ class _replacing:
             self.temporary.replace(self.path)
         else:
             self.temporary.unlink(missing_ok=True)
+
+
+def measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """A cell that only rows with a measurement have."""
+    return lambda row: text(row) if row["status"] == "ok" else "-"
+
+
+def why_not(error: Exception) -> str:
+    """The status of a contender that cannot run."""
+    say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    absent = isinstance(error, ModuleNotFoundError)
+    return "not installed" if absent else f"failed: {type(error).__name__}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Rivals warn and print while they run; stdout belongs to the result, stderr to `say`."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 def deliver(

@@ -16,10 +16,7 @@ a static cache, for which it compiles the model on CUDA.
 """
 
 import argparse
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -36,8 +33,10 @@ from side_by_side import (
     deliver,
     facts,
     percentile,
+    quiet,
     say,
     take_turns,
+    why_not,
 )
 from steering_rivals import RIVALS, HookClock, Rival, Steering
 from torch import Tensor
@@ -157,20 +156,10 @@ def prepare(
         except Exception as error:
             if name in OURS:
                 raise
-            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            absent = isinstance(error, ModuleNotFoundError)
-            missing[name] = "not installed" if absent else f"failed: {type(error).__name__}"
+            missing[name] = why_not(error)
         else:
             ready[name] = rival
     return ready, missing
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Rivals warn and print while they run; stdout belongs to the result."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def measure(

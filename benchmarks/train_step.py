@@ -35,8 +35,10 @@ from side_by_side import (
     choose,
     deliver,
     facts,
+    measured,
     say,
     take_turns,
+    why_not,
 )
 
 from saesteer.kernels import topk_encode
@@ -192,10 +194,7 @@ def measure(
         except Exception as error:
             if name in OWN and not args.alone:
                 raise
-            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            absent = isinstance(error, ModuleNotFoundError)
-            status = "not installed" if absent else f"failed: {type(error).__name__}"
-            known[name] = {"status": status, "given": ""}
+            known[name] = {"status": why_not(error), "given": ""}
             ready.pop(name, None)
         if args.alone:
             free_memory(job.device)
@@ -230,19 +229,15 @@ def rows_of(
     return rows
 
 
-def _measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    return lambda row: text(row) if row["status"] == "ok" else "-"
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "contender": lambda row: row["contender"],
     "tokens/s": lambda row: (
         f"{row['tokens_per_second']:,.0f}" if row["status"] == "ok" else row["status"]
     ),
-    "ms (p20 to p80)": _measured(
+    "ms (p20 to p80)": measured(
         lambda row: f"{row['median_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
     ),
-    "max/min": _measured(lambda row: f"{row['slowest_over_fastest']:.2f}"),
+    "max/min": measured(lambda row: f"{row['slowest_over_fastest']:.2f}"),
     "saesteer is (p20 to p80)": lambda row: (
         f"{row['saesteer_times_as_fast']:.2f} x "
         f"({row['saesteer_times_as_fast_p20']:.2f} to {row['saesteer_times_as_fast_p80']:.2f})"
@@ -252,9 +247,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "given": lambda row: row["given"],
 }
 COLUMNS_OF_CUDA: dict[str, Callable[[dict[str, Any]], str]] = {
-    "host ms": _measured(lambda row: f"{row['host_ms']:.1f}"),
-    "GB held": _measured(lambda row: f"{row['held_gb']:.2f}"),
-    "GB in a step": _measured(lambda row: f"{row['step_gb']:.2f}"),
+    "host ms": measured(lambda row: f"{row['host_ms']:.1f}"),
+    "GB held": measured(lambda row: f"{row['held_gb']:.2f}"),
+    "GB in a step": measured(lambda row: f"{row['step_gb']:.2f}"),
 }
 """Time until the host had launched the step, parameters and state, and what a step needs more."""
 

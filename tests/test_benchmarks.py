@@ -533,12 +533,26 @@ def test_what_has_no_time_is_left_out_and_named(
     gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, fails, hangs, last = gpu.PARTS
-    assert gpu.fits(first, [hangs, last], remaining=1.6, scale=1.0)
-    assert not gpu.fits(first, [hangs, last], remaining=1.4, scale=1.0)  # the last comes before it
+    assert gpu.fits(first, [hangs, last], 1.7, 8.0)
+    assert not gpu.fits(first, [hangs, last], 1.6, 8.0)  # the last is more important
     gpu.main(["--device", "cpu", "--smoke", "--minutes", "0.0001", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == [] and set(found["left_out"]) == {"first", "fails", "hangs", "last"}
-    assert found["left_out"]["last"].startswith("no time: about 1 s")
+    assert found["left_out"]["last"].startswith("no time: it takes about 1 s")
+
+
+@pytest.mark.parametrize("minutes", [8.0, 4.0, 3.0])
+def test_a_short_run_measures_what_matters_most(load: Load, minutes: float) -> None:
+    """Were every part to take as long as it says."""
+    gpu = load("gpu")
+    remaining, chosen = 60 * minutes, []
+    for number, part in enumerate(gpu.PARTS):
+        if gpu.fits(part, gpu.PARTS[number + 1 :], remaining, minutes):
+            chosen.append(part)
+            remaining -= min(remaining, part.seconds_for(minutes))
+    left = [part.priority for part in gpu.PARTS if part not in chosen]
+    assert {1, 2, 3, 4, 5}.isdisjoint(left)
+    assert minutes < 8.0 or left in ([], [11])
 
 
 def test_without_a_gpu_only_a_smoke_run_starts(gpu: ModuleType) -> None:
@@ -586,6 +600,11 @@ def test_the_scripts_start(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--csv DIR" in done.stdout
+
+
+def test_make_gpu_hands_its_arguments_on() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\ngpu: env-dev\n")[1].split("\n\n")[0]
+    assert recipe.endswith("benchmarks/gpu.py $(ARGS)")
 
 
 def test_make_bench_writes_every_table_of_the_page() -> None:

@@ -325,11 +325,11 @@ def run_part(part: Part, args: argparse.Namespace, limit: float, enough: float) 
     return outcome
 
 
-def fits(part: Part, later: Sequence[Part], remaining: float, minutes: float) -> bool:
-    """Whether two thirds of a part fit beside the more important ones that follow it."""
+def room_for(part: Part, later: Sequence[Part], remaining: float, minutes: float) -> float:
+    """Seconds that more important parts leave to this one; 0 where that is too short for it."""
     important = [other for other in later if other.priority < part.priority]
-    reserved = sum(other.seconds_for(minutes) for other in important)
-    return remaining - reserved >= part.seconds_for(minutes) / 1.5
+    room = remaining - sum(other.seconds_for(minutes) for other in important)
+    return room if room >= part.seconds_for(minutes) / 1.5 else 0.0
 
 
 def reason_to_leave_out(part: Part, args: argparse.Namespace) -> str:
@@ -434,13 +434,14 @@ def main(argv: list[str] | None = None) -> None:
         remaining = 60 * args.minutes - (time.monotonic() - started)
         usual = part.seconds_for(args.minutes)
         why = reason_to_leave_out(part, args)
-        if not why and not fits(part, later, remaining, args.minutes):
+        room = room_for(part, later, remaining, args.minutes)
+        if not why and not room:
             why = f"no time: it takes about {usual:.0f} s, and {remaining:.0f} s are left for all"
         if why:
             say(f"{part.name}: left out, {why}")
             left_out[part.name] = why
             continue
-        limit = min(remaining, 2 * usual)
+        limit = min(room, 2 * usual)
         # What nobody behind it needs is its own; the rest is for handing in what there is.
         spare = remaining - sum(other.seconds_for(args.minutes) for other in later)
         enough = min(max(usual, spare), 0.8 * limit)

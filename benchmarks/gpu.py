@@ -361,14 +361,18 @@ def save(
     args: argparse.Namespace, outcomes: Sequence[Outcome], left_out: dict[str, str], where: str
 ) -> None:
     """The summary and the page: of this run, and of earlier ones what this one does not replace."""
-    known = earlier(args, where) | {outcome.part.name: outcome.row() for outcome in outcomes}
+    absent = {
+        name: {
+            "part": name, "seconds": 0.0, "peak_gb": None, "status": "left out",
+            "result": f"left out: {why}", "device": "", "revision": "",
+        }
+        for name, why in left_out.items()
+    }  # fmt: skip
+    ran = {outcome.part.name: outcome.row() for outcome in outcomes}
+    known = absent | earlier(args, where) | ran
     rows = [known[part.name] for part in PARTS if part.name in known]
-    devices = next((row["device"] for row in rows if row["device"]), where)
-    summary = markdown({"device": devices}, rows, COLUMNS)
-    absent = {name: why for name, why in left_out.items() if name not in known}
-    if absent:
-        listed = "".join(f"- {name}: {why}\n" for name, why in absent.items())
-        summary += f"\nLeft out:\n\n{listed}"
+    device = next((row["device"] for row in rows if row["device"]), where)
+    summary = markdown({"device": device}, rows, COLUMNS)
     write_files(args.csv, f"{args.name}-{where}", {}, rows, summary)
     if args.page is None:
         return

@@ -540,6 +540,10 @@ def test_what_has_no_time_is_left_out_and_named(
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == [] and set(found["left_out"]) == {"first", "fails", "hangs", "last"}
     assert found["left_out"]["last"].startswith("no time: it takes about 1 s")
+    gpu.PARTS = (first, gpu.part("large", 5, smoke=""))
+    gpu.main(["--device", "cpu", "--smoke", "--csv", str(tmp_path)])
+    table = (tmp_path / "gpu-cpu.md").read_text()
+    assert "n is 7" in table and "left out: a smoke run takes one shape" in table
 
 
 @pytest.mark.parametrize("minutes", [8.0, 4.0, 3.0])

@@ -6,9 +6,9 @@
     python benchmarks/gpu.py --device cpu --smoke     # tiny shapes: proves the script, no more
     python benchmarks/gpu.py --page-of h100-80gb-hbm3 # the page, from files brought from elsewhere
 
-Needs no network, and of this project's dependencies only those that its kernels, its training and a
-model of transformers need: `pip install --no-deps --no-build-isolation -e .` is enough where torch,
-triton and transformers are. Other projects' steps are timed where they can be imported.
+Needs no network. Where torch, triton, transformers, jaxtyping, pytest and hypothesis are,
+`pip install --no-deps --no-build-isolation -e .` is enough; pytest-xdist makes the tests several
+times as fast, and other projects' steps are timed where they can be imported.
 
 Each part is a script of this folder in a process of its own with a time limit. Its result is saved
 as soon as it ends, and no failure stops the next part. A part that no longer fits beside the more

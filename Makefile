@@ -22,7 +22,8 @@ RESULTS := --csv benchmarks/results --page docs/performance.md
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-durable check lint types format bench peers typecheck-links \
+.PHONY: help demo test test-slow test-durable check lint types format bench gpu peers \
+	typecheck-links \
 	env-run env-dev \
 	clean distclean
 
@@ -34,6 +35,7 @@ help:
 	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
 	@echo 'make test-durable     kill, break and fuzz: 20 kills a source, disk faults, malformed files'
 	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
+	@echo 'make gpu              the benchmarks on a GPU in 8 minutes, with its page (ARGS="--minutes 4")'
 	@echo 'make peers            the other projects that the benchmarks compare with'
 	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
 	@echo 'make clean            remove caches and build products (distclean: .venv too)'
@@ -78,6 +80,10 @@ bench: env-dev
 	@$(BIN)/python benchmarks/train_step.py --device cpu $(RESULTS) $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py --device cpu --auxk $(RESULTS) $(ARGS)
 	@$(BIN)/python benchmarks/kernels.py --device cpu $(RESULTS) $(ARGS)
+
+# Proved on a CPU by: make gpu ARGS="--device cpu --smoke".
+gpu: env-dev
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # dictionary_learning asks for an old nnsight, torchvision, diffusers and more, which its trainers do
 # not use and which can break the transformers that is here: it comes without them.

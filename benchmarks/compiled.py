@@ -94,8 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     add_passes(parser)
-    parser.add_argument("--name", default="compiled", help="of the files of --csv")
-    add_flags(parser, rounds=7)
+    add_flags(parser, name="compiled", rounds=7)
     args = parser.parse_args(argv)
     device = begin(args)
     if device.type == "cpu":
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(measure(lm, exact, layer, args))
     shape = {"d_model": lm.d_model, "batch": args.batch_size, "context": args.context}
     found = {"model": lm.name, "dtype": "bfloat16", **facts(device, shape), "rounds": args.rounds}
-    deliver(args, f"{args.name}-{device.type}", found, rows, COLUMNS)
+    deliver(args, device, found, rows, COLUMNS)
 
 
 if __name__ == "__main__":

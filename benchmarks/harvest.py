@@ -4,6 +4,7 @@
     python benchmarks/harvest.py --layer 14 --rounds 7
 
     python benchmarks/harvest.py --layer 14 --csv benchmarks/results
+    python benchmarks/harvest.py --model random:1b --device cuda --batch-size 16 --context 512
 
 Everything runs in one process on one loaded model, taking turns round by round, so that a machine
 whose speed drifts slows all of them; what to quote is the ratio of medians. Where other programs
@@ -29,13 +30,11 @@ left out. Absolute figures mean nothing on another machine.
 
 import argparse
 import contextlib
-import io
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,20 @@ from harvest_rivals import (
     sae_lens_hf,
     sparsify,
 )
-from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, say
+from our_trainer import make_trainer
+from random_model import load
+from side_by_side import (
+    add_flags,
+    add_passes,
+    begin,
+    deliver,
+    depths,
+    facts,
+    measured,
+    quiet,
+    say,
+    synchronise,
+)
 
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
@@ -61,9 +73,8 @@ from saesteer.sae.activations.prefetch import Prefetch
 from saesteer.sae.activations.reader import ActivationStream, open_activations
 from saesteer.sae.config import HarvestConfig, TextConfig, TrainConfig
 from saesteer.sae.model.hooks import resolve_site
-from saesteer.sae.model.language_model import LanguageModel, load_model
-from saesteer.sae.training.sae_trainer import SAETrainer, Variant
-from saesteer.sae.training.topk import InputScale
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.training.input_scale import InputScale
 
 SHARD_TOKENS = HarvestConfig(layers=(0,)).shard_tokens
 SHARDS_A_ROUND = 2
@@ -159,12 +170,8 @@ def live_batches(bench: Bench) -> Round:
 
 def live_train(bench: Bench, compiled: bool = False) -> Round:
     batches, d_model = bench.batches(compiled), bench.lm.d_model
-    config = TrainConfig(d_sae=(8 * d_model,), tokens=10**9)
-    trainer = SAETrainer(
-        Variant(bench.point.key, 8 * d_model, 32, 0), config, slice(0, d_model),
-        InputScale.of(batches.fill()), bench.lm.device,
-    )  # fmt: skip
-
+    config = TrainConfig(d_sae=(8 * d_model,), k=(32,), tokens=10**9)
+    _, step = make_trainer(config, InputScale.of(batches.fill()), bench.lm.device)
     prefetch = Prefetch(batches, bench.lm.device)
     prefetch.__enter__()
     held = contextlib.ExitStack()
@@ -179,7 +186,7 @@ def live_train(bench: Bench, compiled: bool = False) -> Round:
         for _ in range(BATCHES_A_ROUND):
             batch = prefetch.next_batch()
             assert batch is not None
-            trainer.update(trainer.backward(batch))
+            step(batch)
         held.enter_context(prefetch.paused())
         # What was made counts, taken or not: the passes for it were on this contender's clock.
         return (BATCHES_A_ROUND + prefetch.ahead - before) * BATCH_TOKENS
@@ -219,11 +226,11 @@ def measure(bench: Bench, names: list[str], rounds: int, warmup: int) -> list[di
     work: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            synchronise()
+            synchronise(bench.lm.device)
             started, worked = time.perf_counter(), time.process_time()
             with quiet():
                 tokens = run()
-            synchronise()
+            synchronise(bench.lm.device)
             speeds[name].append(tokens / (time.perf_counter() - started))
             work[name].append((time.process_time() - worked) / tokens)
     usual = statistics.median(speeds["bare"])
@@ -249,33 +256,17 @@ def measure(bench: Bench, names: list[str], rounds: int, warmup: int) -> list[di
     return rows + missing
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    return lambda row: text(row) if row["status"] == "ok" else "-"
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "contender": lambda row: row["contender"],
     "block": lambda row: str(row["layer"]),
     "tokens/s": lambda row: (
         f"{row['tokens_per_second']:,.0f}" if row["status"] == "ok" else row["status"]
     ),
-    "slowest to fastest round": _measured(
+    "slowest to fastest round": measured(
         lambda row: f"{row['slowest']:,.0f} to {row['fastest']:,.0f}"
     ),
-    "of bare": _measured(lambda row: f"{row['share_of_bare']:.0%}"),
-    "by CPU time": _measured(lambda row: f"{row['share_of_bare_by_cpu_time']:.0%}"),
+    "of bare": measured(lambda row: f"{row['share_of_bare']:.0%}"),
+    "by CPU time": measured(lambda row: f"{row['share_of_bare_by_cpu_time']:.0%}"),
 }
 
 
@@ -286,11 +277,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     add_passes(parser)
     parser.add_argument("--only", help="names with semicolons between them; bare always runs")
-    parser.add_argument("--name", default="harvest", help="of the files of --csv")
-    add_flags(parser, rounds=5)
+    add_flags(parser, name="harvest", rounds=5)
     args = parser.parse_args(argv)
     device = begin(args)
-    lm = load_model(args.model, device=device.type)
+    lm = load(args.model, device)
     n = lm.n_layers
     chosen = args.only.split(";") if args.only else list(CONTENDERS)
     names = ["bare", *(name for name in chosen if name != "bare")]
@@ -308,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         **facts(device, shape),
         "rounds": args.rounds,
     }
-    deliver(args, f"{args.name}-{device.type}", found, rows, COLUMNS)
+    deliver(args, device, found, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ an op is the time its arithmetic takes at that rate, or its bytes at that bandwi
 longer. Bytes are counted as if nothing stayed in a cache: an operand once, and a matrix row each
 time an example names it. An op whose matrix fits into a cache can therefore exceed 100 %.
 
+On CUDA a time is that of the device alone. `host ms` is what the host takes to launch the op, or to
+wait for it where it does: an op whose host is slower than its device waits for its host, unless the
+device has other work meanwhile.
+
 Latents are drawn uniformly, and by Zipf's law (the n-th most frequent with a weight of 1/n), where
 a few hot latents take part in most examples.
 """
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 from op_cases import MAKERS, Case, make_operands
+from rates import copied_bytes_per_second, product_flops_per_second
 from side_by_side import (
     Contender,
     add_flags,
@@ -39,7 +44,6 @@ SIZES = {
 """d_model, d_sae, k, batch."""
 NOT_TIMED = {"LatentOrder", "adam_schedule"}
 """Public names of `ops` that do no work on a tensor."""
-_COPY_BYTES = 256 * 2**20
 
 
 def public_ops() -> list[str]:
@@ -64,41 +68,35 @@ def contender(run: Callable[[], object]) -> Contender:
     return Contender(lambda _: run(), "")
 
 
-def gemm_flops_per_second(
-    size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
-) -> float:
-    """Of the encoder's own product, `[batch, d_model] @ [d_model, d_sae]`."""
-    d_model, d_sae, _, batch = size
-    a = torch.randn(batch, d_model, device=device, dtype=dtype)
-    b = torch.randn(d_model, d_sae, device=device, dtype=dtype)
-    out = torch.empty(batch, d_sae, device=device, dtype=dtype)
-    product = contender(lambda: torch.mm(a, b, out=out))
-    timing = take_turns({"": product}, device, rounds=rounds, warmup=2, flush=True)[""]
-    return 2 * batch * d_model * d_sae / timing.median
-
-
-def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
-    """Bytes read plus bytes written by a copy between two buffers that fit into no cache."""
-    source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = contender(lambda: target.copy_(source))
-    timing = take_turns({"": copy}, device, rounds=rounds, warmup=2, flush=True)[""]
-    return 2 * _COPY_BYTES / timing.median
-
-
 def measure(
-    name: str, dtype: torch.dtype, device: torch.device, only: set[str], args: argparse.Namespace
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: set[str],
+    args: argparse.Namespace,
+    failed: list[str],
 ) -> list[dict[str, Any]]:
+    """A row for each case; those that fail are added to `failed`."""
     size = SIZES[name] if name in SIZES else tuple(int(part) for part in name.split("x"))
     assert len(size) == 4
-    gemm = gemm_flops_per_second(size, dtype, device, args.rounds)
+    d_model, d_sae, _, batch = size
+    gemm = product_flops_per_second(batch, d_model, d_sae, dtype, device, args.rounds)
     copied = copied_bytes_per_second(device, args.rounds)
     say(f"{name}: product {gemm / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.3g} GB/s")
     rows = []
     for case in cases(size, dtype, device, only):
+        if args.out_of_time():
+            say(f"no time left: {case.op}, latents {case.latents}, and those after it")
+            break
         say(f"timing {case.op}, latents {case.latents}, against {case.counterpart}")
         pair = {"ours": contender(case.ours), "torch": contender(case.torch)}
-        timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
+        try:
+            timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
+        except Exception as error:
+            # The other ops are worth knowing all the same; the exit status tells.
+            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            failed.append(f"{case.op} ({case.latents}): {type(error).__name__}")
+            continue
         arithmetic, traffic = case.flops / gemm, case.bytes / copied
         roofline = max(arithmetic, traffic)
         ratio = timings["torch"].over(timings["ours"])
@@ -132,6 +130,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ms (p20 to p80)": lambda row: (
         f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})"
     ),
+    "host ms": lambda row: f"{row['host_ms']:.2f}",
     "plain PyTorch": lambda row: f"{row['counterpart']}: {row['torch_median_ms']:.2f} ms",
     "saesteer is (p20 to p80)": lambda row: (
         f"{row['times_as_fast']:.2f} x "
@@ -158,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of activations and weights (default: float32 on a CPU, bfloat16 on CUDA)",
     )
     parser.add_argument("--only", help=f"comma-separated ops, of {', '.join(MAKERS)}")
-    add_flags(parser, rounds=15)
+    add_flags(parser, name="kernels", rounds=15)
     args = parser.parse_args(argv)
     if args.only and (unknown := set(args.only.split(",")) - set(MAKERS)):
         parser.error(f"--only takes {', '.join(MAKERS)}, got {', '.join(sorted(unknown))}")
@@ -175,8 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in sorted(set(public_ops()) - set(MAKERS)):
         say(f"not measured: {name} has no case in this script")
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for name in names:
-        rows += measure(name, dtype, device, only, args)
+        rows += measure(name, dtype, device, only, args, failed)
     described = {
         "sizes": "; ".join(
             f"{row['size']} d_model {row['d_model']} d_sae {row['d_sae']} k {row['k']} "
@@ -187,7 +187,12 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = {**facts(device, {}), **described, "rounds": args.rounds}
-    deliver(args, f"kernels-{device.type}", found, rows, COLUMNS)
+    if failed:
+        found["failed"] = "; ".join(failed)
+    columns = {name: cell for name, cell in COLUMNS.items() if on_cuda or name != "host ms"}
+    deliver(args, device, found, rows, columns)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -92,16 +92,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--verb", choices=tuple(WORDS), help="one of them (default: both)")
-    parser.add_argument("--name", default="memory", help="of the files of --csv")
-    add_output(parser)
+    add_output(parser, "memory")
     args = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         for verb in (args.verb,) if args.verb else WORDS:
             say(f"{verb}: {args.tokens:,} tokens")
             rows.append(watch(verb, args, Path(folder) / verb))
-    found = {"model": args.model, **facts(torch.device("cpu"), {})}
-    deliver(args, f"{args.name}-cpu", found, rows, COLUMNS)
+    device = torch.device("cpu")
+    found = {"model": args.model, **facts(device, {})}
+    deliver(args, device, found, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--job", action="append", metavar="LAYERS:CONTEXT:BATCH:TOKENS", help="repeatable"
     )
-    parser.add_argument("--name", default="predictions", help="of the files of --csv")
-    add_flags(parser, rounds=1)
+    add_flags(parser, name="predictions", rounds=1)
     args = parser.parse_args(argv)
     device = begin(args)
     lm = load_model(args.model, device=device.type)
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(pair(lm, job_of(text), folder / str(number)))
     shutil.rmtree(folder)
     found = {"model": lm.name, **facts(device, {"d_model": lm.d_model})}
-    deliver(args, f"{args.name}-{device.type}", found, rows, COLUMNS)
+    deliver(args, device, found, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ A machine whose speed drifts slows every contender of a round alike, so what to 
 of the medians, with the 20th and 80th percentile of the ratios inside single rounds as its spread.
 """
 
+import contextlib
 import csv
+import io
 import json
+import math
 import os
 import platform
 import re
@@ -13,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,6 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 # Larger than any last-level cache of a GPU; written before each timing of a single op there.
 _FLUSH_BYTES = 256 * 2**20
+_MOST_FLUSHES = 200
 
 
 def leave_folder() -> None:
@@ -52,6 +57,8 @@ class Timing:
     """Seconds of one contender, one entry a round."""
 
     seconds: tuple[float, ...]
+    host: tuple[float, ...] = ()
+    """On CUDA: seconds until the host had launched everything, the device perhaps still at work."""
 
     @property
     def median(self) -> float:
@@ -79,6 +86,7 @@ class Timing:
         }
 
     def columns(self) -> dict[str, float]:
+        host = {"host_ms": 1e3 * statistics.median(self.host)} if self.host else {}
         return {
             "rounds": len(self.seconds),
             "median_ms": 1e3 * self.median,
@@ -87,6 +95,7 @@ class Timing:
             "min_ms": 1e3 * min(self.seconds),
             "max_ms": 1e3 * max(self.seconds),
             "slowest_over_fastest": self.slowest_over_fastest,
+            **host,
         }
 
 
@@ -110,49 +119,67 @@ def take_turns(
     """Run every contender once a round, in order, and keep the rounds after the first `warmup`.
 
     Wall time, from an idle device to an idle device: a training step waits for its host too. With
-    `flush` on CUDA, time between two events on a device that has just overwritten its cache: what
-    a single op costs inside a larger program.
+    `flush` on CUDA, device time: between two events on a device that has just overwritten its cache
+    and is kept busy until the host has launched the whole step. That is what a single op costs
+    inside a larger program; what the host takes stands beside it.
     """
-    clock = _event_clock(device) if flush and device.type == "cuda" else _wall_clock(device)
+    on_cuda = device.type == "cuda"
+    clock = _device_clock(device) if flush and on_cuda else _wall_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    host: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
         for name, contender in contenders.items():
             contender.before()
-            elapsed = clock(contender.step, number)
+            elapsed, launched = clock(contender.step, number)
             if number >= warmup:
                 seconds[name].append(elapsed)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+                host[name].append(launched)
+    return {
+        name: Timing(tuple(seconds[name]), tuple(host[name]) if on_cuda else ())
+        for name in contenders
+    }
 
 
-def _wall_clock(device: torch.device) -> Callable[[Callable[[int], object], int], float]:
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+Clock = Callable[[Callable[[int], object], int], tuple[float, float]]
+"""Seconds of a step, and seconds after which its host was free again."""
 
-    def clock(step: Callable[[int], object], number: int) -> float:
-        synchronise()
+
+def _wall_clock(device: torch.device) -> Clock:
+    def clock(step: Callable[[int], object], number: int) -> tuple[float, float]:
+        synchronise(device)
         started = time.perf_counter()
         step(number)
-        synchronise()
-        return time.perf_counter() - started
+        launched = time.perf_counter()
+        synchronise(device)
+        return time.perf_counter() - started, launched - started
 
     return clock
 
 
-def _event_clock(device: torch.device) -> Callable[[Callable[[int], object], int], float]:
+def _device_clock(device: torch.device) -> Clock:
     cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    wall = _wall_clock(device)
+    flush = statistics.median(wall(lambda _: cache.zero_(), 0)[0] for _ in range(5))
 
-    def clock(step: Callable[[int], object], number: int) -> float:
-        torch.cuda.synchronize(device)
-        cache.zero_()  # also keeps the device busy while the host launches the step
+    def clock(step: Callable[[int], object], number: int) -> tuple[float, float]:
+        # As many writes as take twice as long as the host needs; the first steps also compile, and
+        # an op that waits for the device takes its host as long as itself.
+        _, launched = wall(step, number)
+        for _ in range(1 + min(_MOST_FLUSHES, math.ceil(2 * launched / flush))):
+            cache.zero_()
         start.record()
         step(number)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3, launched
 
     return clock
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def choose_device(name: str) -> torch.device:
@@ -168,6 +195,7 @@ def facts(device: torch.device, shape: Mapping[str, int]) -> dict[str, Any]:
     found: dict[str, Any] = dict(shape)
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
+        found["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     else:
         found |= {"device": _cpu_name(), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
@@ -175,6 +203,14 @@ def facts(device: torch.device, shape: Mapping[str, int]) -> dict[str, Any]:
     found["revision"] = _revision()
     found["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
     return found
+
+
+def slug(device: torch.device) -> str:
+    """The device in the name of a file: `cpu`, `h100-80gb-hbm3`."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def _cpu_name() -> str:
@@ -300,14 +336,37 @@ class _replacing:
             self.temporary.unlink(missing_ok=True)
 
 
+def measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """A cell that only rows with a measurement have."""
+    return lambda row: text(row) if row["status"] == "ok" else "-"
+
+
+def why_not(error: Exception) -> str:
+    """The status of a contender that cannot run."""
+    say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    absent = isinstance(error, ModuleNotFoundError)
+    return "not installed" if absent else f"failed: {type(error).__name__}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Rivals warn and print while they run; stdout belongs to the result, stderr to `say`."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
 def deliver(
     args: Any,
-    name: str,
+    device: torch.device,
     found: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     columns: Mapping[str, Any],
 ) -> None:
     """Print the result, and write the files that --csv and --page ask for."""
+    name = f"{args.name}-{slug(device)}"
     table = markdown(found, rows, columns)
     if args.csv is not None:
         write_files(args.csv, name, found, rows, table)
@@ -319,17 +378,19 @@ def deliver(
         print(f"{one_line(found)}\n{text_table(rows, columns)}")
 
 
-def add_flags(parser: Any, *, rounds: int) -> None:
+def add_flags(parser: Any, *, name: str, rounds: int) -> None:
     """The flags that every script takes."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed (default {rounds})")
+    parser.add_argument("--seconds", type=float, help="after which nothing new is started")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before (default 2)")
-    add_output(parser)
+    add_output(parser, name)
 
 
-def add_output(parser: Any) -> None:
+def add_output(parser: Any, name: str) -> None:
     """Where the result goes, for `deliver`."""
+    parser.add_argument("--name", default=name, help=f"of the files of --csv (default {name})")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--csv", type=Path, metavar="DIR", help="write a CSV and a Markdown table")
     parser.add_argument(
@@ -349,8 +410,32 @@ def depths(layer: int | None, blocks: int) -> list[int]:
     return [blocks // 4 - 1, blocks // 2 - 1, blocks - 1] if layer is None else [layer]
 
 
+def add_only(parser: Any) -> None:
+    parser.add_argument("--only", metavar="NAMES", help="contenders, with semicolons between them")
+
+
+def choose(only: str | None, usual: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The contenders that `--only` names, in its order, or the usual ones.
+
+    Raises:
+        SystemExit: a name is not known.
+    """
+    if only is None:
+        return dict(usual)
+    names = [name.strip() for name in only.split(";")]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--only takes some of {'; '.join(known)}, got {name}")
+    return {name: known[name] for name in names}
+
+
 def begin(args: Any) -> torch.device:
-    """Set the process up as the flags of `add_flags` say; the device to run on."""
+    """Set the process up as the flags of `add_flags` say; the device to run on.
+
+    Afterwards `args.out_of_time()` says whether to start nothing new.
+    """
+    end = None if args.seconds is None else time.monotonic() + args.seconds
+    args.out_of_time = lambda: end is not None and time.monotonic() > end
     leave_folder()
     if args.threads:
         torch.set_num_threads(args.threads)

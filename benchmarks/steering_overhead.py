@@ -3,6 +3,7 @@
     python benchmarks/steering_overhead.py                  # SmolLM2-135M, batch 16, 24 new tokens
     python benchmarks/steering_overhead.py --only "add;gate" --rounds 9
     python benchmarks/steering_overhead.py --tokens 64 --no-rivals --json
+    python benchmarks/steering_overhead.py --model random:1b --batch 1,16,64 --compiled --no-rivals
 
 Every contender generates the same number of tokens from the same prompts inside one process,
 taking turns, and opens its steering anew each time. Two figures for each: the time inside its
@@ -10,35 +11,38 @@ hooks as a share of the whole of the same run (a busy machine slows both alike),
 that of the unsteered run (what a person waits; noisy where the difference is small). Hooks are
 clocked from outside, through `register_forward_hook`, ours and those of others by the same lines;
 on a GPU that is the time to launch them. Rivals add the same vector in the same block as "add"
-does; one that is missing is listed as `not installed`.
+does; one that is missing is listed as `not installed`. With `--compiled` transformers decodes with
+a static cache, for which it compiles the model on CUDA.
 """
 
 import argparse
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from random_model import load
 from side_by_side import (
     Contender,
     Timing,
     add_flags,
+    add_only,
     begin,
+    choose,
     deliver,
     facts,
     percentile,
+    quiet,
     say,
     take_turns,
+    why_not,
 )
 from steering_rivals import RIVALS, HookClock, Rival, Steering
 from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
-from saesteer.sae.model.language_model import LanguageModel, load_model
+from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt, pad_left
 from saesteer.steering.evaluation.damage import neutral_questions
 from saesteer.steering.hooking.arrangement import ByRow, Plans
@@ -60,7 +64,7 @@ class Bench:
     options: dict[str, Any]
     d_sae: int
     clock: HookClock
-    saes: dict[str, SAE] = field(default_factory=dict)
+    saes: dict[str, SAE]
 
     def sae(self, architecture: str) -> SAE:
         if architecture not in self.saes:
@@ -152,20 +156,10 @@ def prepare(
         except Exception as error:
             if name in OURS:
                 raise
-            say(f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            absent = isinstance(error, ModuleNotFoundError)
-            missing[name] = "not installed" if absent else f"failed: {type(error).__name__}"
+            missing[name] = why_not(error)
         else:
             ready[name] = rival
     return ready, missing
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Rivals warn and print while they run; stdout belongs to the result."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def measure(
@@ -255,51 +249,67 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--layer", type=int, help="block that is steered (default: the middle)")
     parser.add_argument("--d-sae", type=int, help="latents (default: 8 x d_model)")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", default="16", help="rows, commas between several (default 16)")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of each row")
-    parser.add_argument("--only", help="names with semicolons between them")
     parser.add_argument("--no-rivals", action="store_true")
-    add_flags(parser, rounds=5)
-    args = parser.parse_args(argv)
-    known = [*OURS, *RIVALS]
-    args.names = known if args.only is None else [n.strip() for n in args.only.split(";")]
-    unknown = [name for name in args.names if name not in known]
-    if unknown:
-        parser.error(f"--only must be some of {'; '.join(known)}, got {unknown[0]}")
-    if args.no_rivals:
-        args.names = [name for name in args.names if name in OURS]
-    return args
+    parser.add_argument("--compiled", action="store_true", help="static cache: compiled on CUDA")
+    add_only(parser)
+    add_flags(parser, name="steering_overhead", rounds=5)
+    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    device = begin(args)
-    lm = load_model(args.model, device=device.type, dtype=args.dtype)
+def bench_of(
+    lm: LanguageModel, batch: int, args: argparse.Namespace, saes: dict[str, SAE]
+) -> Bench:
     layer = lm.n_layers // 2 if args.layer is None else args.layer
     questions = neutral_questions()
-    texts = [questions[i % len(questions)].prompt for i in range(args.batch)]
+    texts = [questions[i % len(questions)].prompt for i in range(batch)]
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template).token_ids for text in texts]
     ids, mask = pad_left(lm, prompts)
     options = {
         "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
         "pad_token_id": lm.pad_id,
     }  # fmt: skip
-    clock = HookClock()
-    bench = Bench(lm, layer, ids, mask, options, args.d_sae or 8 * lm.d_model, clock)
-    plan = bench.plan(1)
-    vector = (torch.tensor(plan.doses()) @ plan.directions.float()).to(lm.device, lm.dtype)
-    job = Steering(lm, layer, vector, ids, mask, options, clock)
-    plain = bench.generate()
-    ready, missing = prepare(contenders(bench, args.names, job), plain)
-    say(f"timing {args.rounds} rounds after {args.warmup}")
-    timings, hooks = measure(bench, ready, device, args.rounds, args.warmup)
-    rows = rows_of(args.names, ready, missing, timings, hooks, args.tokens)
+    if args.compiled:
+        options["cache_implementation"] = "static"
+    return Bench(lm, layer, ids, mask, options, args.d_sae or 8 * lm.d_model, HookClock(), saes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    names = list(choose(args.only, {**OURS, **({} if args.no_rivals else RIVALS)}, OURS | RIVALS))
+    device = begin(args)
+    lm = load(args.model, device, args.dtype)
+    batches = [int(batch) for batch in args.batch.split(",")]
+    saes: dict[str, SAE] = {}
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        if rows and args.out_of_time():
+            rows.append({"contender": PLAIN, "batch": batch, "status": "no time left", "given": ""})
+            continue
+        say(f"batch {batch}: timing {args.rounds} rounds after {args.warmup}")
+        bench = bench_of(lm, batch, args, saes)
+        plan = bench.plan(1)
+        vector = (torch.tensor(plan.doses()) @ plan.directions.float()).to(lm.device, lm.dtype)
+        job = Steering(lm, bench.layer, vector, bench.ids, bench.mask, bench.options, bench.clock)
+        ready, missing = prepare(contenders(bench, names, job), bench.generate())
+        timings, hooks = measure(bench, ready, device, args.rounds, args.warmup)
+        found = rows_of(names, ready, missing, timings, hooks, args.tokens)
+        rows += [{**row, "batch": batch} for row in found]
     shape = {
-        "model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "layer": layer,
-        "d_sae": bench.d_sae, "batch": args.batch, "prompt": ids.shape[1], "tokens": args.tokens,
+        "model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "layer": bench.layer,
+        "d_sae": bench.d_sae, "batch": args.batch, "prompt": bench.ids.shape[1],
+        "tokens": args.tokens,
     }  # fmt: skip
-    found = {**facts(device, shape), "rounds": args.rounds}
-    deliver(args, f"steering_overhead-{device.type}", found, rows, COLUMNS)
+    if args.compiled:
+        shape["generation"] = "static cache" + (", compiled" if device.type == "cuda" else "")
+    columns = dict(COLUMNS)
+    if len(batches) > 1:
+        columns["batch"] = lambda row: str(row["batch"])
+        columns["ms a token"] = lambda row: (
+            f"{row['median_ms'] / args.tokens:.2f}" if "median_ms" in row else "-"
+        )
+    deliver(args, device, {**facts(device, shape), "rounds": args.rounds}, rows, columns)
 
 
 if __name__ == "__main__":

@@ -3,45 +3,56 @@
     python benchmarks/train_step.py                # d_model 576, d_sae 9216, k 32, batch 2048
     python benchmarks/train_step.py --auxk         # with the auxiliary loss and 10 % dead latents
     python benchmarks/train_step.py --d-sae 4608 --rounds 15 --json
+    python benchmarks/train_step.py --device cuda --only "saesteer step;saesteer step, CUDA graph"
 
 The contenders take turns, round by round, so that a machine whose speed drifts slows all of them;
 what to quote is the ratio of medians. Each rival runs as its authors ship it, and every row says
-what it was given. `make peers` installs those that saesteer itself does not need; a rival that is
-missing is listed as `not installed`. Absolute figures mean nothing on another machine.
+what it was given; on CUDA there are rows in bfloat16, dense steps in plain PyTorch and through
+`torch.compile`, and the memory of each. `make peers` installs those that saesteer itself does not
+need; a rival that is missing is listed as `not installed`. Absolute figures mean nothing on another
+machine.
 """
 
 import argparse
 import contextlib
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from dense_step import dense_step
+from our_trainer import make_trainer
 from rivals import Job, dictionary_learning, keep_dead, sae_lens, sparsify
 from side_by_side import (
     Contender,
     Timing,
     add_flags,
+    add_only,
     begin,
+    choose,
     deliver,
     facts,
+    measured,
     say,
     take_turns,
+    why_not,
 )
 
 from saesteer.kernels import topk_encode
 from saesteer.kernels.ops import encode_topk
 from saesteer.sae.config import TrainConfig
-from saesteer.sae.training.sae_trainer import SAETrainer, Variant
-from saesteer.sae.training.topk import InputScale
+from saesteer.sae.training.input_scale import InputScale
 
 OURS = "saesteer step"
 AUXK = 1 / 32
 BATCHES = 4
+Make = Callable[[Job], Contender]
 
 
-def ours(job: Job) -> Contender:
+def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contender:
     config = TrainConfig(
         d_sae=(job.d_sae,),
         k=(job.k,),
@@ -51,115 +62,173 @@ def ours(job: Job) -> Contender:
         # One batch of silence is enough here: the marks below decide, and a trainer looks for dead
         # latents only once it has seen as many activations as it takes to die.
         dead_after_tokens=job.batch if job.dead else None,
+        dtype=dtype,
+        cuda_graph=cuda_graph,
     )
     scale = InputScale(torch.zeros(job.d_model, dtype=torch.float64), 1.0)
-    variant = Variant((0, "resid_post"), job.d_sae, job.k, 0)
-    trainer = SAETrainer(variant, config, slice(0, job.d_model), scale, job.device)
+    trainer, take = make_trainer(config, scale, job.device)
 
     def step(number: int) -> None:
-        trainer.update(trainer.backward(job.at(number)))
+        take(job.at(number))
 
     before = keep_dead(
-        trainer.tokens_since_fired, job.dead, 2 * config.resolved_dead_after_tokens, step
+        trainer.silence.tokens_since_fired, job.dead, 2 * config.resolved_dead_after_tokens, step
     )
     before()
     trainer.take_log()  # on a GPU this is when room is made for the dead latents
-    if int(trainer.dead.sum()) != job.dead:
-        raise RuntimeError(f"{int(trainer.dead.sum())} latents count as dead, not {job.dead}")
+    if int(trainer.silence.dead.sum()) != job.dead:
+        raise RuntimeError(
+            f"{int(trainer.silence.dead.sum())} latents count as dead, not {job.dead}"
+        )
     auxk = f"AuxK 1/32, k_aux up to 512, {job.dead:,} dead" if job.dead else "AuxK off"
+    products = "float32 with bfloat16 products" if trainer.optimiser.copies else "float32"
+    recorded = ", CUDA graph" if cuda_graph else ""
     return Contender(
-        step, f"saesteer {version('saesteer')}, float32, Adam, unit decoder rows, {auxk}", before
+        step,
+        f"saesteer {version('saesteer')}, {products}, Adam, unit decoder rows, {auxk}{recorded}",
+        before,
     )
 
 
-def product(job: Job) -> Contender:
-    W_enc = torch.randn(job.d_model, job.d_sae, device=job.device)
-    out = torch.empty(job.batch, job.d_sae, device=job.device)
+def product(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
+    W_enc = torch.randn(job.d_model, job.d_sae, device=job.device, dtype=dtype)
+    out = torch.empty(job.batch, job.d_sae, device=job.device, dtype=dtype)
+    batches = [batch.to(dtype) for batch in job.batches]
     return Contender(
-        lambda number: torch.mm(job.at(number), W_enc, out=out),
-        "torch.mm, float32, into a buffer that exists",
+        lambda number: torch.mm(batches[number % len(batches)], W_enc, out=out),
+        f"torch.mm, {_name(dtype)}, into a buffer that exists",
     )
 
 
-def encode(job: Job) -> Contender:
-    W_enc_rows = torch.randn(job.d_sae, job.d_model, device=job.device)
+def encode(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
+    W_enc_rows = torch.randn(job.d_sae, job.d_model, device=job.device, dtype=dtype)
     b_enc = torch.zeros(job.d_sae, device=job.device)
+    batches = [batch.to(dtype) for batch in job.batches]
     return Contender(
-        lambda number: encode_topk(job.at(number), W_enc_rows, b_enc, job.k),
-        f"saesteer {version('saesteer')}, float32, forward only",
+        lambda number: encode_topk(batches[number % len(batches)], W_enc_rows, b_enc, job.k),
+        f"saesteer {version('saesteer')}, {_name(dtype)}, forward only",
     )
 
 
-def contenders(device: torch.device) -> dict[str, Callable[[Job], Contender]]:
-    found: dict[str, Callable[[Job], Contender]] = {
-        OURS: ours,
-        "SAELens SAETrainer.step": sae_lens,
-        "dictionary_learning TopKTrainer.update": dictionary_learning,
-        "sparsify coder step, Adam": sparsify,
-        "x @ W_enc alone": product,
-        "encode_topk alone": encode,
-    }
-    if device.type == "cuda":
-        found["SAELens SAETrainer.step, autocast"] = lambda job: sae_lens(job, autocast=True)
-    return found
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def prepare(
-    makers: dict[str, Callable[[Job], Contender]], job: Job
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can run, after one step each, and why the others cannot."""
+CONTENDERS: dict[str, Make] = {
+    OURS: ours,
+    "SAELens SAETrainer.step": sae_lens,
+    "dictionary_learning TopKTrainer.update": dictionary_learning,
+    "sparsify coder step, Adam": sparsify,
+    "x @ W_enc alone": product,
+    "encode_topk alone": encode,
+}
+"""Those of every device: on a CPU float32 is what all of them compute in."""
+
+FOR_CUDA: dict[str, Make] = {
+    OURS: ours,
+    f"{OURS}, CUDA graph": partial(ours, cuda_graph=True),
+    f"{OURS}, float32": partial(ours, dtype="float32"),
+    "x @ W_enc alone, bfloat16": partial(product, dtype=torch.bfloat16),
+    "encode_topk alone, bfloat16": partial(encode, dtype=torch.bfloat16),
+    "plain PyTorch, dense, autocast": partial(dense_step, autocast=True),
+    "torch.compile, dense, autocast": partial(dense_step, compiled=True, autocast=True),
+    "sparsify coder step, Adam": sparsify,
+    "SAELens SAETrainer.step, autocast": partial(sae_lens, autocast=True),
+    "x @ W_enc alone": product,
+    "encode_topk alone": encode,
+    "plain PyTorch, dense": dense_step,
+    "torch.compile, dense": partial(dense_step, compiled=True),
+    "SAELens SAETrainer.step": sae_lens,
+    "dictionary_learning TopKTrainer.update": dictionary_learning,
+}
+"""What matters most comes first: a run that is out of time leaves out the last."""
+
+
+OWN = {OURS, "x @ W_enc alone", "encode_topk alone"}
+"""Without these a table says nothing."""
+
+
+def prepare(make: Make, job: Job) -> tuple[Contender, dict[str, float]]:
+    """A contender after one step, and on a GPU the GB that it holds and that a step adds."""
+    on_cuda = job.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_cuda else 0
+    contender = make(job)
+    contender.before()
+    contender.step(0)
+    if not on_cuda:
+        return contender, {}
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    contender.before()
+    contender.step(1)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    memory = {"held_gb": held - before, "step_gb": peak - held, "peak_gb": peak}
+    return contender, {name: size / 1e9 for name, size in memory.items()}
+
+
+def measure(
+    makers: Mapping[str, Make], job: Job, args: argparse.Namespace
+) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
+    """Timings, and what else is known of each contender: status, what it was given, memory."""
+    timings: dict[str, Timing] = {}
+    known: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
-    missing: dict[str, str] = {}
+
+    def time_those_ready() -> None:
+        found = take_turns(ready, job.device, rounds=args.rounds, warmup=args.warmup)
+        timings.update(found)
+        ready.clear()
+
     for name, make in makers.items():
+        if args.out_of_time():
+            known[name] = {"status": "no time left", "given": ""}
+            continue
         say(f"preparing {name}")
         try:
             # Some rivals print while they are imported; stdout belongs to the result.
             with contextlib.redirect_stdout(sys.stderr):
-                contender = make(job)
-                contender.before()
-                contender.step(0)
+                ready[name], memory = prepare(make, job)
+                known[name] = {"status": "ok", "given": ready[name].given, **memory}
+                if args.alone:
+                    time_those_ready()
         except Exception as error:
-            if make in (ours, product, encode):
+            if name in OWN and not args.alone:
                 raise
-            say(f"  {type(error).__name__}: {error}")
-            absent = isinstance(error, ModuleNotFoundError)
-            missing[name] = "not installed" if absent else f"failed: {type(error).__name__}"
-        else:
-            ready[name] = contender
-    return ready, missing
+            known[name] = {"status": why_not(error), "given": ""}
+            ready.pop(name, None)
+        if args.alone:
+            free_memory(job.device)
+    if ready:
+        say(f"timing {args.rounds} rounds after {args.warmup}")
+        with contextlib.redirect_stdout(sys.stderr):
+            time_those_ready()
+    return timings, known
+
+
+def free_memory(device: torch.device) -> None:
+    """Of a contender that nobody holds any longer."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def rows_of(
-    makers: dict[str, Callable[[Job], Contender]],
-    ready: dict[str, Contender],
-    missing: dict[str, str],
-    timings: dict[str, Timing],
-    batch: int,
+    timings: dict[str, Timing], known: dict[str, dict[str, Any]], batch: int
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name in makers:
-        if name in missing:
-            rows.append({"contender": name, "status": missing[name], "given": ""})
+    for name, about in known.items():
+        rows.append({"contender": name, **about})
+        if name not in timings:
             continue
         timing = timings[name]
-        ratio = timing.over(timings[OURS])
-        rows.append(
-            {
-                "contender": name,
-                "status": "ok",
-                "given": ready[name].given,
-                "tokens_per_second": batch / timing.median,
-                **timing.columns(),
-                "saesteer_times_as_fast": ratio["ratio"],
-                "saesteer_times_as_fast_p20": ratio["ratio_p20"],
-                "saesteer_times_as_fast_p80": ratio["ratio_p80"],
-            }
-        )
+        rows[-1] |= {"tokens_per_second": batch / timing.median, **timing.columns()}
+        if OURS in timings:
+            ratio = timing.over(timings[OURS])
+            rows[-1] |= {f"saesteer_times_as_fast{k[5:]}": v for k, v in ratio.items()}
     return rows
-
-
-def _measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    return lambda row: text(row) if row["status"] == "ok" else "-"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -167,18 +236,24 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda row: (
         f"{row['tokens_per_second']:,.0f}" if row["status"] == "ok" else row["status"]
     ),
-    "ms (p20 to p80)": _measured(
+    "ms (p20 to p80)": measured(
         lambda row: f"{row['median_ms']:.1f} ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
     ),
-    "max/min": _measured(lambda row: f"{row['slowest_over_fastest']:.2f}"),
-    "saesteer is (p20 to p80)": _measured(
-        lambda row: (
-            f"{row['saesteer_times_as_fast']:.2f} x "
-            f"({row['saesteer_times_as_fast_p20']:.2f} to {row['saesteer_times_as_fast_p80']:.2f})"
-        )
+    "max/min": measured(lambda row: f"{row['slowest_over_fastest']:.2f}"),
+    "saesteer is (p20 to p80)": lambda row: (
+        f"{row['saesteer_times_as_fast']:.2f} x "
+        f"({row['saesteer_times_as_fast_p20']:.2f} to {row['saesteer_times_as_fast_p80']:.2f})"
+        if "saesteer_times_as_fast" in row
+        else "-"
     ),
     "given": lambda row: row["given"],
 }
+COLUMNS_OF_CUDA: dict[str, Callable[[dict[str, Any]], str]] = {
+    "host ms": measured(lambda row: f"{row['host_ms']:.1f}"),
+    "GB held": measured(lambda row: f"{row['held_gb']:.2f}"),
+    "GB in a step": measured(lambda row: f"{row['step_gb']:.2f}"),
+}
+"""Time until the host had launched the step, parameters and state, and what a step needs more."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -196,10 +271,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--auxk", action="store_true", help="auxiliary loss on, for everyone")
     parser.add_argument("--dead", type=float, default=0.1, help="share of dead latents with --auxk")
-    add_flags(parser, rounds=9)
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="one after the other, each gone before the next: where there is no room for all; what "
+        "fails is a row",
+    )
+    add_only(parser)
+    add_flags(parser, name="train_step", rounds=9)
     args = parser.parse_args(argv)
     if not 0 < args.dead < 1:
         parser.error(f"--dead must be between 0 and 1 exclusive, got {args.dead}")
+    args.name += "_auxk" if args.auxk else ""
     return args
 
 
@@ -210,22 +293,26 @@ def main(argv: list[str] | None = None) -> None:
     device = begin(args)
     torch.manual_seed(0)
     # Sparse combinations of fixed directions, so that latents differ in how often they are used.
-    features = torch.randn(4 * args.d_model, args.d_model)
+    features = torch.randn(4 * args.d_model, args.d_model, device=device)
     batches = [
-        (torch.rand(args.batch, len(features)).pow(20) @ features).to(device)
+        torch.rand(args.batch, len(features), device=device).pow(20) @ features
         for _ in range(BATCHES)
     ]
+    del features
     dead = max(1, round(args.dead * args.d_sae)) if args.auxk else 0
     job = Job(args.d_model, args.d_sae, args.k, batches, dead)
-    makers = contenders(device)
-    ready, missing = prepare(makers, job)
-    say(f"timing {args.rounds} rounds after {args.warmup}")
-    with contextlib.redirect_stdout(sys.stderr):
-        timings = take_turns(ready, device, rounds=args.rounds, warmup=args.warmup)
+    usual = FOR_CUDA if device.type == "cuda" else CONTENDERS
+    makers = choose(args.only, usual, {**CONTENDERS, **FOR_CUDA, **usual})
+    timings, known = measure(makers, job, args)
+    rows = rows_of(timings, known, args.batch)
     shape = {"d_model": args.d_model, "d_sae": args.d_sae, "k": args.k, "batch": args.batch}
-    name = f"train_step{'_auxk' if args.auxk else ''}-{device.type}"
-    rows = rows_of(makers, ready, missing, timings, args.batch)
-    deliver(args, name, {**facts(device, shape), "rounds": args.rounds}, rows, COLUMNS)
+    found = {**facts(device, shape), "rounds": args.rounds}
+    columns = dict(COLUMNS)
+    if device.type == "cuda":
+        found["peak_gb"] = max((row.get("peak_gb", 0.0) for row in rows), default=0.0)
+        given = columns.pop("given")
+        columns |= {**COLUMNS_OF_CUDA, "given": given}
+    deliver(args, device, found, rows, columns)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from saesteer.kernels.ops import encode_topk, sparse_decode
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 STEP = "--d-model 24 --d-sae 96 --k 4 --batch 48 --rounds 1 --warmup 0 --device cpu".split()
+OURS = "saesteer step"
 OPS = "--size 24x96x4x48 --rounds 1 --warmup 0 --device cpu".split()
 RIVALS = {
     "SAELens SAETrainer.step": "sae_lens",
@@ -132,14 +136,14 @@ def test_a_training_step_beside_its_rivals(
     document = json.loads(capsys.readouterr().out)
     facts, rows = document["facts"], {row["contender"]: row for row in document["rows"]}
     assert {"device", "threads", "torch", "revision", "d_model", "batch"} <= set(facts)
-    assert list(rows) == ["saesteer step", *RIVALS, "x @ W_enc alone", "encode_topk alone"]
+    assert list(rows) == [OURS, *RIVALS, "x @ W_enc alone", "encode_topk alone"]
     for name, row in rows.items():
         if not installed(RIVALS.get(name, "torch")):
             assert row == {"contender": name, "status": "not installed", "given": ""}
             continue
         assert row["status"] == "ok", name
         assert row["tokens_per_second"] == pytest.approx(48e3 / row["median_ms"])
-        ours = rows["saesteer step"]["median_ms"]
+        ours = rows[OURS]["median_ms"]
         assert row["saesteer_times_as_fast"] == pytest.approx(row["median_ms"] / ours)
         assert "float32" in row["given"]
         if "alone" not in name:
@@ -154,18 +158,26 @@ def test_a_training_step_beside_its_rivals(
     assert table.count("\n|") == 2 + len(rows)
 
 
-def test_every_step_finds_the_same_number_of_dead_latents(load: Load) -> None:
+def test_every_step_finds_the_same_number_of_dead_latents(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_step = load("train_step")
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(48, 24, generator=generator) for _ in range(2)]
     seen: list[int] = []
 
-    class Watched(train_step.SAETrainer):  # type: ignore[misc, name-defined]
-        def backward(self, batch: torch.Tensor) -> Any:
-            seen.append(int(self.dead.sum()))
-            return super().backward(batch)
+    make_trainer = train_step.make_trainer
 
-    train_step.SAETrainer = Watched
+    def watched(*arguments: Any) -> Any:
+        trainer, step = make_trainer(*arguments)
+
+        def take(rows: torch.Tensor) -> None:
+            seen.append(int(trainer.silence.dead.sum()))
+            step(rows)
+
+        return trainer, take
+
+    monkeypatch.setattr(train_step, "make_trainer", watched)
     contender = train_step.ours(train_step.Job(24, 96, 4, batches, dead=10))
     seen.clear()
     for number in range(3):
@@ -193,10 +205,10 @@ def test_with_auxk_every_contender_gets_dead_latents(
 ) -> None:
     load("train_step").main([*STEP, "--auxk", "--dead", "0.25", "--json"])
     rows = {row["contender"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
-    for name in ("saesteer step", *RIVALS):
+    for name in (OURS, *RIVALS):
         if rows[name]["status"] == "ok":
             assert "24 dead" in rows[name]["given"], name
-    assert rows["saesteer step"]["status"] == "ok"
+    assert rows[OURS]["status"] == "ok"
 
 
 def test_a_rival_that_is_missing_or_broken_is_listed(
@@ -208,8 +220,11 @@ def test_a_rival_that_is_missing_or_broken_is_listed(
         raise RuntimeError("operator does not exist")
 
     monkeypatch.setitem(sys.modules, "sparsify", None)
-    monkeypatch.setattr(train_step, "sae_lens", broken)
-    monkeypatch.setattr(train_step, "dictionary_learning", lambda job: train_step.product(job))
+    stand_ins = {
+        "SAELens SAETrainer.step": broken,
+        "dictionary_learning TopKTrainer.update": train_step.product,
+    }
+    monkeypatch.setattr(train_step, "CONTENDERS", train_step.CONTENDERS | stand_ins)
     train_step.main(STEP)
     out = capsys.readouterr().out.splitlines()
     lines = {line.split("  ")[0]: line for line in out}
@@ -224,9 +239,71 @@ def test_our_own_failure_is_no_row(load: Load, monkeypatch: pytest.MonkeyPatch) 
     def broken(job: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(train_step, "ours", broken)
+    monkeypatch.setattr(train_step, "CONTENDERS", train_step.CONTENDERS | {OURS: broken})
     with pytest.raises(RuntimeError, match="ours"):
         train_step.main(STEP)
+
+
+def test_one_by_one_our_own_failure_is_a_row(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a GPU that is at hand for minutes one failure must not cost the other results."""
+    train_step = load("train_step")
+
+    def broken(job: object) -> None:
+        raise torch.OutOfMemoryError("ours")
+
+    monkeypatch.setattr(train_step, "CONTENDERS", train_step.CONTENDERS | {OURS: broken})
+    train_step.main([*STEP, "--alone", "--json", "--only", f"{OURS};x @ W_enc alone"])
+    ours, product = json.loads(capsys.readouterr().out)["rows"]
+    assert ours == {"contender": OURS, "status": "failed: OutOfMemoryError", "given": ""}
+    assert product["status"] == "ok" and product["median_ms"] > 0
+    assert "saesteer_times_as_fast" not in product
+
+
+def test_out_of_time_the_last_contenders_are_left_out(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step = load("train_step")
+
+    def slow(job: Any) -> Any:
+        time.sleep(0.6)
+        return train_step.product(job)
+
+    monkeypatch.setattr(train_step, "CONTENDERS", {"slow": slow, "never": train_step.product})
+    train_step.main([*STEP, "--json", "--seconds", "0.5"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["status"] for row in rows] == ["ok", "no time left"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_dense_step_trains_a_topk_sae(load: Load, compiled: bool) -> None:
+    dense = load("dense_step")
+    W_enc, W_dec = torch.randn(24, 96), torch.randn(96, 24)
+    b_enc, b_dec, x = torch.randn(96), torch.randn(24), torch.randn(48, 24)
+    acts, indices = encode_topk(x - b_dec, W_enc.T.contiguous(), b_enc, 4)
+    error = sparse_decode(acts, indices, W_dec, b_dec) - x
+    fvu = error.square().sum() / (x - x.mean(dim=0)).square().sum()
+    # Sums of 96 float32 products in another order.
+    torch.testing.assert_close(dense.dense_loss(x, W_enc, b_enc, W_dec, b_dec, 4), fvu)
+
+    losses: list[float] = []
+    dense_loss = dense.dense_loss
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        loss: torch.Tensor = dense_loss(*arguments)
+        losses.append(float(loss.detach()))
+        return loss
+
+    contender = dense.dense_step(dense.Job(24, 96, 4, [x]), compiled=compiled)
+    if compiled:
+        contender.step(0)
+        assert "torch.compile" in contender.given
+        return
+    dense.dense_loss = watched
+    for number in range(20):
+        contender.step(number)
+    assert losses[-1] < losses[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,6 +435,151 @@ def test_hooks_are_clocked_and_left_as_they_were(load: Load) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# suites.py and gpu.py
+
+
+def test_the_largest_error_of_every_test(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suites = load("suites")
+    tests = tmp_path / "test_errors.py"
+    tests.write_text(
+        "import pytest, torch\n"
+        "@pytest.mark.parametrize('off', [0.0, 0.25, 0.125])\n"
+        "def test_close(off):\n"
+        "    x = torch.full((4,), 2.0)\n"
+        "    torch.testing.assert_close(x + 2 * off, x, rtol=0.2, atol=0)\n"
+        "def test_equal():\n"
+        "    assert torch.equal(torch.ones(1), torch.ones(1))\n"
+        "def test_odd():\n"
+        "    x = torch.tensor([float('nan'), float('inf'), 1.0])\n"
+        "    torch.testing.assert_close(x, x.clone(), equal_nan=True)\n"
+    )
+    log = tmp_path / "log"
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    assert suites.run([str(tests)], log, 120) == "failed"
+    close, equal, odd = suites.rows_of(log)
+    assert (close["test"], close["passed"], close["failed"]) == ("test_errors::test_close", 2, 1)
+    assert close["error"] == pytest.approx(0.25) and close["note"]
+    assert (equal["passed"], equal["error"], odd["passed"], odd["error"]) == (1, None, 1, 0.0)
+
+
+def test_the_suites_are_found(load: Load) -> None:
+    suites = load("suites")
+    assert [path.name for path in suites.suites()][:1] == ["triton_suite.py"]
+    names = [path.name for path in suites.marked()]
+    assert "test_sae_trainer.py" in names and "test_triton.py" not in names
+
+
+@pytest.fixture
+def gpu(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """gpu.py with four parts: one that works, one that fails, one that hangs, one that works."""
+    gpu = load("gpu")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "name = sys.argv[sys.argv.index('--name') + 1]\n"
+        "if 'fails' in name: sys.exit('no such kernel')\n"
+        "if 'hangs' in name: time.sleep(60)\n"
+        "facts = {'device': 'A GPU', 'revision': sys.argv[1], 'peak_gb': 1.5}\n"
+        "print(json.dumps({'facts': facts, 'rows': [{'n': 7}]}, indent=2))\n"
+    )
+
+    def part(name: str, priority: int, smoke: str = "abc") -> Any:
+        return gpu.Part(
+            name, f"About {name}", str(script), smoke, smoke, 1.0, priority,
+            lambda rows: f"n is {rows[0]['n']}",
+        )  # fmt: skip
+
+    parts = (part("first", 2), part("fails", 4), part("hangs", 3), part("last", 1))
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "nowhere")
+    gpu.part = part
+    return gpu
+
+
+def test_no_failure_stops_the_next_part(
+    gpu: ModuleType, tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cpu", "--smoke", "--csv", str(tmp_path), "--page", str(page)]
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*flags, "--json"])
+    assert ended.value.code == 1
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert [row["status"].partition(":")[0] for row in rows.values()] == [
+        "ok", "failed", "failed", "ok",
+    ]  # fmt: skip
+    assert rows["first"]["result"] == "n is 7" and rows["first"]["peak_gb"] == 1.5
+    assert rows["fails"]["result"] == "failed: no such kernel"
+    assert "stopped after" in rows["hangs"]["result"]
+    with (tmp_path / "gpu-cpu.csv").open(newline="") as file:
+        assert [row["part"] for row in csv.DictReader(file)] == list(rows)
+    assert between(page.read_text(), "gpu").startswith("device A GPU")
+
+    # A later run of one part leaves what the others had.
+    gpu.PARTS = (gpu.part("first", 2, smoke="def"), *gpu.PARTS[1:])
+    gpu.main([*flags, "--only", "first"])
+    section = between(page.read_text(), "gpu")
+    lines = {line.split(" | ")[0]: line for line in section.splitlines()}
+    assert " | def | " in lines["| first"] and " | abc | " in lines["| last"]
+
+    page.write_text("<!-- begin gpu -->\n<!-- end gpu -->\n")
+    gpu.main(["--page-of", "cpu", "--csv", str(tmp_path), "--page", str(page)])
+    assert between(page.read_text(), "gpu") == section
+
+
+def test_what_has_no_time_is_left_out_and_named(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, fails, hangs, last = gpu.PARTS
+    # The last is more important and keeps its second; less than two thirds of one is too short.
+    assert gpu.room_for(first, [hangs, last], 1.7, 8.0) == pytest.approx(0.7)
+    assert gpu.room_for(first, [hangs, last], 1.6, 8.0) == 0
+    gpu.main(["--device", "cpu", "--smoke", "--minutes", "0.0001", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == [] and set(found["left_out"]) == {"first", "fails", "hangs", "last"}
+    assert found["left_out"]["last"].startswith("no time: it takes about 1 s")
+    gpu.PARTS = (first, gpu.part("large", 5, smoke=""))
+    gpu.main(["--device", "cpu", "--smoke", "--csv", str(tmp_path)])
+    table = (tmp_path / "gpu-cpu.md").read_text()
+    assert "n is 7" in table and "left out: a smoke run takes one shape" in table
+
+
+@pytest.mark.parametrize("minutes", [8.0, 4.0, 3.0])
+def test_a_short_run_measures_what_matters_most(load: Load, minutes: float) -> None:
+    """Were every part to take as long as it says."""
+    gpu = load("gpu")
+    remaining, chosen = 60 * minutes, []
+    for number, part in enumerate(gpu.PARTS):
+        if room := gpu.room_for(part, gpu.PARTS[number + 1 :], remaining, minutes):
+            chosen.append(part)
+            remaining -= min(room, part.seconds_for(minutes))
+    left = [part.priority for part in gpu.PARTS if part not in chosen]
+    assert {1, 2, 3, 4, 5}.isdisjoint(left)
+    assert minutes < 8.0 or left in ([], [11])
+
+
+def test_without_a_gpu_only_a_smoke_run_starts(gpu: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="--device cpu --smoke proves this script"):
+        gpu.main(["--device", "cpu"])
+
+
+def test_a_smoke_run_of_everything_that_a_cpu_can(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--smoke", "--json"]
+    done = subprocess.run([*command, "--csv", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    parts = {row["part"]: row["result"] for row in found["rows"]}
+    measured = {"rates", "suites", "step-576", "ops-S1", "harvest", "steering"}
+    # Triton, without which there are no suites, is not everywhere.
+    assert set(parts) | {"suites"} == measured and all(parts.values())
+    assert "times as long: " in parts["step-576"] and "PyTorch, dense" in parts["step-576"]
+    assert "failed" not in " ".join(parts.values()).replace("0 failed", "")
+    assert found["left_out"]["graph"] == "a CPU has no CUDA graphs"
+    assert {path.name for path in tmp_path.glob("*.md")} >= {f"{part}-cpu.md" for part in parts}
+
+
+# ---------------------------------------------------------------------------------------------
 # as programs
 
 
@@ -371,6 +593,9 @@ def test_hooks_are_clocked_and_left_as_they_were(load: Load) -> None:
         "compiled.py",
         "predictions.py",
         "memory.py",
+        "rates.py",
+        "suites.py",
+        "gpu.py",
     ],
 )
 def test_the_scripts_start(script: str) -> None:
@@ -379,6 +604,11 @@ def test_the_scripts_start(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--csv DIR" in done.stdout
+
+
+def test_make_gpu_hands_its_arguments_on() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\ngpu: env-dev\n")[1].split("\n\n")[0]
+    assert recipe.endswith("benchmarks/gpu.py $(ARGS)")
 
 
 def test_make_bench_writes_every_table_of_the_page() -> None:
@@ -392,4 +622,5 @@ def test_make_bench_writes_every_table_of_the_page() -> None:
     }.items():
         assert command in recipe
         assert between(text, name) is not None
-    assert text.count("<!-- begin ") == 3
+    assert between(text, "gpu")
+    assert text.count("<!-- begin ") == 4

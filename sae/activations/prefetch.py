@@ -151,7 +151,3 @@ class Prefetch:
             return contextlib.nullcontext()
         # Work of the model does not queue behind the trainer's.
         return torch.cuda.stream(torch.cuda.Stream())
-
-
-Producer = Prefetch
-"""Its name before; `sae/verbs/train.py` still uses it."""

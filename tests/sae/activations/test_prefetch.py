@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,13 +107,16 @@ def test_it_never_runs_further_ahead_than_it_says() -> None:
         prefetch.next_batch()
 
 
-def test_who_waits_is_measured() -> None:
+def test_who_waits_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr(prefetch_module, "time", SimpleNamespace(monotonic=lambda: now))
     with Prefetch(stream(Numbers(), tokens=100_000), CPU) as prefetch:
-        prefetch.next_batch()
-        time.sleep(0.05)
-        stalled = prefetch.take_stall()
-        assert 0.02 < stalled < 1.0, "the source is instant: it waited nearly all the time"
-        assert prefetch.take_stall() < stalled
+        while prefetch._stalled_since is None:  # until it waits, and nobody takes a batch
+            time.sleep(0.001)
+        now = 15.0
+        assert prefetch.take_stall() == 5.0
+        now = 17.0
+        assert prefetch.take_stall() == 2.0
 
 
 def test_an_error_comes_after_the_batches_before_it() -> None:

@@ -17,14 +17,14 @@ from saesteer.sae.text.prompts import pad_right
 
 @dataclass(frozen=True, eq=False)
 class PromptRows:
-    """The residuals of one prompt, on the model's device."""
+    """The residuals of one prompt."""
 
     number: int
     """Which of the prompts this is."""
     rows: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
-    """By `HookPoint.key`, in float32."""
+    """By `HookPoint.key`, in float32, where the model computed them."""
     keep: Bool[Tensor, " tokens"]
-    """False for attention sinks."""
+    """False for attention sinks; on the CPU."""
 
 
 class PromptReader:
@@ -67,7 +67,7 @@ class PromptReader:
             for at, number in enumerate(chunk):
                 tokens = len(prompts[number])
                 rows = {place: h[at, :tokens].float() for place, h in forward.seen.items()}
-                yield PromptRows(number, rows, keep[at, :tokens].to(ids.device))
+                yield PromptRows(number, rows, keep[at, :tokens])
             count(len(chunk))
 
     def keep(

@@ -181,7 +181,7 @@ class LatentReader:
         prompt: EncodedPrompt,
     ) -> None:
         """Count where latents fire in a plain text (`z` may go on behind the prompt: its reply)."""
-        other = ~keep.cpu()
+        other = ~keep
         other[: len(prompt)] |= prompt.template_mask
         other[0] = True
         place = 0

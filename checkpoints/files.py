@@ -124,7 +124,7 @@ def read_json(path: str | Path) -> Any:
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise UserError(f"{path} is too large for a JSON file of ours; check the path")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:
@@ -267,12 +267,12 @@ def remove_leftovers(folder: str | Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file. Raises ValueError for a key that comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} comes twice")
+        raise ValueError(f"the key {key[:60]!r} comes twice")
     return found
 
 

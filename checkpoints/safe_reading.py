@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import no_key_twice
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 8 << 20
@@ -85,7 +87,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; no SAE's config")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({_short(error)}); {_AGAIN}") from error
     if not isinstance(content, dict):
@@ -108,7 +110,7 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} has a header of {length} bytes, more than {MAX_HEADER_BYTES}; {_AGAIN}"
                 )
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_no_twins)
+                header = json.loads(file.read(length), object_pairs_hook=no_key_twice)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path} has a broken header ({_short(error)}); {_AGAIN}"
@@ -249,15 +251,8 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, OverflowError
     ) as error:  # fmt: skip
         raise UserError(f"{path} is not a whole zip archive ({_short(error)}); {_AGAIN}") from error
-    except zlib_error() as error:
+    except zlib.error as error:
         raise UserError(f"{path} is damaged ({_short(error)}); {_AGAIN}") from error
-
-
-def zlib_error() -> type[Exception]:
-    """The error of broken compressed data."""
-    import zlib
-
-    return zlib.error
 
 
 def _members(path: Path, archive: zipfile.ZipFile, compressed: bool) -> list[zipfile.ZipInfo]:
@@ -296,15 +291,6 @@ def _same_as_header(
     shapes = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
     if shapes != {name: info.shape for name, info in header.items()}:
         raise UserError(f"{path} means different tensors to different readers: refused")
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin[:60]!r} comes twice")
-    return found
 
 
 def _short(error: BaseException) -> str:

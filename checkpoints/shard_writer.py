@@ -216,16 +216,6 @@ class ShardWriter:
         """Tokens added so far, those not yet on disk included."""
         return int(self.manifest["tokens"]) + self._buffered
 
-    @property
-    def tokens_saved(self) -> int:
-        """Tokens in finished shards."""
-        return int(self.manifest["tokens"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether `close` was called on these shards (before a resume, perhaps)."""
-        return bool(self.manifest["complete"])
-
     def add(
         self,
         acts: Mapping[Place, Float[Tensor, "tokens d_model"]],

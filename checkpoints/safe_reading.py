@@ -1,7 +1,7 @@
-"""Reading a stranger's tensors: nothing is run, and nothing is believed before it is checked.
+"""Reading files from untrusted sources: no code is run, and nothing is used before it is checked.
 
 Each reader looks at the header first: names, dtypes, shapes and sizes must fit the file on disk
-before memory is taken for a tensor. Every refusal is a one-line `UserError` that names the file.
+before memory is allocated for a tensor. A refusal is a one-line `UserError` that names the file.
 """
 
 import json
@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 4096
 MAX_AXES = 4
 
-# Float weights hardly shrink when compressed; what grows more than this is no file of weights.
+# Float weights hardly compress; a file that unpacks to more than this many times is not weights.
 _MAX_EXPANSION = 16
 _AGAIN = "download or make it again"
 
@@ -85,7 +85,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of at most 4 MiB in which no key comes twice."""
     with _reading(path):
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; no SAE's config")
+            raise UserError(
+                f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB, too large for a config"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
         except (ValueError, RecursionError) as error:
@@ -209,7 +211,7 @@ def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[st
         info = TensorInfo(dtype, check_shape(path, name, row.get("shape")))
         span = row.get("data_offsets")
         if not isinstance(span, list) or [type(place) for place in span] != [int, int]:
-            raise UserError(f"{path}: {name} says no place in the file; {_AGAIN}")
+            raise UserError(f"{path}: {name} has wrong data_offsets; {_AGAIN}")
         size = math.prod(info.shape) * _SAFETENSORS_BYTES[info.dtype]
         if not 0 <= span[0] <= span[1] <= room or span[1] - span[0] != size:
             raise UserError(
@@ -248,8 +250,13 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (
-        zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, OverflowError
-    ) as error:  # fmt: skip
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise UserError(f"{path} is not a whole zip archive ({_short(error)}); {_AGAIN}") from error
     except zlib.error as error:
         raise UserError(f"{path} is damaged ({_short(error)}); {_AGAIN}") from error
@@ -272,7 +279,7 @@ def _members(path: Path, archive: zipfile.ZipFile, compressed: bool) -> list[zip
     total, packed = sum(i.file_size for i in members), sum(i.compress_size for i in members)
     # Members that share bytes of the file, or that unpack to far more: a zip bomb.
     if packed > size or total > _MAX_EXPANSION * size + (1 << 20):
-        raise UserError(f"{path} unpacks from {size} to {total} bytes; no file of weights does")
+        raise UserError(f"{path} unpacks from {size} to {total} bytes; refused as a zip bomb")
     return members
 
 
@@ -290,7 +297,7 @@ def _same_as_header(
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
     if shapes != {name: info.shape for name, info in header.items()}:
-        raise UserError(f"{path} means different tensors to different readers: refused")
+        raise UserError(f"{path} holds other tensors than its header says: refused")
 
 
 def _short(error: BaseException) -> str:

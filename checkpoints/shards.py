@@ -1,10 +1,10 @@
-"""Activation shards: a folder of safetensors files with a manifest that is always true.
+"""Activation shards: a folder of safetensors files with a manifest that always matches them.
 
 `DIR/layer-20/shard-00000.safetensors` (`layer-20-attn_out/` for a site other than resid_post) holds
-`activations [tokens, d_model]` and `token_ids [tokens]` int32, and where they were asked for
-`positions` (int32) and `contexts` (int64) of each row. `DIR/manifest.json` lists only files that
-are whole, together with the caller's cursor (its place in the corpus) just after their last token:
-a killed harvest goes on from there, and no token is lost or written twice.
+`activations [tokens, d_model]` and `token_ids [tokens]` int32 and, on request, the `positions`
+(int32) and `contexts` (int64) of each row. `DIR/manifest.json` lists only files that
+are whole, together with the caller's cursor (its position in the corpus) just after their last
+token: a killed harvest continues from there, and no token is lost or written twice.
 """
 
 import contextlib
@@ -26,8 +26,15 @@ from saesteer.checkpoints.places import Place
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_KEYS = (
-    "schema_version", "model", "layers", "sites", "d_model", "dtype", "tokens", "shards"
-)  # fmt: skip
+    "schema_version",
+    "model",
+    "layers",
+    "sites",
+    "d_model",
+    "dtype",
+    "tokens",
+    "shards",
+)
 
 # What each stored dtype is read as: torch computes nothing in float8, and bfloat16 holds all of it.
 _FLOATS = {
@@ -48,12 +55,12 @@ def folder_name(layer: int, site: str = "resid_post") -> str:
 
 
 class ShardReader:
-    """Activation shards, read lazily: opening checks every header, and loads nothing.
+    """Reads activation shards lazily: opening checks every header and loads no tensor.
 
     Any float dtype is accepted. Tensors that `shard` returns are mapped from the file, so that
-    picking random rows reads only those rows' pages; only where `dtype` is not the file's (float8
-    is read as bfloat16) are they copies. A file's SHA-256 is compared with the manifest's, where
-    that has one, when the file is first read.
+    picking random rows reads only those rows' pages. They are copies only where `dtype` differs
+    from the file's (float8 is read as bfloat16). A file's SHA-256 is compared with the manifest's,
+    where that has one, when the file is first read.
     """
 
     def __init__(
@@ -102,7 +109,7 @@ class ShardReader:
         return len(self.shard_tokens)
 
     def place(self, layer: int | None = None, site: str | None = None) -> Place:
-        """The one stored (layer, site) that fits; either may be left out when it is the only one.
+        """The one stored (layer, site) that fits. Either may be left out when only one is stored.
 
         Raises:
             UserError: none fits, or several do.
@@ -113,7 +120,7 @@ class ShardReader:
             if layer in (None, at) and site in (None, where)
         ]
         if len(fitting) != 1:
-            problem = "has several" if fitting else "does not have the asked"
+            problem = "has more than one matching" if fitting else "has no matching"
             raise UserError(
                 f"{self._what} {problem} layer and site (layers {self.layers}, sites {self.sites}; "
                 f"asked: `layer` {layer}, `site` {site}): give `layer` and `site` from these"
@@ -137,7 +144,7 @@ class ShardReader:
             return file.get_tensor("activations").to(self.dtype), file.get_tensor("token_ids")
 
     def columns(self, index: int) -> dict[str, Int[Tensor, " tokens"]]:
-        """What shard `index` stores about its rows beside the activations, by name.
+        """What shard `index` stores about its rows besides the activations, by name.
 
         `token_ids` always; `positions` and `contexts` when the harvest was asked to keep them.
         """
@@ -200,7 +207,7 @@ class ShardReader:
         return manifest
 
     def _read_entries(self) -> None:
-        """Match the manifest's files to layers, and check each file's header."""
+        """Assign the manifest's files to layers and sites, and check each file's header."""
         lengths: dict[Place, list[int]] = {place: [] for place in self.places}
         dtypes: set[torch.dtype] = set()
         for entry in self.manifest["shards"]:

@@ -1,4 +1,4 @@
-"""SAELens: `cfg.json` and `sae_weights.safetensors`, from before version 6 and since.
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 and of older ones.
 
 Also our own format, which is the same layout with more architectures: a transcoder's name ends in
 `_transcoder`, and `_skip` comes before it when there is a skip connection, as SAELens names the
@@ -67,14 +67,14 @@ def read(name: str, place: SAEFiles) -> SAE:
 def from_parts(
     name: str, place: SAEFiles, config: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
 ) -> SAE:
-    """The SAE of a config in the manner of SAELens 6 and the tensors beside it."""
+    """The SAE of a config as SAELens 6 writes it and its tensors."""
     all_float(place, tensors)
     spec = spec_from_config(config, place.source)
     return finish(place, name, spec, own_names(tensors, spec, place.source), notes)
 
 
 def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """A config as SAELens 6 writes it, made of an older one the way SAELens does it; and notes."""
+    """The config as SAELens 6 writes it (an older one is converted as SAELens does), and notes."""
     metadata = config.get("metadata")
     version = config.get("sae_lens_version")
     if not version and isinstance(metadata, dict):
@@ -287,7 +287,7 @@ def save(folder: Path, sae: SAE) -> str:
 
 
 def _base(name: str) -> tuple[str, bool]:
-    """("jumprelu", True) of "jumprelu_skip_transcoder"; "standard" goes without saying there."""
+    """("jumprelu", True) of "jumprelu_skip_transcoder"; without a name it is "standard"."""
     if name == "transcoder":
         return "standard", True
     transcoder = name.endswith("_transcoder")

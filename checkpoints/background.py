@@ -1,4 +1,4 @@
-"""Writing shards beside the work that fills them."""
+"""Writing shards in a background thread."""
 
 import threading
 from collections import deque
@@ -13,14 +13,14 @@ from saesteer.checkpoints.shard_writer import ShardWriter
 
 
 class BackgroundWriter:
-    """A shard writer in a thread of its own: `add` returns at once.
+    """Runs a `ShardWriter` in a thread of its own, so that `add` returns at once.
 
     Calls are made in order. At most `pending_tokens` tokens wait (one call may exceed that), so
     memory is bounded: a disk slower than the model slows the model down. An error of the thread is
     raised by the next call here, and nothing is written after it.
 
-    Use it as a context manager: leaving it by an exception drops what waits, and what was written
-    stays true.
+    Use it as a context manager. Leaving it by an exception drops what still waits; the shards and
+    the manifest already written stay valid.
     """
 
     def __init__(self, writer: ShardWriter, pending_tokens: int) -> None:
@@ -57,8 +57,8 @@ class BackgroundWriter:
     ) -> None:
         """Hand over tokens; the tensors may not change afterwards.
 
-        They are checked here: a second thread that computes would fight with the model for the
-        cores. Raises NonFiniteError for NaN or infinity.
+        They are checked in the calling thread, so that the background thread does not compete with
+        the model for the cores. Raises NonFiniteError for NaN or infinity.
         """
         rows = self.writer.rows(acts, token_ids, extra, copy=False)
         self._call(rows.tokens, lambda: self.writer.append(rows, cursor))

@@ -1,6 +1,6 @@
-"""From any SAE format to one that we write, with numbers that say how well they agree.
+"""Convert an SAE of any format into one that we write, and measure how well the two agree.
 
-Nothing is put in place before the files were read back and agree with the source.
+The written files are read back and compared with the source before they get their final name.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import files, folds, formats
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.model_files import quiet
+from saesteer.checkpoints.releases import SAELensMissing, import_sae_lens
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.sae_spec import DTYPES
 from saesteer.checkpoints.sparse_autoencoder import SAE
@@ -25,8 +28,8 @@ RANDOM_ROWS = 256
 REAL_ROWS = 2048
 # Latents of so many rows at a time exist in float64.
 _CHUNK_NUMBERS = 2**23
-# Rounding alone: folded weights are rounded once. 1e-4 is what formats promise each other for
-# float32; narrower dtypes get a few of their own steps.
+# Folding rounds each weight once, so only rounding may differ: 1e-4 for float32, and for narrower
+# dtypes a few of their own rounding steps.
 _LEAST_TOLERANCE = 1e-4
 _STEPS = 8
 
@@ -43,8 +46,10 @@ def convert(
 ) -> dict[str, Any]:
     """Read an SAE, write it in another format, read that back and compare; returns the report.
 
+    What `saelens` writes is also opened by sae_lens, unless that cannot be imported.
+
     `target` is a folder that is empty or not there yet; None writes nothing that stays. `canonical`
-    folds to unit decoder rows and no input bias first. `activations` are real ones to compare on.
+    first folds to unit decoder rows and no input bias. `activations` are real ones to compare on.
 
     The report holds `source`, `format_from`, `format_to`, `spec`, `tensors` (their map), `notes`
     (what was folded, assumed or lost) and, for `random` and `real` rows, what `compare` returns.
@@ -79,12 +84,15 @@ def convert(
         if activations is not None:
             if activations.shape[-1] != before.spec.d_model:
                 raise UserError(
-                    f"`activations` have width {activations.shape[-1]} and `from` {source} reads "
-                    f"{before.spec.d_model}: give activations of its own site"
+                    f"`activations` have width {activations.shape[-1]}, and {source} reads "
+                    f"{before.spec.d_model}: give activations of the SAE's own site"
                 )
             report["real"] = compare(before, after, activations[:REAL_ROWS].double(), units)
         if format == "saelens":
-            report["sae_lens"] = _as_saelens_reads(draft, after, rows)
+            try:
+                report["sae_lens"] = _as_saelens_reads(draft, after, rows)
+            except SAELensMissing as error:
+                report["notes"].append(f"not compared with sae_lens: {error}")
         report["tolerance"] = tolerance
         _refuse_differences(report, tolerance, source)
         if place is not None:
@@ -135,9 +143,12 @@ def compare(
         }
         largest = {name: max(value, float(found[name])) for name, value in largest.items()}
         for name, value in (
-            ("latents", off.sum()), ("reconstruction", apart.sum()), ("flips", flipped.sum()),
-            ("before", (f != 0).sum()), ("after", (g != 0).sum()),
-        ):  # fmt: skip
+            ("latents", off.sum()),
+            ("reconstruction", apart.sum()),
+            ("flips", flipped.sum()),
+            ("before", (f != 0).sum()),
+            ("after", (g != 0).sum()),
+        ):
             sums[name] += float(value)
     count = max(1, len(x))
     width = before.spec.d_out or before.spec.d_model
@@ -156,7 +167,7 @@ def compare(
 def random_rows(sae: SAE, seed: int = 0, rows: int = RANDOM_ROWS) -> Float[Tensor, "rows d_model"]:
     """Gaussian rows around the SAE's bias, of four sizes from a tenth to a hundred times it.
 
-    Real activations have a size that the file does not tell: some of these have about it.
+    The file does not say how large real activations are; one of the four sizes is about right.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, sae.spec.d_model, generator=generator, dtype=torch.float64)
@@ -190,13 +201,8 @@ def _describe(before: SAE, written: SAE, after: SAE, format: str) -> dict[str, A
 
 def _as_saelens_reads(folder: Path, after: SAE, x: Tensor) -> dict[str, Any]:
     """The written files, opened and computed by sae_lens itself."""
-    from importlib.metadata import version
-
-    from saesteer.checkpoints.model_files import quiet
-
+    sae_lens = import_sae_lens()
     with quiet():
-        import sae_lens
-
         theirs = sae_lens.SAE.load_from_disk(folder, device="cpu", dtype="float64")
     if after.spec.reshape_activations != "none":
         # Our rows are flat already.
@@ -227,14 +233,14 @@ def _refuse_differences(report: Mapping[str, Any], tolerance: float, source: str
             value = report.get(part, {}).get(name, 0.0)
             if not value <= tolerance:
                 raise UserError(
-                    f"`from` {source} and what {report['format_to']} makes of it differ: {name} is "
+                    f"{source} and its conversion to {report['format_to']} differ: {name} is "
                     f"{value:.3g} on {part} rows and {tolerance:.3g} is allowed; nothing was "
                     "written: use another `format`, or a wider `dtype`"
                 )
 
 
 def _put(draft: Path, place: Path) -> None:
-    """The finished files under their name, at once."""
+    """Give the finished draft its final name, in one step."""
     with files.writing(place):
         if place.is_dir():
             place.rmdir()  # only an empty folder is replaced

@@ -1,4 +1,4 @@
-"""Whether a folder has room for what a run will write, asked before the run starts."""
+"""Disk space: whether a folder has room for what a run will write."""
 
 import os
 import shutil
@@ -8,10 +8,10 @@ from saesteer.checkpoints.errors import UserError
 
 
 def need_space(folder: str | Path, needed_bytes: int, what: str, todo: str) -> None:
-    """Refuse a run that would fill the disk of `folder`, which need not exist yet.
+    """Raise when `folder`, which need not exist yet, has too little free disk space for a run.
 
     What already lies in the folder is not counted: pass what the run adds. `what` and `todo` are
-    the first and last words of the message: "training writes", "lower --d-sae".
+    the beginning and end of the message, such as "training writes" and "lower `d_sae`".
 
     Raises:
         UserError: fewer than `needed_bytes` are free to this user.
@@ -21,7 +21,7 @@ def need_space(folder: str | Path, needed_bytes: int, what: str, todo: str) -> N
         place = place.parent
     try:
         free = shutil.disk_usage(place).free
-    except OSError:  # a file system that does not say: the write itself will
+    except OSError:  # this file system does not say; a full disk then fails the write
         return
     if free < needed_bytes:
         raise UserError(

@@ -1,8 +1,8 @@
 """The system calls behind every file that appears whole or not at all.
 
-A draft is written beside its target, made durable (fsync) and renamed over it; then the folder is
-made durable, so that the new name survives a power cut too. Whoever looks, after whatever ended the
-writer, finds the old file or the new one.
+A draft is written next to its target, made durable (fsync) and renamed over it; then the folder is
+made durable, so that the new name survives a power cut too. However the writer ended, a reader
+finds either the old file or the new one.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from saesteer.checkpoints.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR_NUMBER = re.compile(r"os error (\d+)")
-# Between two pieces a writer can be stopped, and other threads of Python run.
+# Between two pieces a write can be cancelled, and other Python threads get to run.
 _PIECE_BYTES = 4 << 20
 
 
 class Cancelled(Exception):
-    """A write was given up because somebody asked for it; its draft is gone."""
+    """A write was cancelled; its draft is deleted."""
 
 
 class Draft:
-    """A new file that takes its name when the `with` block ends well, and vanishes otherwise.
+    """A new file that gets its name when the `with` block succeeds, and is deleted otherwise.
 
     Args:
-        path: the name it takes, of a file that may exist.
+        path: the name it gets; an existing file of that name is replaced.
         cancelled: asked before every piece of 4 MiB; once true, `write` raises `Cancelled`.
-        cached: whether the system may keep the bytes in its file cache. Long streams of data do
-            better without: they would push out the files of other programs, and on a virtual
-            machine every page that the cache grows by may cost more than the write itself.
+        cached: whether the system may keep the bytes in its file cache. Long streams of data should
+            not be cached: they would push out the files of other programs, and on a virtual
+            machine growing the cache by a page may cost more than the write itself.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Draft:
 
 
 def write_by(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make the file of a name beside `path`, then make it durable and give it `path`.
+    """Let `write` write a temporary file next to `path`, make it durable and rename it to `path`.
 
-    For writers of other libraries, which want a name. A failed write raises a one-line `UserError`
-    and leaves nothing.
+    For other libraries' writers, which take a file name. A failed write raises a one-line
+    `UserError` and leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -133,18 +133,18 @@ def sync_file(path: Path) -> None:
 
 
 def _leave_cache(descriptor: int) -> None:
-    """Take a file that is on the disk out of the file cache, where that can be asked."""
+    """Ask the system, where it can be asked, to drop a written file from its cache."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
-        with contextlib.suppress(OSError):  # a wish, no more
+        with contextlib.suppress(OSError):  # advice only
             advise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the file system can.
 
-    Some network file systems cannot, and say so with one error or another: the names are there all
-    the same. Only a disk that fails (EIO) raises OSError.
+    Some network file systems cannot and raise various errors, although the names are there; these
+    are ignored. Only a failing disk (EIO) raises OSError.
     """
     try:
         sync_file(path)

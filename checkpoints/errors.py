@@ -1,17 +1,18 @@
-"""The errors a person can mend, told apart by what the command line should exit with.
+"""Errors that the person running the tool can fix, each with the exit status of the command line.
 
-Every message says what came, what is allowed and what to do, in one line, and names the flag.
+Every message is one line: what came, what is allowed and what to do. Arguments are named in
+backticks; the command line shows them as flags.
 """
 
 
 class UserError(Exception):
-    """Something the person running the tool can mend. The command line prints it in one line."""
+    """Something the person running the tool can fix. The command line prints it in one line."""
 
     exit_status = 1
 
 
 class UsageError(UserError, ValueError):
-    """A value that can never work: a wrong flag, a number out of range, flags that contradict."""
+    """A value that can never work: a number out of range, arguments that contradict each other."""
 
     exit_status = 2
 

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and the errors a person can mend when they do not.
+"""Files that are written whole or not at all, and one-line errors for when that fails.
 
-Every writer puts a temporary file beside the target, makes it durable, and renames it over the
-target, so that a reader (or a killed process) meets the old file or the new one, never half of one.
+Every writer writes a temporary file next to the target, makes it durable and renames it over the
+target, so that a reader finds the old file or the new one, never half of one.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 else:  # torch takes seconds to import, and most callers here write JSON only
     Tensor = Any
 
-# More than any file of ours, and little enough to be read by mistake.
+# Larger than any JSON file of ours, and small enough to read by mistake.
 _MOST_JSON_BYTES = 256 << 20
 
-# A folder may be emptied by --force only when one of these files shows that we wrote it. For JSON
-# files that other programs also use, the keys that make it ours.
+# `force` empties a folder only when one of these files shows that we wrote it. JSON files whose
+# names other programs use too must also have these keys.
 _MARKERS: dict[str, tuple[str, ...]] = {
     "run.json": (),
     "manifest.json": ("schema_version", "shards"),
@@ -59,7 +59,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON knows it: dataclasses become dicts, paths text, NaN and infinity null."""
+    """`value` in JSON types: dataclasses become dicts, paths text, NaN and infinity null."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -100,10 +100,10 @@ def write_tensors(
     """Write tensors of any shape as safetensors, whole or not at all; returns the file's SHA-256.
 
     Tensors may lie on any device and share memory: each is written as its own contiguous copy.
-    One may be given as the pieces it consists of, row after row. Once `cancelled` answers true,
-    which it is asked every few megabytes, the write ends with `durable.Cancelled`. Without `cached`
-    the file leaves the system's file cache when it is on the disk (see `durable.Draft`). A full
-    disk raises a one-line `UserError`. Neither way to fail leaves a temporary file.
+    A tensor may be given as a sequence of pieces, whose rows follow each other. `cancelled` is
+    called every few megabytes; once it returns true, the write ends with `durable.Cancelled`.
+    Without `cached` the file leaves the system's file cache when it is on the disk (see
+    `durable.Draft`). A full disk raises a one-line `UserError`. No failure leaves a temporary file.
     """
     from saesteer.checkpoints.tensor_bytes import tensor_bytes
 
@@ -117,14 +117,14 @@ def write_tensors(
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
-    A missing or broken file, one of more than 256 MiB, and one that names a key twice (which of
-    the two values counts would be anyone's guess) raise a one-line `UserError`.
+    A missing or broken file, one of more than 256 MiB, and one with the same key twice in an
+    object raise a one-line `UserError`.
     """
     path = Path(path)
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise UserError(f"{path} is too large for a JSON file of ours; check the path")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:
@@ -267,17 +267,17 @@ def remove_leftovers(folder: str | Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file. Raises ValueError for a key that comes twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} comes twice")
+        raise ValueError(f"the key {key[:60]!r} comes twice")
     return found
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What lies in a folder, but for the lock of whoever works in it."""
+    """The entries of a folder, without the lock file of a run that writes there."""
     return (entry for entry in folder.iterdir() if entry.name != LOCK_NAME)
 
 
@@ -295,7 +295,7 @@ def _end_of_last_line(file: Any, size: int) -> int:
 
 
 def _empty(folder: Path, flag: str) -> None:
-    """Delete everything in a folder that saesteer wrote; refuse any other."""
+    """Delete everything in a folder, provided that saesteer wrote it."""
     place = folder.resolve()
     here = Path.cwd().resolve()
     if here.is_relative_to(place) or Path.home().resolve().is_relative_to(place):

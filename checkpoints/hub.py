@@ -1,4 +1,4 @@
-"""SAEs shared: a repository on the Hub, or a folder of the same layout.
+"""Sharing SAEs: push them to a repository on the Hub or to a folder of the same layout.
 
     README.md           the card
     saes.json           every SAE in it: what it is, and the SHA-256 of its weights
@@ -141,15 +141,15 @@ def _collect(folder: Path, sae_id: str | None, metrics: str | Path | None) -> li
     if (folder / "cfg.json").is_file() or not several:
         return [_collect_one(folder, sae_id, metrics)]
     if sae_id is not None or metrics is not None:
-        flag = "`id`" if sae_id is not None else "`metrics`"
-        raise UsageError(f"{flag} is for one SAE, and {folder} holds {len(several)}: push one")
+        what = "an id" if sae_id is not None else "`metrics`"
+        raise UsageError(f"{what} is for one SAE, and {folder} holds {len(several)}: push one")
     return [_collect_one(place, place.name, None) for place in several]
 
 
 def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -> _Shared:
     from saesteer.checkpoints.sae_folder import read_sae
 
-    sae = read_sae(folder)  # nobody else's loader should be the first to find it broken
+    sae = read_sae(folder)  # a broken SAE is refused here, not by whoever downloads it
     sae_id = sae_id or sae.spec.hook_name or folder.resolve().name
     _check_id(sae_id)
     contents: dict[str, Path | bytes] = {
@@ -198,7 +198,7 @@ def _merge(
         there = _dict(merged.get(one.sae_id)).get("sha256")
         if there is not None and there != one.entry["sha256"] and not force:
             raise UserError(
-                f"`repo` {repo} holds other weights under {one.sae_id!r}: choose another `id`, or "
+                f"`repo` {repo} holds other weights under {one.sae_id!r}: choose another id, or "
                 "add `force` to replace them"
             )
         merged[one.sae_id] = one.entry
@@ -289,7 +289,7 @@ def _push_to_hub(
             for name, content in _all_contents(shared, merged, new_card).items()
         ]
         names = ", ".join(one.sae_id for one in shared)
-        # Somebody else's push in between makes this one fail, not vanish.
+        # With parent_commit, a push by somebody else in between is not overwritten: this one fails.
         done = api.create_commit(
             repo, operations, commit_message=f"Add {names}", parent_commit=head
         )
@@ -306,7 +306,7 @@ def _download(repo: str, name: str, revision: str) -> bytes | None:
 
     try:
         return Path(hf_hub_download(repo, name, revision=revision)).read_bytes()
-    except LocalEntryNotFoundError:  # not "the repository has none", but "nobody could be asked"
+    except LocalEntryNotFoundError:  # the Hub could not be asked, so the file may well exist
         raise
     except EntryNotFoundError:
         return None
@@ -340,7 +340,7 @@ def _fetch(
         commit = place.name
         if not _COMMIT.fullmatch(commit):
             raise UserError(f"{repo}: the Hub names no commit; use another `repo`")
-        # From the same commit, whatever is pushed meanwhile.
+        # From the same commit, even if something is pushed meanwhile.
         hf_hub_download(repo, f"{wanted}/sae_weights.safetensors", revision=commit)
         index = _index_of(_download(repo, INDEX, commit), repo) if index else {}
         return place, commit, index, wanted
@@ -349,7 +349,7 @@ def _fetch(
     return hub_call(download, f"the SAE {repo}", todo)
 
 
-# --- small things --------------------------------------------------------------------------------
+# --- small helpers -------------------------------------------------------------------------------
 
 
 def _chosen(sae_id: str | None, index: Mapping[str, Any], repo: object) -> str:
@@ -369,7 +369,8 @@ def _there_are(index: Mapping[str, Any]) -> str:
 def _check_id(sae_id: str) -> None:
     if not _ID.fullmatch(sae_id) or ".." in sae_id.split("/"):
         raise UsageError(
-            f"`id` must be a name such as layer-20 or blocks.20.hook_resid_post, got {sae_id!r}"
+            "an SAE's id must be a name such as layer-20 or blocks.20.hook_resid_post, "
+            f"got {sae_id!r}"
         )
 
 

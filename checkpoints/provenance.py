@@ -1,4 +1,4 @@
-"""What a run was made with: versions of the software, the revision of the source, the machine."""
+"""What a run was made with: software versions, source revision, machine."""
 
 import os
 import platform
@@ -60,7 +60,7 @@ def git_revision() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What else the last bits of a result depend on: processor, its instructions, threads, GPU.
+    """What else a bit-exact result depends on: processor, its instructions, threads, GPU.
 
     Asks torch only when it is loaded already.
     """

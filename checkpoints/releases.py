@@ -1,4 +1,4 @@
-"""Pretrained SAEs that SAELens lists. The only module that needs `sae_lens` to open an SAE."""
+"""Pretrained SAEs that SAELens lists: the only module that imports `sae_lens`."""
 
 import dataclasses
 from typing import Any
@@ -10,6 +10,10 @@ from saesteer.checkpoints.model_files import hub_call, quiet
 from saesteer.checkpoints.sparse_autoencoder import SAE, check_tensors, tensors_sha256
 
 
+class SAELensMissing(UserError):
+    """`sae_lens` cannot be imported."""
+
+
 def load_release(text: str) -> SAE:
     """`RELEASE:ID` through `sae_lens.SAE.from_pretrained`, whose loaders know every release.
 
@@ -17,13 +21,15 @@ def load_release(text: str) -> SAE:
         UserError: sae_lens cannot be imported, or the release cannot be fetched or read.
     """
     release, sae_id = text.split(":", 1)
-    with quiet():
-        sae_lens = _import_sae_lens(text)
-        loaded = hub_call(
-            lambda: sae_lens.SAE.from_pretrained(release, sae_id, device="cpu"),
-            f"`sae` {text}",
-            "give a folder, or a RELEASE:ID from SAELens' list of pretrained SAEs",
-        )
+    try:
+        sae_lens = import_sae_lens()
+    except SAELensMissing as error:
+        raise UserError(f"`sae` {text}: {error}, or give a folder") from error
+    loaded = hub_call(
+        lambda: sae_lens.SAE.from_pretrained(release, sae_id, device="cpu"),
+        f"`sae` {text}",
+        "give a folder, or a RELEASE:ID from SAELens' list of pretrained SAEs",
+    )
     config = loaded.cfg.to_dict()
     config["metadata"] = files.plain(config.get("metadata") or {})
     spec = saelens.spec_from_config(config, text)
@@ -35,14 +41,15 @@ def load_release(text: str) -> SAE:
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
-def _import_sae_lens(text: str) -> Any:
-    try:
-        import sae_lens
-    except Exception as error:  # its own imports break in many ways with other versions around it
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"`sae` {text}: sae_lens, which opens a RELEASE:ID, cannot be imported ({reason}): "
-            "install versions that fit together (pip install -U sae-lens transformer-lens), or "
-            "give a folder"
-        ) from error
+def import_sae_lens() -> Any:
+    """The package, which breaks with other versions of what it imports: SAELensMissing then."""
+    with quiet():
+        try:
+            import sae_lens
+        except Exception as error:  # whatever its own imports raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise SAELensMissing(
+                f"sae_lens cannot be imported ({reason}): install versions that fit together (pip "
+                "install -U sae-lens transformer-lens)"
+            ) from error
     return sae_lens

@@ -1,8 +1,8 @@
-"""What a bit-exact resume needs, saved so that a kill at any moment leaves a state that loads.
+"""The state that a bit-exact resume needs; a kill at any moment leaves one that loads.
 
-`DIR/state/latest.json` points at the newest safetensors file and, under `earlier`, at those before
-it that are kept; each with its SHA-256. The tensors are durable before the pointer moves, and older
-files go only after it moved. The pointer holds a checksum of itself.
+`DIR/state/latest.json` points at the newest safetensors file and, under `earlier`, at the older
+ones that are kept, each with its SHA-256. The tensors are durable before the pointer is replaced,
+and older files are deleted only afterwards. The pointer holds a checksum of itself.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def save_state(
         meta: anything JSON can hold (integers are kept exactly; NaN and infinity become null).
         keep: how many of the newest states stay. The one with the lowest `score` stays as well.
         score: how bad this state is, such as an FVU; None is never the best.
-        first: files that the state relies on, made durable before it.
+        first: files that the state refers to, made durable before it.
         cancelled: asked every few megabytes; once true, `durable.Cancelled` ends the save and the
             state before it stays.
 
@@ -88,7 +88,7 @@ def load_state(
     """The tensors (on the CPU) and the meta of a state in `folder/state`.
 
     When the newest is missing or damaged, an earlier one that is kept takes its place, with a
-    warning: a resumed run only does some steps once more. `"best"` is the state of lowest score.
+    warning: a resumed run then repeats some steps. `"best"` is the state of lowest score.
 
     Raises:
         UserError: there is no state, or its files are missing or damaged.
@@ -135,7 +135,7 @@ def has_state(folder: str | Path) -> bool:
 
 @contextmanager
 def restoring(folder: str | Path) -> Iterator[None]:
-    """Turn whatever a state that does not fit raises inside the block into a `UserError`."""
+    """Turn any error that a state that does not fit causes inside the block into a `UserError`."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -172,7 +172,7 @@ def _entries(place: Path) -> list[dict[str, Any]]:
         if not isinstance(sha256, str) or not isinstance(meta, dict):
             raise wrong
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise UserError(f"{path} names an odd file {name!r}; start again with `force`")
+            raise UserError(f"{path} names {name!r}, no state file; start again with `force`")
         if not isinstance(score, int | float | None) or not isinstance(size, int | None):
             raise wrong
         entries.append(
@@ -182,12 +182,12 @@ def _entries(place: Path) -> list[dict[str, Any]]:
 
 
 def _entries_to_keep(place: Path, keep: int, score: float | None) -> list[dict[str, Any]]:
-    """Of the states there are, those that stay beside one that is saved now with this score."""
+    """The existing states to keep when a new one is saved with this score."""
     if not (place / _POINTER).is_file():
         return []
     try:
         entries = [entry for entry in _entries(place) if (place / entry["file"]).is_file()]
-    except UserError:  # nobody can load from it: the new state takes its place
+    except UserError:  # the old pointer is unreadable: the new state replaces it
         return []
     scored = [entry for entry in entries if entry["score"] is not None]
     best = min(scored, key=lambda entry: entry["score"], default=None)

@@ -46,9 +46,16 @@ def save_sae(
         UserError: shapes that do not fit the spec, values that are not finite, a full disk.
     """
     sae = SAE(
-        spec=spec, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, threshold=threshold,
-        b_mag=b_mag, r_mag=r_mag, W_skip=W_skip,
-    )  # fmt: skip
+        spec=spec,
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        threshold=threshold,
+        b_mag=b_mag,
+        r_mag=r_mag,
+        W_skip=W_skip,
+    )
     return saelens.save(Path(folder), sae)
 
 

@@ -15,17 +15,17 @@ from saesteer.checkpoints.errors import UsageError
 
 Architecture = Literal[
     "topk", "standard", "jumprelu", "gated", "abstopk", "groupmax", "matching_pursuit"
-]  # fmt: skip
+]
 ARCHITECTURES: tuple[str, ...] = get_args(Architecture)
 
 TOPK_FAMILY = ("topk", "abstopk")
 """Architectures that may choose latents in units of their decoder row."""
 
 TOKEN_NORMALIZATIONS = ("layer_norm", "constant_norm_rescale")
-"""Modes that scale each token by a number of its own, and so cannot be folded into weights."""
+"""Modes that scale each token by its own number, so that they cannot be folded into the weights."""
 
-# "expected_average_only_in" scales activations in training only: at inference SAELens does nothing
-# with it, and neither do we.
+# "expected_average_only_in" scales activations in training only; at inference SAELens ignores it,
+# and so do we.
 NORMALIZATIONS = ("none", "expected_average_only_in", *TOKEN_NORMALIZATIONS)
 
 RESHAPES = ("none", "hook_z")
@@ -57,7 +57,7 @@ def hook_name_for(layer: int, site: str) -> str:
 
 
 def parse_hook_name(hook_name: str | None) -> tuple[int | None, str | None]:
-    """Layer and site that a hook name means; None for what it does not say.
+    """The layer and site of a hook name; None for what it does not say.
 
     Understands TransformerLens names ("blocks.12.hook_resid_post") and the module path of a block
     ("model.layers.12", whose output is resid_post). Any other module path is returned as the site.
@@ -90,17 +90,17 @@ class SAESpec:
     apply_b_dec_to_input: bool = False
     """Whether b_dec is subtracted from the input."""
     normalize_activations: str = "none"
-    """One of `NORMALIZATIONS`; the first two mean nothing at inference."""
+    """One of `NORMALIZATIONS`; the first two have no effect at inference."""
     reshape_activations: str = "none"
     """"hook_z" when its input is the outputs of all attention heads, side by side."""
     rescale_acts_by_decoder_norm: bool = False
     """For topk and abstopk: whether latents are chosen, and given, in units of their decoder
     row."""
     residual_threshold: float = 0.0
-    """matching_pursuit: the length of what is left at which no more latents are chosen; 0 is
-    never."""
+    """matching_pursuit: no more latents are chosen once the residual is shorter than this; 0 sets
+    no limit."""
     max_iterations: int | None = None
-    """matching_pursuit: most rounds; None is d_model."""
+    """matching_pursuit: largest number of rounds; None means d_model."""
     stop_on_duplicate_support: bool = True
     """matching_pursuit: stop once a round has chosen no new latent."""
     dtype: str = "float32"
@@ -156,7 +156,9 @@ class SAESpec:
 
     def _check_pursuit(self) -> None:
         if self.d_out is not None:
-            raise UsageError("matching_pursuit reads by its decoder's rows: no transcoder can")
+            raise UsageError(
+                "matching_pursuit reads with its decoder's rows, so d_out must be left out"
+            )
         if not 0 <= self.residual_threshold < math.inf:
             raise UsageError(
                 f"residual_threshold must be a number >= 0, got {self.residual_threshold}"
@@ -181,12 +183,12 @@ class SAESpec:
 
     @property
     def scales_tokens(self) -> bool:
-        """Whether the input is normalised token by token, see `SAE.token_scale`."""
+        """Whether each token of the input is normalised by its own scale, see `SAE.token_scale`."""
         return self.normalize_activations in TOKEN_NORMALIZATIONS
 
     @property
     def reads_alone(self) -> bool:
-        """Whether a latent depends on its own column of W_enc, x and the token's scale alone."""
+        """Whether each latent can be computed alone, from its own column of W_enc."""
         return self.architecture in ("standard", "jumprelu")
 
     @property

@@ -1,7 +1,7 @@
-"""Reading a stranger's tensors: nothing is run, and nothing is believed before it is checked.
+"""Reading files from untrusted sources: no code is run, and nothing is used before it is checked.
 
 Each reader looks at the header first: names, dtypes, shapes and sizes must fit the file on disk
-before memory is taken for a tensor. Every refusal is a one-line `UserError` that names the file.
+before memory is allocated for a tensor. A refusal is a one-line `UserError` that names the file.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import no_key_twice
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 4096
 MAX_AXES = 4
 
-# Float weights hardly shrink when compressed; what grows more than this is no file of weights.
+# Float weights hardly compress; a file that unpacks to more than this many times is not weights.
 _MAX_EXPANSION = 16
 _AGAIN = "download or make it again"
 
@@ -83,9 +85,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of at most 4 MiB in which no key comes twice."""
     with _reading(path):
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; no SAE's config")
+            raise UserError(
+                f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB, too large for a config"
+            )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_key_twice)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({_short(error)}); {_AGAIN}") from error
     if not isinstance(content, dict):
@@ -108,7 +112,7 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
                     f"{path} has a header of {length} bytes, more than {MAX_HEADER_BYTES}; {_AGAIN}"
                 )
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_no_twins)
+                header = json.loads(file.read(length), object_pairs_hook=no_key_twice)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path} has a broken header ({_short(error)}); {_AGAIN}"
@@ -207,7 +211,7 @@ def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[st
         info = TensorInfo(dtype, check_shape(path, name, row.get("shape")))
         span = row.get("data_offsets")
         if not isinstance(span, list) or [type(place) for place in span] != [int, int]:
-            raise UserError(f"{path}: {name} says no place in the file; {_AGAIN}")
+            raise UserError(f"{path}: {name} has wrong data_offsets; {_AGAIN}")
         size = math.prod(info.shape) * _SAFETENSORS_BYTES[info.dtype]
         if not 0 <= span[0] <= span[1] <= room or span[1] - span[0] != size:
             raise UserError(
@@ -246,18 +250,16 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except (
-        zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, OverflowError
-    ) as error:  # fmt: skip
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as error:
         raise UserError(f"{path} is not a whole zip archive ({_short(error)}); {_AGAIN}") from error
-    except zlib_error() as error:
+    except zlib.error as error:
         raise UserError(f"{path} is damaged ({_short(error)}); {_AGAIN}") from error
-
-
-def zlib_error() -> type[Exception]:
-    """The error of broken compressed data."""
-    import zlib
-
-    return zlib.error
 
 
 def _members(path: Path, archive: zipfile.ZipFile, compressed: bool) -> list[zipfile.ZipInfo]:
@@ -277,7 +279,7 @@ def _members(path: Path, archive: zipfile.ZipFile, compressed: bool) -> list[zip
     total, packed = sum(i.file_size for i in members), sum(i.compress_size for i in members)
     # Members that share bytes of the file, or that unpack to far more: a zip bomb.
     if packed > size or total > _MAX_EXPANSION * size + (1 << 20):
-        raise UserError(f"{path} unpacks from {size} to {total} bytes; no file of weights does")
+        raise UserError(f"{path} unpacks from {size} to {total} bytes; refused as a zip bomb")
     return members
 
 
@@ -295,16 +297,7 @@ def _same_as_header(
 ) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
     if shapes != {name: info.shape for name, info in header.items()}:
-        raise UserError(f"{path} means different tensors to different readers: refused")
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin[:60]!r} comes twice")
-    return found
+        raise UserError(f"{path} holds other tensors than its header says: refused")
 
 
 def _short(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Writes activation shards, so that a kill at any moment loses and repeats nothing."""
+"""Writing activation shards such that a kill at any moment loses and repeats nothing."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Part = tuple[int, int]
 
 
 def part_manifest(part: Part) -> str:
-    """The name of a part's manifest; of the only part it is the folder's."""
+    """The name of a part's manifest; a single part has the folder's own manifest."""
     rank, world = part
     return MANIFEST if world == 1 else f"manifest-part-{rank:04d}-of-{world:04d}.json"
 
@@ -32,8 +32,8 @@ def part_manifest(part: Part) -> str:
 def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write the one manifest of a folder that `world` processes have completed, and return it.
 
-    `extra` goes into it as it is. The parts' own manifests are deleted, and what a process that was
-    killed left half written: none of them may write any more.
+    `extra` goes into it as it is. The parts' own manifests and the half-written files of killed
+    processes are deleted, so none of the processes may still be writing.
     """
     folder = Path(folder)
     paths = [folder / part_manifest((rank, world)) for rank in range(world)]
@@ -169,7 +169,7 @@ class ShardWriter:
         for place in self.places:
             below = self.folder / folder_name(*place)
             below.mkdir(exist_ok=True)
-            if world == 1:  # otherwise they may be what another process is writing
+            if world == 1:  # otherwise another process may be writing them
                 files.remove_leftovers(below)
             for path in below.iterdir():
                 found = _SHARD.fullmatch(path.name)
@@ -182,9 +182,9 @@ class ShardWriter:
         return [0, *(int(past["cursor"][key]) for past in self.manifest["history"])]
 
     def go_back(self, key: str, value: int) -> dict[str, Any]:
-        """Forget what was saved after the cursor in which `key` has `value`; returns that cursor.
+        """Drop what was saved after the cursor in which `key` has `value`; returns that cursor.
 
-        The processes of one harvest are killed at different moments: all go back to a place that
+        The processes of one harvest are killed at different moments: all go back to a cursor that
         each of them has saved.
         """
         kept = [past for past in self.manifest["history"] if past["cursor"][key] <= value]
@@ -215,16 +215,6 @@ class ShardWriter:
     def tokens(self) -> int:
         """Tokens added so far, those not yet on disk included."""
         return int(self.manifest["tokens"]) + self._buffered
-
-    @property
-    def tokens_saved(self) -> int:
-        """Tokens in finished shards."""
-        return int(self.manifest["tokens"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether `close` was called on these shards (before a resume, perhaps)."""
-        return bool(self.manifest["complete"])
 
     def add(
         self,
@@ -266,10 +256,10 @@ class ShardWriter:
                     f"activations of {place} have shape {list(acts[place].shape)}, expected "
                     f"{[tokens, d_model]}"
                 )
-            # Page-locked memory is scarce and is not for rows that wait for a shard to fill.
+            # Page-locked memory is scarce: rows that wait for a shard to fill are copied out of it.
             own = copy or acts[place].is_pinned()
             row = acts[place].detach().to(device="cpu", dtype=self._dtype, copy=own)
-            # The extremes are NaN or infinite where anything is; no mask of every value is made.
+            # If any value is NaN or infinite, so is an extreme; this needs no mask of all values.
             if tokens and not bool(torch.isfinite(torch.stack(torch.aminmax(row))).all()):
                 raise NonFiniteError(
                     f"layer {place[0]} {place[1]} has activations that are NaN or infinite in "
@@ -285,7 +275,7 @@ class ShardWriter:
         )
 
     def append(self, rows: Rows, cursor: Mapping[str, Any] | None = None) -> None:
-        """The second half of `add`: takes the rows in, and writes a shard when it is full."""
+        """The second half of `add`: buffers the rows, and writes a shard when it is full."""
         for place, activations in rows.activations.items():
             self._rows[place].append(activations)
         for name, column in rows.columns.items():
@@ -319,7 +309,7 @@ class ShardWriter:
             self._cursor = files.plain(cursor)
 
     def _flush(self, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the buffered tokens and then the manifest; on failure leave no trace of them."""
+        """Write the buffered tokens, then the manifest; a failure leaves neither changed."""
         entries = []
         number = self._next_number()
         try:

@@ -1,17 +1,17 @@
-"""Activation shards: a folder of safetensors files with a manifest that is always true.
+"""Activation shards: a folder of safetensors files with a manifest that always matches them.
 
 `DIR/layer-20/shard-00000.safetensors` (`layer-20-attn_out/` for a site other than resid_post) holds
-`activations [tokens, d_model]` and `token_ids [tokens]` int32, and where they were asked for
-`positions` (int32) and `contexts` (int64) of each row. `DIR/manifest.json` lists only files that
-are whole, together with the caller's cursor (its place in the corpus) just after their last token:
-a killed harvest goes on from there, and no token is lost or written twice.
+`activations [tokens, d_model]` and `token_ids [tokens]` int32 and, on request, the `positions`
+(int32) and `contexts` (int64) of each row. `DIR/manifest.json` lists only files that
+are whole, together with the caller's cursor (its position in the corpus) just after their last
+token: a killed harvest continues from there, and no token is lost or written twice.
 """
 
 import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,8 +26,15 @@ from saesteer.checkpoints.places import Place
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_KEYS = (
-    "schema_version", "model", "layers", "sites", "d_model", "dtype", "tokens", "shards"
-)  # fmt: skip
+    "schema_version",
+    "model",
+    "layers",
+    "sites",
+    "d_model",
+    "dtype",
+    "tokens",
+    "shards",
+)
 
 # What each stored dtype is read as: torch computes nothing in float8, and bfloat16 holds all of it.
 _FLOATS = {
@@ -48,12 +55,12 @@ def folder_name(layer: int, site: str = "resid_post") -> str:
 
 
 class ShardReader:
-    """Activation shards, read lazily: opening checks every header, and loads nothing.
+    """Reads activation shards lazily: opening checks every header and loads no tensor.
 
     Any float dtype is accepted. Tensors that `shard` returns are mapped from the file, so that
-    picking random rows reads only those rows' pages; only where `dtype` is not the file's (float8
-    is read as bfloat16) are they copies. A file's SHA-256 is compared with the manifest's, where
-    that has one, when the file is first read.
+    picking random rows reads only those rows' pages. They are copies only where `dtype` differs
+    from the file's (float8 is read as bfloat16). A file's SHA-256 is compared with the manifest's,
+    where that has one, when the file is first read.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class ShardReader:
         self._sha256: dict[Path, str] = {}
         self._verified: set[Path] = set()
         self.dtype: torch.dtype = torch.float32
-        """Of the activations that `shard` and `rows` return, whatever the files hold."""
+        """Of the activations that `shard` returns, whatever the files hold."""
         self.shard_tokens: list[int] = []
         """Tokens of each shard, in order."""
         self._read_entries()
@@ -97,17 +104,12 @@ class ShardReader:
         """Every (layer, site) stored."""
         return [(layer, site) for layer in self.layers for site in self.sites]
 
-    @property
-    def complete(self) -> bool:
-        """False when the harvest was stopped before its end."""
-        return bool(self.manifest.get("complete", True))
-
     def __len__(self) -> int:
         """How many shards each layer and site has."""
         return len(self.shard_tokens)
 
     def place(self, layer: int | None = None, site: str | None = None) -> Place:
-        """The one stored (layer, site) that fits; either may be left out when it is the only one.
+        """The one stored (layer, site) that fits. Either may be left out when only one is stored.
 
         Raises:
             UserError: none fits, or several do.
@@ -118,16 +120,12 @@ class ShardReader:
             if layer in (None, at) and site in (None, where)
         ]
         if len(fitting) != 1:
-            problem = "has several" if fitting else "does not have the asked"
+            problem = "has more than one matching" if fitting else "has no matching"
             raise UserError(
                 f"{self._what} {problem} layer and site (layers {self.layers}, sites {self.sites}; "
                 f"asked: `layer` {layer}, `site` {site}): give `layer` and `site` from these"
             )
         return fitting[0]
-
-    def folder_for(self, layer: int | None = None, site: str | None = None) -> Path:
-        """The folder with the shards of a layer and site."""
-        return self.folder / folder_name(*self.place(layer, site))
 
     def shard(
         self, index: int, layer: int | None = None, site: str | None = None
@@ -146,7 +144,7 @@ class ShardReader:
             return file.get_tensor("activations").to(self.dtype), file.get_tensor("token_ids")
 
     def columns(self, index: int) -> dict[str, Int[Tensor, " tokens"]]:
-        """What shard `index` stores about its rows beside the activations, by name.
+        """What shard `index` stores about its rows besides the activations, by name.
 
         `token_ids` always; `positions` and `contexts` when the harvest was asked to keep them.
         """
@@ -164,38 +162,6 @@ class ShardReader:
         for place in places:
             with contextlib.suppress(OSError), open(self._files[place][index], "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def iter_shards(
-        self,
-        order: Sequence[int] | None = None,
-        layer: int | None = None,
-        site: str | None = None,
-    ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Int[Tensor, " tokens"]]]:
-        """`(index, activations, token_ids)` of each shard, in `order` (default: as written)."""
-        for index in range(len(self)) if order is None else order:
-            yield (index, *self.shard(index, layer, site))
-
-    def rows(
-        self,
-        indices: Int[Tensor, " rows"],
-        layer: int | None = None,
-        site: str | None = None,
-    ) -> Float[Tensor, "rows d_model"]:
-        """Activations of any tokens, numbered from 0 across all shards, in the order asked."""
-        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < self.tokens):
-            raise IndexError(f"rows must be in 0..{self.tokens - 1}")
-        bounds = torch.tensor([0, *self.shard_tokens]).cumsum(0)
-        shard_of = torch.bucketize(indices, bounds[1:], right=True)
-        picked: Tensor | None = None
-        for index in shard_of.unique().tolist():
-            chosen = (shard_of == index).nonzero().squeeze(1)
-            rows = self.shard(index, layer, site)[0][indices[chosen] - bounds[index]]
-            if picked is None:
-                picked = rows.new_empty(len(indices), self.d_model)
-            picked[chosen] = rows
-        if picked is None:
-            return torch.empty(0, self.d_model, dtype=self.dtype)
-        return picked
 
     def verify(self) -> None:
         """Compare the SHA-256 of every file with the manifest's; `UserError` if one differs."""
@@ -241,7 +207,7 @@ class ShardReader:
         return manifest
 
     def _read_entries(self) -> None:
-        """Match the manifest's files to layers, and check each file's header."""
+        """Assign the manifest's files to layers and sites, and check each file's header."""
         lengths: dict[Place, list[int]] = {place: [] for place in self.places}
         dtypes: set[torch.dtype] = set()
         for entry in self.manifest["shards"]:

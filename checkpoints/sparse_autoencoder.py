@@ -1,4 +1,4 @@
-"""An SAE's weights with the one equation that every format's SAEs are cases of.
+"""An SAE's weights and the general equation of which the SAEs of all formats are special cases.
 
 With `n_i` the norm of row i of `W_dec`:
 
@@ -33,10 +33,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class SAE:
-    """An SAE's weights with the equation that gives them a meaning.
+    """An SAE's weights and what they compute.
 
     Weights of a SAELens file are exactly the file's: nothing is folded or normalised on load. What
-    the reader of another format folded is told in `notes`.
+    the reader of another format folded is listed in `notes`.
     """
 
     spec: SAESpec
@@ -75,7 +75,8 @@ class SAE:
         largest magnitudes with their signs. groupmax applies ReLU and keeps the maximum of each of
         k contiguous groups. gated is 1[u + b_gate > 0] * relu(u * exp(r_mag) + b_mag) with
         u = s W_enc. matching_pursuit takes the latent of the largest product with what is left of
-        s, adds the product to it, takes its part away, and goes on; see `SAESpec` for the end.
+        s, adds the product to that latent, subtracts its contribution from what is left, and
+        repeats; `SAESpec` says when it ends.
         """
         if self.spec.architecture == "matching_pursuit":
             s = self._read(x)
@@ -112,14 +113,14 @@ class SAE:
         """The reconstruction of latent activations, in the SAE's dtype.
 
         `x`, the activations they were encoded from, is needed where the output depends on them
-        beside the latents: token-wise normalisation and skip connections. Raises ValueError when
+        besides the latents: token-wise normalisation and skip connections. Raises ValueError when
         it is missing there.
         """
         acts = latent_acts.to(self.W_dec.dtype)
         if self.spec.rescale_acts_by_decoder_norm:
             acts = acts / self.row_norms()
         out = acts @ self.W_dec + self.b_dec
-        # SAELens gives a transcoder's output no norm back, because the site is another one.
+        # As in SAELens: a transcoder's output is not scaled back, because its site is another one.
         unscaled = self.spec.scales_tokens and not self.spec.is_transcoder
         if x is None:
             if unscaled or self.W_skip is not None:
@@ -137,7 +138,7 @@ class SAE:
         return self.decode(self.encode(x), x)
 
     def token_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        """What each token's latents are multiplied by on the way out; 1 without token norms.
+        """The factor on each token's decoded latents; 1 without token-wise normalisation.
 
         See the function of this name.
         """
@@ -166,9 +167,9 @@ class SAE:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def check(self, what: str) -> "SAE":
-        """Itself, when names, shapes and values fit the spec; `what` begins the error.
+        """Check names, shapes and values against the spec; `what` begins the error. Returns self.
 
-        Raises a `UserError` for the first that does not.
+        Raises a `UserError` for the first that does not fit.
         """
         check_tensors(self.tensors(), self.spec, what)
         return self
@@ -209,7 +210,7 @@ def _pursue(
 
 
 def token_scale(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, "*batch 1"]:
-    """What a normalisation multiplies each token's latents by on the way out; 1 for most.
+    """The factor by which a normalisation multiplies each token's decoded latents; 1 for most.
 
     layer_norm: the standard deviation over d_model; constant_norm_rescale: ||x|| / sqrt(D).
     """
@@ -223,7 +224,7 @@ def token_scale(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, 
 
 
 def token_divisor(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor, "*batch 1"]:
-    """What a normalisation divides each token by on the way in, after layer_norm's centering."""
+    """What a normalisation divides each token's input by, after layer_norm's centering."""
     scale = token_scale(x, kind)
     if kind == "layer_norm":
         return scale + _LAYER_NORM_EPS
@@ -256,7 +257,7 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> No
         if tuple(tensors[name].shape) != shape:
             raise UserError(
                 f"{what}: {name} has shape {list(tensors[name].shape)}, but d_in {spec.d_model} "
-                f"and d_sae {spec.d_sae} ask for {list(shape)}; the config and the weights do not "
+                f"and d_sae {spec.d_sae} need {list(shape)}; the config and the weights do not "
                 "belong together"
             )
         if not bool(torch.isfinite(tensors[name]).all()):
@@ -266,15 +267,15 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> No
         tied = torch.equal(tensors["W_enc"], tensors["W_dec"].T)
         if not (tied and bare) or bool(tensors["b_enc"].any()):
             raise UserError(
-                f"{what}: a matching_pursuit SAE reads by its decoder's rows: W_enc must be W_dec "
-                "turned, b_enc 0, and b_dec 0 unless the input is without it"
+                f"{what}: a matching_pursuit SAE reads by its decoder's rows: W_enc must be the "
+                "transpose of W_dec, b_enc 0, and b_dec 0 unless it is subtracted from the input"
             )
     if spec.architecture == "jumprelu" and bool((tensors["threshold"] < 0).any()):
         _log.warning("%s: some thresholds are negative, which act like 0", what)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, for SAEs that are no single file."""
+    """SHA-256 over names, dtypes, shapes and bytes, for SAEs that are not one file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""States saved beside the run: it stands still while they are copied, not while they are written.
+"""Saving states in the background: the run waits while they are copied, not while they are written.
 
-One thread writes at a time. A save that comes while another is written, or so soon that copying
-would cost more than a hundredth of the run's time, is put off: `ready` says so.
+One thread writes at a time. `ready` says whether a periodic save may start: not while another is
+being written, nor so soon that copying would take more than a hundredth of the run's time.
 """
 
 import threading
@@ -27,8 +27,8 @@ class StateSaver:
     """Saves the states of one run in `folder/state`, as `run_state.save_state` does.
 
     A context manager: leaving it waits for the last write, except when the block was interrupted
-    (Ctrl-C twice, exit), where the write is given up and the state before it stays. All methods are
-    for one thread.
+    (Ctrl-C twice, exit): then the write is cancelled and the state before it stays. Call all
+    methods from one thread.
 
     Args:
         folder: the run's.
@@ -41,7 +41,7 @@ class StateSaver:
         self.saved = 0
         """States on disk since the start."""
         self.blocked_seconds = 0.0
-        """How long the run stood still in `save`, `save_now` and `wait`."""
+        """How long the run waited in `save`, `save_now` and `wait`."""
         self._cost = 0.0
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -90,9 +90,9 @@ class StateSaver:
         score: float | None = None,
         first: Sequence[Path] = (),
     ) -> None:
-        """Write a state and return when it is durable; an older one still being written gives way.
+        """Write a state and return when it is durable; cancels an older one that is being written.
 
-        For a run that ends here: takes the time of one write and no memory.
+        For a run that ends here: takes the time of one write, and copies nothing.
         """
         started = time.monotonic()
         try:
@@ -147,7 +147,7 @@ class StateSaver:
             raise failure
 
     def _stop_writing(self) -> None:
-        """End the write in flight; whatever it failed with, a newer state comes now, or none."""
+        """Cancel a write in progress and forget its error: a newer state follows, or none."""
         if self._thread is not None:
             self._give_up.set()
             self._thread.join()

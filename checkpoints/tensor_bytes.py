@@ -1,8 +1,8 @@
 """Tensors as the bytes of a safetensors file, piece by piece.
 
-The library's own writer builds or copies the whole file in one call that other threads wait for.
-These pieces go out one tensor at a time, so that a background save leaves the run its time, and a
-checksum costs no second reading. The bytes are those that the library writes.
+The writer of safetensors itself builds or copies the whole file in one call, during which other
+threads wait. Here the bytes come one tensor at a time, so that a background save does not stop the
+run, and a checksum needs no second reading. The bytes are the same as those of safetensors.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# In the order of the library, which puts the last first: wide types lead, so all are aligned.
+# safetensors writes the last of these first: wide types lead, so that all data is aligned.
 _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",

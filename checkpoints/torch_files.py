@@ -10,7 +10,7 @@ for each storage. A pickle is a program, and three things keep it harmless here,
    itself believes them;
 3. `torch.load(..., weights_only=True)` then reads the numbers.
 
-There is no way around this that a flag could open.
+No setting turns these checks off.
 """
 
 import io
@@ -132,7 +132,7 @@ def describe_pt(path: Path) -> dict[Any, Any]:
         content = _Describer(path, program, sizes).load()
     except UserError:
         raise
-    except Exception as error:  # an unpickler fails in as many ways as a program can
+    except Exception as error:  # a pickle is a program and may raise anything
         raise UserError(
             f"{path} does not hold plain tensors ({safe_reading._short(error)}): refused"
         ) from error
@@ -149,7 +149,7 @@ def describe_pt(path: Path) -> dict[Any, Any]:
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it says more than yes or no of an archive over several disks
+    except zipfile.BadZipFile:  # raised for an archive split over several disks
         return False
 
 
@@ -173,7 +173,9 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, dict[str, int]]
     if len(programs) != 1:
         raise UserError(f"{path} is a zip archive, but not one that torch.save wrote")
     if programs[0].file_size > MAX_PICKLE_BYTES:
-        raise UserError(f"{path} holds a pickle of {programs[0].file_size} bytes; no SAE's is")
+        raise UserError(
+            f"{path} holds a pickle of {programs[0].file_size} bytes, too large for an SAE: refused"
+        )
     top = programs[0].filename.removesuffix("data.pkl") + "data/"
     sizes = {
         info.filename.removeprefix(top): info.file_size
@@ -258,10 +260,10 @@ def _plain(path: Path, value: Any, found: list[TensorInfo], left: list[int], dep
 
 
 def _owned(path: Path, described: Any, loaded: Any) -> Any:
-    """What was loaded, where it is what was described."""
+    """The loaded value, after a check that it fits its description."""
     if isinstance(described, TensorInfo):
         if not isinstance(loaded, torch.Tensor) or tuple(loaded.shape) != described.shape:
-            raise UserError(f"{path} means different tensors to different readers: refused")
+            raise UserError(f"{path} holds other tensors than its pickle says: refused")
         return loaded.detach()
     if isinstance(described, dict) and isinstance(loaded, dict):
         return {key: _owned(path, item, dict.get(loaded, key)) for key, item in described.items()}

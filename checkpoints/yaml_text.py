@@ -1,4 +1,4 @@
-"""YAML that strangers wrote: plain values in bounded time, or one kind of error."""
+"""Reading untrusted YAML: plain values in bounded time, or a `yaml.YAMLError`."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ def parse_yaml(
 ) -> Any:
     """The plain values that a YAML text holds; `loader` is `yaml.SafeLoader` unless given.
 
-    Besides what is no YAML, refuses values that contain themselves or, written out in full, would
-    be more than a million: a few lines of aliases can stand for more than a memory holds.
+    Also refuses values that contain themselves, and documents whose aliases expand to more than a
+    million values: a few lines of aliases can expand to more than fits in memory.
 
     Raises:
-        yaml.YAMLError: whatever is wrong with it.
+        yaml.YAMLError: it is not valid YAML, or is refused as above.
     """
     if len(text) > _MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text)} characters, at most {_MOST_CHARACTERS} are read")
@@ -34,7 +34,7 @@ def parse_yaml(
 
 
 def _written_out(value: Any, known: dict[int, int], above: set[int]) -> int:
-    """How many values there are when every alias is replaced by what it stands for."""
+    """How many values there are when every alias is expanded."""
     if not isinstance(value, dict | list | set | tuple):
         return 1
     if id(value) in above:

@@ -2,8 +2,8 @@
 `write`.
 
 `read(place)` gives an `SAE` that computes what the format's own code computes. `write(folder, sae)`
-first brings an SAE into the shape that the format can say, by the identities of
-`saesteer.checkpoints.folds`, and refuses what it cannot.
+first rewrites an SAE into the form that the format can express, by the identities of
+`saesteer.checkpoints.folds`, and refuses one that it cannot express.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which format a folder or file is: by file names, then by the names of the tensors in a header.
+"""Finds the format of a folder or file by file names and by the tensor names in its header.
 
 No tensor is loaded here.
 """
@@ -21,7 +21,7 @@ from saesteer.checkpoints.formats.sae_files import SAEFiles
 from saesteer.checkpoints.safe_reading import TensorInfo
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
-# Files that lie beside an SAE and are none.
+# Files that lie next to an SAE but are not one.
 _COMPANIONS = {
     "sparsity.safetensors", "activation_whitening.safetensors",
     "activations_store_state.safetensors", "trainer_state.pt", "plan.safetensors", "state.pt",
@@ -51,9 +51,11 @@ def detect(path: Path, source: str) -> tuple[str, SAEFiles]:
     else:
         # A file in Llama Scope's `checkpoints` belongs to the folder above.
         up = path.parent.name == "checkpoints" and path.parent.parent / llama_scope.HYPERPARAMS
-        path, name = (path.parent.parent, _LLAMA_WEIGHTS) if up and up.is_file() else (
-            path.parent, path.name
-        )  # fmt: skip
+        path, name = (
+            (path.parent.parent, _LLAMA_WEIGHTS)
+            if up and up.is_file()
+            else (path.parent, path.name)
+        )
         candidates = [name]
     found: list[tuple[str, SAEFiles]] = []
     problems: list[UserError] = []
@@ -95,7 +97,7 @@ def _candidates(folder: Path) -> list[str]:
 
 
 def _format(place: SAEFiles) -> str | None:
-    """The format of one weights file; None when its tensors are no SAE's that we know."""
+    """The format of one weights file; None when its tensors are not those of a format we know."""
     path = place.weights_file()
     if path.suffix == ".npz":
         names = {name.lower() for name in safe_reading.npz_header(path)}
@@ -159,7 +161,7 @@ def _torch(place: SAEFiles) -> str | None:
 
 
 def _nothing(folder: Path, candidates: list[str]) -> str:
-    """What to say of a folder without an SAE: where there are some, if below."""
+    """What to say of a folder without an SAE; names its sub-folders that may hold some."""
     below = []
     for _, entry in zip(range(_MOST_NAMES), sorted(folder.iterdir()), strict=False):
         if entry.is_dir() and not entry.is_symlink() and _candidates(entry):
@@ -168,7 +170,7 @@ def _nothing(folder: Path, candidates: list[str]) -> str:
         names = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
         return f"holds no SAE itself, but its folders may ({names}): give one of them"
     if candidates:
-        return f"holds {candidates[0]}, whose tensors are no SAE's"
+        return f"holds {candidates[0]}, whose tensors are not those of an SAE"
     needed = (saelens.CFG, saelens.WEIGHTS)
     missing = [name for name in needed if not (folder / name).exists()]
     return f"holds no {' and no '.join(missing)}"

@@ -1,7 +1,7 @@
 """dictionary_learning: `ae.pt`, a state dict, and `config.json`.
 
-Saved biases and thresholds are in raw units, so nothing is folded: `x / norm` was trained on, and
-saving multiplied every bias by that norm.
+Training ran on `x / norm`, and saving multiplied every bias and threshold by that norm: they are in
+raw units, so nothing is folded here.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ def read(name: str, place: SAEFiles) -> SAE:
     scale = 1.0
     if isinstance(content.get("ae"), dict):
         scale = number(place, content, "norm_factor") if content.get("norm_factor") else 1.0
-        notes.append(f"a backup in the midst of training: biases times its norm_factor {scale:.6g}")
+        notes.append(f"a backup made during training: biases times its norm_factor {scale:.6g}")
         content = content["ae"]
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     config = place.config(CFG, optional=True)
@@ -126,22 +126,22 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
         )
     if spec.scales_tokens or spec.centers_input or spec.reshape_activations != "none":
         raise UserError(
-            "dictionary_learning cannot say what this SAE does to its input "
+            "dictionary_learning cannot express what this SAE does to its input "
             f"(normalize_activations {spec.normalize_activations}, reshape_activations "
             f"{spec.reshape_activations}): use another `format`"
         )
     notes = []
     if spec.rescale_acts_by_decoder_norm:
         sae = folds.fold_decoder_norms(sae)
-        notes.append("decoder rows were normalised, so that latents can be chosen without them")
+        notes.append("decoder rows were normalised, so that their lengths no longer matter")
     kind = _OUR_CLASS[spec.architecture]
     wants_input_bias = kind != "JumpReluAutoEncoder"
     if wants_input_bias and not spec.apply_b_dec_to_input:
         sae = folds.unfold_input_bias(sae)
-        notes.append(f"{kind} subtracts b_dec from the input: b_enc makes up for it")
+        notes.append(f"{kind} subtracts b_dec from the input: b_enc was changed to make up for it")
     if not wants_input_bias and spec.apply_b_dec_to_input:
         sae = folds.fold_input_bias(sae)
-        notes.append(f"{kind} leaves the input alone: b_dec was folded into b_enc")
+        notes.append(f"{kind} does not subtract b_dec from the input: b_dec was folded into b_enc")
     if kind == "AutoEncoder":
         notes.append(
             "AutoEncoder.from_pretrained scales decoder rows to 1 unless normalize_decoder=False"
@@ -185,16 +185,20 @@ def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[st
         what = f"fit {' and '.join(fitting)}" if fitting else "fit none of its classes"
         raise UserError(
             f"`sae` {place.source} has no {CFG} with a dict_class, and its tensors {what}: put the "
-            "trainer's config.json beside the file"
+            "trainer's config.json next to the file"
         )
     return fitting[0]
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {
-        "encoder.bias": "b_enc", "gate_bias": "b_enc", "mag_bias": "b_mag",
-        "bias": "b_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec",
-    }  # fmt: skip
+        "encoder.bias": "b_enc",
+        "gate_bias": "b_enc",
+        "mag_bias": "b_mag",
+        "bias": "b_dec",
+        "decoder.bias": "b_dec",
+        "decoder_bias": "b_dec",
+    }
     found = {names.get(key, key): tensor for key, tensor in tensors.items()}
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
         if theirs in found:
@@ -212,14 +216,13 @@ def _activation(
 ) -> tuple[str, int | None]:
     """The architecture and k; makes a threshold for each latent where there is one for all."""
     if kind == "AutoEncoderTopK":
-        renamed.pop("threshold")  # for another way to encode, which nothing here uses
+        renamed.pop("threshold")  # for threshold encoding, which is not used here
         return "topk", int(scalar(place, counts, "k"))
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = scalar(place, renamed, "threshold")
         if threshold < 0:
             notes.append(
-                f"its threshold is {threshold:g}, which means never set: it is a plain ReLU, "
-                "not a BatchTopK"
+                f"its threshold is {threshold:g}, which means never set: read as a plain ReLU"
             )
             renamed.pop("threshold")
             return "standard", None
@@ -234,16 +237,22 @@ def _their_names(sae: SAE, kind: str) -> dict[str, Tensor]:
     if kind == "JumpReluAutoEncoder":
         assert sae.threshold is not None
         return {
-            "W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec,
+            "W_enc": sae.W_enc,
+            "b_enc": sae.b_enc,
+            "W_dec": sae.W_dec,
+            "b_dec": sae.b_dec,
             "threshold": sae.threshold,
-        }  # fmt: skip
+        }
     linear = {"encoder.weight": sae.W_enc.T, "decoder.weight": sae.W_dec.T}
     if kind == "GatedAutoEncoder":
         assert sae.r_mag is not None and sae.b_mag is not None
         return {
-            **linear, "decoder_bias": sae.b_dec, "r_mag": sae.r_mag, "gate_bias": sae.b_enc,
+            **linear,
+            "decoder_bias": sae.b_dec,
+            "r_mag": sae.r_mag,
+            "gate_bias": sae.b_enc,
             "mag_bias": sae.b_mag,
-        }  # fmt: skip
+        }
     bias = "bias" if kind == "AutoEncoder" else "b_dec"
     return {**linear, "encoder.bias": sae.b_enc, bias: sae.b_dec}
 

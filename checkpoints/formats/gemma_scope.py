@@ -1,6 +1,6 @@
 """Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`): JumpReLU SAEs and transcoders.
 
-The first says width, layer and site in its path alone; the second has a `config.json` too, mostly.
+Version 1 gives width, layer and site only in its path; version 2 usually has a `config.json` too.
 """
 
 import re
@@ -35,7 +35,7 @@ _NEEDED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """jumprelu; b_dec stays out of the input; no normalisation."""
+    """jumprelu; b_dec is not subtracted from the input; no normalisation."""
     where = place.folder.resolve().as_posix()
     first = name == "gemma-scope"
     path = place.weights_file()

@@ -1,7 +1,7 @@
-"""Plain ReLU SAEs kept as one `.pt` of linear layers, which say no more than their tensors.
+"""Plain ReLU SAEs kept as one `.pt` of linear layers, with nothing in it but the tensors.
 
 Goodfire (`encoder_linear.weight`), DeepSeek-R1 8B (`encoder.weight`, `decoder.bias`), and the GPT-2
-attention SAEs (`W_enc`, with `NAME_cfg.json` beside `NAME.pt`), which read heads side by side.
+attention SAEs (`W_enc`, with `NAME_cfg.json` next to `NAME.pt`), which read the concatenated heads.
 """
 
 import re
@@ -28,7 +28,7 @@ _PREFIXES = {
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """ReLU; b_dec stays out of the input, but for GPT-2's attention."""
+    """ReLU; b_dec is not subtracted from the input, except for GPT-2's attention."""
     content = torch_files.read_pt(place.weights_file())
     raw = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if name == "gpt2-attention":
@@ -65,7 +65,7 @@ def read(name: str, place: SAEFiles) -> SAE:
 
 
 def _site(name: str, place: SAEFiles) -> tuple[str, str, list[str]]:
-    """Hook and model from the file's name, or from the config beside it."""
+    """Hook and model from the file's name, or from the config next to it."""
     if name == "gpt2-attention":
         config = place.config(re.sub(r"\.pt$", "", place.weights) + "_cfg.json", optional=True)
         return text(config, "act_name"), "gpt2" if config else "", []
@@ -74,5 +74,5 @@ def _site(name: str, place: SAEFiles) -> tuple[str, str, list[str]]:
     model = f"meta-llama/{named.group(1)}" if named else ""
     if not layer:
         return "", model, []
-    note = f"layer {layer.group(1)} and resid_post are read off the file's name"
+    note = f"layer {layer.group(1)} and resid_post are taken from the file's name"
     return f"blocks.{layer.group(1)}.hook_resid_post", model, [note]

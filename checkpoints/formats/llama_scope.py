@@ -32,7 +32,7 @@ _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """jumprelu; b_dec stays out of the input."""
+    """jumprelu; b_dec is not subtracted from the input."""
     first = name == "llama-scope"
     config = place.config(HYPERPARAMS if first else CFG)
     tensors = safe_reading.read_safetensors(place.weights_file())

@@ -28,7 +28,7 @@ _NO_SITE = "the file names no layer or site: give `layer` and `site`"
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """b_dec is subtracted from the (normalised) input; a tied decoder is the encoder turned."""
+    """b_dec is subtracted from the (normalised) input; a tied decoder is the transposed encoder."""
     content = torch_files.read_pt(place.weights_file())
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     needed = ("pre_bias", "encoder.weight", "latent_bias")
@@ -41,7 +41,7 @@ def read(name: str, place: SAEFiles) -> SAE:
         weights["decoder.weight"].T if "decoder.weight" in weights else weights["encoder.weight"]
     )
     if _TIED in weights and not bool((weights[_TIED] == weights["encoder.weight"]).all()):
-        raise UserError(f"`sae` {place.source}: {_TIED} is not the encoder's weight, as a tied one")
+        raise UserError(f"`sae` {place.source}: {_TIED} differs from the encoder's weight")
     state = content.get("activation_state_dict")
     activation = content.get("activation", "ReLU")
     if activation not in ("ReLU", "TopK"):

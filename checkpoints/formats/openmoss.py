@@ -73,8 +73,11 @@ def read(name: str, place: SAEFiles) -> SAE:
         notes.append("folded the decoder's row norms, by which latents were chosen")
     wide["W_D"], wide["b_D"] = wide["W_D"] / f_out, wide["b_D"] / f_out
     tensors = {
-        "W_enc": wide["W_E"], "b_enc": wide["b_E"], "W_dec": wide["W_D"], "b_dec": wide["b_D"]
-    }  # fmt: skip
+        "W_enc": wide["W_E"],
+        "b_enc": wide["b_E"],
+        "W_dec": wide["W_D"],
+        "b_dec": wide["b_D"],
+    }
     if architecture == "jumprelu":
         if _THRESHOLD not in raw:
             raise UserError(f"`sae` {place.source} is jumprelu and lacks {_THRESHOLD}")

@@ -1,4 +1,4 @@
-"""Qwen Scope: `layerN.sae.pt` with both matrices turned; k stands in the repository's name."""
+"""Qwen Scope: `layerN.sae.pt` with both matrices transposed; k is in the repository's name."""
 
 import re
 
@@ -19,7 +19,7 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """topk; b_dec stays out of the input."""
+    """topk; b_dec is not subtracted from the input."""
     content = torch_files.read_pt(place.weights_file())
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     exactly(place, tensors, ("W_enc", "b_enc", "W_dec", "b_dec"))

@@ -1,4 +1,4 @@
-"""Where an SAE's files lie, and the checks that every reader makes on what it finds there."""
+"""Where an SAE's files lie, and the checks that all readers share."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -55,12 +55,12 @@ def finish(
     tensors: Mapping[str, Tensor],
     notes: Iterable[str] = (),
 ) -> SAE:
-    """The SAE from what a reader made of its files, in the spec's dtype and checked.
+    """The SAE of a spec and tensors that a reader made, in the spec's dtype and checked.
 
     Raises UserError for tensors that do not fit the spec, or hold NaN or infinity.
     """
     kind = DTYPES[spec.dtype]
-    # Before they become fields of an SAE, whose names they must be.
+    # Checked first, because SAE(**tensors) would fail on a wrong name.
     check_tensors(tensors, spec, f"`sae` {place.source}")
     sae = SAE(
         spec=spec,
@@ -74,7 +74,7 @@ def finish(
 
 
 def spec_or_error(place: SAEFiles, **fields: Any) -> SAESpec:
-    """`SAESpec(**fields)`; values that cannot be raise a UserError that names the source."""
+    """`SAESpec(**fields)`; impossible values raise a UserError that names the source."""
     try:
         return SAESpec(**fields)
     except (UsageError, ValueError, TypeError, OverflowError) as error:

@@ -1,12 +1,12 @@
-"""SAELens: `cfg.json` and `sae_weights.safetensors`, from before version 6 and since.
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, of version 6 and of older ones.
 
 Also our own format, which is the same layout with more architectures: a transcoder's name ends in
 `_transcoder`, and `_skip` comes before it when there is a skip connection, as SAELens names the
 ones that it has ("transcoder", "skip_transcoder", "jumprelu_skip_transcoder").
 """
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from saesteer.checkpoints.formats.sae_files import (
 )
 from saesteer.checkpoints.sae_spec import ARCHITECTURES, DTYPES, TOPK_FAMILY, SAESpec
 from saesteer.checkpoints.sparse_autoencoder import SAE, check_tensors
+from saesteer.checkpoints.strict_fields import read_fields
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -67,14 +68,14 @@ def read(name: str, place: SAEFiles) -> SAE:
 def from_parts(
     name: str, place: SAEFiles, config: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
 ) -> SAE:
-    """The SAE of a config in the manner of SAELens 6 and the tensors beside it."""
+    """The SAE of a config as SAELens 6 writes it and its tensors."""
     all_float(place, tensors)
     spec = spec_from_config(config, place.source)
     return finish(place, name, spec, own_names(tensors, spec, place.source), notes)
 
 
 def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """A config as SAELens 6 writes it, made of an older one the way SAELens does it; and notes."""
+    """The config as SAELens 6 writes it (an older one is converted as SAELens does), and notes."""
     metadata = config.get("metadata")
     version = config.get("sae_lens_version")
     if not version and isinstance(metadata, dict):
@@ -110,83 +111,74 @@ def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], 
     return new, [f"cfg.json is from SAELens {version or 'before 6'}, read by its older rules"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """What is read of a cfg.json; the defaults are those of SAELens."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    dtype: str
+    d_out: int | None = None
+    k: int | None = None
+    apply_b_dec_to_input: bool | None = None
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+    rescale_acts_by_decoder_norm: bool = False
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = None
+    stop_on_duplicate_support: bool = True
+
+
 def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     """The spec of a config as SAELens 6 writes it. Raises UserError for what cannot be."""
-    place = SAEFiles(Path(), WEIGHTS, source)
-    named = config.get("architecture")
-    for key in ("normalize_activations", "reshape_activations", "dtype"):
-        if not isinstance(config.get(key) or "", str):
-            raise UserError(
-                f"`sae` {source}: {CFG} is wrong: {key} must be a text, got {config[key]!r:.60}"
-            )
-    if not isinstance(named, str):
-        named = f"{named!r:.60}"
-    if named in BATCH_TOPK:
-        named = "jumprelu"
+    known = [field.name for field in fields(_Config)]
+    given = {key: config[key] for key in known if config.get(key) is not None}
+    for key, value in given.items():
+        if isinstance(value, float) and value.is_integer() and key != "residual_threshold":
+            given[key] = int(value)
+    read = read_fields(_Config, given, f"`sae` {source}: {CFG}")
+    named = "jumprelu" if read.architecture in BATCH_TOPK else read.architecture
     if named in _REFUSED:
         raise UserError(
             f"`sae` {source} has architecture {named!r}, which {_REFUSED[named]} and is not "
             "read: choose another SAE"
         )
-    architecture, transcoder = _base(str(named))
+    architecture, transcoder = _base(named)
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"`sae` {source} has architecture {named!r}; we read {', '.join(ARCHITECTURES)} and "
-            "their transcoders: choose another SAE"
+            f"`sae` {source} has architecture {named!r:.60}; we read {', '.join(ARCHITECTURES)} "
+            "and their transcoders: choose another SAE"
         )
-    absent = [key for key in ("d_in", "d_sae", "dtype") if key not in config]
-    if transcoder and "d_out" not in config:
-        absent.append("d_out")
-    if absent:
-        raise UserError(f"`sae` {source}: {CFG} lacks {', '.join(absent)}; restore the file")
+    if transcoder and read.d_out is None:
+        raise UserError(f"`sae` {source}: {CFG}: key 'd_out' is missing; a transcoder has one")
+    pursuit = {}
+    if architecture == "matching_pursuit":
+        names = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+        pursuit = {name: getattr(read, name) for name in names}
     metadata = dict(config["metadata"])
-    normalization = config.get("normalize_activations") or "none"
-    if normalization == "covariance_whitening":
-        normalization = "none"  # in training only, as the average norm is
-    counted = architecture in (*TOPK_FAMILY, "groupmax")
-    whole = {"d_model": config["d_in"], "d_sae": config["d_sae"]}
-    whole |= {"d_out": config["d_out"]} if transcoder else {}
-    whole |= {"k": config["k"]} if counted and config.get("k") is not None else {}
-    pursuit = _pursuit(config, source) if architecture == "matching_pursuit" else {}
-    if pursuit.get("max_iterations") is not None:
-        whole["max_iterations"] = pursuit.pop("max_iterations")
-    for key, value in whole.items():
-        whole_float = isinstance(value, float) and value.is_integer()
-        if isinstance(value, bool) or not (isinstance(value, int) or whole_float):
-            raise UserError(
-                f"`sae` {source}: {CFG} is wrong: {key} must be a whole number, got {value!r:.60}"
-            )
+    own_input = read.apply_b_dec_to_input
+    # Whitening happens in training only, as the average norm does.
+    whitened = read.normalize_activations == "covariance_whitening"
     return spec_or_error(
-        place,
+        SAEFiles(Path(), WEIGHTS, source),
         architecture=architecture,
-        **{key: int(value) for key, value in whole.items()},
+        d_model=read.d_in,
+        d_sae=read.d_sae,
+        d_out=read.d_out if transcoder else None,
+        k=read.k if architecture in (*TOPK_FAMILY, "groupmax") else None,
         **pursuit,
-        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", not transcoder)),
-        normalize_activations=normalization,
-        reshape_activations=config.get("reshape_activations") or "none",
+        apply_b_dec_to_input=not transcoder if own_input is None else own_input,
+        normalize_activations="none" if whitened else read.normalize_activations,
+        reshape_activations=read.reshape_activations,
         rescale_acts_by_decoder_norm=architecture in TOPK_FAMILY
-        and bool(config.get("rescale_acts_by_decoder_norm", False)),
-        dtype=str(config["dtype"]).removeprefix("torch."),
+        and read.rescale_acts_by_decoder_norm,
+        dtype=read.dtype.removeprefix("torch."),
         hook_name=_popped(metadata, "hook_name"),
         hf_hook_name=_popped(metadata, "hf_hook_name"),
         model_name=_popped(metadata, "model_name"),
         metadata=metadata,
     )
-
-
-def _pursuit(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """When a matching pursuit ends; SAELens' defaults where the file does not say."""
-    threshold = config.get("residual_threshold", 1e-2)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise UserError(
-            f"`sae` {source}: {CFG} is wrong: residual_threshold must be a number, got "
-            f"{threshold!r:.60}"
-        )
-    return {
-        "residual_threshold": float(threshold) if abs(threshold) < 1e300 else math.inf,
-        "max_iterations": config.get("max_iterations"),
-        "stop_on_duplicate_support": bool(config.get("stop_on_duplicate_support", True)),
-    }
 
 
 def own_names(tensors: Mapping[str, Tensor], spec: SAESpec, source: str) -> dict[str, Tensor]:
@@ -287,7 +279,7 @@ def save(folder: Path, sae: SAE) -> str:
 
 
 def _base(name: str) -> tuple[str, bool]:
-    """("jumprelu", True) of "jumprelu_skip_transcoder"; "standard" goes without saying there."""
+    """("jumprelu", True) of "jumprelu_skip_transcoder"; without a name it is "standard"."""
     if name == "transcoder":
         return "standard", True
     transcoder = name.endswith("_transcoder")

@@ -1,8 +1,8 @@
-"""SAELens training checkpoints: weights that still want scaled activations.
+"""SAELens training checkpoints: weights that still expect scaled activations.
 
-Beside `cfg.json` and `sae_weights.safetensors` lie `activation_scaler.json` and, for whitening,
+Next to `cfg.json` and `sae_weights.safetensors` lie `activation_scaler.json` and, for whitening,
 `activation_whitening.safetensors`. What SAELens folds at the end of training is folded here, so
-that a checkpoint reads raw activations like a finished SAE. Pickles in the folder stay unread.
+that a checkpoint reads raw activations like a finished SAE. Pickles in the folder are not read.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def read(name: str, place: SAEFiles) -> SAE:
     trained_as = config.get("architecture")
     details = _details(config)
     if threshold is not None:
-        # A jumprelu once its rows are normalised; topk until then, for the fold's sake.
+        # It becomes a jumprelu once its rows are normalised; folding them needs topk until then.
         config = {**config, "architecture": "topk", "k": 1}
     sae = saelens.from_parts(name, place, config, tensors, notes)
     scaler = place.config(SCALER, optional=True)

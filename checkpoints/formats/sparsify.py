@@ -77,7 +77,7 @@ def read(name: str, place: SAEFiles) -> SAE:
 def write(name: str, sae: SAE, folder: Path) -> SAE:
     """Write what `sparsify.SparseCoder.load_from_disk` opens.
 
-    Raises UserError for what it has no words for: other activations than topk and groupmax,
+    Raises UserError for what the format cannot express: other activations than topk and groupmax,
     token-wise norms, centered input, an output of another width.
     """
     spec = sae.spec
@@ -92,14 +92,14 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
         (spec.is_transcoder and spec.d_out != spec.d_model, "an output of another width"),
     ):
         if wrong:
-            raise UserError(f"sparsify cannot say {what}: use another `format`")
+            raise UserError(f"sparsify has no {what}: use another `format`")
     notes = []
     if spec.rescale_acts_by_decoder_norm:
         sae = folds.fold_decoder_norms(sae)
-        notes.append("decoder rows were normalised, so that latents can be chosen without them")
+        notes.append("decoder rows were normalised, so that their lengths no longer matter")
     if not spec.is_transcoder and not spec.apply_b_dec_to_input:
         sae = folds.unfold_input_bias(sae)
-        notes.append("sparsify subtracts b_dec from the input: b_enc makes up for it")
+        notes.append("sparsify subtracts b_dec from the input: b_enc was changed to make up for it")
     spec = sae.spec
     facts = (spec.metadata.get("saesteer") or {}).get("sparsify") or {}
     config: dict[str, Any] = {
@@ -115,9 +115,11 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
         "d_in": spec.d_model,
     }
     tensors = {
-        "encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc,
-        "W_dec": sae.W_dec, "b_dec": sae.b_dec,
-    }  # fmt: skip
+        "encoder.weight": sae.W_enc.T,
+        "encoder.bias": sae.b_enc,
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b_dec,
+    }
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
-"""ReLU transcoders of one file per layer, `layer_N.safetensors` with the encoder turned, beside a
-`wandb-config.yaml` (or `wanb-config.yaml`, as some are called) and a `config.yaml`."""
+"""ReLU transcoders, one file per layer: `layer_N.safetensors` with the encoder transposed.
+
+Next to it lie a `wandb-config.yaml` (some call it `wanb-config.yaml`) and a `config.yaml`.
+"""
 
 import re
 from typing import Any
@@ -26,12 +28,12 @@ _MODEL = "config.yaml"
 
 
 def is_here(place: SAEFiles) -> bool:
-    """Whether one of their configs lies beside the weights."""
+    """Whether one of their configs lies next to the weights."""
     return any(place.has(name) for name in CONFIGS)
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """A transcoder from the MLP's input to its output, by the convention of the file's name."""
+    """A transcoder from the MLP's input to its output; the file's name gives the layer."""
     tensors = safe_reading.read_safetensors(place.weights_file())
     exactly(place, tensors, ("W_enc", "b_enc", "W_dec", "b_dec"))
     all_float(place, tensors)

@@ -142,7 +142,7 @@ def test_a_run_of_several(tmp_path: Path) -> None:
     done = push(run, str(tmp_path / "shared"))
     assert list(done["saes"]) == ["layer-1_k-2", "layer-2_k-2"]
     assert from_pretrained(tmp_path / "shared", "layer-2_k-2").spec.layer == 2
-    with pytest.raises(UsageError, match="`id` is for one SAE"):
+    with pytest.raises(UsageError, match="an id is for one SAE"):
         push(run, str(tmp_path / "shared"), sae_id="a")
 
 
@@ -160,9 +160,9 @@ def test_replaced_weights_are_noticed(sae: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../sae", "/etc", "a/../b", ".", "", "a//b", "a b", "-x"])
 def test_ids_stay_inside(sae: Path, tmp_path: Path, name: str) -> None:
     if name:  # an empty one stands for the default
-        with pytest.raises(UsageError, match="`id` must be a name"):
+        with pytest.raises(UsageError, match="id must be a name"):
             push(sae, str(tmp_path / "shared"), sae_id=name)
-    with pytest.raises(UsageError, match="`id` must be a name"):
+    with pytest.raises(UsageError, match="id must be a name"):
         from_pretrained(tmp_path, name)
 
 
@@ -174,7 +174,7 @@ def test_an_index_of_another_shape(sae: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="saes.json is not"):
             from_pretrained(shared)
     (shared / "saes.json").write_text('{"saes": {"../sae": {}}}')
-    with pytest.raises(UserError, match="`id` must be"):
+    with pytest.raises(UserError, match="id must be"):
         from_pretrained(shared)
     (shared / "saes.json").unlink()
     assert from_pretrained(shared, HOOK).spec.d_sae == 8

@@ -1,5 +1,6 @@
 """Finding a model's files: the cache, folders, unknown names, and the default alias."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -67,12 +68,23 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     assert "is a file, not a model" in refused(tmp_path / "notes.txt")
 
 
-def test_quiet_silences_and_restores(capfd: pytest.CaptureFixture[str]) -> None:
+def settings() -> tuple[Any, ...]:
+    from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    before = (are_progress_bars_disabled(), logging.get_verbosity(), tqdm.__init__)
+    return (
+        *(are_progress_bars_disabled(), logging.is_progress_bar_enabled(), logging.get_verbosity()),
+        *(tqdm.__init__, constants.HF_HUB_OFFLINE, list(warnings.filters)),
+    )
+
+
+def test_quiet_silences_and_restores(capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import tqdm
+    from transformers.utils import logging
+
+    before = settings()
     logger = logging.get_logger("transformers.something")
     with model_files.quiet():
         list(tqdm(range(3)))
@@ -82,9 +94,36 @@ def test_quiet_silences_and_restores(capfd: pytest.CaptureFixture[str]) -> None:
             pass
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
-    assert before == (are_progress_bars_disabled(), logging.get_verbosity(), tqdm.__init__)
+    assert before == settings()
     list(tqdm(range(3)))
     assert "3/3" in capfd.readouterr().err  # it was quiet because of us
+
+
+def test_threads_that_overlap_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to come is the first to go, which restoring one's own memory would not survive."""
+    from huggingface_hub import constants
+
+    set_reachable(monkeypatch, False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    before = settings()
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        entered.set()
+        assert left.wait(60)
+        assert constants.HF_HUB_OFFLINE, "still wanted here"
+
+    thread = threading.Thread(target=lambda: model_files.hub_call(second, "x", "y"))
+
+    def first() -> None:
+        thread.start()
+        assert entered.wait(60) and constants.HF_HUB_OFFLINE
+
+    model_files.hub_call(first, "x", "y")
+    assert constants.HF_HUB_OFFLINE
+    left.set()
+    thread.join()
+    assert settings() == before
 
 
 class TestDefault:

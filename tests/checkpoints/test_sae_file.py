@@ -359,12 +359,12 @@ class TestRefusals:
         ("changes", "words"),
         [
             ({"architecture": "temporal"}, "has architecture 'temporal', which holds attention"),
-            ({"architecture": None}, "has architecture 'None'"),
+            ({"architecture": None}, "cfg.json: key 'architecture' is missing"),
             ({"normalize_activations": "batch"}, "normalize_activations must be one of"),
             ({"reshape_activations": "heads"}, "reshape_activations must be one of"),
             ({"architecture": "gated"}, "needs the tensors W_enc, b_enc, W_dec, b_dec, b_mag"),
             ({"d_sae": D_SAE + 1}, "W_enc has shape [12, 40]"),
-            ({"d_in": "many"}, "cfg.json is wrong"),
+            ({"d_in": "many"}, "cfg.json: key 'd_in' must be a whole number, got 'many'"),
             ({"k": D_SAE + 1}, "k must be in 1..40"),
             ({"k": None}, "k must be in 1..40"),
             ({"dtype": "int8"}, "dtype must be one of"),
@@ -381,7 +381,7 @@ class TestRefusals:
         config = json.loads((saved(tmp_path) / "cfg.json").read_text())
         del config[key]
         (tmp_path / "cfg.json").write_text(json.dumps(config))
-        assert f"cfg.json lacks {key}" in refused(tmp_path)
+        assert f"cfg.json: key {key!r} is missing" in refused(tmp_path)
 
     def test_tensors_that_do_not_belong(self, tmp_path: Path) -> None:
         path = saved(tmp_path) / "sae_weights.safetensors"

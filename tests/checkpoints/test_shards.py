@@ -64,9 +64,9 @@ def check_all(reader: ShardReader, tokens: int) -> None:
     assert reader.tokens == tokens
     for place in PLACES:
         expected = corpus(0, tokens)[0][place]
-        pieces = list(reader.iter_shards(layer=place[0], site=place[1]))
-        assert torch.equal(torch.cat([piece[1] for piece in pieces]), expected)
-        assert torch.equal(torch.cat([piece[2] for piece in pieces]), torch.arange(tokens).int())
+        pieces = [reader.shard(index, *place) for index in range(len(reader))]
+        assert torch.equal(torch.cat([rows for rows, _ in pieces]), expected)
+        assert torch.equal(torch.cat([ids for _, ids in pieces]), torch.arange(tokens).int())
 
 
 def nothing_left_over(folder: Path) -> bool:
@@ -108,8 +108,7 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
         assert entry["sha256"] == files.sha256_file(tmp_path / entry["file"])
     tensors = load_file(tmp_path / names[0])
     assert tensors["activations"].shape == (12, 4) and tensors["token_ids"].dtype == torch.int32
-    assert reader.shard_tokens == [12, 3] and len(reader) == 2 and reader.complete
-    assert reader.folder_for(5, "attn_out") == tmp_path / "layer-5-attn_out"
+    assert reader.shard_tokens == [12, 3] and len(reader) == 2
     reader.verify()
 
 
@@ -131,7 +130,8 @@ def test_an_abandoned_writer_is_resumed(
     harvest(writer_for(folder, shard_tokens), 0, sizes[:stop])  # ... and the process dies here
     writer, cursor = ShardWriter.resume(folder)
     done = cursor.get("next", 0)
-    assert writer.tokens == writer.tokens_saved == done and not writer.complete
+    assert writer.tokens == writer.manifest["tokens"] == done
+    assert not writer.manifest["complete"]
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
     left = [size for start, size in zip(starts, sizes, strict=True) if start >= done]
     assert done + sum(left) == sum(sizes)  # the cursor is the end of a whole batch
@@ -212,7 +212,8 @@ def test_checkpoint_saves_a_short_shard(tmp_path: Path) -> None:
     writer = writer_for(tmp_path)
     harvest(writer, 0, [4])
     writer.checkpoint({"next": 4, "reason": "interrupted"})
-    assert ShardReader(tmp_path).tokens == 4 and not ShardReader(tmp_path).complete
+    assert ShardReader(tmp_path).tokens == 4
+    assert not ShardReader(tmp_path).manifest["complete"]
     writer, cursor = ShardWriter.resume(tmp_path, expect={"d_model": 4, "layers": (2, 5)})
     assert cursor == {"next": 4, "reason": "interrupted"}
     harvest(writer, 4, [3])
@@ -330,21 +331,6 @@ def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any]) -> Non
 
 
 class TestReader:
-    def test_random_rows(self, tmp_path: Path) -> None:
-        reader = small_shards(tmp_path)
-        indices = torch.tensor([14, 0, 12, 11, 0])
-        rows = reader.rows(indices, 5, "attn_out")
-        assert torch.equal(rows, corpus(0, 15)[0][5, "attn_out"][indices])
-        assert reader.rows(indices[:0], 5, "attn_out").shape == (0, D_MODEL)
-        with pytest.raises(IndexError):
-            reader.rows(torch.tensor([15]), 5, "attn_out")
-
-    def test_shards_in_another_order(self, tmp_path: Path) -> None:
-        reader = small_shards(tmp_path)
-        pieces = reader.iter_shards([1, 0], 2, "attn_out")
-        found = [(index, ids[0].item()) for index, _, ids in pieces]
-        assert found == [(1, 12), (0, 0)]
-
     def test_opening_loads_no_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         small_shards(tmp_path)
         monkeypatch.setattr(files, "read_tensors", disk_full)
@@ -377,7 +363,7 @@ class TestReader:
             }
             files.write_json(tmp_path / "manifest.json", manifest)
             reader = ShardReader(tmp_path)
-            assert reader.shard(0)[0].dtype == reader.dtype == dtype and reader.complete
+            assert reader.shard(0)[0].dtype == reader.dtype == dtype
             reader.verify()
 
     def test_no_manifest(self, tmp_path: Path) -> None:
@@ -450,7 +436,8 @@ class TestReader:
 
         monkeypatch.setattr(files, "sha256_file", spy)
         for _ in range(3):
-            reader.rows(torch.arange(15), 2, "attn_out")
+            for index in range(2):
+                reader.shard(index, 2, "attn_out")
         assert [path.name for path in hashed] == [f"shard-0000{i}.safetensors" for i in (0, 1)]
 
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -475,7 +462,6 @@ class TestReader:
         assert reader.dtype == rows.dtype == torch.bfloat16
         # Exactly: bfloat16 has more exponent and more mantissa than either.
         assert torch.equal(rows.float(), values.to(dtype).float())
-        assert torch.equal(reader.rows(torch.tensor([2, 0])), rows[[2, 0]])
 
     def test_files_of_several_dtypes(self, tmp_path: Path) -> None:
         small_shards(tmp_path)

@@ -89,11 +89,19 @@ def test_our_own_architectures(tmp_path: Path, options: dict[str, Any]) -> None:
     assert again.spec.d_out == sae.spec.d_out and again.spec.k == sae.spec.k
 
 
-@pytest.mark.parametrize("name", ["temporal", "nonsense", None, 3])
-def test_architectures_we_do_not_compute(tmp_path: Path, name: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("temporal", "choose another SAE"),
+        ("nonsense", "choose another SAE"),
+        (None, "key 'architecture' is missing"),
+        (3, "key 'architecture' must be a text, got 3"),
+    ],
+)
+def test_architectures_we_do_not_compute(tmp_path: Path, name: Any, words: str) -> None:
     formats.write("saelens", make(), tmp_path)
     edit(tmp_path, architecture=name)
-    with pytest.raises(UserError, match="choose another SAE"):
+    with pytest.raises(UserError, match=words):
         load_sae(tmp_path)
 
 

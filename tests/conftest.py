@@ -174,6 +174,14 @@ def _user_cache_for_slow_tests(
             monkeypatch.setenv("SAESTEER_CACHE", USER_CACHE)
 
 
+@pytest.fixture
+def short_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a dry run (and the doctor's) time a few batches, not six seconds of them."""
+    from saesteer.sae.runs import harvest_prediction
+
+    monkeypatch.setattr(harvest_prediction, "_TIMED_SECONDS", 0.0)
+
+
 # ---------------------------------------------------------------------------------------------
 # the tiny tokenizer
 

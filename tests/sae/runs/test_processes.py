@@ -96,7 +96,7 @@ def test_two_processes_store_what_one_does_also_after_one_of_them_died(
     out = tmp_path / "two"
     (status, said), (killed, _) = run_two(model, out, CONFIG, die_at=1500)
     assert (status, killed) == (1, -9), said
-    assert "process 0 of 2 lost another one" in said and "--resume" in said
+    assert "process 0 of 2 lost another one" in said and "`resume`" in said
     begun = read_json(out / "manifest.json")
     assert begun["complete"] is False and begun["processes"] == 2
     with pytest.raises(UserError, match="was begun with 2 processes, now there are 1"):

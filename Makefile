@@ -45,7 +45,7 @@ demo: env-run
 # make test ARGS="-n0 --pdb tests/...".
 test: env-dev
 	@echo 'saesteer: the fast tests: all of them take about 5 minutes on two cores and 9 on one' >&2
-	@echo '  (left out: make test-slow, an hour and the network; make test-durable, half an hour)' >&2
+	@echo '  left out: make test-slow (real model, network), make test-durable (kills, faults, fuzzing)' >&2
 	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: env-dev

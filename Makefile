@@ -46,9 +46,8 @@ demo: env-run
 # One worker process a core; a failure is repeated in one process, under a debugger if need be, with
 # make test ARGS="-n0 --pdb tests/...".
 test: env-dev
-	@echo 'saesteer: the fast tests, offline: about 5 minutes on two cores, 9 on one' >&2
-	@echo '  (minutes of work: steering 2.5, sae 2, kernels 1.5, cli 1, checkpoints 1, the rest 1)' >&2
-	@echo '  slow tests and those that need a GPU are left out: make test-slow, make test-durable' >&2
+	@echo 'saesteer: the fast tests: all of them take about 5 minutes on two cores and 9 on one' >&2
+	@echo '  left out: make test-slow (real model, network), make test-durable (kills, faults, fuzzing)' >&2
 	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: env-dev

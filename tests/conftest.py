@@ -22,13 +22,8 @@ import pytest
 from .offline import Guard
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
-# Read by torch, tokenizers and child processes when they start, so set before anything heavy is
-# imported. The models are tiny, so a second thread gains little, and threads that wait for one
-# another while the cores have other work lose much: never more threads than cores.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, CORES // WORKERS))))
-os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+# Read by tokenizers, wandb and child processes when they start.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")  # sae_lens pulls wandb in; it must never log
 
@@ -88,6 +83,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Worker processes for ``-n auto``: one a core, and 2 GB of memory for each."""
     if not hasattr(os, "sysconf"):
@@ -97,6 +93,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Read by torch, which nothing has imported yet, in this process, its workers and all children.
+    # The models are tiny: a second thread gains little, and threads that wait for one another
+    # while the cores have other work lose much.
+    workers = config.getoption("numprocesses", None) or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, CORES // workers))))
+    os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     # huggingface_hub reads this once, when it is imported.
     if not config.getoption("--run-slow"):
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -172,6 +174,14 @@ def _user_cache_for_slow_tests(
             monkeypatch.delenv("SAESTEER_CACHE", raising=False)
         else:
             monkeypatch.setenv("SAESTEER_CACHE", USER_CACHE)
+
+
+@pytest.fixture
+def short_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a dry run (and the doctor's) time a few batches, not six seconds of them."""
+    from saesteer.sae.runs import harvest_prediction
+
+    monkeypatch.setattr(harvest_prediction, "_TIMED_SECONDS", 0.0)
 
 
 # ---------------------------------------------------------------------------------------------

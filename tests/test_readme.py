@@ -11,6 +11,8 @@ import pytest
 
 from saesteer.cli.__main__ import VERBS, _help, main
 
+pytestmark = pytest.mark.usefixtures("short_dry_run")
+
 README = Path(__file__).parent.parent / "README.md"
 
 # What makes a line small enough for a tiny random model; the verb's other flags stay.

@@ -10,6 +10,8 @@ from saesteer.checkpoints.sae_file import load_sae
 
 from .conftest import Cli
 
+pytestmark = pytest.mark.usefixtures("short_dry_run")
+
 
 def test_an_sae(cli: Cli, sae: Path, acts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -10,6 +10,8 @@ from saesteer.sae.verbs import doctor as diagnosis
 
 from .conftest import Cli
 
+pytestmark = pytest.mark.usefixtures("short_dry_run")
+
 SMALL = ("--tokens", 2000, "--context", 32, "--batch-size", 4, "--dtype", "float32", "-q")
 
 

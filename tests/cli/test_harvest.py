@@ -12,6 +12,8 @@ from saesteer.checkpoints.shards import ShardReader
 
 from .conftest import Cli
 
+pytestmark = pytest.mark.usefixtures("short_dry_run")
+
 SMALL = ("--tokens", 500, "--context", 32, "--batch-size", 4, "--dtype", "float32")
 
 

@@ -14,21 +14,17 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
 from saesteer.sae.model.forward_pass import ForwardPass
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.runs import harvest_prediction as prediction
 from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.runs.memory_use import held_bytes
 from saesteer.sae.verbs.harvest import harvest
+
+pytestmark = pytest.mark.usefixtures("short_dry_run")
 
 Shared = Callable[..., LanguageModel]
 
 CONFIG = HarvestConfig(
     layers=(1, 2), tokens=2000, text=TextConfig(context=32, batch_size=4), shard_tokens=500
 )
-
-
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "_TIMED_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("keep_positions", [False, True])

@@ -14,6 +14,8 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.verbs import doctor as diagnosis
 from saesteer.sae.verbs.doctor import doctor
 
+pytestmark = pytest.mark.usefixtures("short_dry_run")
+
 Shared = Callable[..., LanguageModel]
 
 READS = "The hook reads what the model itself reports"

@@ -232,7 +232,7 @@ def test_an_assistant_that_is_steered_too_guesses_right(lm: LanguageModel) -> No
         ({"prompt_lookup_num_tokens": 2, "num_return_sequences": 2}, "num_return_sequences"),
         ({"streamer": Heard(), "num_beams": 2}, "`streamer` cannot be used with beam search"),
     ],
-    ids=str,
+    ids=["guesses", "guesses of two", "streamer"],
 )
 def test_what_generate_refuses_it_refuses_in_its_own_words(
     options: dict[str, Any], says: str, lm: LanguageModel

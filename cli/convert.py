@@ -33,19 +33,23 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is converted")
     what.add_argument(
-        "--from", metavar="PATH",
+        "--from",
+        metavar="PATH",
         help="SAE folder or file of any format, RELEASE:ID of sae_lens, plan, or vectors (needed)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--format", metavar="NAME", choices=(*_SAE_FORMATS, *_PLAN_FORMATS),
+        "--format",
+        metavar="NAME",
+        choices=(*_SAE_FORMATS, *_PLAN_FORMATS),
         help=f"for SAEs: {', '.join(_SAE_FORMATS)} (default: saelens); for plans: "
         f"{', '.join(_PLAN_FORMATS)}",
-    )  # fmt: skip
+    )
     sae = parser.add_argument_group("SAEs")
     sae.add_argument(
-        "--canonical", action="store_true",
+        "--canonical",
+        action="store_true",
         help="fold to decoder rows of length 1 and no input bias, so that doses compare",
-    )  # fmt: skip
+    )
     sae.add_argument(
         "--activations", metavar="DIR", help="compare on activations that harvest stored, too"
     )
@@ -54,14 +58,17 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan = parser.add_argument_group("plans")
     plan.add_argument(
-        "--as-scope", metavar="SCOPE", choices=("all",),
+        "--as-scope",
+        metavar="SCOPE",
+        choices=("all",),
         help="`all`: export a plan of a narrower scope to a tool that steers every position "
         "(default: refuse it)",
-    )  # fmt: skip
+    )
     plan.add_argument(
-        "--hookpoint", metavar="MODULE",
+        "--hookpoint",
+        metavar="MODULE",
         help="lm-eval's name of the block (default: layers.L, as in Llama)",
-    )  # fmt: skip
+    )
     plan.add_argument(
         "--model",
         metavar="NAME",

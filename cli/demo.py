@@ -89,9 +89,11 @@ def add_flags(parser: VerbParser) -> None:
     group: _ArgumentGroup = parser.add_argument_group("demo")
     group.add_argument("--model", metavar="NAME", help=f"the model (default: {DEFAULT_MODEL})")
     group.add_argument(
-        "--task", metavar="NAME", default="french",
+        "--task",
+        metavar="NAME",
+        default="french",
         help="the built-in instruction to find and steer by (default: french)",
-    )  # fmt: skip
+    )
     group.add_argument("--quick", action="store_true", help="about a third of the work")
     add_common(
         parser,

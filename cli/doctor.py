@@ -35,16 +35,22 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument("--sae", metavar="DIR", help="an SAE to try on this model (default: none)")
     job = parser.add_argument_group("the job whose cost is predicted")
     job.add_argument(
-        "--tokens", type=count, default=200_000, metavar="N",
+        "--tokens",
+        type=count,
+        default=200_000,
+        metavar="N",
         help="activations to harvest (default: 200000)",
-    )  # fmt: skip
+    )
     job.add_argument(
         "--context", type=count, default=256, metavar="N", help="tokens per sequence (default: 256)"
     )
     job.add_argument(
-        "--batch-size", type=count, default=16, metavar="N",
+        "--batch-size",
+        type=count,
+        default=16,
+        metavar="N",
         help="sequences through the language model at once (default: 16)",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for doctor.json (default: print only)",

@@ -20,58 +20,78 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
-        "--plan", action=Repeated, metavar="DIR",
+        "--plan",
+        action=Repeated,
+        metavar="DIR",
         help="a plan of rank or sweep; repeatable: each is evaluated for its own task",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--task", metavar="NAME/FILE",
+        "--task",
+        metavar="NAME/FILE",
         help="a built-in task, or a task.yaml (default: the task each plan was ranked for)",
-    )  # fmt: skip
+    )
     add_model(what, "(default: the one the plan names)")
     what.add_argument(
-        "--sae", metavar="DIR",
+        "--sae",
+        metavar="DIR",
         help="where random latents are drawn from (default: the SAE the plan names)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--ifeval", metavar="FILE",
+        "--ifeval",
+        metavar="FILE",
         help="answer and grade these IFEval prompts too (the standard .jsonl; of rows that have "
         "prompt_without_instruction, each plan steers those whose one instruction its task is "
         "about) (default: none)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--ifeval-only", type=names, metavar="ID,...",
+        "--ifeval-only",
+        type=names,
+        metavar="ID,...",
         help="keep the IFEval rows all of whose instructions are among these; every plan then "
         "steers all of them (default: all)",
-    )  # fmt: skip
+    )
     how = parser.add_argument_group("protocol")
     how.add_argument(
-        "--controls", type=names, metavar="NAME,...",
+        "--controls",
+        type=names,
+        metavar="NAME,...",
         help="prompt, random, meandiff, logit-bias, or none (default: all of them)",
-    )  # fmt: skip
+    )
     how.add_argument("--n", type=count, default=40, metavar="N", help="test contents (default: 40)")
     how.add_argument(
-        "--split", choices=("train", "dev", "test"), default="test", metavar="NAME",
+        "--split",
+        choices=("train", "dev", "test"),
+        default="test",
+        metavar="NAME",
         help="train, dev or test (default: test, which nothing else has seen)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--seeds", type=counts, metavar="N,...",
+        "--seeds",
+        type=counts,
+        metavar="N,...",
         help="answer every content once with each (default: --seed alone)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--random-draws", type=count, default=2, metavar="N",
+        "--random-draws",
+        type=count,
+        default=2,
+        metavar="N",
         help="arms of random latents (default: 2)",
-    )  # fmt: skip
+    )
     add_answering(how)
     how.add_argument(
-        "--max-new-tokens", type=count, metavar="N",
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
         help="longest answer to an IFEval prompt (default: 256); tasks have their own",
-    )  # fmt: skip
+    )
     judge = parser.add_argument_group("a language model as judge (default: none, programs alone)")
     judge.add_argument(
-        "--judge", metavar="URL",
+        "--judge",
+        metavar="URL",
         help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; a key comes from "
         "SAESTEER_JUDGE_KEY (default: none)",
-    )  # fmt: skip
+    )
     judge.add_argument("--judge-model", metavar="NAME", help="its model (needed with --judge)")
     add_common(
         parser,
@@ -141,11 +161,16 @@ def _evaluate(args: Namespace, report: Report) -> dict[str, Any]:
     ifeval = None
     if ifeval_rows is not None:
         ifeval = evaluate_ifeval(
-            lm, ifeval_rows, _arm_names(plans) if plans and args.ifeval_only else None,
-            matched=() if args.ifeval_only else _matched(groups), only=args.ifeval_only or (),
-            n=args.n, decoding=decoding,
-            max_new_tokens=args.max_new_tokens or 256, progress=report,
-        )  # fmt: skip
+            lm,
+            ifeval_rows,
+            _arm_names(plans) if plans and args.ifeval_only else None,
+            matched=() if args.ifeval_only else _matched(groups),
+            only=args.ifeval_only or (),
+            n=args.n,
+            decoding=decoding,
+            max_new_tokens=args.max_new_tokens or 256,
+            progress=report,
+        )
     beside = {
         one.task.name: _beside(list(m)) for one, (_, m) in zip(comparisons, groups, strict=True)
     }
@@ -263,8 +288,10 @@ def _print(args: Namespace, document: dict[str, Any]) -> None:
             )
         print_table(
             ["arm", "loose", "strict", "degenerate", "perplexity", "KL", "||delta||/||h||"],
-            rows, "arm", indent=2,
-        )  # fmt: skip
+            rows,
+            "arm",
+            indent=2,
+        )
         _print_tests(task["tests"], "p_holm", "p (Holm)")
         print()
     if document["ifeval"]:

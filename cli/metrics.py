@@ -37,14 +37,18 @@ def add_flags(parser: VerbParser) -> None:
     add_documents(text)
     work = parser.add_argument_group("measurement")
     work.add_argument(
-        "--tokens", type=count, metavar="N",
+        "--tokens",
+        type=count,
+        metavar="N",
         help=f"measure on at least N positions, whole batches {default(MetricsConfig, 'tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--bootstrap", type=count, metavar="N",
+        "--bootstrap",
+        type=count,
+        metavar="N",
         help="resamples of the documents behind each interval "
         f"{default(MetricsConfig, 'bootstrap')}",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for metrics.json (default: print only)",

@@ -19,21 +19,26 @@ def add_flags(parser: VerbParser) -> None:
         "--sae", metavar="DIR", help="folder of an SAE, or of a run with several (needed)"
     )
     what.add_argument(
-        "--repo", metavar="REPO",
+        "--repo",
+        metavar="REPO",
         help="NAMESPACE/NAME on the Hub, or a folder such as ./shared (needed)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--id", metavar="NAME",
+        "--id",
+        metavar="NAME",
         help="name of the SAE there (default: its hook name, or its folder's in a run of several)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--metrics", metavar="DIR",
+        "--metrics",
+        metavar="DIR",
         help="folder that metrics -o wrote for this SAE: its figures go into the card "
         "(default: none)",
-    )  # fmt: skip
-    what.add_argument("--license", metavar="NAME",
+    )
+    what.add_argument(
+        "--license",
+        metavar="NAME",
         help="license of a new repository, for its card (default: none)",
-    )  # fmt: skip
+    )
     what.add_argument("--private", action="store_true", help="make a new repository private")
     add_common(
         parser,

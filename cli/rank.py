@@ -55,114 +55,147 @@ def add_flags(parser: VerbParser) -> None:
     task.add_argument("--task", metavar="NAME/FILE", help="a built-in task, or a task.yaml")
     task.add_argument("--instruction", metavar="TEXT", help="an instruction in your own words")
     task.add_argument(
-        "--contents", metavar="FILE",
+        "--contents",
+        metavar="FILE",
         help="what the instruction is applied to: .jsonl with `text` (and `split`), or one a "
         "line; rows without `split` are dealt half to train, which alone is ranked with, 12 %% to "
         "dev and 38 %% to test",
-    )  # fmt: skip
+    )
     read = parser.add_argument_group("ranking")
     read.add_argument(
-        "--read", metavar="WHERE",
+        "--read",
+        metavar="WHERE",
         help="last token of the user's text (last), last prompt token (template), the instruction "
         "(span), the model's own replies (reply) (default: last)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--by", metavar="SCORE",
+        "--by",
+        metavar="SCORE",
         help="what tells instructed texts apart: saif, rate, logodds, mcnemar, meandiff, cohen, "
         "welch, paired-t, auroc, mi, corr; what a latent makes the model say: lens, effect, atp, "
         "output; both: fused; steering with each of a shortlist: causal (default: saif; rate with "
         "--read reply)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--drop", type=names, metavar="FILTER,...",
+        "--drop",
+        type=names,
+        metavar="FILTER,...",
         help="take latents out: dense (on almost everywhere), template (on at the template and "
         "attention sinks), duplicate (a better latent's direction), fdr (not told from chance) "
         "(default: none, but what each would take out is said)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--max-fdr", type=number, metavar="Q",
+        "--max-fdr",
+        type=number,
+        metavar="Q",
         help="false discovery rate that --drop fdr lets pass (default: 0.05)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--shuffles", type=count, metavar="N",
+        "--shuffles",
+        type=count,
+        metavar="N",
         help="rankings with shuffled labels, to show what chance finds; 0: none (default: 20)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--position", metavar="WHERE",
+        "--position",
+        metavar="WHERE",
         help="the instruction after the content (post) or before it (pre) (default: post)",
-    )  # fmt: skip
+    )
+    read.add_argument("--pool", metavar="HOW", help="max or mean over a span (default: max)")
     read.add_argument(
-        "--pool", metavar="HOW", help="max or mean over a span (default: max)"
-    )  # fmt: skip
-    read.add_argument(
-        "--rank-contents", type=count, metavar="N",
+        "--rank-contents",
+        type=count,
+        metavar="N",
         help="contents of the train split to use (default: 48)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--all-replies", action="store_true",
+        "--all-replies",
+        action="store_true",
         help="with --read reply: count instructed replies that fail the task's check too",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--reply-variants", type=count, metavar="N",
+        "--reply-variants",
+        type=count,
+        metavar="N",
         help="with --read reply: wordings that the model answers (default: 2)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--max-new-tokens", type=count, metavar="N",
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
         help="with --read reply: longest reply (default: 40)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--temperature", type=number, metavar="T",
+        "--temperature",
+        type=number,
+        metavar="T",
         help="with --read reply: of sampling (default: 0.8)",
-    )  # fmt: skip
+    )
     read.add_argument(
         "--top-p", type=number, metavar="P", help="with --read reply: of sampling (default: 0.95)"
     )
     read.add_argument(
-        "--effect-contents", type=count, metavar="N",
+        "--effect-contents",
+        type=count,
+        metavar="N",
         help="with effect, atp, fused and causal: contents whose answers give the gradients "
         "(default: 16)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--candidates", type=count, metavar="N",
+        "--candidates",
+        type=count,
+        metavar="N",
         help="with output, fused and causal: latents to try, the best so far (default: 100)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--shortlist", type=count, metavar="N",
+        "--shortlist",
+        type=count,
+        metavar="N",
         help="with causal: latents to steer with, the best by fused (default: 20)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--causal-contents", type=count, metavar="N",
+        "--causal-contents",
+        type=count,
+        metavar="N",
         help="with causal: train contents to steer (default: 8)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--doses", type=numbers, metavar="X,...",
+        "--doses",
+        type=numbers,
+        metavar="X,...",
         help="with causal: relative doses, the same for every latent (default: 0.3,0.6)",
-    )  # fmt: skip
+    )
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
-        "--max-norm-ratio", type=number, metavar="X",
+        "--max-norm-ratio",
+        type=number,
+        metavar="X",
         help="leave out attention sinks: rows longer than X times the median (default: 10.0)",
-    )  # fmt: skip
+    )
     read.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction,
+        "--chat",
+        action=argparse.BooleanOptionalAction,
         help="send texts through the chat template (default: when there is one)",
-    )  # fmt: skip
+    )
     plan = parser.add_argument_group("plan")
     plan.add_argument("--top", type=count, metavar="N", help="latents in the plan (default: 15)")
     plan.add_argument("--method", metavar="NAME", help="how to steer with them (default: add)")
     plan.add_argument("--unit", metavar="NAME", help="raw, sigma, max or rel (default: raw)")
     plan.add_argument(
-        "--scale", type=number, metavar="X",
-        help="alpha = scale * (mu + beta * sigma) (default: 1)",
-    )  # fmt: skip
+        "--scale", type=number, metavar="X", help="alpha = scale * (mu + beta * sigma) (default: 1)"
+    )
     plan.add_argument("--beta", type=number, metavar="X", help="see --scale (default: 0)")
     plan.add_argument(
         "--scope", metavar="WHERE", help="positions to steer, see steer (default: generation)"
     )
     plan.add_argument(
-        "--explain", type=counts, nargs="?", const=(), metavar="ID,...",
+        "--explain",
+        type=counts,
+        nargs="?",
+        const=(),
+        metavar="ID,...",
         help="report all that is known of the top latents, or of these (default: not)",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
@@ -194,9 +227,15 @@ def run(args: Namespace) -> int:
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)
         ranking = rank(
-            lm, sae, task, config, layer=args.layer, site=args.site, force=args.force,
+            lm,
+            sae,
+            task,
+            config,
+            layer=args.layer,
+            site=args.site,
+            force=args.force,
             progress=report,
-        )  # fmt: skip
+        )
         plan = plan_from_ranking(lm, sae, ranking, **top)
         document = _document(lm, sae, ranking, plan, args)
         used, given_ = document["contents_used"]
@@ -323,8 +362,14 @@ def _write(folder: Any, args: Namespace, document: dict[str, Any], ranking: Any)
     from saesteer.checkpoints.files import write_json, write_tensors
 
     write_json(folder / "ranking.json", document)
-    columns = {**ranking.columns, "p": ranking.p, "q": ranking.q, "mu": ranking.mu,
-               "sigma": ranking.sigma, "control_rate": ranking.control_rate,
-               "template_rate": ranking.template_rate}  # fmt: skip
+    columns = {
+        **ranking.columns,
+        "p": ranking.p,
+        "q": ranking.q,
+        "mu": ranking.mu,
+        "sigma": ranking.sigma,
+        "control_rate": ranking.control_rate,
+        "template_rate": ranking.template_rate,
+    }
     write_tensors(folder / "scores.safetensors", columns)
     write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])

@@ -49,9 +49,15 @@ def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
     if args.out is not None:
         print(f"plan written to {document['plan']}")
         print_next(
-            "steer", "--model", document["model"]["name"], "--plan", args.out,
-            "-p", "TEXT", "--baseline",
-        )  # fmt: skip
+            "steer",
+            "--model",
+            document["model"]["name"],
+            "--plan",
+            args.out,
+            "-p",
+            "TEXT",
+            "--baseline",
+        )
 
 
 def _findings(document: dict[str, Any]) -> list[str]:
@@ -113,29 +119,41 @@ def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
         ("lens", _shown(row["lens"])),
         ("with it", rates),
         ("when on", active),
-        ("elsewhere", f"on at {figure(row['control_rate'])} of plain text's tokens, "
-         f"{figure(row['template_rate'])} of the template's"),
+        (
+            "elsewhere",
+            f"on at {figure(row['control_rate'])} of plain text's tokens, "
+            f"{figure(row['template_rate'])} of the template's",
+        ),
         ("scores", ", ".join(f"{name} {figure(x)}" for name, x in row["scores"].items())),
         ("chance", f"p {figure(row['p'])}, q {figure(row['q'])} ({document['test']})"),
-    ]  # fmt: skip
+    ]
     if row.get("shuffled"):
         chance = row["shuffled"]
         lines.append(
-            ("shuffled", f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
-             f"best latent of {chance['reached']:.0%} of the shuffles: p {figure(chance['p'], 2)} "
-             f"for all latents at once (by auroc {figure(chance['auroc_p'], 2)})")
-        )  # fmt: skip
+            (
+                "shuffled",
+                f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
+                f"best latent of {chance['reached']:.0%} of the shuffles: p "
+                f"{figure(chance['p'], 2)} for all latents at once (by auroc {figure(chance['auroc_p'], 2)})",
+            )
+        )
     lines += [
-        (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "
-         f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
-         f"{part['in_top']:.0%}")
+        (
+            name,
+            f"{document['stability']['by']} from {figure(part['lowest'])} to "
+            f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
+            f"{part['in_top']:.0%}",
+        )
         for name, part in row["stability"].items()
-    ]  # fmt: skip
+    ]
     lines += [
-        ("steered", f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
-         f"answers pass, {trial['degenerate']} degenerate")
+        (
+            "steered",
+            f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
+            f"answers pass, {trial['degenerate']} degenerate",
+        )
         for trial in row.get("trials", ())
-    ]  # fmt: skip
+    ]
     lines += [
         (name, f"{why}; {'dropped' if name in document['dropped'] else 'kept'}")
         for name, why in row["filters"].items()

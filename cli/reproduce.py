@@ -45,9 +45,10 @@ def run(args: Namespace) -> int:
         raise UsageError("RUN is missing: the folder of a finished run, such as runs/sae")
     if args.device != "auto" or args.dtype != "auto" or args.seed is not None:
         flag = next(
-            name for name, usual in (("device", "auto"), ("dtype", "auto"), ("seed", None))
+            name
+            for name, usual in (("device", "auto"), ("dtype", "auto"), ("seed", None))
             if getattr(args, name) != usual
-        )  # fmt: skip
+        )
         raise UsageError(f"--{flag} is part of the record: reproduce repeats what was recorded")
     inputs = {"run": args.run, "activations": args.activations}
     with reserved(args, locked=False, **inputs), reporting(args) as report:

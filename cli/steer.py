@@ -24,75 +24,96 @@ def add_flags(parser: VerbParser) -> None:
     add_model(what, "(default: the one the plan or the SAE names)")
     what.add_argument("--plan", metavar="FILE", help="a plan.yaml, or the folder that holds it")
     what.add_argument(
-        "--also", action=Repeated, metavar="FILE",
+        "--also",
+        action=Repeated,
+        metavar="FILE",
         help="a further plan, which edits what the one before left; repeatable",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--beside", action=Repeated, metavar="WAY",
+        "--beside",
+        action=Repeated,
+        metavar="WAY",
         help="answer in another way too and show it beside: the path of a plan, meandiff (the mean "
         "difference of the plan's task at the same length), prompt (its instruction, unsteered) or "
         "prompt:TEXT; repeatable",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--sae", metavar="DIR",
+        "--sae",
+        metavar="DIR",
         help="folder in SAELens format, or RELEASE:ID of sae_lens; with --plan: where the plan's "
         "SAE lies now, for methods that read latents",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--latents", type=latents, metavar="ID:V,...",
+        "--latents",
+        type=latents,
+        metavar="ID:V,...",
         help="latents by number, such as 9143:1.2,412:0.8; method add adds V * W_dec[ID] "
         "(ablate and project take ids alone)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--layer", type=one_layer, metavar="L",
+        "--layer",
+        type=one_layer,
+        metavar="L",
         help="with --latents: the block it reads (default: the SAE's own)",
-    )  # fmt: skip
+    )
     what.add_argument(
         "--site", metavar="SITE", help=f"with --latents: {SITE_HELP} (default: the SAE's own)"
     )
     how = parser.add_argument_group("how; with --plan the defaults are the plan's")
     how.add_argument(
-        "--method", metavar="NAME",
+        "--method",
+        metavar="NAME",
         help="add, add-keep-norm, set, min, max, scale, ablate or project (default with --latents: "
         "add)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--unit", metavar="NAME",
+        "--unit",
+        metavar="NAME",
         help="raw, sigma, max or rel: what doses are counted in (default with --latents: raw)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--scale", type=number, metavar="X",
+        "--scale",
+        type=number,
+        metavar="X",
         help="multiplies every dose (default with --latents: 1)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--dose", type=budget, metavar="KIND=X",
+        "--dose",
+        type=budget,
+        metavar="KIND=X",
         help="find the scale that costs so many nats a token on neutral questions: ce=0.1 (rise of "
         "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan (default: the scale "
         "of the plan)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--dose-on", metavar="FILE",
+        "--dose-on",
+        metavar="FILE",
         help="with --dose: prompts to measure on, like --prompts (default: neutral questions)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--beta", type=number, metavar="X",
+        "--beta",
+        type=number,
+        metavar="X",
         help="with --plan: dose mu + beta * sigma (default: the plan's)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--scope", metavar="WHERE",
+        "--scope",
+        metavar="WHERE",
         help="positions to steer: generation, generated, prompt, all, last-prompt, first:N, "
         "span:A-B, after-instruction or assistant (default with --latents: generation)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--schedule", metavar="HOW",
+        "--schedule",
+        metavar="HOW",
         help="strength over the new tokens: constant, first:N, linear:N or decay:OMEGA,K "
         "(default with --latents: constant)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--gate", metavar="IF",
+        "--gate",
+        metavar="IF",
         help="edit only where latents say so: '412 > 3 & !(77 > 1)', '412 > 3 : 1' (on above 3, "
         "off again at 1), 'prompt: 412 > 3' (decided once)",
-    )  # fmt: skip
+    )
     how.add_argument(
         "--exclude-special", action="store_true", help="every scope: leave out special tokens"
     )
@@ -100,29 +121,35 @@ def add_flags(parser: VerbParser) -> None:
         "--include-first", action="store_true", help="scopes prompt and all: position 0 too"
     )
     how.add_argument(
-        "--include-template", action="store_true",
+        "--include-template",
+        action="store_true",
         help="scopes prompt and all: template and special tokens too",
-    )  # fmt: skip
+    )
     text = parser.add_argument_group("prompts")
     text.add_argument(
         "-p", "--prompt", action=Repeated, metavar="TEXT", help="a prompt; repeatable"
     )
     text.add_argument(
-        "--prompts", metavar="FILE",
+        "--prompts",
+        metavar="FILE",
         help="prompts from .jsonl with `prompt`, from .txt one a line, or from stdin (-)",
-    )  # fmt: skip
+    )
     text.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction,
+        "--chat",
+        action=argparse.BooleanOptionalAction,
         help="send prompts through the chat template (default: when there is one)",
-    )  # fmt: skip
+    )
     work = parser.add_argument_group("generation")
     work.add_argument(
         "--max-new-tokens", type=count, default=64, metavar="N", help="longest reply (default: 64)"
     )
     work.add_argument(
-        "--temperature", type=number, default=0.0, metavar="T",
+        "--temperature",
+        type=number,
+        default=0.0,
+        metavar="T",
         help="of sampling; 0 is greedy (default: 0)",
-    )  # fmt: skip
+    )
     work.add_argument(
         "--top-p", type=number, default=1.0, metavar="P", help="of sampling (default: 1)"
     )
@@ -130,13 +157,15 @@ def add_flags(parser: VerbParser) -> None:
         "--batch-size", type=count, default=16, metavar="N", help="prompts at once (default: 16)"
     )
     work.add_argument(
-        "--baseline", action="store_true",
+        "--baseline",
+        action="store_true",
         help="generate the unsteered text too; alone, without a plan, only that",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--explain", action="store_true",
+        "--explain",
+        action="store_true",
         help="table: change of each latent of the plan that was asked for, and that came of it",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for results.jsonl (default: print only)",
@@ -184,8 +213,21 @@ def _check_flags(args: Namespace) -> None:
                 "nothing to steer with: give --plan FILE, or --sae DIR --latents ID:VALUE; for the "
                 "unsteered model give --baseline alone"
             )
-        _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope", "schedule",
-                "gate", "also", "dose", reason="needs --plan, or --sae with --latents")  # fmt: skip
+        _refuse(
+            args,
+            "layer",
+            "site",
+            "method",
+            "unit",
+            "scale",
+            "beta",
+            "scope",
+            "schedule",
+            "gate",
+            "also",
+            "dose",
+            reason="needs --plan, or --sae with --latents",
+        )
     if args.plan is not None:
         _refuse(args, "site", reason="is for --latents: a plan says where it steers")
     if args.latents is not None:
@@ -311,9 +353,15 @@ def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) 
     from saesteer.steering import read_back
 
     return read_back(
-        lm, plan, texts, sae=sae, max_new_tokens=args.max_new_tokens, chat=args.chat,
-        batch_size=args.batch_size, force=args.force,
-    )  # fmt: skip
+        lm,
+        plan,
+        texts,
+        sae=sae,
+        max_new_tokens=args.max_new_tokens,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        force=args.force,
+    )
 
 
 def _generate(

@@ -22,35 +22,48 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is swept over: --plan, or --sae to rank here")
     what.add_argument(
-        "--plan", action=Repeated, metavar="DIR",
+        "--plan",
+        action=Repeated,
+        metavar="DIR",
         help="a plan of rank; repeatable: plans of other layers or ways of ranking compete",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--sae", action=Repeated, metavar="DIR",
+        "--sae",
+        action=Repeated,
+        metavar="DIR",
         help="an SAE to rank with first; repeatable: one of each layer, or {layer} in a name with "
         "--grid layer=...",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--task", metavar="NAME/FILE",
+        "--task",
+        metavar="NAME/FILE",
         help="a built-in task, or a task.yaml (default: the task the plan was ranked for)",
-    )  # fmt: skip
+    )
     add_model(what, "(default: the one the plan or the SAE names)")
     how = parser.add_argument_group("grid and race")
     how.add_argument(
-        "--grid", action=Repeated, type=grid, metavar="AXIS=V,...",
+        "--grid",
+        action=Repeated,
+        type=grid,
+        metavar="AXIS=V,...",
         help="values of k, beta, scale or scope, and with --sae of layer, position, read or by; "
         "numbers also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, "
         "scope=generation)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--rounds", type=rounds, default=((12, 4), (40, 1)), metavar="N:KEEP,...",
+        "--rounds",
+        type=rounds,
+        default=((12, 4), (40, 1)),
+        metavar="N:KEEP,...",
         help="contents answered by each setting and settings kept, round by round "
         "(default: 12:4,40:1)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--budget", type=budget, metavar="KIND=X",
+        "--budget",
+        type=budget,
+        metavar="KIND=X",
         help="most damage on neutral questions, in nats a token: kl=0.5 or ce=0.5 (default: none)",
-    )  # fmt: skip
+    )
     add_answering(how)
     add_common(
         parser,
@@ -128,13 +141,21 @@ def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) ->
     limit = None if args.budget is None else Budget(*args.budget)
     lm, task, plans = _plans(args, axes, max(settings.k), report)
     decoding = Decoding(
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed or 0,
         batch_size=args.batch_size,
-    )  # fmt: skip
+    )
     found = sweep(
-        lm, task, plans, settings, rounds=args.rounds, budget=limit, decoding=decoding,
+        lm,
+        task,
+        plans,
+        settings,
+        rounds=args.rounds,
+        budget=limit,
+        decoding=decoding,
         progress=report,
-    )  # fmt: skip
+    )
     return found, lm
 
 
@@ -229,9 +250,24 @@ def _print(args: Namespace, document: dict[str, Any]) -> None:
         )
     named = ["plan"] if chosen["plan"] else []
     print_table(
-        ["", *named, "layer", "k", "beta", "scale", "scope", "||delta||/||h||", "loose",
-         "degenerate", "KL", "dCE", "contents"], rows, "plan,scope",
-    )  # fmt: skip
+        [
+            "",
+            *named,
+            "layer",
+            "k",
+            "beta",
+            "scale",
+            "scope",
+            "||delta||/||h||",
+            "loose",
+            "degenerate",
+            "KL",
+            "dCE",
+            "contents",
+        ],
+        rows,
+        "plan,scope",
+    )
     if document["skipped"]:
         kind = document["budget"]
         print(

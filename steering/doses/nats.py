@@ -97,9 +97,14 @@ def dose_plan(
     search = _Search(probe, plan, target, progress)
     scale, damage = search.run(tolerance)
     found = Dose(
-        replace(plan, scale=scale), target, target.spent(damage), damage,
-        tuple(search.trials), len(probe.questions), texts is None,
-    )  # fmt: skip
+        replace(plan, scale=scale),
+        target,
+        target.spent(damage),
+        damage,
+        tuple(search.trials),
+        len(probe.questions),
+        texts is None,
+    )
     metrics = {**plan.metrics, "dose": found.facts()}
     return replace(found, plan=replace(found.plan, metrics=metrics))
 

@@ -316,9 +316,14 @@ def run_arms(
             stage = f"evaluate: {arm}" + (f", seed {seed}" if len(once) > 1 else "")
             with biased_logits(lm, None if spec is None else spec.logit_bias):
                 made += answer(
-                    lm, texts, plan, task.max_new_tokens, replace(decoding, seed=seed), stage,
+                    lm,
+                    texts,
+                    plan,
+                    task.max_new_tokens,
+                    replace(decoding, seed=seed),
+                    stage,
                     progress,
-                )  # fmt: skip
+                )
         return made
 
     references = list(contents)

@@ -205,10 +205,11 @@ def _specs(
                 number = "" if config.random_draws == 1 else f" {draw + 1}"
                 specs.append(
                     ArmSpec(
-                        f"{what}{number}{after}", "random",
+                        f"{what}{number}{after}",
+                        "random",
                         plan=random_plan(plan, drawn_from, seed=draw),
                     )
-                )  # fmt: skip
+                )
         if "meandiff" in controls:
             vector = mean_difference_plan(lm, plan, task, progress=progress)
             specs.append(ArmSpec(f"mean difference{after}", "meandiff", plan=vector))
@@ -292,9 +293,12 @@ def _fluency(
             known = [value for value in nats if value is not None]
             floor = float(np.percentile(known, 5)) if known else -math.inf
         found[arm.name] = fluency(
-            rows, [answer.output for answer in arm.answers], nats,
-            max_new_tokens=task.max_new_tokens, floor=floor,
-        )  # fmt: skip
+            rows,
+            [answer.output for answer in arm.answers],
+            nats,
+            max_new_tokens=task.max_new_tokens,
+            floor=floor,
+        )
     progress("fluency", len(arms), len(arms), "arms")
     return found
 

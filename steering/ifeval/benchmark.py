@@ -100,9 +100,12 @@ def _row(line: str, where: str) -> IFEvalPrompt:
     )
     plain = row.get("prompt_without_instruction")
     prompt = IFEvalPrompt(
-        int(row.get("key", 0)), row["prompt"], tuple(names), given,
+        int(row.get("key", 0)),
+        row["prompt"],
+        tuple(names),
+        given,
         plain if isinstance(plain, str) and plain.strip() else None,
-    )  # fmt: skip
+    )
     try:
         follow(prompt, "x")
     except TypeError as error:
@@ -294,7 +297,16 @@ def _paired_tests(verdicts: Mapping[str, Sequence[Sequence[Followed]]]) -> list[
                 gap = paired_difference(one, other)
                 more, less, p = sign_test(one, other)
                 tests.append(
-                    {"ours": ours, "theirs": theirs, "measure": measure, "difference": gap.value,
-                     "low": gap.low, "high": gap.high, "wins": more, "losses": less, "p": p}
-                )  # fmt: skip
+                    {
+                        "ours": ours,
+                        "theirs": theirs,
+                        "measure": measure,
+                        "difference": gap.value,
+                        "low": gap.low,
+                        "high": gap.high,
+                        "wins": more,
+                        "losses": less,
+                        "p": p,
+                    }
+                )
     return tests

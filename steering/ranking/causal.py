@@ -96,9 +96,14 @@ def _plan(
     if latent is None:
         return None
     return make_plan(
-        lm, sae, [PlannedLatent(id=latent, value=1.0)],
-        layer=point.layer, site=point.site, unit="rel", scale=dose,
-    )  # fmt: skip
+        lm,
+        sae,
+        [PlannedLatent(id=latent, value=1.0)],
+        layer=point.layer,
+        site=point.site,
+        unit="rel",
+        scale=dose,
+    )
 
 
 def require_check(task: Task) -> None:

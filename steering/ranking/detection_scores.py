@@ -118,10 +118,15 @@ class TextsBuilder:
         order = np.argsort(latent, kind="stable")
         columns = list(zip(*self._facts, strict=True)) or [(), (), (), ()]
         return Texts(
-            self.d_sae, latent[order], text[order], value[order],
-            np.array(columns[0], bool), np.array(columns[1], np.int64),
-            np.array(columns[2], np.int64), np.array(columns[3], bool),
-        )  # fmt: skip
+            self.d_sae,
+            latent[order],
+            text[order],
+            value[order],
+            np.array(columns[0], bool),
+            np.array(columns[1], np.int64),
+            np.array(columns[2], np.int64),
+            np.array(columns[3], bool),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +172,15 @@ class Pairs:
         both = [_sums(places, values * (side == which), len(keys)) for which in (0, 1)]
         rows = sides[:, 0] if n else np.zeros(0, np.int64)
         return Pairs(
-            texts.d_sae, n, keys // max(n, 1), keys % max(n, 1), both[0], both[1],
-            texts.content[rows], texts.variant[rows],
-        )  # fmt: skip
+            texts.d_sae,
+            n,
+            keys // max(n, 1),
+            keys % max(n, 1),
+            both[0],
+            both[1],
+            texts.content[rows],
+            texts.variant[rows],
+        )
 
     def count(self, chosen: Bools) -> Array:
         """How many pairs of each latent are chosen (one choice for each entry)."""

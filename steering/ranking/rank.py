@@ -153,9 +153,13 @@ class _Ranker:
         chance = None
         if config.shuffles:
             chance = shuffled(
-                config.detection, texts, STABLE_K, shuffles=config.shuffles, seed=config.seed,
+                config.detection,
+                texts,
+                STABLE_K,
+                shuffles=config.shuffles,
+                seed=config.seed,
                 max_fdr=config.max_fdr,
-            )  # fmt: skip
+            )
         return Ranking(
             task=self.task,
             config=config,
@@ -232,10 +236,16 @@ class _Ranker:
         reader = self.reader
         self.trials = tuple(
             causal_trials(
-                reader.lm, reader.sae, reader.point, self.task, self.config, ids, self.contents,
+                reader.lm,
+                reader.sae,
+                reader.point,
+                self.task,
+                self.config,
+                ids,
+                self.contents,
                 reader.progress,
             )
-        )  # fmt: skip
+        )
         scores = causal_scores(self.trials)
         return torch.tensor([scores[i] for i in ids], dtype=torch.float64)
 

@@ -79,7 +79,7 @@ def convert(
         if activations is not None:
             if activations.shape[-1] != before.spec.d_model:
                 raise UserError(
-                    f"`activations` have width {activations.shape[-1]} and `from` {source} reads "
+                    f"`activations` have width {activations.shape[-1]} and `source` {source} reads "
                     f"{before.spec.d_model}: give activations of its own site"
                 )
             report["real"] = compare(before, after, activations[:REAL_ROWS].double(), units)
@@ -227,8 +227,8 @@ def _refuse_differences(report: Mapping[str, Any], tolerance: float, source: str
             value = report.get(part, {}).get(name, 0.0)
             if not value <= tolerance:
                 raise UserError(
-                    f"`from` {source} and what {report['format_to']} makes of it differ: {name} is "
-                    f"{value:.3g} on {part} rows and {tolerance:.3g} is allowed; nothing was "
+                    f"`source` {source} and what {report['format_to']} makes of it differ: {name} "
+                    f"is {value:.3g} on {part} rows and {tolerance:.3g} is allowed; nothing was "
                     "written: use another `format`, or a wider `dtype`"
                 )
 

@@ -30,6 +30,18 @@ def is_terminal(stream: Any) -> bool:
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
+ARGUMENT_FLAGS = {
+    "chat=False": "--no-chat",
+    "contents": "--rank-contents",
+    "contents_file": "--contents",
+    "only": "--ifeval-only",
+    "source": "--from",
+    "url": "--judge",
+    "ways": "--beside",
+}
+"""Flags with another name than the library's argument that they set."""
+
+
 def one_line(message: object) -> str:
     """A message without line breaks, with flags where a library error names arguments."""
     return with_flags(" ".join(str(message).split()))
@@ -37,7 +49,9 @@ def one_line(message: object) -> str:
 
 def with_flags(text: str) -> str:
     """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flags().get(name[1], name[0]), text)
+    return re.sub(
+        r"`([a-z][a-z0-9_]*(?:=False)?)`", lambda name: _flags().get(name[1], name[0]), text
+    )
 
 
 @cache
@@ -48,7 +62,8 @@ def _flags() -> dict[str, str]:
 
     options = {option for verb in VERBS for option in make_parser(verb).flags()}
     found = {option: option for option in options if option.startswith("--")} | ALIASES
-    return {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    return named | ARGUMENT_FLAGS
 
 
 def print_error(message: object) -> None:

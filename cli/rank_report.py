@@ -134,7 +134,8 @@ def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
                 "shuffled",
                 f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
                 f"best latent of {chance['reached']:.0%} of the shuffles: p "
-                f"{figure(chance['p'], 2)} for all latents at once (by auroc {figure(chance['auroc_p'], 2)})",
+                f"{figure(chance['p'], 2)} for all latents at once "
+                f"(by auroc {figure(chance['auroc_p'], 2)})",
             )
         )
     lines += [

@@ -38,8 +38,8 @@ from saesteer.steering.tasks.task import Task, load_task
 CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
 """What a plan is compared with besides the unsteered model; `prompt` is steered as well."""
 
-Judge = Callable[[Task, str, str], Grade | None]
-"""Task, content and reply to a grade; None where the judge gave none."""
+Grader = Callable[[Task, str, str], Grade | None]
+"""From a task, a content and a reply to a grade, or None where there is none. A `Judge` is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class CompareConfig:
             raise UsageError(
                 f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
             )
-        for flag, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
+        for name, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:
-                raise UsageError(f"{flag} must be at least 1, got {value}")
+                raise UsageError(f"{name} must be at least 1, got {value}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"`seeds` must be different whole numbers, got {self.seeds}")
 
@@ -120,7 +120,7 @@ def compare(
     config: CompareConfig = CompareConfig(),  # noqa: B008 (frozen: one may serve all)
     *,
     sae: SAE | None = None,
-    judge: Judge | None = None,
+    judge: Grader | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
@@ -228,7 +228,7 @@ def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
         return None
 
 
-def _judged(arm: Arm, task: Task, judge: Judge, progress: Progress) -> Arm:
+def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress) -> Arm:
     answers: list[Graded] = []
     for done, answer in enumerate(arm.answers):
         progress(f"judge: {arm.name}", done, len(arm.answers), "answers")

@@ -238,7 +238,7 @@ def evaluate_ifeval(
     if not chosen:
         raise UserError(
             "no IFEval row is left: `plan` needs rows with prompt_without_instruction and an "
-            "instruction that the plan is for, `ifeval_only` the ids of instructions that occur"
+            "instruction that the plan is for, `only` the ids of instructions that occur"
         )
     if plans and {"prompted", "unsteered"} & plans.keys():
         raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")

@@ -15,8 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saesteer.steering.ranking import pvalues
-
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -278,9 +276,11 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
       often with the instruction;
     - `corr`: correlation with `success`.
     """
+    from scipy import special
+
     wanted = set(TEST_OF) | {"meandiff"} if only is None else set(only)
-    one, nought = Moments.of(texts, texts.positive), Moments.of(texts, ~texts.positive)
-    difference = one.mean - nought.mean
+    positive, negative = Moments.of(texts, texts.positive), Moments.of(texts, ~texts.positive)
+    difference = positive.mean - negative.mean
     found = Detection()
     scores, p = found.scores, found.p
     if wanted & {"saif", "mcnemar", "rate"}:
@@ -288,36 +288,58 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
         b, c = pairs.on_off, pairs.off_on
         scores["saif"] = b / max(pairs.n, 1)
         scores["mcnemar"] = np.sign(b - c) * np.square(b - c) / np.maximum(b + c, 1)
-        p["mcnemar"] = pvalues.mcnemar(b, c)
+        p["mcnemar"] = mcnemar(b, c)
     # Whole numbers, divided once: latents that tie have the very same score.
-    crossed = one.on * nought.n - nought.on * one.n
-    scores["rate"] = crossed / max(one.n * nought.n, 1)
+    crossed = positive.on * negative.n - negative.on * positive.n
+    scores["rate"] = crossed / max(positive.n * negative.n, 1)
     scores["meandiff"] = difference
     if "cohen" in wanted:
-        pooled = ((one.n - 1) * one.variance + (nought.n - 1) * nought.variance) / max(
-            one.n + nought.n - 2, 1
-        )
+        pooled = (
+            (positive.n - 1) * positive.variance + (negative.n - 1) * negative.variance
+        ) / max(positive.n + negative.n - 2, 1)
         scores["cohen"] = _standardised(difference, np.sqrt(pooled))
     if wanted & {"welch", "cohen"}:
-        scores["welch"], p["welch"] = _welch(one, nought, difference)
+        scores["welch"], p["welch"] = _welch(positive, negative, difference)
     if "paired-t" in wanted:
         scores["paired-t"], p["paired-t"] = _paired_t(texts.pairs)
     if "logodds" in wanted:
-        cells = [one.on, nought.n - nought.on, nought.on, one.n - one.on]
+        cells = [positive.on, negative.n - negative.on, negative.on, positive.n - positive.on]
         n11, n00, n01, n10 = (cell + 0.5 for cell in cells)
         scores["logodds"] = np.log(n11 * n00 / (n10 * n01))
         spread = np.sqrt(1 / n11 + 1 / n00 + 1 / n10 + 1 / n01)
-        p["logodds"] = pvalues.normal_two_sided(scores["logodds"] / spread)
+        p["logodds"] = 2 * special.ndtr(-np.abs(scores["logodds"]) / spread)
         # Equal rates of unequal classes leave a rest of the 1/2: not a sign of anything.
         scores["logodds"] = np.where(crossed == 0, 0.0, scores["logodds"])
     if "mi" in wanted:
-        information = _mutual_information(one, nought)
+        information = _mutual_information(positive, negative)
         scores["mi"] = np.sign(crossed) * information
-        p["mi"] = pvalues.chi2_one(2 * (one.n + nought.n) * information)
+        p["mi"] = special.chdtrc(1, 2 * (positive.n + negative.n) * information)
     if "auroc" in wanted:
-        scores["auroc"], p["auroc"] = _auroc(texts, one, nought)
+        scores["auroc"], p["auroc"] = _auroc(texts, positive, negative)
     if "corr" in wanted:
         scores["corr"], p["corr"] = _correlation(texts)
+    return found
+
+
+def mcnemar(on_off: Array, off_on: Array) -> Array:
+    """p of McNemar's test: exact binomial below 25 discordant pairs, chi-squared from there on."""
+    from scipy import special
+
+    total, fewer = on_off + off_on, np.minimum(on_off, off_on)
+    pairs, heads = np.ogrid[:25, :25]
+    exact = np.minimum(1.0, 2 * special.bdtr(heads, pairs, 0.5))
+    small = total < 25
+    places, columns = (np.where(small, x, 0).astype(np.int64) for x in (total, fewer))
+    many = special.chdtrc(1, np.square(on_off - off_on) / np.maximum(total, 1))
+    found: Array = np.where(small, exact[places, columns], many)
+    return found
+
+
+def _t_two_sided(t: Array, df: Array | int) -> Array:
+    """P(|T| >= |t|) of Student's t with `df` degrees of freedom; NaN where there are none."""
+    from scipy import special
+
+    found: Array = 2 * special.stdtr(df, -np.abs(t))
     return found
 
 
@@ -327,20 +349,20 @@ def _standardised(difference: Array, spread: Array) -> Array:
     return difference / np.maximum(spread, floor)
 
 
-def _welch(one: Moments, nought: Moments, difference: Array) -> tuple[Array, Array]:
+def _welch(positive: Moments, negative: Moments, difference: Array) -> tuple[Array, Array]:
     """Welch's t and its two-sided p, with Satterthwaite's degrees of freedom.
 
     Where neither class varies, p is that of the limit of t: 0 where the means differ, 1 where
     they are equal.
     """
-    parts = [m.variance / max(m.n, 1) for m in (one, nought)]
+    parts = [m.variance / max(m.n, 1) for m in (positive, negative)]
     both = parts[0] + parts[1]
     t = _standardised(difference, np.sqrt(both))
-    weights = parts[0] ** 2 / max(one.n - 1, 1) + parts[1] ** 2 / max(nought.n - 1, 1)
+    weights = parts[0] ** 2 / max(positive.n - 1, 1) + parts[1] ** 2 / max(negative.n - 1, 1)
     df = np.where(weights > 0, both**2 / np.where(weights > 0, weights, 1.0), 0.0)
-    if min(one.n, nought.n) < 2:
+    if min(positive.n, negative.n) < 2:
         return t, np.ones_like(t)
-    p = np.where(weights > 0, pvalues.t_two_sided(t, df), 0.0)
+    p = np.where(weights > 0, _t_two_sided(t, df), 0.0)
     return t, np.where(difference == 0, 1.0, p)
 
 
@@ -351,16 +373,17 @@ def _paired_t(pairs: Pairs) -> tuple[Array, Array]:
     squares = _sums(latent, np.square(value - mean[latent]), pairs.d_sae)
     variance = (squares + (n - there) * np.square(mean)) / max(n - 1, 1)
     t = _standardised(mean, np.sqrt(variance / max(n, 1)))
-    p = pvalues.t_two_sided(t, np.full(t.shape, float(n - 1)))
-    return t, np.where(mean == 0, 1.0, p)
+    if n < 2:
+        return t, np.ones_like(t)
+    return t, np.where(mean == 0, 1.0, _t_two_sided(t, n - 1))
 
 
-def _mutual_information(one: Moments, nought: Moments) -> Array:
+def _mutual_information(positive: Moments, negative: Moments) -> Array:
     """Of on/off and class, in nats."""
-    n = max(one.n + nought.n, 1)
-    found = np.zeros_like(one.mean)
-    on = (one.on + nought.on) / n
-    for moments in (one, nought):
+    n = max(positive.n + negative.n, 1)
+    found = np.zeros_like(positive.mean)
+    on = (positive.on + negative.on) / n
+    for moments in (positive, negative):
         for cell, rate in ((moments.on, on), (moments.n - moments.on, 1 - on)):
             joint, apart = cell / n, rate * (moments.n / n)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -368,8 +391,10 @@ def _mutual_information(one: Moments, nought: Moments) -> Array:
     return np.maximum(found, 0.0)
 
 
-def _auroc(texts: Texts, one: Moments, nought: Moments) -> tuple[Array, Array]:
+def _auroc(texts: Texts, positive: Moments, negative: Moments) -> tuple[Array, Array]:
     """AUROC from sparse values, and p of the Mann-Whitney test with ties and continuity."""
+    from scipy import special
+
     order = np.lexsort((texts.value, texts.latent))
     latent, value = texts.latent[order], texts.value[order]
     first = texts.positive[texts.text[order]]
@@ -377,26 +402,26 @@ def _auroc(texts: Texts, one: Moments, nought: Moments) -> tuple[Array, Array]:
     new = np.ones(len(latent), bool)
     new[1:] = (latent[1:] != latent[:-1]) | (value[1:] != value[:-1])
     starts = np.flatnonzero(new)
-    ones = np.add.reduceat(first.astype(np.float64), starts) if len(starts) else np.zeros(0)
+    positives = np.add.reduceat(first.astype(np.float64), starts) if len(starts) else np.zeros(0)
     size = np.diff(np.append(starts, len(latent))).astype(np.float64)
-    noughts = size - ones
+    negatives = size - positives
     group_latent = latent[starts]
-    below = np.cumsum(noughts) - noughts
+    below = np.cumsum(negatives) - negatives
     head = np.searchsorted(group_latent, group_latent)  # where each latent's groups begin
     below = below - (below[head] if len(head) else 0)
-    won = _sums(group_latent, ones * (below + noughts / 2), texts.d_sae)
-    zero1, zero0 = one.n - one.on, nought.n - nought.on
-    u = won + one.on * zero0 + zero1 * zero0 / 2
-    pairs = max(one.n * nought.n, 1)
-    n = one.n + nought.n
+    won = _sums(group_latent, positives * (below + negatives / 2), texts.d_sae)
+    off_positive, off_negative = positive.n - positive.on, negative.n - negative.on
+    u = won + positive.on * off_negative + off_positive * off_negative / 2
+    pairs = max(positive.n * negative.n, 1)
+    n = positive.n + negative.n
     tied = _sums(group_latent, size**3 - size, texts.d_sae)
-    zeros = zero1 + zero0
+    zeros = off_positive + off_negative
     tied = tied + zeros**3 - zeros
     variance = pairs / 12 * ((n + 1) - tied / max(n * (n - 1), 1))
     gap = np.abs(u - pairs / 2) - 0.5
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(variance > 1e-12, np.maximum(gap, 0) / np.sqrt(np.maximum(variance, 0)), 0.0)
-    return u / pairs, pvalues.normal_two_sided(z)
+    return u / pairs, 2 * special.ndtr(-z)
 
 
 def _correlation(texts: Texts) -> tuple[Array, Array]:
@@ -410,7 +435,7 @@ def _correlation(texts: Texts) -> tuple[Array, Array]:
     if n < 3:
         return r, np.ones_like(r)
     t = r * np.sqrt((n - 2) / np.maximum(1 - np.square(r), 1e-18))
-    return r, np.where(r == 0, 1.0, pvalues.t_two_sided(t, np.full(r.shape, n - 2.0)))
+    return r, np.where(r == 0, 1.0, _t_two_sided(t, n - 2))
 
 
 def to_tensor(column: Any) -> Tensor:

@@ -31,7 +31,6 @@ from saesteer.steering.ranking.output_scores import (
     effect_scores,
     output_scores,
 )
-from saesteer.steering.ranking.pvalues import benjamini_hochberg
 from saesteer.steering.ranking.reading import Reader
 from saesteer.steering.ranking.result import STABLE_K as STABLE_K
 from saesteer.steering.ranking.result import Ranking as Ranking
@@ -118,6 +117,8 @@ class _Ranker:
     """Makes the columns of a ranking, the dear ones only when they are asked for."""
 
     def __init__(self, reader: Reader, task: Task, contents: list[str], samples: Samples) -> None:
+        from scipy import stats
+
         self.reader, self.task, self.contents, self.samples = reader, task, contents, samples
         self.config = reader.config
         found = detect(samples.texts)
@@ -134,7 +135,7 @@ class _Ranker:
             del self.columns["saif"]
         self.mu = samples.positive.active_mean
         p = self.p[significance_of(self.config.resolved_by)]
-        self.p_chosen, self.q = p, to_tensor(benjamini_hochberg(p.numpy()))
+        self.p_chosen, self.q = p, to_tensor(stats.false_discovery_control(p.numpy()))
         self.filters = filter_masks(reader.control, self.q, self.config.max_fdr)
         if self.config.read == "template":  # which is where this ranking looks
             self.filters["template"] = torch.zeros_like(self.filters["template"])

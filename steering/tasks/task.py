@@ -175,7 +175,7 @@ def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: 
     """
     if not instruction.strip():
         raise UsageError("`instruction` is empty: give the instruction's text")
-    contents = read_contents(Path(contents_file), SPLITS, seed, flag="`contents`")
+    contents = read_contents(Path(contents_file), SPLITS, seed, what="`contents_file`")
     return Task("custom", instruction.strip(), (), contents)
 
 
@@ -195,13 +195,13 @@ def reply_prompts(
     content drawn, alone, `plain` times. Two tasks with the same contents draw the same ones. Dev
     and test contents and evaluation wordings never appear.
     """
-    for flag, value, least in (
-        ("contents", contents, 1),
-        ("variants", variants, 1),
-        ("plain", plain, 0),
+    for name, value, least in (
+        ("`contents`", contents, 1),
+        ("`variants`", variants, 1),
+        ("`plain`", plain, 0),
     ):
         if value < least:
-            raise UsageError(f"{flag} must be at least {least} for `replies`, got {value}")
+            raise UsageError(f"{name} must be at least {least}, got {value}")
     loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
     names = [task.name for task in loaded]
     if len(set(names)) != len(names):
@@ -253,10 +253,10 @@ def _read_task(path: Path) -> Task:
     if isinstance(given, list):
         contents = split_rows(f"{path}: contents", inline_rows(path, given), splits, 0)
     elif given is None:
-        contents = read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
+        contents = read_contents(DEFAULT_CONTENTS, splits, 0, what="contents")
     else:
         named = path.parent / _text(path, "contents", given)
-        contents = read_contents(named, splits, 0, flag=f"contents of {path}")
+        contents = read_contents(named, splits, 0, what=f"contents of {path}")
     per_item = _count(path, "contents_per_item", raw.get("contents_per_item", 1))
     return Task(
         name=name,

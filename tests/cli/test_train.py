@@ -145,7 +145,7 @@ def test_existing_folder(cli: Cli, acts: Path, sae: Path, tmp_path: Path) -> Non
 def test_non_finite_loss_keeps_the_last_good_state(
     cli: Cli, acts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saesteer.sae.verbs.train import sae_trainer as trainer
+    from saesteer.sae.training import sae_trainer as trainer
 
     out = tmp_path / "sae"
     words = ("train", "--activations", acts, "--layer", 1, *SMALL, "-o", out, "-q")

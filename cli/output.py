@@ -49,9 +49,8 @@ def one_line(message: object) -> str:
 
 def with_flags(text: str) -> str:
     """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
-    return re.sub(
-        r"`([a-z][a-z0-9_]*(?:=False)?)`", lambda name: _flags().get(name[1], name[0]), text
-    )
+    argument = r"`([a-z][a-z0-9_]*(?:=False)?)`"
+    return re.sub(argument, lambda found: _flags().get(found[1], found[0]), text)
 
 
 @cache

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saesteer.steering.demonstration.pipeline import DemoSize as DemoSize
+    from saesteer.steering.demonstration.pipeline import demo as demo
     from saesteer.steering.doses.nats import Dose as Dose
     from saesteer.steering.doses.nats import dose_plan as dose_plan
     from saesteer.steering.doses.sweep import Budget as Budget
@@ -71,6 +73,8 @@ _HOME = {
     "with_gate": "hooking.latent_values",
     "SteeredText": "hooking.generation",
     "generate_steered": "hooking.generation",
+    "DemoSize": "demonstration.pipeline",
+    "demo": "demonstration.pipeline",
     "Budget": "doses.sweep",
     "Grid": "doses.sweep",
     "calibrate": "doses.sweep",

@@ -17,9 +17,13 @@ def default(config: type, field: str) -> str:
     return f"(default: {text})"
 
 
-def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The fields of a config dataclass whose flags were given; the rest keep their defaults."""
-    values = {field.name: getattr(args, field.name, None) for field in fields(config)}
+def given(args: argparse.Namespace, config: type, **flags: str) -> dict[str, Any]:
+    """The fields of a config dataclass whose flags were given; the rest keep their defaults.
+
+    `flags` names the flags that are not called like their fields.
+    """
+    names = {field.name: flags.get(field.name, field.name) for field in fields(config)}
+    values = {name: getattr(args, flag, None) for name, flag in names.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -2,16 +2,20 @@
 
 import argparse
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_sae, need
+from saesteer.cli.flags import add_common, add_sae, given, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.rank_report import print_ranking
 from saesteer.cli.values import count, counts, names, number, numbers
+from saesteer.steering.ranking.config import RankConfig
+
+if TYPE_CHECKING:
+    from saesteer.steering.tasks.task import Task
 
 EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
@@ -20,31 +24,6 @@ EXAMPLE = (
 
 FEW_CONTENTS = 10
 """Fewer contents than these are worth a warning."""
-
-# Fields of RankConfig by the flag that sets them (that module needs torch; help must not).
-_RANK_FIELDS = {
-    "by": "by",
-    "read": "read",
-    "position": "position",
-    "pool": "pool",
-    "drop": "drop",
-    "max_fdr": "max_fdr",
-    "shuffles": "shuffles",
-    "rank_contents": "contents",
-    "reply_variants": "reply_variants",
-    "effect_contents": "effect_contents",
-    "candidates": "candidates",
-    "shortlist": "shortlist",
-    "causal_contents": "causal_contents",
-    "doses": "doses",
-    "max_new_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "seed": "seed",
-    "batch_size": "batch_size",
-    "max_norm_ratio": "max_norm_ratio",
-    "chat": "chat",
-}
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -212,14 +191,9 @@ def run(args: Namespace) -> int:
         reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,
     ):
-        from saesteer.steering import save_plan
-        from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank
+        from saesteer.steering import plan_from_ranking, rank, ranking_document, save_ranking
 
-        given = {field: getattr(args, flag) for flag, field in _RANK_FIELDS.items()}
-        config = RankConfig(
-            all_replies=args.all_replies,
-            **{field: value for field, value in given.items() if value is not None},
-        )
+        config = RankConfig(**given(args, RankConfig, contents="rank_contents"))
         top = _plan_settings(args)
         task = _open_task(args)
         sae = open_sae(args, report)
@@ -237,17 +211,18 @@ def run(args: Namespace) -> int:
             progress=report,
         )
         plan = plan_from_ranking(lm, sae, ranking, **top)
-        document = _document(lm, sae, ranking, plan, args)
-        used, given_ = document["contents_used"]
+        if args.out is None:
+            document = ranking_document(lm, sae, ranking, plan, args.explain)
+        else:
+            folder = take_folder(args)
+            document = save_ranking(folder, lm, sae, ranking, plan, args.explain)
+            write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
+        used, all_of_them = document["contents_used"]
         if used < FEW_CONTENTS:
             report.warn(
-                f"ranked with {used} of {given_} contents, which is few: {FEW_CONTENTS} or more "
-                "are better (of --contents without `split`, half are kept for dev and test)"
+                f"ranked with {used} of {all_of_them} contents, which is few: {FEW_CONTENTS} or "
+                "more are better (of --contents without `split`, half are kept for dev and test)"
             )
-        if args.out is not None:
-            folder = take_folder(args)
-            document["plan"] = save_plan(plan, folder)
-            _write(folder, args, document, ranking)
     if args.json:
         print_json(document)
     else:
@@ -286,7 +261,7 @@ def _plan_settings(args: Namespace) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _open_task(args: Namespace) -> Any:
+def _open_task(args: Namespace) -> "Task":
     from saesteer.steering.tasks.task import load_task, task_from_instruction
 
     if args.task is not None:
@@ -300,76 +275,3 @@ def _check_explain(args: Namespace, d_sae: int) -> None:
             raise UsageError(
                 f"--explain {latent} is out of range: the SAE has latents 0..{d_sae - 1}"
             )
-
-
-def _document(lm: Any, sae: Any, ranking: Any, plan: Any, args: Namespace) -> dict[str, Any]:
-    """What `--json` prints and `ranking.json` holds."""
-    from saesteer.steering.ranking.detection_scores import significance_of
-    from saesteer.steering.ranking.rank import lens_tokens
-
-    config = ranking.config
-    lens = {latent.id: list(latent.lens) for latent in plan.latents}
-    document = {
-        "schema_version": 1,
-        "task": {"name": ranking.task.name, "hash": ranking.task.hash},
-        "model": {"name": lm.name, "hash": lm.fingerprint},
-        "sae": {"source": sae.source, "sha256": sae.sha256},
-        "layer": ranking.point.layer,
-        "site": ranking.point.site,
-        "by": config.resolved_by,
-        "read": config.read,
-        "position": config.position,
-        "positives": ranking.positives,
-        "negatives": ranking.negatives,
-        "replies_used": ranking.replies_used,
-        "test": significance_of(config.resolved_by),
-        "discoveries": {
-            "max_fdr": config.max_fdr,
-            "latents": int((ranking.q <= config.max_fdr).sum()),
-        },
-        "dropped": list(config.drop),
-        "filters": ranking.dropped(),
-        "stability": ranking.stability.summary(),
-        "overlap": ranking.overlap(),
-        "shuffled": None if ranking.shuffled is None else ranking.shuffled.summary(),
-        "unsteered": _unsteered(ranking),
-        "contents_used": [
-            min(config.contents, len(ranking.task.contents["train"])),
-            sum(len(texts) for texts in ranking.task.contents.values()),
-        ],
-        "excluded": ranking.excluded,
-        "latents": [
-            {"rank": place, **ranking.explain(i), "lens": lens[i]}
-            for place, i in enumerate(plan.ids, 1)
-        ],
-        "plan": None,
-    }
-    if args.explain is not None:
-        document["explain"] = [
-            {**ranking.explain(i), "lens": lens.get(i) or lens_tokens(lm, sae.W_dec[i])}
-            for i in args.explain or plan.ids
-        ]
-    return document
-
-
-def _unsteered(ranking: Any) -> dict[str, int] | None:
-    """How the unsteered model did on the contents of the shortlist."""
-    plain = next((trial for trial in ranking.trials if trial.latent is None), None)
-    return plain and {"successes": plain.successes, "n": plain.n}
-
-
-def _write(folder: Any, args: Namespace, document: dict[str, Any], ranking: Any) -> None:
-    from saesteer.checkpoints.files import write_json, write_tensors
-
-    write_json(folder / "ranking.json", document)
-    columns = {
-        **ranking.columns,
-        "p": ranking.p,
-        "q": ranking.q,
-        "mu": ranking.mu,
-        "sigma": ranking.sigma,
-        "control_rate": ranking.control_rate,
-        "template_rate": ranking.template_rate,
-    }
-    write_tensors(folder / "scores.safetensors", columns)
-    write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])

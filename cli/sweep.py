@@ -1,8 +1,7 @@
 """`saesteer sweep`: which dose, how many latents, where; success against damage."""
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_answering, add_common, add_model
@@ -12,6 +11,12 @@ from saesteer.cli.output import print_json, print_next, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import budget, grid, rounds
+
+if TYPE_CHECKING:
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.doses.sweep import Sweep
+    from saesteer.steering.plans.plan import Plan
+    from saesteer.steering.tasks.task import Task
 
 EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
 
@@ -79,12 +84,18 @@ def run(args: Namespace) -> int:
         reserved(args, plan=args.plan, sae=args.sae, task=args.task),
         reporting(args) as report,
     ):
+        from saesteer.steering import save_sweep, sweep_document
+
         found, lm = _sweep(args, axes, report)
-        document = {"model": {"name": lm.name, "hash": lm.fingerprint}, **found.document()}
         for warning in found.warnings:
             report.warn(warning)
-        if args.out is not None:
-            _write(take_folder(args), args, found, document)
+        if args.out is None:
+            document = sweep_document(lm, found)
+        else:
+            folder = take_folder(args)
+            ranked = args.plan[0] if args.plan and len(args.plan) == 1 else None
+            document = save_sweep(folder, lm, found, ranked=ranked)
+            write_run(folder, "sweep", vars(args), model=document["model"])
     if args.json:
         print_json(document)
     else:
@@ -128,9 +139,10 @@ def _typed(name: str, values: tuple[str, ...]) -> tuple[Any, ...]:
     return typed
 
 
-def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) -> tuple[Any, Any]:
-    from saesteer.steering.doses.sweep import Budget, Grid, sweep
-    from saesteer.steering.evaluation.arms import Decoding
+def _sweep(
+    args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report
+) -> "tuple[Sweep, LanguageModel]":
+    from saesteer.steering import Budget, Decoding, Grid, sweep
     from saesteer.steering.hooking.scope import parse_scope
 
     for scope in axes.get("scope", ()):
@@ -140,20 +152,20 @@ def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) ->
     )
     limit = None if args.budget is None else Budget(*args.budget)
     lm, task, plans = _plans(args, axes, max(settings.k), report)
-    decoding = Decoding(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed or 0,
-        batch_size=args.batch_size,
-    )
     found = sweep(
         lm,
         task,
-        plans,
+        # One plan competes with nobody and needs no name.
+        next(iter(plans.values())) if len(plans) == 1 else plans,
         settings,
         rounds=args.rounds,
         budget=limit,
-        decoding=decoding,
+        decoding=Decoding(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed or 0,
+            batch_size=args.batch_size,
+        ),
         progress=report,
     )
     return found, lm
@@ -161,65 +173,34 @@ def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) ->
 
 def _plans(
     args: Namespace, axes: dict[str, tuple[Any, ...]], top: int, report: Report
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, the task, and the plans that compete, by name (one alone bears none)."""
-    from itertools import product
-
+) -> "tuple[LanguageModel, Task, dict[str, Plan]]":
+    """The model, the task, and the plans that compete, by name."""
     from saesteer.checkpoints.sae_file import load_sae
-    from saesteer.steering import load_plan
-    from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank
-    from saesteer.steering.tasks.task import load_task
+    from saesteer.steering import load_task, ranked_plans
+    from saesteer.steering.plans.names import by_folder, load_plans, task_of
 
-    plans: dict[str, Any] = {}
     if args.plan:
-        loaded = {str(path): load_plan(path) for path in args.plan}
-        first = next(iter(loaded.values()))
-        name = args.task or (None if first.task is None else first.task.name)
-        if name is None:
-            raise UsageError(f"--plan {args.plan[0]} names no task: give --task NAME or FILE")
-        task = load_task(name)
-        lm = open_model(args, report, name=first.model.name)
-        plans = {Path(path).name: plan for path, plan in loaded.items()}
-        if len(plans) < len(loaded):
-            plans = loaded
-    else:
-        task = load_task(args.task)
-        names = [
-            name.replace("{layer}", str(layer))
-            for name in args.sae
-            for layer in axes.get("layer", ("",))
-        ]
-        saes = [load_sae(name) for name in names]
-        lm = open_model(args, report, name=saes[0].spec.model_name)
-        layers = [sae.spec.layer for sae in saes]
-        for sae, source in zip(saes, names, strict=True):
-            alone = layers.count(sae.spec.layer) == 1
-            for position, read, by in product(
-                *(axes.get(name, (None,)) for name in ("position", "read", "by"))
-            ):
-                given = {"position": position, "read": read, "by": by}
-                chosen = {key: value for key, value in given.items() if value is not None}
-                config = RankConfig(seed=args.seed or 0, **chosen)
-                ranking = rank(lm, sae.to(lm.device), task, config, progress=report)
-                plan = plan_from_ranking(lm, sae, ranking, top=top)
-                what = f"layer {plan.layer}" if alone else Path(source).name
-                plans[" ".join([what, *chosen.values()])] = plan
-    return lm, task, {"": next(iter(plans.values()))} if len(plans) == 1 else plans
-
-
-def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
-    from saesteer.checkpoints.files import plain, write_json, write_text
-    from saesteer.steering import save_plan
-    from saesteer.steering.reports.sweep_charts import pareto_chart
-
-    save_plan(found.plan(), folder)
-    write_json(folder / "sweep.json", document)
-    write_text(folder / "sweep.svg", pareto_chart(plain(document)))
-    write_run(folder, "sweep", vars(args), model=document["model"])
-    # What the report shows of the ranking goes with the plan.
-    source = Path(args.plan[0]).expanduser() if args.plan and len(args.plan) == 1 else None
-    if source is not None and source.is_dir() and (source / "ranking.json").is_file():
-        write_text(folder / "ranking.json", (source / "ranking.json").read_text(encoding="utf-8"))
+        plans = load_plans(args.plan)
+        first = next(iter(plans.values()))
+        task = task_of(first, args.plan[0]) if args.task is None else load_task(args.task)
+        return open_model(args, report, name=first.model.name), task, by_folder(plans)
+    task = load_task(args.task)
+    layers = axes.get("layer", ("",))
+    names = [name.replace("{layer}", str(layer)) for name in args.sae for layer in layers]
+    saes = [load_sae(name) for name in names]
+    lm = open_model(args, report, name=saes[0].spec.model_name)
+    plans = ranked_plans(
+        lm,
+        saes,
+        task,
+        position=axes.get("position", ()),
+        read=axes.get("read", ()),
+        by=axes.get("by", ()),
+        top=top,
+        seed=args.seed or 0,
+        progress=report,
+    )
+    return lm, task, plans
 
 
 def _print(args: Namespace, document: dict[str, Any]) -> None:

@@ -59,9 +59,11 @@ class Evaluation:
     """What could not be done, and doses that leave the model's norm range."""
 
     def save(self, folder: str | Path) -> None:
-        """Write `report.json` and `report.html`."""
-        write_json(Path(folder) / "report.json", self.document)
-        write_text(Path(folder) / "report.html", render_html(plain(self.document)))
+        """Write `report.json` and `report.html` into a folder, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", self.document)
+        write_text(folder / "report.html", render_html(plain(self.document)))
 
 
 def arm_names(plans: Mapping[str, Plan]) -> dict[str, Plan]:

@@ -2,14 +2,17 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from saesteer.cli.flags import add_common, need
 from saesteer.cli.inputs import reserved, take_folder
-from saesteer.cli.output import number, print_json, print_table, write_run
+from saesteer.cli.output import Document, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import one_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLE = "saesteer convert --from runs/sae --to runs/sparsify --format sparsify"
 
@@ -85,7 +88,8 @@ def add_flags(parser: VerbParser) -> None:
 
 def run(args: Namespace) -> int:
     """Convert, and print the report."""
-    source = need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
+    need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
+    source: str = getattr(args, "from")
     kind = args.format or ("gguf" if _is_plan(source) else "saelens")
     with reserved(args, locked=False, **{"from": source, "activations": args.activations}):
         with reporting(args) as report:
@@ -102,7 +106,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:
+def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> Document:
     from saesteer.checkpoints.conversion import convert
 
     report.say(f"reading {source}")
@@ -122,7 +126,7 @@ def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> dic
     return found
 
 
-def _activations(args: Namespace, source: str) -> Any:
+def _activations(args: Namespace, source: str) -> "Tensor":
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.checkpoints.shards import ShardReader
 
@@ -134,15 +138,15 @@ def _activations(args: Namespace, source: str) -> Any:
     return rows
 
 
-def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:
+def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> Document:
     from saesteer.steering.exchange import conversion as exchange
 
     need(args, "--out", "the folder to write, as --to DIR")
     if kind == "plan":
         from saesteer.sae.model.language_model import load_model
 
-        name = need(args, "--model", "the model that the vectors are for")
-        lm = load_model(name, device=args.device, progress=report.say)
+        need(args, "--model", "the model that the vectors are for")
+        lm = load_model(args.model, device=args.device, progress=report.say)
         return exchange.import_vectors(source, lm, take_folder(args))
     from saesteer.steering.plans.plan_file import load_plan
 
@@ -158,7 +162,7 @@ def _is_plan(source: str) -> bool:
     return path.name == "plan.yaml" or (path / "plan.yaml").is_file()
 
 
-def _print_sae(found: dict[str, Any], out: Path | None) -> None:
+def _print_sae(found: Document, out: Path | None) -> None:
     spec = found["spec"]
     widths = f"d_model {spec['d_model']}, d_sae {spec['d_sae']}"
     print(f"{found['source']}: {found['format_from']}, {spec['architecture']}, {widths}")
@@ -183,7 +187,7 @@ def _print_sae(found: dict[str, Any], out: Path | None) -> None:
         print(f"written to {out} ({found['format_to']})")
 
 
-def _print_notes(found: dict[str, Any]) -> None:
+def _print_notes(found: Document) -> None:
     for note in found["notes"]:
         print(f"note: {note}")
     for path in found["files"]:

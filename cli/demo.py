@@ -4,14 +4,15 @@ import sys
 import textwrap
 import time
 from argparse import Namespace, _ArgumentGroup
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.files import claim_output
 from saesteer.checkpoints.model_files import DEFAULT_MODEL, WHEEL_ALIAS
 from saesteer.cli.flags import add_common
 from saesteer.cli.output import (
+    Document,
     amount,
     duration,
     number,
@@ -97,7 +98,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: str) -> 
 # --- what each stage prints ----------------------------------------------------------------------
 
 
-def _print_model(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_model(demo: "Demo", stage: "Stage", facts: Document) -> None:
     lm = demo.lm
     _say(
         f"   {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {facts['dtype']} on "
@@ -105,7 +106,7 @@ def _print_model(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None
     )
 
 
-def _print_harvest(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_harvest(demo: "Demo", stage: "Stage", facts: Document) -> None:
     excluded = facts["excluded"]
     _say(
         f"   {amount(facts['tokens'])} activations per layer at "
@@ -114,7 +115,7 @@ def _print_harvest(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> No
     )
 
 
-def _print_train(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_train(demo: "Demo", stage: "Stage", facts: Document) -> None:
     rows = []
     for layer, folder in demo.sae_folders.items():
         final = facts[f"layer {layer}"]
@@ -123,7 +124,7 @@ def _print_train(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None
     _table(["layer", "FVU", "L0", "dead latents", "folder"], rows, "folder")
 
 
-def _print_rank(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_rank(demo: "Demo", stage: "Stage", facts: Document) -> None:
     if used := facts.get("replies_used"):
         _say(f"   {used[0]} of {used[1]} instructed replies pass the check and count")
     rows = [
@@ -137,7 +138,7 @@ def _print_rank(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
     _table(["latent", "score", "mu", "sigma", "lens tokens"], rows, "lens tokens")
 
 
-def _print_dose(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_dose(demo: "Demo", stage: "Stage", facts: Document) -> None:
     trials = facts["trials"]
     final = [row for row in trials if row["n"] == trials[-1]["n"]]
     final.sort(key=lambda row: (-row["loose"]["value"], row["degenerate"]["value"]))
@@ -163,7 +164,7 @@ def _print_dose(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
     )
 
 
-def _print_evaluation(demo: "Demo", stage: "Stage", facts: Mapping[str, Any]) -> None:
+def _print_evaluation(demo: "Demo", stage: "Stage", facts: Document) -> None:
     arms = demo.sampled
     _say(f"\n{paint('Side by side', 'bold')}  (the first {EXAMPLES} test contents)")
     verdict = {"A": "A, follows on topic", "B": "B, follows", "C": "C, does not follow"}
@@ -189,7 +190,7 @@ def _print_rates(demo: "Demo", decoding: str, arms: "Sequence[Arm]") -> None:
     _table(["arm", "loose", "strict", "degenerate"], rows, "arm")
 
 
-_PRINT: dict[str, Callable[["Demo", "Stage", Mapping[str, Any]], None]] = {
+_PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
     "model": _print_model,
     "harvest": _print_harvest,
     "train": _print_train,

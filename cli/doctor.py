@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import (
+    Document,
     Failed,
     amount,
     duration,
@@ -89,14 +89,14 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _write(folder: Path, args: Namespace, found: dict[str, Any]) -> None:
+def _write(folder: Path, args: Namespace, found: Document) -> None:
     from saesteer.checkpoints.files import write_json
 
     write_json(folder / "doctor.json", found)
     write_run(folder, "doctor", vars(args), model=found["model"])
 
 
-def _print_findings(found: dict[str, Any], out: Path | None) -> None:
+def _print_findings(found: Document, out: Path | None) -> None:
     model = found["model"]
     print(f"{model['name']}: layer {found['layer']}, {found['site']} ({found['module']})")
     for check in found["checks"]:
@@ -110,7 +110,7 @@ def _print_findings(found: dict[str, Any], out: Path | None) -> None:
         print(f"written to {out / 'doctor.json'}")
 
 
-def _measured(name: str, value: Any) -> str:
+def _measured(name: str, value: object) -> str:
     """A prediction in the unit that its name ends with."""
     if not isinstance(value, int | float):
         return str(value)

@@ -1,13 +1,13 @@
 """`saesteer evaluate`: a plan against every control, with intervals, tests and damage."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.output import Document, print_json, print_table, write_run
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import count, counts, names
@@ -169,7 +169,7 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
     )
 
 
-def _print(args: Namespace, document: dict[str, Any]) -> None:
+def _print(args: Namespace, document: Document) -> None:
     for task in document["tasks"]:
         facts = task["task"]
         seeds = f", {len(task['seeds'])} seeds" if len(task["seeds"]) > 1 else ""
@@ -201,7 +201,7 @@ def _print(args: Namespace, document: dict[str, Any]) -> None:
         print(f"written to {args.out / 'report.json'} and {args.out / 'report.html'}")
 
 
-def _print_ifeval(ifeval: dict[str, Any]) -> None:
+def _print_ifeval(ifeval: Document) -> None:
     print(f"IFEval: {ifeval['prompts']} prompts")
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rows = [
@@ -214,7 +214,7 @@ def _print_ifeval(ifeval: dict[str, Any]) -> None:
     print()
 
 
-def _print_tests(tests: list[dict[str, Any]], p: str, headed: str) -> None:
+def _print_tests(tests: list[Document], p: str, headed: str) -> None:
     """Paired differences with their intervals, and p-values under `headed`."""
     rows = [
         [
@@ -230,5 +230,5 @@ def _print_tests(tests: list[dict[str, Any]], p: str, headed: str) -> None:
         print_table(headers, rows, "difference,measure", indent=2)
 
 
-def _rate(rate: dict[str, Any]) -> str:
+def _rate(rate: Document) -> str:
     return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -27,12 +27,10 @@ def given(args: argparse.Namespace, config: type, **flags: str) -> dict[str, Any
     return {name: value for name, value in values.items() if value is not None}
 
 
-def need(args: argparse.Namespace, flag: str, why: str) -> Any:
-    """The value of a flag that a verb cannot do without. Raises UsageError when it is missing."""
-    value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-    if value is None:
+def need(args: argparse.Namespace, flag: str, why: str) -> None:
+    """Raise UsageError when a flag that a verb cannot do without is missing."""
+    if getattr(args, flag.removeprefix("--").replace("-", "_")) is None:
         raise UsageError(f"{flag} is missing: {why}")
-    return value
 
 
 LM_DTYPE_HELP = (

@@ -3,7 +3,6 @@
 import contextlib
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.cli.flags import (
     SITE_HELP,
@@ -16,7 +15,7 @@ from saesteer.cli.flags import (
     need,
 )
 from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
-from saesteer.cli.output import amount, duration, print_json, print_next, size
+from saesteer.cli.output import Document, amount, duration, print_json, print_next, size
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import count, layers, stored_dtype
@@ -96,8 +95,8 @@ def add_flags(parser: VerbParser) -> None:
 def run(args: Namespace) -> int:
     """Harvest, and say what was stored."""
     text = TextConfig(**given(args, TextConfig))
-    wanted = need(args, "--layer", "the blocks to store, such as --layer 20")
-    config = HarvestConfig(layers=wanted, text=text, **given(args, HarvestConfig))
+    need(args, "--layer", "the blocks to store, such as --layer 20")
+    config = HarvestConfig(layers=args.layer, text=text, **given(args, HarvestConfig))
     if args.dry_run:
         return _dry_run(args, config)
     need(args, "--out", "the folder for the shards")
@@ -130,7 +129,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _print_summary(folder: Path, manifest: dict[str, Any], report: Report) -> None:
+def _print_summary(folder: Path, manifest: Document, report: Report) -> None:
     shards = manifest["shards"]
     filled = sum((folder / shard["file"]).stat().st_size for shard in shards)
     blocks = ", ".join(str(layer) for layer in manifest["layers"])

@@ -2,10 +2,11 @@
 
 import argparse
 from argparse import Namespace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_sae, given, need
+from saesteer.cli.flags import add_common, add_sae, default, given, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, write_run
 from saesteer.cli.parser import VerbParser
@@ -28,6 +29,7 @@ FEW_CONTENTS = 10
 
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
+    usual = partial(default, RankConfig)
     what = parser.add_argument_group("model and SAE")
     add_sae(what)
     task = parser.add_argument_group("instruction: --task, or --instruction with --contents")
@@ -45,7 +47,7 @@ def add_flags(parser: VerbParser) -> None:
         "--read",
         metavar="WHERE",
         help="last token of the user's text (last), last prompt token (template), the instruction "
-        "(span), the model's own replies (reply) (default: last)",
+        f"(span), the model's own replies (reply) {usual('read')}",
     )
     read.add_argument(
         "--by",
@@ -67,25 +69,26 @@ def add_flags(parser: VerbParser) -> None:
         "--max-fdr",
         type=number,
         metavar="Q",
-        help="false discovery rate that --drop fdr lets pass (default: 0.05)",
+        help=f"false discovery rate that --drop fdr lets pass {usual('max_fdr')}",
     )
     read.add_argument(
         "--shuffles",
         type=count,
         metavar="N",
-        help="rankings with shuffled labels, to show what chance finds; 0: none (default: 20)",
+        help=f"rankings with shuffled labels, to show what chance finds; 0: none "
+        f"{usual('shuffles')}",
     )
     read.add_argument(
         "--position",
         metavar="WHERE",
-        help="the instruction after the content (post) or before it (pre) (default: post)",
+        help=f"the instruction after the content (post) or before it (pre) {usual('position')}",
     )
-    read.add_argument("--pool", metavar="HOW", help="max or mean over a span (default: max)")
+    read.add_argument("--pool", metavar="HOW", help=f"max or mean over a span {usual('pool')}")
     read.add_argument(
         "--rank-contents",
         type=count,
         metavar="N",
-        help="contents of the train split to use (default: 48)",
+        help=f"contents of the train split to use {usual('contents')}",
     )
     read.add_argument(
         "--all-replies",
@@ -96,60 +99,70 @@ def add_flags(parser: VerbParser) -> None:
         "--reply-variants",
         type=count,
         metavar="N",
-        help="with --read reply: wordings that the model answers (default: 2)",
+        help=f"with --read reply: wordings that the model answers {usual('reply_variants')}",
     )
     read.add_argument(
         "--max-new-tokens",
         type=count,
         metavar="N",
-        help="with --read reply: longest reply (default: 40)",
+        help=f"with --read reply: longest reply {usual('max_new_tokens')}",
     )
     read.add_argument(
         "--temperature",
         type=number,
         metavar="T",
-        help="with --read reply: of sampling (default: 0.8)",
+        help=f"with --read reply: of sampling {usual('temperature')}",
     )
     read.add_argument(
-        "--top-p", type=number, metavar="P", help="with --read reply: of sampling (default: 0.95)"
+        "--top-p",
+        type=number,
+        metavar="P",
+        help=f"with --read reply: of sampling {usual('top_p')}",
     )
     read.add_argument(
         "--effect-contents",
         type=count,
         metavar="N",
         help="with effect, atp, fused and causal: contents whose answers give the gradients "
-        "(default: 16)",
+        f"{usual('effect_contents')}",
     )
     read.add_argument(
         "--candidates",
         type=count,
         metavar="N",
-        help="with output, fused and causal: latents to try, the best so far (default: 100)",
+        help=f"with output, fused and causal: latents to try, the best so far "
+        f"{usual('candidates')}",
     )
     read.add_argument(
         "--shortlist",
         type=count,
         metavar="N",
-        help="with causal: latents to steer with, the best by fused (default: 20)",
+        help=f"with causal: latents to steer with, the best by fused {usual('shortlist')}",
     )
     read.add_argument(
         "--causal-contents",
         type=count,
         metavar="N",
-        help="with causal: train contents to steer (default: 8)",
+        help=f"with causal: train contents to steer {usual('causal_contents')}",
     )
     read.add_argument(
         "--doses",
         type=numbers,
         metavar="X,...",
-        help="with causal: relative doses, the same for every latent (default: 0.3,0.6)",
+        help=f"with causal: relative doses, the same for every latent {usual('doses')}",
     )
-    read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
+    read.add_argument(
+        "--batch-size",
+        type=count,
+        metavar="N",
+        help=f"texts at once {usual('batch_size')}",
+    )
     read.add_argument(
         "--max-norm-ratio",
         type=number,
         metavar="X",
-        help="leave out attention sinks: rows longer than X times the median (default: 10.0)",
+        help=f"leave out attention sinks: rows longer than X times the median "
+        f"{usual('max_norm_ratio')}",
     )
     read.add_argument(
         "--chat",

@@ -1,9 +1,8 @@
 """What `saesteer rank` prints: the table of latents, the report of one, and what was found."""
 
 from argparse import Namespace
-from typing import Any
 
-from saesteer.cli.output import amount, print_next, print_table
+from saesteer.cli.output import Document, amount, print_next, print_table
 from saesteer.cli.output import number as figure
 
 _COLUMNS = {
@@ -15,7 +14,7 @@ _COLUMNS = {
 }
 
 
-def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
+def print_ranking(args: Namespace, document: Document) -> None:
     samples = f"{document['positives']} positive and {document['negatives']} negative samples"
     print(
         f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
@@ -60,7 +59,7 @@ def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
         )
 
 
-def _findings(document: dict[str, Any]) -> list[str]:
+def _findings(document: Document) -> list[str]:
     """What the filters, the tests and the comparison of parts say, a line each."""
     found, parts = document["discoveries"], document["stability"]
     lines = [
@@ -90,7 +89,7 @@ def _findings(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _chance(found: dict[str, Any]) -> list[str]:
+def _chance(found: Document) -> list[str]:
     """What the ranking finds with shuffled labels."""
 
     def against(name: str) -> str:
@@ -108,7 +107,7 @@ def _chance(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
+def _print_report(document: Document, row: Document) -> None:
     """All that is known of one latent."""
     place = next((r["rank"] for r in document["latents"] if r["id"] == row["id"]), None)
     where = f"rank {place}" if place else "not in the plan"

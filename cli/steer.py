@@ -3,17 +3,23 @@
 import argparse
 import dataclasses
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
+from saesteer.cli.output import Document, print_json
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.steer_output import print_blocks, print_changes, write_answers
 from saesteer.cli.values import budget, count, latents, number, one_layer
+
+if TYPE_CHECKING:
+    from saesteer.checkpoints.sae_file import SAE
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.hooking.latent_changes import LatentChange
+    from saesteer.steering.plans.plan import Plan
 
 EXAMPLE = 'saesteer steer --plan runs/plan -p "The weather is nice today." --baseline'
 
@@ -182,12 +188,14 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         lm, plan, sae = _open(args, report)
-        if args.dose is not None:
+        if plan is not None and args.dose is not None:
             plan = _dosed(args, lm, plan, report)
         rows = _generate(args, texts, lm, plan, sae, report)
         if args.beside:
             _add_beside(args, texts, lm, plan, rows, report)
-        changes = _explained(args, texts, lm, plan, sae) if args.explain else []
+        changes = []
+        if plan is not None and args.explain:
+            changes = _explained(args, texts, lm, plan, sae)
         if args.out is not None:
             write_answers(take_folder(args), args, lm, rows, plan if args.dose else None)
     if args.json:
@@ -258,7 +266,7 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
             raise UsageError(f"--{name} {reason}")
 
 
-def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
+def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None, SAE | None]":
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.model.hooks import sae_hook_point
     from saesteer.steering import load_plan, plan_from_latents, with_gate
@@ -296,7 +304,7 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     return lm, plan, sae.to(lm.device)
 
 
-def _dosed(args: Namespace, lm: Any, plan: Any, report: Report) -> Any:
+def _dosed(args: Namespace, lm: "LanguageModel", plan: "Plan", report: Report) -> "Plan":
     """The plan at the scale that `--dose` asks for."""
     from saesteer.cli.inputs import prompts_in
     from saesteer.steering import Budget, dose_plan
@@ -329,9 +337,9 @@ def _generation(args: Namespace) -> dict[str, Any]:
 def _add_beside(
     args: Namespace,
     texts: list[str],
-    lm: Any,
-    plan: Any,
-    rows: list[dict[str, Any]],
+    lm: "LanguageModel",
+    plan: "Plan | None",
+    rows: list[Document],
     report: Report,
 ) -> None:
     """Put the answers of the other ways into the rows."""
@@ -349,7 +357,13 @@ def _add_beside(
         }
 
 
-def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) -> list[Any]:
+def _explained(
+    args: Namespace,
+    texts: list[str],
+    lm: "LanguageModel",
+    plan: "Plan",
+    sae: "SAE | None",
+) -> "list[LatentChange]":
     from saesteer.steering import read_back
 
     return read_back(
@@ -365,8 +379,13 @@ def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) 
 
 
 def _generate(
-    args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any, report: Report
-) -> list[dict[str, Any]]:
+    args: Namespace,
+    texts: list[str],
+    lm: "LanguageModel",
+    plan: "Plan | None",
+    sae: "SAE | None",
+    report: Report,
+) -> list[Document]:
     from saesteer.steering.hooking.generation import generate_steered
 
     passes = 2 if args.baseline and plan is not None else 1
@@ -382,7 +401,7 @@ def _generate(
     answers = generate_steered(
         lm,
         texts,
-        plan if not args.also else [plan, *args.also],
+        plan if plan is None or not args.also else [plan, *args.also],
         sae=sae,
         baseline=args.baseline,
         progress=on_batch,
@@ -399,13 +418,15 @@ def _generate(
         }
         if args.baseline:
             row["baseline"] = answer.baseline
-        if answer.tokens_gated_off and not answer.tokens_touched:
-            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
-        elif plan is not None and not answer.tokens_touched:
-            report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
         rows.append(row)
+        if plan is None or answer.tokens_touched:
+            continue
+        if answer.tokens_gated_off:
+            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
+        else:
+            report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
     touched = sum(answer.tokens_touched for answer in answers)
-    if touched and not any(answer.tokens_changed for answer in answers):
+    if plan is not None and touched and not any(answer.tokens_changed for answer in answers):
         report.warn(
             f"--method {plan.method} changed none of the {touched} tokens it touched (every "
             "relative dose is 0): choose another --method, or other latents"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.output import Document, print_json, print_next, print_table, write_run
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json, print_next, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import budget, grid, rounds
@@ -203,7 +203,7 @@ def _plans(
     return lm, task, plans
 
 
-def _print(args: Namespace, document: dict[str, Any]) -> None:
+def _print(args: Namespace, document: Document) -> None:
     chosen = document["chosen"]
     rows = []
     latest = [row for row in document["trials"] if row["latest"]]

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import (
@@ -16,7 +15,7 @@ from saesteer.cli.flags import (
     need,
 )
 from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
-from saesteer.cli.output import amount, duration, print_json, print_next, print_table
+from saesteer.cli.output import Document, amount, duration, print_json, print_next, print_table
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
@@ -257,7 +256,7 @@ def _refuse_live_flags(args: Namespace) -> None:
             )
 
 
-def _print_summary(args: Namespace, runs: list[dict[str, Any]]) -> None:
+def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     for run in runs:
         sae, final = run["sae"], run["final"]

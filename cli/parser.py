@@ -101,7 +101,7 @@ class VerbParser(argparse.ArgumentParser):
         return f": did you mean {close[0]}?" if close else f": {self._where_to_look()}"
 
     def _plain_words(self, argv: Sequence[str]) -> list[str]:
-        """Put main names for aliases, and tie values that start with a minus to their flags."""
+        """Replace aliases by main names, and tie values that start with a minus to their flags."""
         known = self.flags()
         words: list[str] = []
         waiting: str | None = None

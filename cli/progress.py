@@ -26,7 +26,7 @@ _QUIET_ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "true",  # said aloud, or it warns when a process is forked
+    "TOKENIZERS_PARALLELISM": "true",  # unset, it warns when a process is forked
     "WANDB_MODE": "disabled",
 }
 _NOISY = (
@@ -82,7 +82,7 @@ class Report:
         unit, _, extra = note.partition(", ")
         ended = self.finished.get(stage)
         if self.stage is None and ended is not None and done >= ended.total == total:
-            return  # said once more that it is done
+            return  # its end was reported before
         now = self.clock()
         current = self.stage
         if current is None or current.name != stage or done < current.done:

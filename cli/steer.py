@@ -192,7 +192,7 @@ def run(args: Namespace) -> int:
             plan = _dosed(args, lm, plan, report)
         rows = _generate(args, texts, lm, plan, sae, report)
         if args.beside:
-            _add_beside(args, texts, lm, plan, rows, report)
+            _add_other_ways(args, texts, lm, plan, rows, report)
         changes = []
         if plan is not None and args.explain:
             changes = _explained(args, texts, lm, plan, sae)
@@ -334,7 +334,7 @@ def _generation(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _add_beside(
+def _add_other_ways(
     args: Namespace,
     texts: list[str],
     lm: "LanguageModel",

@@ -1,4 +1,4 @@
-"""A plan beside everything it should be compared with: arms, paired tests, damage."""
+"""A plan against everything it should be compared with: arms, paired tests, damage."""
 
 import dataclasses
 import math
@@ -36,7 +36,8 @@ from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 
 CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
-"""What a plan is compared with besides the unsteered model; `prompt` is steered as well."""
+"""What a plan is compared with besides the unsteered model; with `prompt`, also the plan and the
+prompted instruction together."""
 
 Grader = Callable[[Task, str, str], Grade | None]
 """From a task, a content and a reply to a grade, or None where there is none. A `Judge` is one."""
@@ -88,7 +89,7 @@ class PairedTest:
     p: float
     """Exact sign test over contents; with one seed, McNemar's."""
     p_holm: float
-    """After Holm over the tests of the task: all of them were decided on beforehand."""
+    """Holm's correction over the tests of the task, all of which were decided on beforehand."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def compare(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> Comparison:
-    """Evaluate plans for one task with every control, on contents that chose nothing.
+    """Evaluate plans for one task with every control, on contents that nothing was chosen by.
 
     Arms, all on the same contents: unsteered; prompted; for each plan: steered, steered and
     prompted, random latents, the mean-difference vector and the logit bias at the same ||delta||.

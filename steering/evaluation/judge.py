@@ -1,6 +1,6 @@
 """A language model as judge, behind any OpenAI-compatible endpoint: never the default.
 
-Nothing is sent anywhere unless an address was given. The figures of a judge are reported beside
+Nothing is sent anywhere unless an address was given. The figures of a judge are reported next to
 those of the programs, with its name.
 """
 

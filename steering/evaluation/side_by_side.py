@@ -14,8 +14,9 @@ from saesteer.steering.plans.plan_file import load_plan
 from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
 
 WAYS = ("prompt", "prompt:TEXT", "meandiff")
-"""The plan's own instruction, or this one, put after the prompt of the unsteered model; the mean
-difference of the plan's task at the plan's ||delta||. Anything else is the path of a plan."""
+"""`prompt`: the plan's own instruction after the prompt, unsteered; `prompt:TEXT`: this one;
+`meandiff`: the mean difference of the plan's task at the plan's ||delta||. Anything else is the
+path of a plan."""
 
 
 def generate_beside(

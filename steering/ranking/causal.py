@@ -1,4 +1,4 @@
-"""Causal re-rank: steer with each latent of a shortlist and let the task's own check judge."""
+"""The causal score: steer with each latent of a shortlist and count answers that pass the check."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -110,7 +110,7 @@ class RankConfig:
 
     @property
     def base(self) -> str:
-        """The detection score of this way of reading, where another score needs one beside it."""
+        """The detection score of this way of reading, where another score needs one as its base."""
         return "rate" if self.read == "reply" else "saif"
 
     @property

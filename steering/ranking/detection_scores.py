@@ -1,7 +1,7 @@
 """Detection scores: how well each latent tells texts with an instruction from texts without it.
 
-The texts' pooled activations are kept sparse, one entry for each latent that is on, so that memory
-is some dozen columns of `d_sae` numbers and 24 bytes for each active value: a million latents fit.
+The texts' pooled activations are kept sparse, one entry for each latent that is on: memory is about
+a dozen columns of `d_sae` numbers and 24 bytes for each active value, so a million latents fit.
 Formulas are in float64; a latent that never fires scores 0 (AUROC 1/2).
 """
 
@@ -247,11 +247,11 @@ TEST_OF = {
     "cohen": "welch",
     **{name: name for name in ("logodds", "mcnemar", "welch", "paired-t", "auroc", "mi", "corr")},
 }
-"""The test whose p-value stands beside a score; paired-t, whose unit is the content, otherwise."""
+"""The test whose p-value goes with a score; paired-t, whose unit is the content, otherwise."""
 
 
 def significance_of(by: str) -> str:
-    """The name in `Detection.p` of the test that stands beside a score."""
+    """The name in `Detection.p` of the test that goes with a score."""
     return TEST_OF.get(by, "paired-t")
 
 

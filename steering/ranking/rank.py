@@ -71,7 +71,7 @@ def rank(
     - `rate`: share of positives minus share of negatives where the latent is on;
     - `meandiff`: mean activation over positives minus over negatives.
 
-    The other detection scores are defined by `scores.detect`, those of the output side in
+    The other detection scores are defined by `detection_scores.detect`, those of the output side in
     `output_scores` and `lens`; `fused` is the reciprocal rank fusion of the base detection score,
     `effect` and `output`; `causal` steers with the best of those, one by one.
 
@@ -114,7 +114,7 @@ def rank(
 
 
 class _Ranker:
-    """Makes the columns of a ranking, the dear ones only when they are asked for."""
+    """Makes the columns of a ranking, the expensive ones only when they are asked for."""
 
     def __init__(self, reader: Reader, task: Task, contents: list[str], samples: Samples) -> None:
         from scipy import stats

@@ -7,7 +7,7 @@ from typing import Any
 from saesteer.steering.reports.svg import Point, heat_map, scatter
 
 _LONGEST_PART = 44
-"""Characters of a part's name beside a heat map."""
+"""Characters of a part's name next to a heat map."""
 
 
 def pareto_chart(sweep: Mapping[str, Any]) -> str:

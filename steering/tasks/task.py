@@ -67,7 +67,7 @@ class Task:
     contents: dict[str, tuple[str, ...]]
     """Contents by split; the keys are some of train, dev, test."""
     check_name: str | None = None
-    """Name in `checks.CHECKS`; None when no program can grade this task."""
+    """Name in `checks.catalogue.CHECKS`; None when no program can grade this task."""
     check_arguments: Mapping[str, Any] | None = None
     """Keyword arguments of the check."""
     max_new_tokens: int = 64
@@ -167,7 +167,7 @@ def load_task(name_or_path: str | Path) -> Task:
 
 
 def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: int = 0) -> Task:
-    """A task from a bare instruction and a file of contents, as in `rank --instruction TEXT`.
+    """A task from a bare instruction and a file of contents.
 
     The file is JSONL with the field `text` (and, on every row or on none, `split`), or plain text
     with one content a line. Without splits, contents are dealt 50/12/38 % to train, dev and test by

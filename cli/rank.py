@@ -234,7 +234,7 @@ def run(args: Namespace) -> int:
         if used < FEW_CONTENTS:
             report.warn(
                 f"ranked with {used} of {all_of_them} contents, which is few: {FEW_CONTENTS} or "
-                "more are better (of --contents without `split`, half are kept for dev and test)"
+                "more are better (of --contents without splits, half are kept for dev and test)"
             )
     if args.json:
         print_json(document)

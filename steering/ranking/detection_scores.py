@@ -276,8 +276,6 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
       often with the instruction;
     - `corr`: correlation with `success`.
     """
-    from scipy import special
-
     wanted = set(TEST_OF) | {"meandiff"} if only is None else set(only)
     positive, negative = Moments.of(texts, texts.positive), Moments.of(texts, ~texts.positive)
     difference = positive.mean - negative.mean
@@ -307,13 +305,13 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
         n11, n00, n01, n10 = (cell + 0.5 for cell in cells)
         scores["logodds"] = np.log(n11 * n00 / (n10 * n01))
         spread = np.sqrt(1 / n11 + 1 / n00 + 1 / n10 + 1 / n01)
-        p["logodds"] = 2 * special.ndtr(-np.abs(scores["logodds"]) / spread)
+        p["logodds"] = _normal_two_sided(scores["logodds"] / spread)
         # Equal rates of unequal classes leave a rest of the 1/2: not a sign of anything.
         scores["logodds"] = np.where(crossed == 0, 0.0, scores["logodds"])
     if "mi" in wanted:
         information = _mutual_information(positive, negative)
         scores["mi"] = np.sign(crossed) * information
-        p["mi"] = special.chdtrc(1, 2 * (positive.n + negative.n) * information)
+        p["mi"] = _normal_two_sided(np.sqrt(2 * (positive.n + negative.n) * information))
     if "auroc" in wanted:
         scores["auroc"], p["auroc"] = _auroc(texts, positive, negative)
     if "corr" in wanted:
@@ -330,8 +328,16 @@ def mcnemar(on_off: Array, off_on: Array) -> Array:
     exact = np.minimum(1.0, 2 * special.bdtr(heads, pairs, 0.5))
     small = total < 25
     places, columns = (np.where(small, x, 0).astype(np.int64) for x in (total, fewer))
-    many = special.chdtrc(1, np.square(on_off - off_on) / np.maximum(total, 1))
+    many = _normal_two_sided((on_off - off_on) / np.sqrt(np.maximum(total, 1)))
     found: Array = np.where(small, exact[places, columns], many)
+    return found
+
+
+def _normal_two_sided(z: Array) -> Array:
+    """P(|Z| >= |z|) of a standard normal: P(X >= z^2) of chi-squared with one degree of freedom."""
+    from scipy import special
+
+    found: Array = 2 * special.ndtr(-np.abs(z))
     return found
 
 
@@ -393,8 +399,6 @@ def _mutual_information(positive: Moments, negative: Moments) -> Array:
 
 def _auroc(texts: Texts, positive: Moments, negative: Moments) -> tuple[Array, Array]:
     """AUROC from sparse values, and p of the Mann-Whitney test with ties and continuity."""
-    from scipy import special
-
     order = np.lexsort((texts.value, texts.latent))
     latent, value = texts.latent[order], texts.value[order]
     first = texts.positive[texts.text[order]]
@@ -421,7 +425,7 @@ def _auroc(texts: Texts, positive: Moments, negative: Moments) -> tuple[Array, A
     gap = np.abs(u - pairs / 2) - 0.5
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(variance > 1e-12, np.maximum(gap, 0) / np.sqrt(np.maximum(variance, 0)), 0.0)
-    return u / pairs, 2 * special.ndtr(-z)
+    return u / pairs, _normal_two_sided(z)
 
 
 def _correlation(texts: Texts) -> tuple[Array, Array]:

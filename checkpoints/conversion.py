@@ -84,8 +84,8 @@ def convert(
         if activations is not None:
             if activations.shape[-1] != before.spec.d_model:
                 raise UserError(
-                    f"`activations` have width {activations.shape[-1]}, and {source} reads "
-                    f"{before.spec.d_model}: give activations of the SAE's own site"
+                    f"`activations` have width {activations.shape[-1]} and `source` {source} reads "
+                    f"{before.spec.d_model}: give activations of its own site"
                 )
             report["real"] = compare(before, after, activations[:REAL_ROWS].double(), units)
         if format == "saelens":
@@ -233,8 +233,8 @@ def _refuse_differences(report: Mapping[str, Any], tolerance: float, source: str
             value = report.get(part, {}).get(name, 0.0)
             if not value <= tolerance:
                 raise UserError(
-                    f"{source} and its conversion to {report['format_to']} differ: {name} is "
-                    f"{value:.3g} on {part} rows and {tolerance:.3g} is allowed; nothing was "
+                    f"`source` {source} and what {report['format_to']} makes of it differ: {name} "
+                    f"is {value:.3g} on {part} rows and {tolerance:.3g} is allowed; nothing was "
                     "written: use another `format`, or a wider `dtype`"
                 )
 

@@ -2,14 +2,17 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from saesteer.cli.flags import add_common, need
 from saesteer.cli.inputs import reserved, take_folder
-from saesteer.cli.output import number, print_json, print_table, write_run
+from saesteer.cli.output import Document, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import one_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLE = "saesteer convert --from runs/sae --to runs/sparsify --format sparsify"
 
@@ -33,19 +36,23 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is converted")
     what.add_argument(
-        "--from", metavar="PATH",
+        "--from",
+        metavar="PATH",
         help="SAE folder or file of any format, RELEASE:ID of sae_lens, plan, or vectors (needed)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--format", metavar="NAME", choices=(*_SAE_FORMATS, *_PLAN_FORMATS),
+        "--format",
+        metavar="NAME",
+        choices=(*_SAE_FORMATS, *_PLAN_FORMATS),
         help=f"for SAEs: {', '.join(_SAE_FORMATS)} (default: saelens); for plans: "
         f"{', '.join(_PLAN_FORMATS)}",
-    )  # fmt: skip
+    )
     sae = parser.add_argument_group("SAEs")
     sae.add_argument(
-        "--canonical", action="store_true",
+        "--canonical",
+        action="store_true",
         help="fold to decoder rows of length 1 and no input bias, so that doses compare",
-    )  # fmt: skip
+    )
     sae.add_argument(
         "--activations", metavar="DIR", help="compare on activations that harvest stored, too"
     )
@@ -54,14 +61,17 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan = parser.add_argument_group("plans")
     plan.add_argument(
-        "--as-scope", metavar="SCOPE", choices=("all",),
+        "--as-scope",
+        metavar="SCOPE",
+        choices=("all",),
         help="`all`: export a plan of a narrower scope to a tool that steers every position "
         "(default: refuse it)",
-    )  # fmt: skip
+    )
     plan.add_argument(
-        "--hookpoint", metavar="MODULE",
+        "--hookpoint",
+        metavar="MODULE",
         help="lm-eval's name of the block (default: layers.L, as in Llama)",
-    )  # fmt: skip
+    )
     plan.add_argument(
         "--model",
         metavar="NAME",
@@ -78,7 +88,8 @@ def add_flags(parser: VerbParser) -> None:
 
 def run(args: Namespace) -> int:
     """Convert, and print the report."""
-    source = need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
+    need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
+    source: str = getattr(args, "from")
     kind = args.format or ("gguf" if _is_plan(source) else "saelens")
     with reserved(args, locked=False, **{"from": source, "activations": args.activations}):
         with reporting(args) as report:
@@ -95,7 +106,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:
+def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> Document:
     from saesteer.checkpoints.conversion import convert
 
     report.say(f"reading {source}")
@@ -115,7 +126,7 @@ def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> dic
     return found
 
 
-def _activations(args: Namespace, source: str) -> Any:
+def _activations(args: Namespace, source: str) -> "Tensor":
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.checkpoints.shards import ShardReader
 
@@ -127,15 +138,15 @@ def _activations(args: Namespace, source: str) -> Any:
     return rows
 
 
-def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> dict[str, Any]:
+def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> Document:
     from saesteer.steering.exchange import conversion as exchange
 
     need(args, "--out", "the folder to write, as --to DIR")
     if kind == "plan":
         from saesteer.sae.model.language_model import load_model
 
-        name = need(args, "--model", "the model that the vectors are for")
-        lm = load_model(name, device=args.device, progress=report.say)
+        need(args, "--model", "the model that the vectors are for")
+        lm = load_model(args.model, device=args.device, progress=report.say)
         return exchange.import_vectors(source, lm, take_folder(args))
     from saesteer.steering.plans.plan_file import load_plan
 
@@ -151,7 +162,7 @@ def _is_plan(source: str) -> bool:
     return path.name == "plan.yaml" or (path / "plan.yaml").is_file()
 
 
-def _print_sae(found: dict[str, Any], out: Path | None) -> None:
+def _print_sae(found: Document, out: Path | None) -> None:
     spec = found["spec"]
     widths = f"d_model {spec['d_model']}, d_sae {spec['d_sae']}"
     print(f"{found['source']}: {found['format_from']}, {spec['architecture']}, {widths}")
@@ -176,7 +187,7 @@ def _print_sae(found: dict[str, Any], out: Path | None) -> None:
         print(f"written to {out} ({found['format_to']})")
 
 
-def _print_notes(found: dict[str, Any]) -> None:
+def _print_notes(found: Document) -> None:
     for note in found["notes"]:
         print(f"note: {note}")
     for path in found["files"]:

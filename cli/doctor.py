@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import (
+    Document,
     Failed,
     amount,
     duration,
@@ -35,16 +35,22 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument("--sae", metavar="DIR", help="an SAE to try on this model (default: none)")
     job = parser.add_argument_group("the job whose cost is predicted")
     job.add_argument(
-        "--tokens", type=count, default=200_000, metavar="N",
+        "--tokens",
+        type=count,
+        default=200_000,
+        metavar="N",
         help="activations to harvest (default: 200000)",
-    )  # fmt: skip
+    )
     job.add_argument(
         "--context", type=count, default=256, metavar="N", help="tokens per sequence (default: 256)"
     )
     job.add_argument(
-        "--batch-size", type=count, default=16, metavar="N",
+        "--batch-size",
+        type=count,
+        default=16,
+        metavar="N",
         help="sequences through the language model at once (default: 16)",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for doctor.json (default: print only)",
@@ -83,14 +89,14 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _write(folder: Path, args: Namespace, found: dict[str, Any]) -> None:
+def _write(folder: Path, args: Namespace, found: Document) -> None:
     from saesteer.checkpoints.files import write_json
 
     write_json(folder / "doctor.json", found)
     write_run(folder, "doctor", vars(args), model=found["model"])
 
 
-def _print_findings(found: dict[str, Any], out: Path | None) -> None:
+def _print_findings(found: Document, out: Path | None) -> None:
     model = found["model"]
     print(f"{model['name']}: layer {found['layer']}, {found['site']} ({found['module']})")
     for check in found["checks"]:
@@ -104,7 +110,7 @@ def _print_findings(found: dict[str, Any], out: Path | None) -> None:
         print(f"written to {out / 'doctor.json'}")
 
 
-def _measured(name: str, value: Any) -> str:
+def _measured(name: str, value: object) -> str:
     """A prediction in the unit that its name ends with."""
     if not isinstance(value, int | float):
         return str(value)

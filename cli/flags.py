@@ -17,18 +17,20 @@ def default(config: type, field: str) -> str:
     return f"(default: {text})"
 
 
-def given(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The fields of a config dataclass whose flags were given; the rest keep their defaults."""
-    values = {field.name: getattr(args, field.name, None) for field in fields(config)}
+def given(args: argparse.Namespace, config: type, **flags: str) -> dict[str, Any]:
+    """The fields of a config dataclass whose flags were given; the rest keep their defaults.
+
+    `flags` names the flags that are not called like their fields.
+    """
+    names = {field.name: flags.get(field.name, field.name) for field in fields(config)}
+    values = {name: getattr(args, flag, None) for name, flag in names.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def need(args: argparse.Namespace, flag: str, why: str) -> Any:
-    """The value of a flag that a verb cannot do without. Raises UsageError when it is missing."""
-    value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-    if value is None:
+def need(args: argparse.Namespace, flag: str, why: str) -> None:
+    """Raise UsageError when a flag that a verb cannot do without is missing."""
+    if getattr(args, flag.removeprefix("--").replace("-", "_")) is None:
         raise UsageError(f"{flag} is missing: {why}")
-    return value
 
 
 LM_DTYPE_HELP = (
@@ -43,9 +45,12 @@ def add_common(
     """What every verb takes. The other arguments say what flags of these names do there."""
     group = parser.add_argument_group("common")
     group.add_argument(
-        "-c", "--config", metavar="FILE", action=Repeated,
+        "-c",
+        "--config",
+        metavar="FILE",
+        action=Repeated,
         help="YAML file of `flag: value` lines; repeatable, later files win, flags win over files",
-    )  # fmt: skip
+    )
     group.add_argument("-o", "--out", metavar="DIR", help=out)
     if force is not None:
         group.add_argument("--force", action="store_true", help=force)
@@ -53,20 +58,22 @@ def add_common(
         "--seed", type=seed, metavar="N", help="orders data and sampling (default: 0)"
     )
     group.add_argument(
-        "--device", default="auto", metavar="NAME",
+        "--device",
+        default="auto",
+        metavar="NAME",
         help="auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help
-    )  # fmt: skip
+    )
+    group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
     group.add_argument(
         "--json", action="store_true", help="print JSON on stdout, and nothing else there"
     )
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     group.add_argument(
-        "-v", "--verbose", action="store_true",
+        "-v",
+        "--verbose",
+        action="store_true",
         help="log more, let libraries speak, show tracebacks",
-    )  # fmt: skip
+    )
 
 
 def add_model(
@@ -74,13 +81,13 @@ def add_model(
 ) -> None:
     """`--model` and `--blocks`."""
     group.add_argument(
-        "--model", metavar="NAME",
-        help=f"Hub name, folder, .gguf file or alias {fallback}",
-    )  # fmt: skip
+        "--model", metavar="NAME", help=f"Hub name, folder, .gguf file or alias {fallback}"
+    )
     group.add_argument(
-        "--blocks", metavar="PATH",
+        "--blocks",
+        metavar="PATH",
         help="module path of the list of decoder blocks (default: found by structure)",
-    )  # fmt: skip
+    )
 
 
 def add_sae(group: argparse._ArgumentGroup) -> None:
@@ -103,47 +110,64 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
     from saesteer.sae.config import TextConfig
 
     group.add_argument(
-        "--data", action=Repeated, metavar="CORPUS",
+        "--data",
+        action=Repeated,
+        metavar="CORPUS",
         help="text file, JSONL with `text` or `messages`, folder, hf:DATASET[:config][:split], or "
         f"python-docs; repeatable {default(TextConfig, 'data')}",
-    )  # fmt: skip
+    )
     if replies:
         group.add_argument(
-            "--replies", type=names, metavar="TASK,...",
+            "--replies",
+            type=names,
+            metavar="TASK,...",
             help="mix in what the model itself answers to these instruction tasks (default: none)",
-        )  # fmt: skip
+        )
         group.add_argument(
-            "--replies-share", type=number, metavar="SHARE",
+            "--replies-share",
+            type=number,
+            metavar="SHARE",
             help=f"share of contexts that hold replies {default(TextConfig, 'replies_share')}",
-        )  # fmt: skip
+        )
     group.add_argument(
-        "--context", type=count, metavar="N",
+        "--context",
+        type=count,
+        metavar="N",
         help=f"tokens per sequence {default(TextConfig, 'context')}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--batch-size", type=count_or_auto if epochs else count, metavar="N",
+        "--batch-size",
+        type=count_or_auto if epochs else count,
+        metavar="N",
         help="sequences through the language model at once"
         f"{', auto: as many as fit its memory' if epochs else ''} "
         f"{default(TextConfig, 'batch_size')}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--max-norm-ratio", type=number, metavar="X",
+        "--max-norm-ratio",
+        type=number,
+        metavar="X",
         help="leave out attention sinks: rows longer than X times the running median "
         f"{default(TextConfig, 'max_norm_ratio')}",
-    )  # fmt: skip
+    )
     if epochs:
         group.add_argument(
-            "--epochs", type=count, metavar="N",
+            "--epochs",
+            type=count,
+            metavar="N",
             help=f"how often the corpus may be read {default(TextConfig, 'epochs')}",
-        )  # fmt: skip
+        )
 
 
 def add_answering(group: argparse._ArgumentGroup) -> None:
     """How contents are answered where answers are graded."""
     group.add_argument(
-        "--temperature", type=number, default=0.7, metavar="T",
+        "--temperature",
+        type=number,
+        default=0.7,
+        metavar="T",
         help="of sampling; 0 is greedy (default: 0.7)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
     )
@@ -157,34 +181,41 @@ def add_documents(group: argparse._ArgumentGroup) -> None:
     from saesteer.sae.config import TextConfig
 
     group.add_argument(
-        "--isolate-documents", action="store_true",
+        "--isolate-documents",
+        action="store_true",
         help="keep attention inside each document; slower, and every document begins with a sink "
         f"{default(TextConfig, 'isolate_documents')}",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--exclude-template", action="store_true",
+        "--exclude-template",
+        action="store_true",
         help="leave out what the chat template writes around messages "
         f"{default(TextConfig, 'exclude_template')}",
-    )  # fmt: skip
+    )
 
 
 def add_reading(group: argparse._ArgumentGroup) -> None:
     """How `harvest` and live `train` put text through the model."""
     add_documents(group)
     group.add_argument(
-        "--device-map", choices=("auto",), metavar="auto",
+        "--device-map",
+        choices=("auto",),
+        metavar="auto",
         help="spread a large model over all devices with accelerate (default: --device alone)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--quantize", choices=("8bit", "4bit"), metavar="BITS",
+        "--quantize",
+        choices=("8bit", "4bit"),
+        metavar="BITS",
         help="8bit or 4bit weights for the language model, with bitsandbytes (default: none)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="run the model's blocks through torch.compile: some seconds at the start, faster from "
         "then on, rounded otherwise; harvest --dry-run --compile tells what it gains "
         "(default: off)",
-    )  # fmt: skip
+    )
 
 
 SITE_HELP = (

@@ -3,7 +3,6 @@
 import contextlib
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.cli.flags import (
     SITE_HELP,
@@ -16,7 +15,7 @@ from saesteer.cli.flags import (
     need,
 )
 from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
-from saesteer.cli.output import amount, duration, print_json, print_next, size
+from saesteer.cli.output import Document, amount, duration, print_json, print_next, size
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import count, layers, stored_dtype
@@ -30,9 +29,11 @@ def add_flags(parser: VerbParser) -> None:
     place = parser.add_argument_group("model")
     add_model(place)
     place.add_argument(
-        "--layer", type=layers, metavar="L,...",
+        "--layer",
+        type=layers,
+        metavar="L,...",
         help="blocks whose output is stored: 20, 10,20, 8-12, -1 for the last (needed)",
-    )  # fmt: skip
+    )
     place.add_argument(
         "--site", metavar="SITE", help=f"{SITE_HELP} {default(HarvestConfig, 'site')}"
     )
@@ -41,38 +42,49 @@ def add_flags(parser: VerbParser) -> None:
     add_reading(text)
     work = parser.add_argument_group("harvest")
     work.add_argument(
-        "--tokens", type=count, metavar="N",
+        "--tokens",
+        type=count,
+        metavar="N",
         help=f"activations to keep {default(HarvestConfig, 'tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--store-dtype", type=stored_dtype, metavar="TYPE",
+        "--store-dtype",
+        type=stored_dtype,
+        metavar="TYPE",
         help="float32, bfloat16 or float16 on disk (default: bfloat16; float32 for a model in "
         "float32)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--shard-tokens", type=count, metavar="N",
+        "--shard-tokens",
+        type=count,
+        metavar="N",
         help=f"activations in one file {default(HarvestConfig, 'shard_tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
         "--shuffle", action="store_true", help="write each shard's rows in a random order"
     )
     work.add_argument(
-        "--keep-positions", action="store_true",
+        "--keep-positions",
+        action="store_true",
         help="store each row's position and the number of its context as well",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--rank-timeout", type=count, metavar="SECONDS",
+        "--rank-timeout",
+        type=count,
+        metavar="SECONDS",
         help="under torchrun: when processes give each other up "
         f"{default(HarvestConfig, 'rank_timeout')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on after the last whole shard of the harvest in --out",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="say what would be done, how long it takes and what it fills; write nothing",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for manifest.json and the shards (needed)",
@@ -83,8 +95,8 @@ def add_flags(parser: VerbParser) -> None:
 def run(args: Namespace) -> int:
     """Harvest, and say what was stored."""
     text = TextConfig(**given(args, TextConfig))
-    wanted = need(args, "--layer", "the blocks to store, such as --layer 20")
-    config = HarvestConfig(layers=wanted, text=text, **given(args, HarvestConfig))
+    need(args, "--layer", "the blocks to store, such as --layer 20")
+    config = HarvestConfig(layers=args.layer, text=text, **given(args, HarvestConfig))
     if args.dry_run:
         return _dry_run(args, config)
     need(args, "--out", "the folder for the shards")
@@ -117,7 +129,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _print_summary(folder: Path, manifest: dict[str, Any], report: Report) -> None:
+def _print_summary(folder: Path, manifest: Document, report: Report) -> None:
     shards = manifest["shards"]
     filled = sum((folder / shard["file"]).stat().st_size for shard in shards)
     blocks = ", ".join(str(layer) for layer in manifest["layers"])

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output
@@ -14,10 +14,14 @@ from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.model_files import DEFAULT_MODEL
 from saesteer.cli.progress import Report
 
+if TYPE_CHECKING:
+    from saesteer.checkpoints.sae_file import SAE
+    from saesteer.sae.model.language_model import LanguageModel
+
 
 def open_model(
     args: Namespace, report: Report, *, name: str | None = None, dtype: str | None = None
-) -> Any:
+) -> "LanguageModel":
     """Load the `LanguageModel` of `--model`, or else of `name`, or else the built-in default."""
     from saesteer.sae.model.language_model import load_model
 
@@ -37,7 +41,7 @@ def open_model(
     return lm
 
 
-def open_sae(args: Namespace, report: Report) -> Any:
+def open_sae(args: Namespace, report: Report) -> "SAE":
     """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
     from saesteer.checkpoints.sae_file import load_sae
 

@@ -2,11 +2,10 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.cli.flags import add_common, add_documents, add_sae, add_text, default, given, need
 from saesteer.cli.inputs import check_data, open_model, open_sae, reserved, take_folder
-from saesteer.cli.output import amount, number, print_json, print_table, write_run
+from saesteer.cli.output import Document, amount, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count
@@ -37,14 +36,18 @@ def add_flags(parser: VerbParser) -> None:
     add_documents(text)
     work = parser.add_argument_group("measurement")
     work.add_argument(
-        "--tokens", type=count, metavar="N",
+        "--tokens",
+        type=count,
+        metavar="N",
         help=f"measure on at least N positions, whole batches {default(MetricsConfig, 'tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--bootstrap", type=count, metavar="N",
+        "--bootstrap",
+        type=count,
+        metavar="N",
         help="resamples of the documents behind each interval "
         f"{default(MetricsConfig, 'bootstrap')}",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for metrics.json (default: print only)",
@@ -77,14 +80,14 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _write(folder: Path, args: Namespace, found: dict[str, Any]) -> None:
+def _write(folder: Path, args: Namespace, found: Document) -> None:
     from saesteer.checkpoints.files import write_json
 
     write_run(folder, "metrics", vars(args), model=found["model"], sae=found["sae"])
     write_json(folder / "metrics.json", found)
 
 
-def _print_table(found: dict[str, Any], out: Path | None) -> None:
+def _print_table(found: Document, out: Path | None) -> None:
     rows = []
     for name, meaning in _FIGURES.items():
         figure = found[name]

@@ -9,15 +9,30 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
 
+Document = dict[str, Any]
+"""A JSON document, or a part of one, as the library's calls return it."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What text is written to: stdout, stderr, or an `io.StringIO`."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
-def paint(text: str, colour: str, stream: Any = None) -> str:
+def paint(text: str, colour: str, stream: Stream | None = None) -> str:
     """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
     stream = sys.stdout if stream is None else stream
     if not is_terminal(stream) or os.environ.get("NO_COLOR"):
@@ -25,9 +40,21 @@ def paint(text: str, colour: str, stream: Any = None) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
-def is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Stream) -> bool:
     """Whether a person watches this stream, on a terminal that understands cursor movement."""
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+ARGUMENT_FLAGS = {
+    "chat=False": "--no-chat",
+    "contents": "--rank-contents",
+    "contents_file": "--contents",
+    "only": "--ifeval-only",
+    "source": "--from",
+    "url": "--judge",
+    "ways": "--beside",
+}
+"""Flags with another name than the library's argument that they set."""
 
 
 def one_line(message: object) -> str:
@@ -37,7 +64,8 @@ def one_line(message: object) -> str:
 
 def with_flags(text: str) -> str:
     """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda name: _flags().get(name[1], name[0]), text)
+    argument = r"`([a-z][a-z0-9_]*(?:=False)?)`"
+    return re.sub(argument, lambda found: _flags().get(found[1], found[0]), text)
 
 
 @cache
@@ -48,7 +76,8 @@ def _flags() -> dict[str, str]:
 
     options = {option for verb in VERBS for option in make_parser(verb).flags()}
     found = {option: option for option in options if option.startswith("--")} | ALIASES
-    return {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    return named | ARGUMENT_FLAGS
 
 
 def print_error(message: object) -> None:
@@ -56,7 +85,7 @@ def print_error(message: object) -> None:
     print(f"{paint('error:', 'red', sys.stderr)} {one_line(message)}", file=sys.stderr)
 
 
-def print_json(document: Any, *, one_a_line: bool = False) -> None:
+def print_json(document: object, *, one_a_line: bool = False) -> None:
     """One JSON document on stdout, or one of several lines. NaN and infinity become null."""
     # Escapes keep the document valid where stdout cannot take every character.
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
@@ -70,7 +99,7 @@ def print_table(
     left: str = "",
     *,
     indent: int = 0,
-    stream: Any = None,
+    stream: Stream | None = None,
 ) -> None:
     """Aligned columns on stdout: numbers to the right, the columns named in `left` to the left."""
     named = left.split(",")
@@ -131,7 +160,7 @@ def number(value: int | float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def write_run(folder: Path, verb: str, arguments: dict[str, Any], **facts: Any) -> None:
+def write_run(folder: Path, verb: str, arguments: Document, **facts: object) -> None:
     """Write `run.json`: what was asked for, what it was asked of, and with which software."""
     from saesteer.checkpoints.provenance import git_revision, versions
 

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.cli.values import LISTS
@@ -29,7 +29,7 @@ class Repeated(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: Any,
+        values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
         before = getattr(namespace, self.dest, None)
@@ -101,7 +101,7 @@ class VerbParser(argparse.ArgumentParser):
         return f": did you mean {close[0]}?" if close else f": {self._where_to_look()}"
 
     def _plain_words(self, argv: Sequence[str]) -> list[str]:
-        """Put main names for aliases, and tie values that start with a minus to their flags."""
+        """Replace aliases by main names, and tie values that start with a minus to their flags."""
         known = self.flags()
         words: list[str] = []
         waiting: str | None = None
@@ -126,7 +126,7 @@ class VerbParser(argparse.ArgumentParser):
 
     # --- config files ---
 
-    def _config(self, file: Path) -> dict[str, Any]:
+    def _config(self, file: Path) -> dict[str, object]:
         """The values in a config file, by the attribute they set."""
         values = {}
         for key, raw in _read_yaml(file).items():
@@ -152,7 +152,7 @@ def _is_value(word: str, known: dict[str, argparse.Action], action: argparse.Act
     return action.dest == "prompt" or re.match(r"-\.?\d", word) is not None
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
+def _read_yaml(file: Path) -> dict[object, object]:
     import yaml
 
     from saesteer.checkpoints.yaml_text import parse_yaml
@@ -181,7 +181,7 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def _config_value(action: argparse.Action, option: str, raw: Any) -> Any:
+def _config_value(action: argparse.Action, option: str, raw: object) -> object:
     truth = _TRUTH.get(raw.lower()) if isinstance(raw, str) else None
     if action.nargs == "?" and truth is not None:
         return action.const if truth else None
@@ -198,7 +198,7 @@ def _config_value(action: argparse.Action, option: str, raw: Any) -> Any:
     return _typed(action, raw)
 
 
-def _typed(action: argparse.Action, raw: Any) -> Any:
+def _typed(action: argparse.Action, raw: object) -> object:
     if not isinstance(raw, str):
         kind = "list" if isinstance(raw, list) else "mapping"
         raise ValueError(f"must be one value, got a {kind}")

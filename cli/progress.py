@@ -9,9 +9,12 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, TYPE_CHECKING, cast
 
-from saesteer.cli.output import amount, duration, is_terminal, one_line, paint
+from saesteer.cli.output import Stream, amount, duration, is_terminal, one_line, paint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -23,7 +26,7 @@ _QUIET_ENVIRONMENT = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DATASETS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "true",  # said aloud, or it warns when a process is forked
+    "TOKENIZERS_PARALLELISM": "true",  # unset, it warns when a process is forked
     "WANDB_MODE": "disabled",
 }
 _NOISY = (
@@ -67,7 +70,7 @@ class Report:
     and after a comma what else there is to say ("tokens, FVU 0.31").
     """
 
-    def __init__(self, stream: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
         self.clock = clock
         self.stage: Stage | None = None
@@ -79,7 +82,7 @@ class Report:
         unit, _, extra = note.partition(", ")
         ended = self.finished.get(stage)
         if self.stage is None and ended is not None and done >= ended.total == total:
-            return  # said once more that it is done
+            return  # its end was reported before
         now = self.clock()
         current = self.stage
         if current is None or current.name != stage or done < current.done:
@@ -158,9 +161,9 @@ class Bars(Report):
 
     def __init__(
         self,
-        stream: Any,
+        stream: Stream,
         clock: Callable[[], float] = time.monotonic,
-        console: Any = None,
+        console: "Console | None" = None,
     ) -> None:
         super().__init__(stream, clock)
         from rich.console import Console
@@ -172,7 +175,7 @@ class Bars(Report):
             BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[info]}", markup=False, table_column=Column(no_wrap=True)),
-            console=console or Console(file=stream),
+            console=console or Console(file=cast(IO[str], stream)),
             # stdout is where results go; a bar must not paint over them.
             redirect_stdout=False,
             redirect_stderr=False,

@@ -1,11 +1,10 @@
 """`saesteer push`: share an SAE with a generated card."""
 
 from argparse import Namespace
-from typing import Any
 
 from saesteer.cli.flags import add_common, need
 from saesteer.cli.inputs import reserved, take_folder
-from saesteer.cli.output import print_json, write_run
+from saesteer.cli.output import Document, print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 
@@ -19,21 +18,26 @@ def add_flags(parser: VerbParser) -> None:
         "--sae", metavar="DIR", help="folder of an SAE, or of a run with several (needed)"
     )
     what.add_argument(
-        "--repo", metavar="REPO",
+        "--repo",
+        metavar="REPO",
         help="NAMESPACE/NAME on the Hub, or a folder such as ./shared (needed)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--id", metavar="NAME",
+        "--id",
+        metavar="NAME",
         help="name of the SAE there (default: its hook name, or its folder's in a run of several)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--metrics", metavar="DIR",
+        "--metrics",
+        metavar="DIR",
         help="folder that metrics -o wrote for this SAE: its figures go into the card "
         "(default: none)",
-    )  # fmt: skip
-    what.add_argument("--license", metavar="NAME",
+    )
+    what.add_argument(
+        "--license",
+        metavar="NAME",
         help="license of a new repository, for its card (default: none)",
-    )  # fmt: skip
+    )
     what.add_argument("--private", action="store_true", help="make a new repository private")
     add_common(
         parser,
@@ -51,7 +55,7 @@ def run(args: Namespace) -> int:
         from saesteer.checkpoints import push
 
         report.say(f"pushing {args.sae} to {args.repo}")
-        done = push(
+        pushed = push(
             args.sae,
             args.repo,
             sae_id=args.id,
@@ -61,19 +65,19 @@ def run(args: Namespace) -> int:
             force=args.force,
         )
         if args.out is not None:
-            write_run(take_folder(args), "push", vars(args), pushed=done)
+            write_run(take_folder(args), "push", vars(args), pushed=pushed)
     if args.json:
-        print_json(done)
+        print_json(pushed)
     else:
-        _print_summary(done)
+        _print_summary(pushed)
     return 0
 
 
-def _print_summary(done: dict[str, Any]) -> None:
-    at = f" at {done['revision']}" if done["revision"] else ""
-    print(f"{done['repo']}{at} holds")
-    for sae_id, sha256 in done["saes"].items():
+def _print_summary(pushed: Document) -> None:
+    at = f" at {pushed['revision']}" if pushed["revision"] else ""
+    print(f"{pushed['repo']}{at} holds")
+    for sae_id, sha256 in pushed["saes"].items():
         print(f"  {sae_id}  SHA-256 {sha256}")
-    first = next(iter(done["saes"]))
-    pin = f', revision="{done["revision"]}"' if done["revision"] else ""
-    print(f'open with: checkpoints.from_pretrained("{done["repo"]}", "{first}"{pin})')
+    first = next(iter(pushed["saes"]))
+    pin = f', revision="{pushed["revision"]}"' if pushed["revision"] else ""
+    print(f'open with: checkpoints.from_pretrained("{pushed["repo"]}", "{first}"{pin})')

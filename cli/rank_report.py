@@ -1,9 +1,8 @@
 """What `saesteer rank` prints: the table of latents, the report of one, and what was found."""
 
 from argparse import Namespace
-from typing import Any
 
-from saesteer.cli.output import amount, print_next, print_table
+from saesteer.cli.output import Document, amount, print_next, print_table
 from saesteer.cli.output import number as figure
 
 _COLUMNS = {
@@ -15,7 +14,7 @@ _COLUMNS = {
 }
 
 
-def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
+def print_ranking(args: Namespace, document: Document) -> None:
     samples = f"{document['positives']} positive and {document['negatives']} negative samples"
     print(
         f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
@@ -49,12 +48,18 @@ def print_ranking(args: Namespace, document: dict[str, Any]) -> None:
     if args.out is not None:
         print(f"plan written to {document['plan']}")
         print_next(
-            "steer", "--model", document["model"]["name"], "--plan", args.out,
-            "-p", "TEXT", "--baseline",
-        )  # fmt: skip
+            "steer",
+            "--model",
+            document["model"]["name"],
+            "--plan",
+            args.out,
+            "-p",
+            "TEXT",
+            "--baseline",
+        )
 
 
-def _findings(document: dict[str, Any]) -> list[str]:
+def _findings(document: Document) -> list[str]:
     """What the filters, the tests and the comparison of parts say, a line each."""
     found, parts = document["discoveries"], document["stability"]
     lines = [
@@ -84,7 +89,7 @@ def _findings(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _chance(found: dict[str, Any]) -> list[str]:
+def _chance(found: Document) -> list[str]:
     """What the ranking finds with shuffled labels."""
 
     def against(name: str) -> str:
@@ -102,7 +107,7 @@ def _chance(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
+def _print_report(document: Document, row: Document) -> None:
     """All that is known of one latent."""
     place = next((r["rank"] for r in document["latents"] if r["id"] == row["id"]), None)
     where = f"rank {place}" if place else "not in the plan"
@@ -113,29 +118,42 @@ def _print_report(document: dict[str, Any], row: dict[str, Any]) -> None:
         ("lens", _shown(row["lens"])),
         ("with it", rates),
         ("when on", active),
-        ("elsewhere", f"on at {figure(row['control_rate'])} of plain text's tokens, "
-         f"{figure(row['template_rate'])} of the template's"),
+        (
+            "elsewhere",
+            f"on at {figure(row['control_rate'])} of plain text's tokens, "
+            f"{figure(row['template_rate'])} of the template's",
+        ),
         ("scores", ", ".join(f"{name} {figure(x)}" for name, x in row["scores"].items())),
         ("chance", f"p {figure(row['p'])}, q {figure(row['q'])} ({document['test']})"),
-    ]  # fmt: skip
+    ]
     if row.get("shuffled"):
         chance = row["shuffled"]
         lines.append(
-            ("shuffled", f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
-             f"best latent of {chance['reached']:.0%} of the shuffles: p {figure(chance['p'], 2)} "
-             f"for all latents at once (by auroc {figure(chance['auroc_p'], 2)})")
-        )  # fmt: skip
+            (
+                "shuffled",
+                f"{document['shuffled']['by']} {figure(chance['score'])}, reached by the "
+                f"best latent of {chance['reached']:.0%} of the shuffles: p "
+                f"{figure(chance['p'], 2)} for all latents at once "
+                f"(by auroc {figure(chance['auroc_p'], 2)})",
+            )
+        )
     lines += [
-        (name, f"{document['stability']['by']} from {figure(part['lowest'])} to "
-         f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
-         f"{part['in_top']:.0%}")
+        (
+            name,
+            f"{document['stability']['by']} from {figure(part['lowest'])} to "
+            f"{figure(part['highest'])}, in the top {document['stability']['k']} of "
+            f"{part['in_top']:.0%}",
+        )
         for name, part in row["stability"].items()
-    ]  # fmt: skip
+    ]
     lines += [
-        ("steered", f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
-         f"answers pass, {trial['degenerate']} degenerate")
+        (
+            "steered",
+            f"at relative dose {trial['dose']:g}, {trial['successes']} of {trial['n']} "
+            f"answers pass, {trial['degenerate']} degenerate",
+        )
         for trial in row.get("trials", ())
-    ]  # fmt: skip
+    ]
     lines += [
         (name, f"{why}; {'dropped' if name in document['dropped'] else 'kept'}")
         for name, why in row["filters"].items()

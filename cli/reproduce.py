@@ -1,12 +1,11 @@
 """`saesteer reproduce`: run a recorded training or harvest once more and compare."""
 
 from argparse import Namespace
-from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common
 from saesteer.cli.inputs import reserved
-from saesteer.cli.output import Failed, amount, number, paint, print_json
+from saesteer.cli.output import Document, Failed, amount, number, paint, print_json
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 
@@ -45,9 +44,10 @@ def run(args: Namespace) -> int:
         raise UsageError("RUN is missing: the folder of a finished run, such as runs/sae")
     if args.device != "auto" or args.dtype != "auto" or args.seed is not None:
         flag = next(
-            name for name, usual in (("device", "auto"), ("dtype", "auto"), ("seed", None))
+            name
+            for name, usual in (("device", "auto"), ("dtype", "auto"), ("seed", None))
             if getattr(args, name) != usual
-        )  # fmt: skip
+        )
         raise UsageError(f"--{flag} is part of the record: reproduce repeats what was recorded")
     inputs = {"run": args.run, "activations": args.activations}
     with reserved(args, locked=False, **inputs), reporting(args) as report:
@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _print_findings(found: dict[str, Any]) -> None:
+def _print_findings(found: Document) -> None:
     for shards in [found["shards"]] if "shards" in found else []:
         equal = shards["equal"]
         print(f"{paint('equal ', 'green') if equal else paint('DIFFER', 'red')} {found['run']}")
@@ -102,12 +102,12 @@ def _print_findings(found: dict[str, Any]) -> None:
         print("  the same inputs, versions and machine")
 
 
-def _first(found: dict[str, Any]) -> str:
+def _first(found: Document) -> str:
     if found["differences"]:
         return f"so do its inputs or environment, first {found['differences'][0]['what']}"
     return "inputs, versions and machine are the same, so something in it is not deterministic"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

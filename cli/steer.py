@@ -3,17 +3,23 @@
 import argparse
 import dataclasses
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
+from saesteer.cli.output import Document, print_json
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.steer_output import print_blocks, print_changes, write_answers
 from saesteer.cli.values import budget, count, latents, number, one_layer
+
+if TYPE_CHECKING:
+    from saesteer.checkpoints.sae_file import SAE
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.hooking.latent_changes import LatentChange
+    from saesteer.steering.plans.plan import Plan
 
 EXAMPLE = 'saesteer steer --plan runs/plan -p "The weather is nice today." --baseline'
 
@@ -24,75 +30,96 @@ def add_flags(parser: VerbParser) -> None:
     add_model(what, "(default: the one the plan or the SAE names)")
     what.add_argument("--plan", metavar="FILE", help="a plan.yaml, or the folder that holds it")
     what.add_argument(
-        "--also", action=Repeated, metavar="FILE",
+        "--also",
+        action=Repeated,
+        metavar="FILE",
         help="a further plan, which edits what the one before left; repeatable",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--beside", action=Repeated, metavar="WAY",
+        "--beside",
+        action=Repeated,
+        metavar="WAY",
         help="answer in another way too and show it beside: the path of a plan, meandiff (the mean "
         "difference of the plan's task at the same length), prompt (its instruction, unsteered) or "
         "prompt:TEXT; repeatable",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--sae", metavar="DIR",
+        "--sae",
+        metavar="DIR",
         help="folder in SAELens format, or RELEASE:ID of sae_lens; with --plan: where the plan's "
         "SAE lies now, for methods that read latents",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--latents", type=latents, metavar="ID:V,...",
+        "--latents",
+        type=latents,
+        metavar="ID:V,...",
         help="latents by number, such as 9143:1.2,412:0.8; method add adds V * W_dec[ID] "
         "(ablate and project take ids alone)",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--layer", type=one_layer, metavar="L",
+        "--layer",
+        type=one_layer,
+        metavar="L",
         help="with --latents: the block it reads (default: the SAE's own)",
-    )  # fmt: skip
+    )
     what.add_argument(
         "--site", metavar="SITE", help=f"with --latents: {SITE_HELP} (default: the SAE's own)"
     )
     how = parser.add_argument_group("how; with --plan the defaults are the plan's")
     how.add_argument(
-        "--method", metavar="NAME",
+        "--method",
+        metavar="NAME",
         help="add, add-keep-norm, set, min, max, scale, ablate or project (default with --latents: "
         "add)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--unit", metavar="NAME",
+        "--unit",
+        metavar="NAME",
         help="raw, sigma, max or rel: what doses are counted in (default with --latents: raw)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--scale", type=number, metavar="X",
+        "--scale",
+        type=number,
+        metavar="X",
         help="multiplies every dose (default with --latents: 1)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--dose", type=budget, metavar="KIND=X",
+        "--dose",
+        type=budget,
+        metavar="KIND=X",
         help="find the scale that costs so many nats a token on neutral questions: ce=0.1 (rise of "
         "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan (default: the scale "
         "of the plan)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--dose-on", metavar="FILE",
+        "--dose-on",
+        metavar="FILE",
         help="with --dose: prompts to measure on, like --prompts (default: neutral questions)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--beta", type=number, metavar="X",
+        "--beta",
+        type=number,
+        metavar="X",
         help="with --plan: dose mu + beta * sigma (default: the plan's)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--scope", metavar="WHERE",
+        "--scope",
+        metavar="WHERE",
         help="positions to steer: generation, generated, prompt, all, last-prompt, first:N, "
         "span:A-B, after-instruction or assistant (default with --latents: generation)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--schedule", metavar="HOW",
+        "--schedule",
+        metavar="HOW",
         help="strength over the new tokens: constant, first:N, linear:N or decay:OMEGA,K "
         "(default with --latents: constant)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--gate", metavar="IF",
+        "--gate",
+        metavar="IF",
         help="edit only where latents say so: '412 > 3 & !(77 > 1)', '412 > 3 : 1' (on above 3, "
         "off again at 1), 'prompt: 412 > 3' (decided once)",
-    )  # fmt: skip
+    )
     how.add_argument(
         "--exclude-special", action="store_true", help="every scope: leave out special tokens"
     )
@@ -100,29 +127,35 @@ def add_flags(parser: VerbParser) -> None:
         "--include-first", action="store_true", help="scopes prompt and all: position 0 too"
     )
     how.add_argument(
-        "--include-template", action="store_true",
+        "--include-template",
+        action="store_true",
         help="scopes prompt and all: template and special tokens too",
-    )  # fmt: skip
+    )
     text = parser.add_argument_group("prompts")
     text.add_argument(
         "-p", "--prompt", action=Repeated, metavar="TEXT", help="a prompt; repeatable"
     )
     text.add_argument(
-        "--prompts", metavar="FILE",
+        "--prompts",
+        metavar="FILE",
         help="prompts from .jsonl with `prompt`, from .txt one a line, or from stdin (-)",
-    )  # fmt: skip
+    )
     text.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction,
+        "--chat",
+        action=argparse.BooleanOptionalAction,
         help="send prompts through the chat template (default: when there is one)",
-    )  # fmt: skip
+    )
     work = parser.add_argument_group("generation")
     work.add_argument(
         "--max-new-tokens", type=count, default=64, metavar="N", help="longest reply (default: 64)"
     )
     work.add_argument(
-        "--temperature", type=number, default=0.0, metavar="T",
+        "--temperature",
+        type=number,
+        default=0.0,
+        metavar="T",
         help="of sampling; 0 is greedy (default: 0)",
-    )  # fmt: skip
+    )
     work.add_argument(
         "--top-p", type=number, default=1.0, metavar="P", help="of sampling (default: 1)"
     )
@@ -130,13 +163,15 @@ def add_flags(parser: VerbParser) -> None:
         "--batch-size", type=count, default=16, metavar="N", help="prompts at once (default: 16)"
     )
     work.add_argument(
-        "--baseline", action="store_true",
+        "--baseline",
+        action="store_true",
         help="generate the unsteered text too; alone, without a plan, only that",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--explain", action="store_true",
+        "--explain",
+        action="store_true",
         help="table: change of each latent of the plan that was asked for, and that came of it",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for results.jsonl (default: print only)",
@@ -153,12 +188,14 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         lm, plan, sae = _open(args, report)
-        if args.dose is not None:
+        if plan is not None and args.dose is not None:
             plan = _dosed(args, lm, plan, report)
         rows = _generate(args, texts, lm, plan, sae, report)
         if args.beside:
-            _add_beside(args, texts, lm, plan, rows, report)
-        changes = _explained(args, texts, lm, plan, sae) if args.explain else []
+            _add_other_ways(args, texts, lm, plan, rows, report)
+        changes = []
+        if plan is not None and args.explain:
+            changes = _explained(args, texts, lm, plan, sae)
         if args.out is not None:
             write_answers(take_folder(args), args, lm, rows, plan if args.dose else None)
     if args.json:
@@ -184,8 +221,21 @@ def _check_flags(args: Namespace) -> None:
                 "nothing to steer with: give --plan FILE, or --sae DIR --latents ID:VALUE; for the "
                 "unsteered model give --baseline alone"
             )
-        _refuse(args, "layer", "site", "method", "unit", "scale", "beta", "scope", "schedule",
-                "gate", "also", "dose", reason="needs --plan, or --sae with --latents")  # fmt: skip
+        _refuse(
+            args,
+            "layer",
+            "site",
+            "method",
+            "unit",
+            "scale",
+            "beta",
+            "scope",
+            "schedule",
+            "gate",
+            "also",
+            "dose",
+            reason="needs --plan, or --sae with --latents",
+        )
     if args.plan is not None:
         _refuse(args, "site", reason="is for --latents: a plan says where it steers")
     if args.latents is not None:
@@ -216,7 +266,7 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
             raise UsageError(f"--{name} {reason}")
 
 
-def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
+def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None, SAE | None]":
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.model.hooks import sae_hook_point
     from saesteer.steering import load_plan, plan_from_latents, with_gate
@@ -254,7 +304,7 @@ def _open(args: Namespace, report: Report) -> tuple[Any, Any, Any]:
     return lm, plan, sae.to(lm.device)
 
 
-def _dosed(args: Namespace, lm: Any, plan: Any, report: Report) -> Any:
+def _dosed(args: Namespace, lm: "LanguageModel", plan: "Plan", report: Report) -> "Plan":
     """The plan at the scale that `--dose` asks for."""
     from saesteer.cli.inputs import prompts_in
     from saesteer.steering import Budget, dose_plan
@@ -284,12 +334,12 @@ def _generation(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _add_beside(
+def _add_other_ways(
     args: Namespace,
     texts: list[str],
-    lm: Any,
-    plan: Any,
-    rows: list[dict[str, Any]],
+    lm: "LanguageModel",
+    plan: "Plan | None",
+    rows: list[Document],
     report: Report,
 ) -> None:
     """Put the answers of the other ways into the rows."""
@@ -307,18 +357,35 @@ def _add_beside(
         }
 
 
-def _explained(args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any) -> list[Any]:
+def _explained(
+    args: Namespace,
+    texts: list[str],
+    lm: "LanguageModel",
+    plan: "Plan",
+    sae: "SAE | None",
+) -> "list[LatentChange]":
     from saesteer.steering import read_back
 
     return read_back(
-        lm, plan, texts, sae=sae, max_new_tokens=args.max_new_tokens, chat=args.chat,
-        batch_size=args.batch_size, force=args.force,
-    )  # fmt: skip
+        lm,
+        plan,
+        texts,
+        sae=sae,
+        max_new_tokens=args.max_new_tokens,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        force=args.force,
+    )
 
 
 def _generate(
-    args: Namespace, texts: list[str], lm: Any, plan: Any, sae: Any, report: Report
-) -> list[dict[str, Any]]:
+    args: Namespace,
+    texts: list[str],
+    lm: "LanguageModel",
+    plan: "Plan | None",
+    sae: "SAE | None",
+    report: Report,
+) -> list[Document]:
     from saesteer.steering.hooking.generation import generate_steered
 
     passes = 2 if args.baseline and plan is not None else 1
@@ -334,7 +401,7 @@ def _generate(
     answers = generate_steered(
         lm,
         texts,
-        plan if not args.also else [plan, *args.also],
+        plan if plan is None or not args.also else [plan, *args.also],
         sae=sae,
         baseline=args.baseline,
         progress=on_batch,
@@ -351,13 +418,15 @@ def _generate(
         }
         if args.baseline:
             row["baseline"] = answer.baseline
-        if answer.tokens_gated_off and not answer.tokens_touched:
-            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
-        elif plan is not None and not answer.tokens_touched:
-            report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
         rows.append(row)
+        if plan is None or answer.tokens_touched:
+            continue
+        if answer.tokens_gated_off:
+            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
+        else:
+            report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
     touched = sum(answer.tokens_touched for answer in answers)
-    if touched and not any(answer.tokens_changed for answer in answers):
+    if plan is not None and touched and not any(answer.tokens_changed for answer in answers):
         report.warn(
             f"--method {plan.method} changed none of the {touched} tokens it touched (every "
             "relative dose is 0): choose another --method, or other latents"

@@ -2,14 +2,19 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from saesteer.cli.output import Document, paint, write_run
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import paint, write_run
+
+if TYPE_CHECKING:
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.hooking.latent_changes import LatentChange
+    from saesteer.steering.plans.plan import Plan
 
 
 def write_answers(
-    folder: Path, args: Namespace, lm: Any, rows: list[dict[str, Any]], dosed: Any
+    folder: Path, args: Namespace, lm: "LanguageModel", rows: list[Document], dosed: "Plan | None"
 ) -> None:
     import json
 
@@ -24,7 +29,7 @@ def write_answers(
     write_run(folder, "steer", vars(args), model={"name": lm.name, "hash": lm.fingerprint})
 
 
-def print_blocks(args: Namespace, rows: list[dict[str, Any]]) -> None:
+def print_blocks(args: Namespace, rows: list[Document]) -> None:
     """One block for each prompt, for people."""
     steered = args.plan is not None or args.sae is not None
     for row in rows:
@@ -63,7 +68,7 @@ def _short(way: str) -> str:
     return path.parent.name if path.name == "plan.yaml" else path.name
 
 
-def print_changes(changes: list[Any]) -> None:
+def print_changes(changes: "list[LatentChange]") -> None:
     """One line a latent: what was asked for and what was measured."""
     if not changes:
         return

@@ -1,17 +1,22 @@
 """`saesteer sweep`: which dose, how many latents, where; success against damage."""
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.output import Document, print_json, print_next, print_table, write_run
 from saesteer.cli.output import number as figure
-from saesteer.cli.output import print_json, print_next, print_table, write_run
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.values import budget, grid, rounds
+
+if TYPE_CHECKING:
+    from saesteer.sae.model.language_model import LanguageModel
+    from saesteer.steering.doses.sweep import Sweep
+    from saesteer.steering.plans.plan import Plan
+    from saesteer.steering.tasks.task import Task
 
 EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
 
@@ -22,35 +27,48 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     what = parser.add_argument_group("what is swept over: --plan, or --sae to rank here")
     what.add_argument(
-        "--plan", action=Repeated, metavar="DIR",
+        "--plan",
+        action=Repeated,
+        metavar="DIR",
         help="a plan of rank; repeatable: plans of other layers or ways of ranking compete",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--sae", action=Repeated, metavar="DIR",
+        "--sae",
+        action=Repeated,
+        metavar="DIR",
         help="an SAE to rank with first; repeatable: one of each layer, or {layer} in a name with "
         "--grid layer=...",
-    )  # fmt: skip
+    )
     what.add_argument(
-        "--task", metavar="NAME/FILE",
+        "--task",
+        metavar="NAME/FILE",
         help="a built-in task, or a task.yaml (default: the task the plan was ranked for)",
-    )  # fmt: skip
+    )
     add_model(what, "(default: the one the plan or the SAE names)")
     how = parser.add_argument_group("grid and race")
     how.add_argument(
-        "--grid", action=Repeated, type=grid, metavar="AXIS=V,...",
+        "--grid",
+        action=Repeated,
+        type=grid,
+        metavar="AXIS=V,...",
         help="values of k, beta, scale or scope, and with --sae of layer, position, read or by; "
         "numbers also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, "
         "scope=generation)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--rounds", type=rounds, default=((12, 4), (40, 1)), metavar="N:KEEP,...",
+        "--rounds",
+        type=rounds,
+        default=((12, 4), (40, 1)),
+        metavar="N:KEEP,...",
         help="contents answered by each setting and settings kept, round by round "
         "(default: 12:4,40:1)",
-    )  # fmt: skip
+    )
     how.add_argument(
-        "--budget", type=budget, metavar="KIND=X",
+        "--budget",
+        type=budget,
+        metavar="KIND=X",
         help="most damage on neutral questions, in nats a token: kl=0.5 or ce=0.5 (default: none)",
-    )  # fmt: skip
+    )
     add_answering(how)
     add_common(
         parser,
@@ -66,12 +84,18 @@ def run(args: Namespace) -> int:
         reserved(args, plan=args.plan, sae=args.sae, task=args.task),
         reporting(args) as report,
     ):
+        from saesteer.steering import save_sweep, sweep_document
+
         found, lm = _sweep(args, axes, report)
-        document = {"model": {"name": lm.name, "hash": lm.fingerprint}, **found.document()}
         for warning in found.warnings:
             report.warn(warning)
-        if args.out is not None:
-            _write(take_folder(args), args, found, document)
+        if args.out is None:
+            document = sweep_document(lm, found)
+        else:
+            folder = take_folder(args)
+            ranked = args.plan[0] if args.plan and len(args.plan) == 1 else None
+            document = save_sweep(folder, lm, found, ranked=ranked)
+            write_run(folder, "sweep", vars(args), model=document["model"])
     if args.json:
         print_json(document)
     else:
@@ -115,9 +139,10 @@ def _typed(name: str, values: tuple[str, ...]) -> tuple[Any, ...]:
     return typed
 
 
-def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) -> tuple[Any, Any]:
-    from saesteer.steering.doses.sweep import Budget, Grid, sweep
-    from saesteer.steering.evaluation.arms import Decoding
+def _sweep(
+    args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report
+) -> "tuple[Sweep, LanguageModel]":
+    from saesteer.steering import Budget, Decoding, Grid, sweep
     from saesteer.steering.hooking.scope import parse_scope
 
     for scope in axes.get("scope", ()):
@@ -127,81 +152,58 @@ def _sweep(args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report) ->
     )
     limit = None if args.budget is None else Budget(*args.budget)
     lm, task, plans = _plans(args, axes, max(settings.k), report)
-    decoding = Decoding(
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed or 0,
-        batch_size=args.batch_size,
-    )  # fmt: skip
     found = sweep(
-        lm, task, plans, settings, rounds=args.rounds, budget=limit, decoding=decoding,
+        lm,
+        task,
+        # One plan competes with nobody and needs no name.
+        next(iter(plans.values())) if len(plans) == 1 else plans,
+        settings,
+        rounds=args.rounds,
+        budget=limit,
+        decoding=Decoding(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed or 0,
+            batch_size=args.batch_size,
+        ),
         progress=report,
-    )  # fmt: skip
+    )
     return found, lm
 
 
 def _plans(
     args: Namespace, axes: dict[str, tuple[Any, ...]], top: int, report: Report
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, the task, and the plans that compete, by name (one alone bears none)."""
-    from itertools import product
-
+) -> "tuple[LanguageModel, Task, dict[str, Plan]]":
+    """The model, the task, and the plans that compete, by name."""
     from saesteer.checkpoints.sae_file import load_sae
-    from saesteer.steering import load_plan
-    from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank
-    from saesteer.steering.tasks.task import load_task
+    from saesteer.steering import load_task, ranked_plans
+    from saesteer.steering.plans.names import by_folder, load_plans, task_of
 
-    plans: dict[str, Any] = {}
     if args.plan:
-        loaded = {str(path): load_plan(path) for path in args.plan}
-        first = next(iter(loaded.values()))
-        name = args.task or (None if first.task is None else first.task.name)
-        if name is None:
-            raise UsageError(f"--plan {args.plan[0]} names no task: give --task NAME or FILE")
-        task = load_task(name)
-        lm = open_model(args, report, name=first.model.name)
-        plans = {Path(path).name: plan for path, plan in loaded.items()}
-        if len(plans) < len(loaded):
-            plans = loaded
-    else:
-        task = load_task(args.task)
-        names = [
-            name.replace("{layer}", str(layer))
-            for name in args.sae
-            for layer in axes.get("layer", ("",))
-        ]
-        saes = [load_sae(name) for name in names]
-        lm = open_model(args, report, name=saes[0].spec.model_name)
-        layers = [sae.spec.layer for sae in saes]
-        for sae, source in zip(saes, names, strict=True):
-            alone = layers.count(sae.spec.layer) == 1
-            for position, read, by in product(
-                *(axes.get(name, (None,)) for name in ("position", "read", "by"))
-            ):
-                given = {"position": position, "read": read, "by": by}
-                chosen = {key: value for key, value in given.items() if value is not None}
-                config = RankConfig(seed=args.seed or 0, **chosen)
-                ranking = rank(lm, sae.to(lm.device), task, config, progress=report)
-                plan = plan_from_ranking(lm, sae, ranking, top=top)
-                what = f"layer {plan.layer}" if alone else Path(source).name
-                plans[" ".join([what, *chosen.values()])] = plan
-    return lm, task, {"": next(iter(plans.values()))} if len(plans) == 1 else plans
+        plans = load_plans(args.plan)
+        first = next(iter(plans.values()))
+        task = task_of(first, args.plan[0]) if args.task is None else load_task(args.task)
+        return open_model(args, report, name=first.model.name), task, by_folder(plans)
+    task = load_task(args.task)
+    layers = axes.get("layer", ("",))
+    names = [name.replace("{layer}", str(layer)) for name in args.sae for layer in layers]
+    saes = [load_sae(name) for name in names]
+    lm = open_model(args, report, name=saes[0].spec.model_name)
+    plans = ranked_plans(
+        lm,
+        saes,
+        task,
+        position=axes.get("position", ()),
+        read=axes.get("read", ()),
+        by=axes.get("by", ()),
+        top=top,
+        seed=args.seed or 0,
+        progress=report,
+    )
+    return lm, task, plans
 
 
-def _write(folder: Path, args: Namespace, found: Any, document: dict[str, Any]) -> None:
-    from saesteer.checkpoints.files import plain, write_json, write_text
-    from saesteer.steering import save_plan
-    from saesteer.steering.reports.sweep_charts import pareto_chart
-
-    save_plan(found.plan(), folder)
-    write_json(folder / "sweep.json", document)
-    write_text(folder / "sweep.svg", pareto_chart(plain(document)))
-    write_run(folder, "sweep", vars(args), model=document["model"])
-    # What the report shows of the ranking goes with the plan.
-    source = Path(args.plan[0]).expanduser() if args.plan and len(args.plan) == 1 else None
-    if source is not None and source.is_dir() and (source / "ranking.json").is_file():
-        write_text(folder / "ranking.json", (source / "ranking.json").read_text(encoding="utf-8"))
-
-
-def _print(args: Namespace, document: dict[str, Any]) -> None:
+def _print(args: Namespace, document: Document) -> None:
     chosen = document["chosen"]
     rows = []
     latest = [row for row in document["trials"] if row["latest"]]
@@ -229,9 +231,24 @@ def _print(args: Namespace, document: dict[str, Any]) -> None:
         )
     named = ["plan"] if chosen["plan"] else []
     print_table(
-        ["", *named, "layer", "k", "beta", "scale", "scope", "||delta||/||h||", "loose",
-         "degenerate", "KL", "dCE", "contents"], rows, "plan,scope",
-    )  # fmt: skip
+        [
+            "",
+            *named,
+            "layer",
+            "k",
+            "beta",
+            "scale",
+            "scope",
+            "||delta||/||h||",
+            "loose",
+            "degenerate",
+            "KL",
+            "dCE",
+            "contents",
+        ],
+        rows,
+        "plan,scope",
+    )
     if document["skipped"]:
         kind = document["budget"]
         print(

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import (
@@ -16,7 +15,7 @@ from saesteer.cli.flags import (
     need,
 )
 from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
-from saesteer.cli.output import amount, duration, print_json, print_next, print_table
+from saesteer.cli.output import Document, amount, duration, print_json, print_next, print_table
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
@@ -56,15 +55,19 @@ def add_flags(parser: VerbParser) -> None:
     source = parser.add_argument_group("where activations come from: --model or --activations")
     add_model(source, "(live training)")
     source.add_argument(
-        "--lm-dtype", type=dtype, metavar="TYPE",
+        "--lm-dtype",
+        type=dtype,
+        metavar="TYPE",
         help="arithmetic of the language model: auto, float32, bfloat16 or float16 (default: auto)",
-    )  # fmt: skip
+    )
     source.add_argument("--activations", metavar="DIR", help="shards that harvest wrote")
     source.add_argument(
-        "--layer", type=layers, metavar="L,...",
+        "--layer",
+        type=layers,
+        metavar="L,...",
         help="blocks to train on: 20, 10,20, 8-12, -1 (needed with --model; default with "
         "--activations: every layer in it)",
-    )  # fmt: skip
+    )
     source.add_argument(
         "--site", metavar="SITE", help=f"{SITE_HELP} {default(TrainConfig, 'site')}"
     )
@@ -77,82 +80,116 @@ def add_flags(parser: VerbParser) -> None:
         help=f"{', '.join(ARCHITECTURES)} {default(TrainConfig, 'arch')}",
     )  # fmt: skip
     shape.add_argument(
-        "--d-sae", type=counts, metavar="N,...",
+        "--d-sae",
+        type=counts,
+        metavar="N,...",
         help="numbers of latents (default: 8 times d_model)",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--k", type=counts, metavar="N,...",
+        "--k",
+        type=counts,
+        metavar="N,...",
         help=f"latents kept per token, with topk and abstopk {default(TrainConfig, 'k')}",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--init-seed", type=counts, metavar="N,...",
+        "--init-seed",
+        type=counts,
+        metavar="N,...",
         help=f"seeds of the initialisation {default(TrainConfig, 'init_seed')}",
-    )  # fmt: skip
+    )
     work = parser.add_argument_group("training")
     work.add_argument(
-        "--tokens", type=count, metavar="N",
+        "--tokens",
+        type=count,
+        metavar="N",
         help=f"activations to train on {default(TrainConfig, 'tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--batch-tokens", type=count, metavar="N",
+        "--batch-tokens",
+        type=count,
+        metavar="N",
         help=f"activations per step {default(TrainConfig, 'batch_tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--lr", type=number, metavar="X",
+        "--lr",
+        type=number,
+        metavar="X",
         help="peak learning rate (default: from the width and the number of steps)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--warmup-steps", type=count, metavar="N",
+        "--warmup-steps",
+        type=count,
+        metavar="N",
         help="steps of linear warm-up (default: a twentieth of the run, at most 1000)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--decay-share", type=number, metavar="SHARE",
+        "--decay-share",
+        type=number,
+        metavar="SHARE",
         help="share of the run, at its end, over which the learning rate falls to zero "
         f"{default(TrainConfig, 'decay_share')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--clip-norm", type=number, metavar="X",
+        "--clip-norm",
+        type=number,
+        metavar="X",
         help="largest norm of the whole gradient; costs a pass over it (default: no clipping)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--micro-batch-tokens", type=count, metavar="N",
+        "--micro-batch-tokens",
+        type=count,
+        metavar="N",
         help="activations per pass; gradients of a step's passes add up (default: one pass)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--moments", metavar="TYPE",
+        "--moments",
+        metavar="TYPE",
         help="Adam's moments of the matrices: float32, or bfloat16 rounded at random "
         f"{default(TrainConfig, 'moments')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--cuda-graph", action="store_true", default=None,
+        "--cuda-graph",
+        action="store_true",
+        default=None,
         help="on a GPU, record a step once and replay it: for narrow SAEs",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--auxk", type=number, metavar="X",
+        "--auxk",
+        type=number,
+        metavar="X",
         help="weight of the loss that revives dead latents, 0 is off "
         f"{default(TrainConfig, 'auxk')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--dead-after-tokens", type=count, metavar="N",
+        "--dead-after-tokens",
+        type=count,
+        metavar="N",
         help="silence after which a latent is dead (default: a quarter of --tokens, at most 10M)",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--buffer-tokens", type=count, metavar="N",
+        "--buffer-tokens",
+        type=count,
+        metavar="N",
         help=f"activations in the shuffle buffer {default(TrainConfig, 'buffer_tokens')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--checkpoint-every", type=count, metavar="N",
+        "--checkpoint-every",
+        type=count,
+        metavar="N",
         help=f"activations between saved states {default(TrainConfig, 'checkpoint_every')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--keep-states", type=count, metavar="N",
+        "--keep-states",
+        type=count,
+        metavar="N",
         help="newest states that stay in --out; the best one stays too "
         f"{default(TrainConfig, 'keep_states')}",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on from the last saved state in --out, or start when there is none",
-    )  # fmt: skip
+    )
     add_common(
         parser,
         out="folder for the SAE, or for one folder per SAE when there are several (needed)",
@@ -230,7 +267,7 @@ def _refuse_live_flags(args: Namespace) -> None:
             )
 
 
-def _print_summary(args: Namespace, runs: list[dict[str, Any]]) -> None:
+def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
     for run in runs:

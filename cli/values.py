@@ -99,7 +99,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def latents(text: str) -> str:
-    """`ID:VALUE,ID:VALUE`, kept as text: `steering.plan.parse_latents` reads it."""
+    """`ID:VALUE,ID:VALUE`, kept as text: `steering.plans.plan.parse_latents` reads it."""
     return text.strip()
 
 

@@ -9,12 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saesteer.steering.demonstration.pipeline import DemoSize as DemoSize
+    from saesteer.steering.demonstration.pipeline import demo as demo
     from saesteer.steering.doses.nats import Dose as Dose
     from saesteer.steering.doses.nats import dose_plan as dose_plan
     from saesteer.steering.doses.sweep import Budget as Budget
     from saesteer.steering.doses.sweep import Grid as Grid
     from saesteer.steering.doses.sweep import calibrate as calibrate
     from saesteer.steering.doses.sweep import sweep as sweep
+    from saesteer.steering.doses.sweep_files import ranked_plans as ranked_plans
+    from saesteer.steering.doses.sweep_files import save_sweep as save_sweep
+    from saesteer.steering.doses.sweep_files import sweep_document as sweep_document
     from saesteer.steering.evaluation.arms import ArmSpec as ArmSpec
     from saesteer.steering.evaluation.arms import Decoding as Decoding
     from saesteer.steering.evaluation.arms import evaluate as evaluate
@@ -51,8 +56,14 @@ if TYPE_CHECKING:
     from saesteer.steering.ranking.rank import lens_tokens as lens_tokens
     from saesteer.steering.ranking.rank import plan_from_ranking as plan_from_ranking
     from saesteer.steering.ranking.rank import rank as rank
+    from saesteer.steering.ranking.ranking_file import ranking_document as ranking_document
+    from saesteer.steering.ranking.ranking_file import save_ranking as save_ranking
     from saesteer.steering.reports.evaluation_report import render_html as render_html
     from saesteer.steering.reports.evaluation_report import report_document as report_document
+    from saesteer.steering.reports.plan_evaluation import Evaluation as Evaluation
+    from saesteer.steering.reports.plan_evaluation import TaskPlans as TaskPlans
+    from saesteer.steering.reports.plan_evaluation import evaluate_plans as evaluate_plans
+    from saesteer.steering.reports.plan_evaluation import plans_by_task as plans_by_task
     from saesteer.steering.tasks.task import Task as Task
     from saesteer.steering.tasks.task import builtin_tasks as builtin_tasks
     from saesteer.steering.tasks.task import load_task as load_task
@@ -71,10 +82,15 @@ _HOME = {
     "with_gate": "hooking.latent_values",
     "SteeredText": "hooking.generation",
     "generate_steered": "hooking.generation",
+    "DemoSize": "demonstration.pipeline",
+    "demo": "demonstration.pipeline",
     "Budget": "doses.sweep",
     "Grid": "doses.sweep",
     "calibrate": "doses.sweep",
     "sweep": "doses.sweep",
+    "ranked_plans": "doses.sweep_files",
+    "save_sweep": "doses.sweep_files",
+    "sweep_document": "doses.sweep_files",
     "CompareConfig": "evaluation.compare",
     "compare": "evaluation.compare",
     "mean_difference_plan": "evaluation.controls",
@@ -85,6 +101,10 @@ _HOME = {
     "Judge": "evaluation.judge",
     "render_html": "reports.evaluation_report",
     "report_document": "reports.evaluation_report",
+    "Evaluation": "reports.plan_evaluation",
+    "TaskPlans": "reports.plan_evaluation",
+    "evaluate_plans": "reports.plan_evaluation",
+    "plans_by_task": "reports.plan_evaluation",
     "ArmSpec": "evaluation.arms",
     "Decoding": "evaluation.arms",
     "run_arms": "evaluation.arms",
@@ -103,6 +123,8 @@ _HOME = {
     "lens_tokens": "ranking.rank",
     "plan_from_ranking": "ranking.rank",
     "rank": "ranking.rank",
+    "ranking_document": "ranking.ranking_file",
+    "save_ranking": "ranking.ranking_file",
     "Task": "tasks.task",
     "builtin_tasks": "tasks.task",
     "load_task": "tasks.task",

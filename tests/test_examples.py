@@ -15,7 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "steer", "train",
+    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "report", "steer",
+    "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -167,6 +168,18 @@ def test_evaluate_chooses_a_setting_and_reports_every_arm(
         assert (arm["relative_dose"] is not None) == (arm["name"] == "steered")
     kept = (out / "plan" / "plan.yaml").read_text()
     assert kept.count("- id:") == chosen
+
+
+def test_report_compares_a_plan_with_every_control(model: Path, folder: Path, ranked: str) -> None:
+    out = folder / "report"
+    printed = run("report", "--model", model, "--plan", folder / "plan", "--n", 1, "-o", out)
+    document = json.loads((out / "report.json").read_text())
+    (task,) = document["tasks"]
+    kinds = {arm["kind"] for arm in task["arms"]}
+    assert {"unsteered", "prompted", "steered", "random", "meandiff", "logit-bias"} <= kinds
+    for theirs in ("unsteered", "prompted", "random", "mean difference", "logit bias"):
+        assert f"{task['task']['name']}: steered - {theirs}: " in printed
+    assert "<!doctype html>" in (out / "report.html").read_text()
 
 
 def test_own_task_is_loaded_graded_and_answered(model: Path) -> None:

@@ -73,7 +73,8 @@ def predict_harvest(
                     break
     if len(times) < 2:
         raise UsageError(
-            "`dry_run` needs two batches of text to time: give more `data` or a lower `batch_size`"
+            "a prediction needs two batches of text to time: give more `data` or a lower "
+            "`batch_size`"
         )
     measured = times[_WARM_UP:] or times[1:]
     speed = statistics.mean(read) / max(statistics.mean(measured), 1e-9)

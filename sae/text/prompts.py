@@ -78,14 +78,14 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     if not text:
         raise UserError("a prompt is empty: give at least one character of text")
     if chat and not lm.has_chat_template:
-        raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `no_chat`")
+        raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `chat=False`")
     rendered, start = text, 0
     if chat:
         rendered = _render(lm, text)
         # Searching for the text itself could find it in the template: "assistant", "user", "a".
         start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
         if start < 0 or not rendered.startswith(text, start):
-            raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `no_chat`")
+            raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `chat=False`")
     # A template writes its own BOS; a plain text gets the tokenizer's.
     encoded = lm.tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     return EncodedPrompt(

@@ -1,4 +1,4 @@
-"""Doses in nats: the scale of a plan at which it costs the model so much on text of no concern.
+"""Doses in nats: the scale at which a plan costs the model a given amount on neutral questions.
 
 What a scale costs is measured by `NeutralProbe`: the rise of the cross-entropy of the unsteered
 model's own answers (`ce`), or KL(plain || steered) (`kl`), both in nats per answer token.
@@ -65,7 +65,7 @@ def dose_plan(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> Dose:
-    """Find the scale at which a plan costs so many nats, by doubling and bisection.
+    """Find the scale at which a plan costs a given number of nats, by doubling and bisection.
 
     The search begins at the plan's scale and keeps its sign. It brackets the target between a
     scale that costs less and one that costs as much or more, so it finds a crossing also where the
@@ -97,9 +97,14 @@ def dose_plan(
     search = _Search(probe, plan, target, progress)
     scale, damage = search.run(tolerance)
     found = Dose(
-        replace(plan, scale=scale), target, target.spent(damage), damage,
-        tuple(search.trials), len(probe.questions), texts is None,
-    )  # fmt: skip
+        replace(plan, scale=scale),
+        target,
+        target.spent(damage),
+        damage,
+        tuple(search.trials),
+        len(probe.questions),
+        texts is None,
+    )
     metrics = {**plan.metrics, "dose": found.facts()}
     return replace(found, plan=replace(found.plan, metrics=metrics))
 
@@ -156,7 +161,7 @@ class _Search:
 
     def _cost(self, damage: Damage) -> float:
         cost = self._target.spent(damage)
-        return cost if math.isfinite(cost) else math.inf  # what breaks the model costs too much
+        return cost if math.isfinite(cost) else math.inf  # a broken model's cost may be NaN
 
     def _near(self, damage: Damage, tolerance: float) -> bool:
         return abs(self._cost(damage) - self._target.limit) <= tolerance * self._target.limit

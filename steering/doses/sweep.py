@@ -276,9 +276,16 @@ def sweep(
         arms.append(grade_arm(kind, task, contents[:most], made, contents[:most], kind=kind))
     chosen = _winner(trials)
     return Sweep(
-        task, chosen, tuple(trials), arms[0], arms[1], budget, within, tuple(skipped),
+        task,
+        chosen,
+        tuple(trials),
+        arms[0],
+        arms[1],
+        budget,
+        within,
+        tuple(skipped),
         tuple(_warnings(chosen, budget, within)),
-    )  # fmt: skip
+    )
 
 
 def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:

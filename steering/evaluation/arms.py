@@ -48,7 +48,7 @@ class Rate:
     def of(hits: Sequence[bool], seeds: int = 1) -> "Rate":
         """The rate of hits, given seed by seed, each seed in the order of the contents."""
         successes, n = sum(hits), len(hits)
-        # All alike, resampling knows no width: Wilson's, on as many trials as there are contents.
+        # Where all hits are alike, resampling gives no width: Wilson's, with contents as trials.
         low, high = wilson(successes // seeds, n // seeds)
         if seeds > 1 and 0 < successes < n:
             interval = bootstrap_mean(per_content(hits, seeds))
@@ -252,8 +252,8 @@ def evaluate(
     """Run every arm on the same contents and grade what comes out.
 
     Arms: `unsteered` (the content alone), `prompted` (the content with an evaluation wording of
-    the instruction), and one per plan (the content alone, steered). `compare` in
-    `steering.comparison` adds the controls, the tests and the damage.
+    the instruction), and one per plan (the content alone, steered). `steering.compare`
+    adds the controls, the tests and the damage.
 
     Args:
         seeds: answer every content once with each; by default with the decoding's seed alone.
@@ -316,9 +316,14 @@ def run_arms(
             stage = f"evaluate: {arm}" + (f", seed {seed}" if len(once) > 1 else "")
             with biased_logits(lm, None if spec is None else spec.logit_bias):
                 made += answer(
-                    lm, texts, plan, task.max_new_tokens, replace(decoding, seed=seed), stage,
+                    lm,
+                    texts,
+                    plan,
+                    task.max_new_tokens,
+                    replace(decoding, seed=seed),
+                    stage,
                     progress,
-                )  # fmt: skip
+                )
         return made
 
     references = list(contents)

@@ -1,4 +1,4 @@
-"""A plan beside everything it should be compared with: arms, paired tests, damage."""
+"""A plan against everything it should be compared with: arms, paired tests, damage."""
 
 import dataclasses
 import math
@@ -36,10 +36,11 @@ from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 
 CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
-"""What a plan is compared with besides the unsteered model; `prompt` is steered as well."""
+"""What a plan is compared with besides the unsteered model; with `prompt`, also the plan and the
+prompted instruction together."""
 
-Judge = Callable[[Task, str, str], Grade | None]
-"""Task, content and reply to a grade; None where the judge gave none."""
+Grader = Callable[[Task, str, str], Grade | None]
+"""From a task, a content and a reply to a grade, or None where there is none. A `Judge` is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ class CompareConfig:
             raise UsageError(
                 f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
             )
-        for flag, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
+        for name, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:
-                raise UsageError(f"{flag} must be at least 1, got {value}")
+                raise UsageError(f"{name} must be at least 1, got {value}")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"`seeds` must be different whole numbers, got {self.seeds}")
 
@@ -88,7 +89,7 @@ class PairedTest:
     p: float
     """Exact sign test over contents; with one seed, McNemar's."""
     p_holm: float
-    """After Holm over the tests of the task: all of them were decided on beforehand."""
+    """Holm's correction over the tests of the task, all of which were decided on beforehand."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ def compare(
     config: CompareConfig = CompareConfig(),  # noqa: B008 (frozen: one may serve all)
     *,
     sae: SAE | None = None,
-    judge: Judge | None = None,
+    judge: Grader | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> Comparison:
-    """Evaluate plans for one task with every control, on contents that chose nothing.
+    """Evaluate plans for one task with every control, on contents that nothing was chosen by.
 
     Arms, all on the same contents: unsteered; prompted; for each plan: steered, steered and
     prompted, random latents, the mean-difference vector and the logit bias at the same ||delta||.
@@ -205,10 +206,11 @@ def _specs(
                 number = "" if config.random_draws == 1 else f" {draw + 1}"
                 specs.append(
                     ArmSpec(
-                        f"{what}{number}{after}", "random",
+                        f"{what}{number}{after}",
+                        "random",
                         plan=random_plan(plan, drawn_from, seed=draw),
                     )
-                )  # fmt: skip
+                )
         if "meandiff" in controls:
             vector = mean_difference_plan(lm, plan, task, progress=progress)
             specs.append(ArmSpec(f"mean difference{after}", "meandiff", plan=vector))
@@ -227,7 +229,7 @@ def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
         return None
 
 
-def _judged(arm: Arm, task: Task, judge: Judge, progress: Progress) -> Arm:
+def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress) -> Arm:
     answers: list[Graded] = []
     for done, answer in enumerate(arm.answers):
         progress(f"judge: {arm.name}", done, len(arm.answers), "answers")
@@ -292,9 +294,12 @@ def _fluency(
             known = [value for value in nats if value is not None]
             floor = float(np.percentile(known, 5)) if known else -math.inf
         found[arm.name] = fluency(
-            rows, [answer.output for answer in arm.answers], nats,
-            max_new_tokens=task.max_new_tokens, floor=floor,
-        )  # fmt: skip
+            rows,
+            [answer.output for answer in arm.answers],
+            nats,
+            max_new_tokens=task.max_new_tokens,
+            floor=floor,
+        )
     progress("fluency", len(arms), len(arms), "arms")
     return found
 

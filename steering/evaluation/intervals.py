@@ -1,12 +1,10 @@
 """Intervals and tests for rates: Wilson, bootstrap over contents, exact sign test, Holm."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from saesteer.checkpoints.errors import UsageError
 
@@ -36,15 +34,10 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
         raise UsageError(f"confidence must lie between 0 and 1, got {confidence}")
     if n == 0:
         return 0.0, 1.0
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = successes / n
-    centre = rate + z * z / (2 * n)
-    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # the ends are exact at 0 and n successes; rounding must not push them past the rate
-    low = 0.0 if successes == 0 else (centre - spread) / scale
-    high = 1.0 if successes == n else (centre + spread) / scale
-    return low, high
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap_mean(
@@ -59,9 +52,19 @@ def bootstrap_mean(
     table = np.asarray(values, dtype=np.float64)
     if not table.size:
         return Interval(math.nan, math.nan, math.nan)
-    means = _resampled_means(table, resamples, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(table.mean()), float(low), float(high))
+    value = float(table.mean())
+    if table.min() == table.max():
+        return Interval(value, value, value)
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (table,),
+        np.mean,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
 
 
 def paired_difference(
@@ -81,13 +84,6 @@ def paired_difference(
     return bootstrap_mean(differences.tolist(), resamples=resamples, seed=seed)
 
 
-def _resampled_means(table: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(table), size=(resamples, len(table)))
-    means: NDArray[np.float64] = table[draws].mean(axis=1)
-    return means
-
-
 def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int, float]:
     """(contents where ours is larger, where theirs is larger, exact two-sided p).
 
@@ -98,9 +94,11 @@ def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int,
         raise UsageError(f"{len(ours)} contents against {len(theirs)}: pair them up")
     more = sum(a > b for a, b in zip(ours, theirs, strict=True))
     less = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    n = more + less
-    tail = sum(math.comb(n, i) for i in range(min(more, less) + 1))
-    return more, less, min(1.0, 2 * tail / 2**n)
+    if not more + less:
+        return 0, 0, 1.0
+    from scipy.stats import binomtest
+
+    return more, less, float(binomtest(more, more + less).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """A language model as judge, behind any OpenAI-compatible endpoint: never the default.
 
-Nothing is sent anywhere unless an address was given. The figures of a judge are reported beside
+Nothing is sent anywhere unless an address was given. The figures of a judge are reported next to
 those of the programs, with its name.
 """
 
@@ -54,7 +54,7 @@ class Judge:
     def __post_init__(self) -> None:
         if not re.match(r"https?://[^/\s]+", self.url):
             raise UsageError(
-                f"`judge` must be the address of an OpenAI-compatible endpoint such as "
+                f"`url` must be the address of an OpenAI-compatible endpoint such as "
                 f"http://127.0.0.1:8000/v1, got {self.url!r}"
             )
         if not self.model.strip():
@@ -78,7 +78,7 @@ class Judge:
             text = document["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise UserError(
-                f"`judge` {self.url} sent no choices[0].message.content: is it an "
+                f"`url` {self.url} sent no choices[0].message.content: is it an "
                 "OpenAI-compatible endpoint?"
             ) from None
         return parse_grade(text if isinstance(text, str) else "")
@@ -97,10 +97,10 @@ class Judge:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
             hint = f"; set {KEY_VARIABLE}" if error.code in (401, 403) else ""
-            raise UserError(f"`judge` {self.url} answered HTTP {error.code}{hint}") from error
+            raise UserError(f"`url` {self.url} answered HTTP {error.code}{hint}") from error
         except (OSError, ValueError) as error:
             raise UserError(
-                f"`judge` {self.url} cannot be used ({error}): check the address"
+                f"`url` {self.url} cannot be used ({error}): check the address"
             ) from error
 
 

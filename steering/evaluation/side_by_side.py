@@ -1,4 +1,4 @@
-"""What a plan says beside other ways to the same end: other plans, a mean difference, prompting."""
+"""A plan compared with other ways to the same end: other plans, a mean difference, a prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from saesteer.steering.plans.plan_file import load_plan
 from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
 
 WAYS = ("prompt", "prompt:TEXT", "meandiff")
-"""The plan's own instruction, or this one, put after the prompt of the unsteered model; the mean
-difference of the plan's task at the plan's ||delta||. Anything else is the path of a plan."""
+"""`prompt`: the plan's own instruction after the prompt, unsteered; `prompt:TEXT`: this one;
+`meandiff`: the mean difference of the plan's task at the plan's ||delta||. Anything else is the
+path of a plan."""
 
 
 def generate_beside(
@@ -41,7 +42,7 @@ def generate_beside(
     """
     twice = sorted({way for way in ways if list(ways).count(way) > 1})
     if twice:
-        raise UsageError(f"`beside` {twice[0]} is given twice: name each way once")
+        raise UsageError(f"`ways` {twice[0]} is given twice: name each way once")
     # Everything is opened before anything is generated.
     jobs: dict[str, tuple[Plan | None, str]] = {}
     for way in ways:
@@ -69,7 +70,7 @@ def generate_beside(
 def _adding(plan: Plan | None) -> Plan:
     if plan is None or plan.method != "add":
         raise UsageError(
-            "`beside` meandiff adds a vector of the plan's own length: it needs a plan of method "
+            "`ways` meandiff adds a vector of the plan's own length: it needs a plan of method "
             f"add, got {'none' if plan is None else plan.method}"
         )
     return plan
@@ -79,7 +80,7 @@ def _task_of(plan: Plan | None) -> Task:
     identity = None if plan is None else plan.task
     if identity is None or identity.name not in builtin_tasks():
         raise UsageError(
-            "`beside` meandiff needs the contents of the plan's task, and "
+            "`ways` meandiff needs the contents of the plan's task, and "
             + ("the plan has none" if identity is None else f"{identity.name} is not built in")
             + ": give the path of a mean-difference plan instead"
         )
@@ -87,7 +88,7 @@ def _task_of(plan: Plan | None) -> Task:
     if task.hash != identity.hash:
         raise UserError(
             f"the built-in task {identity.name} is not the one the plan was ranked for: make the "
-            "plan again with rank, or leave `beside` meandiff out"
+            "plan again with rank, or leave `ways` meandiff out"
         )
     return task
 
@@ -96,7 +97,7 @@ def _instruction_of(plan: Plan | None) -> str:
     identity = None if plan is None else plan.task
     if identity is None or not identity.instructions:
         raise UsageError(
-            "`beside` prompt needs the instruction of the plan's task, which this plan does not "
-            "hold: write `beside` 'prompt:Answer in French.'"
+            "`ways` prompt needs the instruction of the plan's task, which this plan does not "
+            "hold: write `ways` 'prompt:Answer in French.'"
         )
     return identity.instructions[0]

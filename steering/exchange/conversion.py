@@ -134,7 +134,7 @@ def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]]
     steered, notes = _read(path)
     clamped = [row.block for row in steered if row.action != "add"]
     if clamped:
-        raise UserError(f"`from` {path} clamps at block {clamped[0]}: that is no vector to add")
+        raise UserError(f"`source` {path} clamps at block {clamped[0]}: that is no vector to add")
     return {row.block: row.vector * row.coefficient for row in steered}, notes
 
 
@@ -151,7 +151,7 @@ def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[st
     for row in sorted(steered, key=lambda row: row.block):
         if not 0 <= row.block < lm.n_layers or len(row.vector) != lm.d_model:
             raise UserError(
-                f"`from` {path} has a vector of {len(row.vector)} numbers for block {row.block}, "
+                f"`source` {path} has a vector of {len(row.vector)} numbers for block {row.block}, "
                 f"and `model` {lm.name} has {lm.n_layers} blocks of width {lm.d_model}: give the "
                 "model that it was made for"
             )
@@ -197,7 +197,7 @@ def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
     if given.is_dir():
         inside = [given / name for name in EXPORTS.values() if (given / name).is_file()]
         if len(inside) != 1:
-            raise UserError(f"`from` {path} holds {len(inside)} files of vectors: give the file")
+            raise UserError(f"`source` {path} holds {len(inside)} files of vectors: give the file")
         given = inside[0]
     file = safe_reading.inner_file(given.parent, given.name)
     if file.suffix == ".gguf":
@@ -216,7 +216,7 @@ def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
             return _lm_eval(file, lm_eval_files.read_dict(file, content))
         return _added(_checked(file, _numbered(file, content))), []
     raise UserError(
-        f"`from` {path} ends in {file.suffix or 'nothing'}; vectors end in .gguf, .safetensors, "
+        f"`source` {path} ends in {file.suffix or 'nothing'}; vectors end in .gguf, .safetensors, "
         ".pt (a dict of {layer: tensor}; pickled objects are not opened) or .csv (lm-eval's)"
     )
 

@@ -100,9 +100,12 @@ def _row(line: str, where: str) -> IFEvalPrompt:
     )
     plain = row.get("prompt_without_instruction")
     prompt = IFEvalPrompt(
-        int(row.get("key", 0)), row["prompt"], tuple(names), given,
+        int(row.get("key", 0)),
+        row["prompt"],
+        tuple(names),
+        given,
         plain if isinstance(plain, str) and plain.strip() else None,
-    )  # fmt: skip
+    )
     try:
         follow(prompt, "x")
     except TypeError as error:
@@ -235,7 +238,7 @@ def evaluate_ifeval(
     if not chosen:
         raise UserError(
             "no IFEval row is left: `plan` needs rows with prompt_without_instruction and an "
-            "instruction that the plan is for, `ifeval_only` the ids of instructions that occur"
+            "instruction that the plan is for, `only` the ids of instructions that occur"
         )
     if plans and {"prompted", "unsteered"} & plans.keys():
         raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")
@@ -294,7 +297,16 @@ def _paired_tests(verdicts: Mapping[str, Sequence[Sequence[Followed]]]) -> list[
                 gap = paired_difference(one, other)
                 more, less, p = sign_test(one, other)
                 tests.append(
-                    {"ours": ours, "theirs": theirs, "measure": measure, "difference": gap.value,
-                     "low": gap.low, "high": gap.high, "wins": more, "losses": less, "p": p}
-                )  # fmt: skip
+                    {
+                        "ours": ours,
+                        "theirs": theirs,
+                        "measure": measure,
+                        "difference": gap.value,
+                        "low": gap.low,
+                        "high": gap.high,
+                        "wins": more,
+                        "losses": less,
+                        "p": p,
+                    }
+                )
     return tests

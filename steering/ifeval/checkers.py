@@ -38,7 +38,7 @@ def _holds(count: int, relation: str, wanted: int) -> bool:
     raise UserError(f"IFEval knows the relations 'less than' and 'at least', got {relation!r}")
 
 
-# --- what may stand in ---------------------------------------------------------------------------
+# --- replacements for missing packages -----------------------------------------------------------
 
 
 @functools.cache

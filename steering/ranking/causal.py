@@ -1,4 +1,4 @@
-"""Causal re-rank: steer with each latent of a shortlist and let the task's own check judge."""
+"""The causal score: steer with each latent of a shortlist and count answers that pass the check."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,9 +96,14 @@ def _plan(
     if latent is None:
         return None
     return make_plan(
-        lm, sae, [PlannedLatent(id=latent, value=1.0)],
-        layer=point.layer, site=point.site, unit="rel", scale=dose,
-    )  # fmt: skip
+        lm,
+        sae,
+        [PlannedLatent(id=latent, value=1.0)],
+        layer=point.layer,
+        site=point.site,
+        unit="rel",
+        scale=dose,
+    )
 
 
 def require_check(task: Task) -> None:

@@ -1,8 +1,8 @@
 """What a ranking finds where there is nothing to find: the same scores with shuffled labels.
 
-Within each content it is drawn anew which of its texts count as plain and which as instructed, so
-that a latent that follows the content alone scores as it did. What is left is chance, and the best
-of many latents by chance is what a real score has to exceed.
+Each shuffle draws, within each content, which of its texts count as plain and which as instructed,
+so a latent that follows the content alone scores as before. What is left is chance, and a real
+score has to exceed the best of many latents by chance.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from saesteer.steering.ranking.stability import jaccard, top_places
 
 @dataclass(frozen=True)
 class Look:
-    """One ranking seen from afar."""
+    """The figures by which a ranking is compared with those of shuffled labels."""
 
     best: float
     """The highest score."""
@@ -31,14 +31,14 @@ class Look:
     """The score of the k-th best latent."""
     best_auroc: float
     discoveries: int
-    """Latents at the false discovery rate asked for, by the test that stands beside the score."""
+    """Latents at the false discovery rate asked for, by the test that goes with the score."""
     overlap: float
     """Jaccard index of its top k with that of the real labels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shuffled:
-    """The real labels beside shuffled ones, by a detection score."""
+    """What the real labels give and what shuffled ones do, by a detection score."""
 
     by: str
     k: int
@@ -137,7 +137,7 @@ def relabelled(texts: Texts, generator: np.random.Generator) -> Texts:
 
 
 def _discoveries(p: Array, total: int, max_fdr: float) -> int:
-    """Tests that Benjamini and Hochberg keep, of `total` of which those not given have p 1."""
+    """Tests that Benjamini and Hochberg keep, of `total`; those that are not given have p = 1."""
     ranked = np.sort(p)
     kept = np.flatnonzero(ranked <= max_fdr * np.arange(1, len(ranked) + 1) / total)
     return int(kept[-1]) + 1 if len(kept) else 0

@@ -69,22 +69,22 @@ class RankConfig:
     """Send samples through the chat template; by default when there is one."""
 
     def __post_init__(self) -> None:
-        for flag, value, allowed in (
+        for name, value, allowed in (
             ("`read`", self.read, READS),
             ("`by`", self.resolved_by, SCORES),
             ("`position`", self.position, ("post", "pre")),
             ("`pool`", self.pool, ("max", "mean")),
-            *(("`drop`", name, FILTERS) for name in self.drop),
+            *(("`drop`", one, FILTERS) for one in self.drop),
         ):
             if value not in allowed:
-                raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.read == "reply" and self.resolved_by == "saif":
             raise UsageError(
                 "`by` saif compares single positions and `read` reply reads many: "
                 "use `by` rate or meandiff"
             )
-        for flag, count in (
-            ("`rank_contents`", self.contents),
+        for name, count in (
+            ("`contents`", self.contents),
             ("`reply_variants`", self.reply_variants),
             ("`effect_contents`", self.effect_contents),
             ("`candidates`", self.candidates),
@@ -94,7 +94,7 @@ class RankConfig:
             ("`batch_size`", self.batch_size),
         ):
             if count < 1:
-                raise UsageError(f"{flag} must be at least 1, got {count}")
+                raise UsageError(f"{name} must be at least 1, got {count}")
         if self.shuffles < 0:
             raise UsageError(f"`shuffles` must be at least 0, got {self.shuffles}")
         if not self.max_norm_ratio > 1:
@@ -110,7 +110,7 @@ class RankConfig:
 
     @property
     def base(self) -> str:
-        """The detection score of this way of reading, where another score needs one beside it."""
+        """The detection score of this way of reading, where another score needs one as its base."""
         return "rate" if self.read == "reply" else "saif"
 
     @property

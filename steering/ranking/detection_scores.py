@@ -1,7 +1,7 @@
 """Detection scores: how well each latent tells texts with an instruction from texts without it.
 
-The texts' pooled activations are kept sparse, one entry for each latent that is on, so that memory
-is some dozen columns of `d_sae` numbers and 24 bytes for each active value: a million latents fit.
+The texts' pooled activations are kept sparse, one entry for each latent that is on: memory is about
+a dozen columns of `d_sae` numbers and 24 bytes for each active value, so a million latents fit.
 Formulas are in float64; a latent that never fires scores 0 (AUROC 1/2).
 """
 
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from saesteer.steering.ranking import pvalues
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -118,10 +116,15 @@ class TextsBuilder:
         order = np.argsort(latent, kind="stable")
         columns = list(zip(*self._facts, strict=True)) or [(), (), (), ()]
         return Texts(
-            self.d_sae, latent[order], text[order], value[order],
-            np.array(columns[0], bool), np.array(columns[1], np.int64),
-            np.array(columns[2], np.int64), np.array(columns[3], bool),
-        )  # fmt: skip
+            self.d_sae,
+            latent[order],
+            text[order],
+            value[order],
+            np.array(columns[0], bool),
+            np.array(columns[1], np.int64),
+            np.array(columns[2], np.int64),
+            np.array(columns[3], bool),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +170,15 @@ class Pairs:
         both = [_sums(places, values * (side == which), len(keys)) for which in (0, 1)]
         rows = sides[:, 0] if n else np.zeros(0, np.int64)
         return Pairs(
-            texts.d_sae, n, keys // max(n, 1), keys % max(n, 1), both[0], both[1],
-            texts.content[rows], texts.variant[rows],
-        )  # fmt: skip
+            texts.d_sae,
+            n,
+            keys // max(n, 1),
+            keys % max(n, 1),
+            both[0],
+            both[1],
+            texts.content[rows],
+            texts.variant[rows],
+        )
 
     def count(self, chosen: Bools) -> Array:
         """How many pairs of each latent are chosen (one choice for each entry)."""
@@ -238,11 +247,11 @@ TEST_OF = {
     "cohen": "welch",
     **{name: name for name in ("logodds", "mcnemar", "welch", "paired-t", "auroc", "mi", "corr")},
 }
-"""The test whose p-value stands beside a score; paired-t, whose unit is the content, otherwise."""
+"""The test whose p-value goes with a score; paired-t, whose unit is the content, otherwise."""
 
 
 def significance_of(by: str) -> str:
-    """The name in `Detection.p` of the test that stands beside a score."""
+    """The name in `Detection.p` of the test that goes with a score."""
     return TEST_OF.get(by, "paired-t")
 
 
@@ -268,8 +277,8 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
     - `corr`: correlation with `success`.
     """
     wanted = set(TEST_OF) | {"meandiff"} if only is None else set(only)
-    one, nought = Moments.of(texts, texts.positive), Moments.of(texts, ~texts.positive)
-    difference = one.mean - nought.mean
+    positive, negative = Moments.of(texts, texts.positive), Moments.of(texts, ~texts.positive)
+    difference = positive.mean - negative.mean
     found = Detection()
     scores, p = found.scores, found.p
     if wanted & {"saif", "mcnemar", "rate"}:
@@ -277,36 +286,66 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
         b, c = pairs.on_off, pairs.off_on
         scores["saif"] = b / max(pairs.n, 1)
         scores["mcnemar"] = np.sign(b - c) * np.square(b - c) / np.maximum(b + c, 1)
-        p["mcnemar"] = pvalues.mcnemar(b, c)
+        p["mcnemar"] = mcnemar(b, c)
     # Whole numbers, divided once: latents that tie have the very same score.
-    crossed = one.on * nought.n - nought.on * one.n
-    scores["rate"] = crossed / max(one.n * nought.n, 1)
+    crossed = positive.on * negative.n - negative.on * positive.n
+    scores["rate"] = crossed / max(positive.n * negative.n, 1)
     scores["meandiff"] = difference
     if "cohen" in wanted:
-        pooled = ((one.n - 1) * one.variance + (nought.n - 1) * nought.variance) / max(
-            one.n + nought.n - 2, 1
-        )
+        pooled = (
+            (positive.n - 1) * positive.variance + (negative.n - 1) * negative.variance
+        ) / max(positive.n + negative.n - 2, 1)
         scores["cohen"] = _standardised(difference, np.sqrt(pooled))
     if wanted & {"welch", "cohen"}:
-        scores["welch"], p["welch"] = _welch(one, nought, difference)
+        scores["welch"], p["welch"] = _welch(positive, negative, difference)
     if "paired-t" in wanted:
         scores["paired-t"], p["paired-t"] = _paired_t(texts.pairs)
     if "logodds" in wanted:
-        cells = [one.on, nought.n - nought.on, nought.on, one.n - one.on]
+        cells = [positive.on, negative.n - negative.on, negative.on, positive.n - positive.on]
         n11, n00, n01, n10 = (cell + 0.5 for cell in cells)
         scores["logodds"] = np.log(n11 * n00 / (n10 * n01))
         spread = np.sqrt(1 / n11 + 1 / n00 + 1 / n10 + 1 / n01)
-        p["logodds"] = pvalues.normal_two_sided(scores["logodds"] / spread)
+        p["logodds"] = _normal_two_sided(scores["logodds"] / spread)
         # Equal rates of unequal classes leave a rest of the 1/2: not a sign of anything.
         scores["logodds"] = np.where(crossed == 0, 0.0, scores["logodds"])
     if "mi" in wanted:
-        information = _mutual_information(one, nought)
+        information = _mutual_information(positive, negative)
         scores["mi"] = np.sign(crossed) * information
-        p["mi"] = pvalues.chi2_one(2 * (one.n + nought.n) * information)
+        p["mi"] = _normal_two_sided(np.sqrt(2 * (positive.n + negative.n) * information))
     if "auroc" in wanted:
-        scores["auroc"], p["auroc"] = _auroc(texts, one, nought)
+        scores["auroc"], p["auroc"] = _auroc(texts, positive, negative)
     if "corr" in wanted:
         scores["corr"], p["corr"] = _correlation(texts)
+    return found
+
+
+def mcnemar(on_off: Array, off_on: Array) -> Array:
+    """p of McNemar's test: exact binomial below 25 discordant pairs, chi-squared from there on."""
+    from scipy import special
+
+    total, fewer = on_off + off_on, np.minimum(on_off, off_on)
+    pairs, heads = np.ogrid[:25, :25]
+    exact = np.minimum(1.0, 2 * special.bdtr(heads, pairs, 0.5))
+    small = total < 25
+    places, columns = (np.where(small, x, 0).astype(np.int64) for x in (total, fewer))
+    many = _normal_two_sided((on_off - off_on) / np.sqrt(np.maximum(total, 1)))
+    found: Array = np.where(small, exact[places, columns], many)
+    return found
+
+
+def _normal_two_sided(z: Array) -> Array:
+    """P(|Z| >= |z|) of a standard normal: P(X >= z^2) of chi-squared with one degree of freedom."""
+    from scipy import special
+
+    found: Array = 2 * special.ndtr(-np.abs(z))
+    return found
+
+
+def _t_two_sided(t: Array, df: Array | int) -> Array:
+    """P(|T| >= |t|) of Student's t with `df` degrees of freedom; NaN where there are none."""
+    from scipy import special
+
+    found: Array = 2 * special.stdtr(df, -np.abs(t))
     return found
 
 
@@ -316,20 +355,20 @@ def _standardised(difference: Array, spread: Array) -> Array:
     return difference / np.maximum(spread, floor)
 
 
-def _welch(one: Moments, nought: Moments, difference: Array) -> tuple[Array, Array]:
+def _welch(positive: Moments, negative: Moments, difference: Array) -> tuple[Array, Array]:
     """Welch's t and its two-sided p, with Satterthwaite's degrees of freedom.
 
     Where neither class varies, p is that of the limit of t: 0 where the means differ, 1 where
     they are equal.
     """
-    parts = [m.variance / max(m.n, 1) for m in (one, nought)]
+    parts = [m.variance / max(m.n, 1) for m in (positive, negative)]
     both = parts[0] + parts[1]
     t = _standardised(difference, np.sqrt(both))
-    weights = parts[0] ** 2 / max(one.n - 1, 1) + parts[1] ** 2 / max(nought.n - 1, 1)
+    weights = parts[0] ** 2 / max(positive.n - 1, 1) + parts[1] ** 2 / max(negative.n - 1, 1)
     df = np.where(weights > 0, both**2 / np.where(weights > 0, weights, 1.0), 0.0)
-    if min(one.n, nought.n) < 2:
+    if min(positive.n, negative.n) < 2:
         return t, np.ones_like(t)
-    p = np.where(weights > 0, pvalues.t_two_sided(t, df), 0.0)
+    p = np.where(weights > 0, _t_two_sided(t, df), 0.0)
     return t, np.where(difference == 0, 1.0, p)
 
 
@@ -340,16 +379,17 @@ def _paired_t(pairs: Pairs) -> tuple[Array, Array]:
     squares = _sums(latent, np.square(value - mean[latent]), pairs.d_sae)
     variance = (squares + (n - there) * np.square(mean)) / max(n - 1, 1)
     t = _standardised(mean, np.sqrt(variance / max(n, 1)))
-    p = pvalues.t_two_sided(t, np.full(t.shape, float(n - 1)))
-    return t, np.where(mean == 0, 1.0, p)
+    if n < 2:
+        return t, np.ones_like(t)
+    return t, np.where(mean == 0, 1.0, _t_two_sided(t, n - 1))
 
 
-def _mutual_information(one: Moments, nought: Moments) -> Array:
+def _mutual_information(positive: Moments, negative: Moments) -> Array:
     """Of on/off and class, in nats."""
-    n = max(one.n + nought.n, 1)
-    found = np.zeros_like(one.mean)
-    on = (one.on + nought.on) / n
-    for moments in (one, nought):
+    n = max(positive.n + negative.n, 1)
+    found = np.zeros_like(positive.mean)
+    on = (positive.on + negative.on) / n
+    for moments in (positive, negative):
         for cell, rate in ((moments.on, on), (moments.n - moments.on, 1 - on)):
             joint, apart = cell / n, rate * (moments.n / n)
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -357,7 +397,7 @@ def _mutual_information(one: Moments, nought: Moments) -> Array:
     return np.maximum(found, 0.0)
 
 
-def _auroc(texts: Texts, one: Moments, nought: Moments) -> tuple[Array, Array]:
+def _auroc(texts: Texts, positive: Moments, negative: Moments) -> tuple[Array, Array]:
     """AUROC from sparse values, and p of the Mann-Whitney test with ties and continuity."""
     order = np.lexsort((texts.value, texts.latent))
     latent, value = texts.latent[order], texts.value[order]
@@ -366,26 +406,26 @@ def _auroc(texts: Texts, one: Moments, nought: Moments) -> tuple[Array, Array]:
     new = np.ones(len(latent), bool)
     new[1:] = (latent[1:] != latent[:-1]) | (value[1:] != value[:-1])
     starts = np.flatnonzero(new)
-    ones = np.add.reduceat(first.astype(np.float64), starts) if len(starts) else np.zeros(0)
+    positives = np.add.reduceat(first.astype(np.float64), starts) if len(starts) else np.zeros(0)
     size = np.diff(np.append(starts, len(latent))).astype(np.float64)
-    noughts = size - ones
+    negatives = size - positives
     group_latent = latent[starts]
-    below = np.cumsum(noughts) - noughts
+    below = np.cumsum(negatives) - negatives
     head = np.searchsorted(group_latent, group_latent)  # where each latent's groups begin
     below = below - (below[head] if len(head) else 0)
-    won = _sums(group_latent, ones * (below + noughts / 2), texts.d_sae)
-    zero1, zero0 = one.n - one.on, nought.n - nought.on
-    u = won + one.on * zero0 + zero1 * zero0 / 2
-    pairs = max(one.n * nought.n, 1)
-    n = one.n + nought.n
+    won = _sums(group_latent, positives * (below + negatives / 2), texts.d_sae)
+    off_positive, off_negative = positive.n - positive.on, negative.n - negative.on
+    u = won + positive.on * off_negative + off_positive * off_negative / 2
+    pairs = max(positive.n * negative.n, 1)
+    n = positive.n + negative.n
     tied = _sums(group_latent, size**3 - size, texts.d_sae)
-    zeros = zero1 + zero0
+    zeros = off_positive + off_negative
     tied = tied + zeros**3 - zeros
     variance = pairs / 12 * ((n + 1) - tied / max(n * (n - 1), 1))
     gap = np.abs(u - pairs / 2) - 0.5
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(variance > 1e-12, np.maximum(gap, 0) / np.sqrt(np.maximum(variance, 0)), 0.0)
-    return u / pairs, pvalues.normal_two_sided(z)
+    return u / pairs, _normal_two_sided(z)
 
 
 def _correlation(texts: Texts) -> tuple[Array, Array]:
@@ -399,7 +439,7 @@ def _correlation(texts: Texts) -> tuple[Array, Array]:
     if n < 3:
         return r, np.ones_like(r)
     t = r * np.sqrt((n - 2) / np.maximum(1 - np.square(r), 1e-18))
-    return r, np.where(r == 0, 1.0, pvalues.t_two_sided(t, np.full(r.shape, n - 2.0)))
+    return r, np.where(r == 0, 1.0, _t_two_sided(t, n - 2))
 
 
 def to_tensor(column: Any) -> Tensor:

@@ -31,7 +31,6 @@ from saesteer.steering.ranking.output_scores import (
     effect_scores,
     output_scores,
 )
-from saesteer.steering.ranking.pvalues import benjamini_hochberg
 from saesteer.steering.ranking.reading import LatentReader
 from saesteer.steering.ranking.result import STABLE_K as STABLE_K
 from saesteer.steering.ranking.result import Ranking as Ranking
@@ -72,7 +71,7 @@ def rank(
     - `rate`: share of positives minus share of negatives where the latent is on;
     - `meandiff`: mean activation over positives minus over negatives.
 
-    The other detection scores are defined by `scores.detect`, those of the output side in
+    The other detection scores are defined by `detection_scores.detect`, those of the output side in
     `output_scores` and `lens`; `fused` is the reciprocal rank fusion of the base detection score,
     `effect` and `output`; `causal` steers with the best of those, one by one.
 
@@ -115,11 +114,13 @@ def rank(
 
 
 class _Ranker:
-    """Makes the columns of a ranking, the dear ones only when they are asked for."""
+    """Makes the columns of a ranking, the expensive ones only when they are asked for."""
 
     def __init__(
         self, reader: LatentReader, task: Task, contents: list[str], samples: Samples
     ) -> None:
+        from scipy import stats
+
         self.reader, self.task, self.contents, self.samples = reader, task, contents, samples
         self.config = reader.config
         found = detect(samples.texts)
@@ -136,7 +137,7 @@ class _Ranker:
             del self.columns["saif"]
         self.mu = samples.positive.active_mean
         p = self.p[significance_of(self.config.resolved_by)]
-        self.p_chosen, self.q = p, to_tensor(benjamini_hochberg(p.numpy()))
+        self.p_chosen, self.q = p, to_tensor(stats.false_discovery_control(p.numpy()))
         self.filters = filter_masks(reader.control, self.q, self.config.max_fdr)
         if self.config.read == "template":  # which is where this ranking looks
             self.filters["template"] = torch.zeros_like(self.filters["template"])
@@ -155,9 +156,13 @@ class _Ranker:
         chance = None
         if config.shuffles:
             chance = shuffled(
-                config.detection, texts, STABLE_K, shuffles=config.shuffles, seed=config.seed,
+                config.detection,
+                texts,
+                STABLE_K,
+                shuffles=config.shuffles,
+                seed=config.seed,
                 max_fdr=config.max_fdr,
-            )  # fmt: skip
+            )
         return Ranking(
             task=self.task,
             config=config,
@@ -234,10 +239,16 @@ class _Ranker:
         reader = self.reader
         self.trials = tuple(
             causal_trials(
-                reader.lm, reader.sae, reader.point, self.task, self.config, ids, self.contents,
+                reader.lm,
+                reader.sae,
+                reader.point,
+                self.task,
+                self.config,
+                ids,
+                self.contents,
                 reader.progress,
             )
-        )  # fmt: skip
+        )
         scores = causal_scores(self.trials)
         return torch.tensor([scores[i] for i in ids], dtype=torch.float64)
 

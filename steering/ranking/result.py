@@ -62,7 +62,7 @@ class Ranking:
     shuffled: Shuffled | None = None
     """The detection score with shuffled labels; None when that was not asked for."""
     trials: tuple[CausalTrial, ...] = ()
-    """What `--by causal` steered with."""
+    """What `by="causal"` steered with."""
     replies_used: tuple[int, int] | None = None
     """Instructed replies that passed the check, and all of them."""
     excluded: dict[str, int] = field(default_factory=lambda: {"sinks": 0})

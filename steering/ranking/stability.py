@@ -110,20 +110,22 @@ def _has_both(texts: Texts, mask: Bools) -> bool:
 
 def compare(parts: tuple[str, ...], scores: Array, k: int, by: str) -> Agreement:
     """Jaccard at k and Spearman over all pairs of rows of a score."""
+    from scipy.stats import rankdata
+
     tops = [top_places(row, k, by) for row in scores]
-    ranks = [midranks(row) for row in scores]
     alike = [[jaccard(one, other) for other in tops] for one in tops]
-    rho = [[_correlation(one, other) for other in ranks] for one in ranks]
+    with np.errstate(invalid="ignore"):  # a score that does not vary correlates with nothing
+        rho = np.nan_to_num(np.corrcoef(rankdata(scores, axis=1)))
     pairs = list(combinations(range(len(scores)), 2))
-    found = [alike[i][j] for i, j in pairs], [rho[i][j] for i, j in pairs]
+    found = [alike[i][j] for i, j in pairs], [float(rho[i, j]) for i, j in pairs]
     return Agreement(
         parts,
         float(np.mean(found[0])),
         min(found[0]),
         float(np.mean(found[1])),
-        float(min(found[1])),
+        min(found[1]),
         tuple(map(tuple, alike)),
-        tuple(map(tuple, rho)),
+        tuple(map(tuple, rho.tolist())),
     )
 
 
@@ -136,18 +138,3 @@ def top_places(scores: Array, k: int, by: str) -> set[int]:
     """Places of the k best, ties by number; none that is no better than neutral."""
     best = np.argsort(-scores, kind="stable")[:k]
     return set(best[scores[best] > NEUTRAL.get(by, 0.0)].tolist())
-
-
-def midranks(values: Array) -> Array:
-    """Ranks from 1, equal values sharing the middle of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    middle: Array = (last - (counts - 1) / 2)[place]
-    return middle
-
-
-def _correlation(a: Array, b: Array) -> float:
-    """Pearson's r; 0 where either does not vary."""
-    x, y = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else 0.0

@@ -192,10 +192,11 @@ def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
         length = f", ‖delta‖ = {plan['scale']:g} ‖h‖"
     says = plan.get("lens") or [[]] * len(plan["latents"])
     latents = [
-        f"{i} ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})" if lens
+        f"{i} ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})"
+        if lens
         else str(i)
         for i, lens in zip(plan["latents"][:30], says, strict=False)
-    ]  # fmt: skip
+    ]
     return (
         f"<b>{escape(name)}</b>: layer {plan['layer']} ({escape(plan['site'])}), {plan['k']} "
         f"latent{'' if plan['k'] == 1 else 's'}: {', '.join(latents)}; {escape(plan['method'])}, "
@@ -321,9 +322,11 @@ def _pareto(task: Mapping[str, Any]) -> str:
     unsteered = next(arm for arm in task["arms"] if arm["kind"] == "unsteered")
     points.insert(0, Point(0.0, unsteered["loose"]["value"], "unsteered", "unsteered"))
     return "<h3>Success against damage</h3>" + scatter(
-        points, "Loose success against KL", x_label="KL on neutral questions (nats per token)",
+        points,
+        "Loose success against KL",
+        x_label="KL on neutral questions (nats per token)",
         y_label="loose success",
-    )  # fmt: skip
+    )
 
 
 def _examples(task: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from saesteer.steering.reports.svg import Point, heat_map, scatter
 
 _LONGEST_PART = 44
-"""Characters of a part's name beside a heat map."""
+"""Characters of a part's name next to a heat map."""
 
 
 def pareto_chart(sweep: Mapping[str, Any]) -> str:
@@ -17,11 +17,14 @@ def pareto_chart(sweep: Mapping[str, Any]) -> str:
     chosen = sweep["chosen"]
     points = [
         Point(
-            row["damage"]["kl"], row["loose"]["value"], _series(row), _setting(row),
+            row["damage"]["kl"],
+            row["loose"]["value"],
+            _series(row),
+            _setting(row),
             _setting(row) == _setting(chosen) and row["n"] == chosen["n"],
         )
         for row in latest
-    ]  # fmt: skip
+    ]
     points.append(Point(0.0, sweep["unsteered"]["loose"]["value"], "unsteered", "unsteered"))
     front = sorted(
         (Point(r["damage"]["kl"], r["loose"]["value"], "") for r in latest if r["on_front"]),
@@ -29,10 +32,13 @@ def pareto_chart(sweep: Mapping[str, Any]) -> str:
     )
     budget = sweep.get("budget") or {}
     return scatter(
-        points, "Loose success against KL", front=front,
+        points,
+        "Loose success against KL",
+        front=front,
         limit=budget["limit"] if budget.get("kind") == "kl" else None,
-        x_label="KL on neutral questions (nats per token)", y_label="loose success (dev)",
-    )  # fmt: skip
+        x_label="KL on neutral questions (nats per token)",
+        y_label="loose success (dev)",
+    )
 
 
 def dose_response(sweep: Mapping[str, Any]) -> str:
@@ -46,9 +52,12 @@ def dose_response(sweep: Mapping[str, Any]) -> str:
     ]
     title = f"<h3>Dose and response</h3><p>First round: {first} development contents a setting.</p>"
     return title + scatter(
-        points, "Loose success by relative dose", joined=True,
-        x_label="‖delta‖ / ‖h‖ (median over edited positions)", y_label="loose success (dev)",
-    )  # fmt: skip
+        points,
+        "Loose success by relative dose",
+        joined=True,
+        x_label="‖delta‖ / ‖h‖ (median over edited positions)",
+        y_label="loose success (dev)",
+    )
 
 
 def _series(row: Mapping[str, Any]) -> str:

@@ -14,15 +14,15 @@ SPLIT_SHARES = (0.50, 0.12, 0.38)
 """Shares of train, dev and test for contents that name no split (the built-in proportions)."""
 
 
-def read_text(path: Path, flag: str) -> str:
+def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{flag}: no such file: {path}; check the path") from None
+        raise UserError(f"{what}: no such file: {path}; check the path") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: {path} is not UTF-8 (byte {error.start}); re-encode it") from None
+        raise UserError(f"{what}: {path} is not UTF-8 (byte {error.start}); re-encode it") from None
     except OSError as error:
-        raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from None
+        raise UserError(f"{what}: cannot read {path}: {error.strerror}") from None
 
 
 def normal_form(text: str) -> str:
@@ -50,14 +50,14 @@ def _row(where: str, item: object) -> tuple[str, str | None]:
 
 
 def read_contents(
-    path: Path, splits: Sequence[str], seed: int, *, flag: str
+    path: Path, splits: Sequence[str], seed: int, *, what: str
 ) -> dict[str, tuple[str, ...]]:
-    lines = read_text(path, flag).split("\n")
+    lines = read_text(path, what).split("\n")
     rows: list[tuple[str, str | None]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{flag}: {path}, line {number}"
+        where = f"{what}: {path}, line {number}"
         if path.suffix != ".jsonl":
             rows.append(_row(where, line))
             continue
@@ -66,7 +66,7 @@ def read_contents(
         except (ValueError, RecursionError):
             raise UserError(f"{where}: not valid JSON; one object with a text per line") from None
         rows.append(_row(where, item))
-    return split_rows(f"{flag}: {path}", rows, splits, seed)
+    return split_rows(f"{what}: {path}", rows, splits, seed)
 
 
 def split_rows(

@@ -66,7 +66,7 @@ class Task:
     contents: dict[str, tuple[str, ...]]
     """Contents by split; the keys are some of train, dev, test."""
     check_name: str | None = None
-    """Name in `checks.CHECKS`; None when no program can grade this task."""
+    """Name in `checks.catalogue.CHECKS`; None when no program can grade this task."""
     check_arguments: Mapping[str, Any] | None = None
     """Keyword arguments of the check."""
     max_new_tokens: int = 64
@@ -166,7 +166,7 @@ def load_task(name_or_path: str | Path) -> Task:
 
 
 def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: int = 0) -> Task:
-    """A task from a bare instruction and a file of contents, as in `rank --instruction TEXT`.
+    """A task from a bare instruction and a file of contents.
 
     The file is JSONL with the field `text` (and, on every row or on none, `split`), or plain text
     with one content a line. Without splits, contents are dealt 50/12/38 % to train, dev and test by
@@ -174,7 +174,7 @@ def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: 
     """
     if not instruction.strip():
         raise UsageError("`instruction` is empty: give the instruction's text")
-    contents = read_contents(Path(contents_file), SPLITS, seed, flag="`contents`")
+    contents = read_contents(Path(contents_file), SPLITS, seed, what="`contents_file`")
     return Task("custom", instruction.strip(), (), contents)
 
 
@@ -194,13 +194,13 @@ def reply_prompts(
     content drawn, alone, `plain` times. Two tasks with the same contents draw the same ones. Dev
     and test contents and evaluation wordings never appear.
     """
-    for flag, value, least in (
-        ("contents", contents, 1),
-        ("variants", variants, 1),
-        ("plain", plain, 0),
+    for name, value, least in (
+        ("`contents`", contents, 1),
+        ("`variants`", variants, 1),
+        ("`plain`", plain, 0),
     ):
         if value < least:
-            raise UsageError(f"{flag} must be at least {least} for `replies`, got {value}")
+            raise UsageError(f"{name} must be at least {least}, got {value}")
     loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
     names = [task.name for task in loaded]
     if len(set(names)) != len(names):
@@ -275,10 +275,10 @@ def _read_task(path: Path) -> Task:
         rows = inline_rows(path, read.contents)
         contents = split_rows(f"{path}: contents", rows, splits, 0)
     elif read.contents is None:
-        contents = read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
+        contents = read_contents(DEFAULT_CONTENTS, splits, 0, what="contents")
     else:
         named = path.parent / read.contents.strip()
-        contents = read_contents(named, splits, 0, flag=f"contents of {path}")
+        contents = read_contents(named, splits, 0, what=f"contents of {path}")
     return Task(
         name=read.name.strip(),
         instruction=read.instruction.strip(),

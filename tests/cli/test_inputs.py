@@ -61,7 +61,7 @@ def test_no_prompt_at_all(tmp_path: Path) -> None:
 def test_missing_data_is_refused_early(tmp_path: Path) -> None:
     check_data(Namespace(data=None))
     check_data(Namespace(data=("python-docs", "hf:some/thing", str(tmp_path))))
-    with pytest.raises(UserError, match="--data .*none.txt does not exist"):
+    with pytest.raises(UserError, match="`data` .*none.txt does not exist"):
         check_data(Namespace(data=(str(tmp_path / "none.txt"),)))
 
 
@@ -80,7 +80,7 @@ def test_no_out_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
-    with pytest.raises(UsageError, match="--out .* is not empty: add --resume .* --force"):
+    with pytest.raises(UsageError, match="`out` .* is not empty: add `resume` .* `force`"):
         with reserved(claim(tmp_path)):
             pass
     with pytest.raises(UsageError, match="contradict"):
@@ -98,7 +98,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
 def test_two_commands_cannot_write_one_folder(tmp_path: Path, force: bool) -> None:
     out = tmp_path / "new"
     with reserved(claim(out)):
-        with pytest.raises(UserError, match="--out .* is being written by process"):
+        with pytest.raises(UserError, match="`out` .* is being written by process"):
             with reserved(claim(out, force=force)):
                 pass
     with reserved(claim(out, force=force)):

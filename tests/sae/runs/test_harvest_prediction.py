@@ -62,7 +62,7 @@ def test_a_corpus_too_short_to_time(shared_lm: Shared, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("some words " * 60)
     text = replace(CONFIG.text, data=(str(path),), batch_size=64)
-    with pytest.raises(UsageError, match="`dry_run` needs two batches"):
+    with pytest.raises(UsageError, match="needs two batches"):
         predict_harvest(shared_lm(), replace(CONFIG, text=text))
 
 

@@ -99,12 +99,12 @@ def test_spans_outside_the_text(shared_lm: Shared) -> None:
 
 
 def test_templates_that_cannot_be_used(tiny_lm: Callable[..., Any], shared_lm: Shared) -> None:
-    with pytest.raises(UserError, match="`chat` needs a chat template and .* use `no_chat`"):
+    with pytest.raises(UserError, match="`chat` needs a chat template and .* use `chat=False`"):
         encode_prompt(shared_lm(chat=False), "Hello", chat=True)
     model, tokenizer = tiny_lm()
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     lm = wrap_model(model, tokenizer)
-    with pytest.raises(UserError, match="rewrites the prompt: use `no_chat`"):
+    with pytest.raises(UserError, match="rewrites the prompt: use `chat=False`"):
         encode_prompt(lm, "Hello", chat=True)
     tokenizer.chat_template = "before {{ messages[0]['content'] | trim }} after"
     assert encode_prompt(lm, "Hello", chat=True).text_start == len("before ")

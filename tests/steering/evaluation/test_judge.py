@@ -103,5 +103,5 @@ def test_an_endpoint_that_is_not_there(endpoint: Endpoint) -> None:
     ("url", "model"), [("localhost", "m"), ("ftp://a/", "m"), ("http://a", "")]
 )
 def test_addresses_that_mean_nothing(url: str, model: str) -> None:
-    with pytest.raises(UsageError, match="`judge`"):
+    with pytest.raises(UsageError, match="`url`|`judge_model`"):
         Judge(url, model)

@@ -65,7 +65,7 @@ def test_ways_that_cannot_be_are_errors_before_anything_is_generated(
     old = dataclasses.replace(plan, task=TaskIdentity("french", "0", ("x",)))
     clamped = dataclasses.replace(plan, method="min")
     cases: list[tuple[Plan | None, str, type[Exception], str]] = [
-        (bare, "prompt", UsageError, "write `beside` 'prompt:Answer in French.'"),
+        (bare, "prompt", UsageError, "write `ways` 'prompt:Answer in French.'"),
         (bare, "meandiff", UsageError, "the plan has none"),
         (mine, "meandiff", UsageError, "mine is not built in"),
         (old, "meandiff", UserError, "make the plan again with rank"),
@@ -76,5 +76,5 @@ def test_ways_that_cannot_be_are_errors_before_anything_is_generated(
     for one, way, kind, says in cases:
         with pytest.raises(kind, match=says):
             generate_beside(lm, TEXTS, ["prompt:x", way], plan=one, **OPTIONS)
-    with pytest.raises(UsageError, match="`beside` prompt:x is given twice"):
+    with pytest.raises(UsageError, match="`ways` prompt:x is given twice"):
         generate_beside(lm, TEXTS, ["prompt:x", "prompt:x"], plan=plan, **OPTIONS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from saesteer.steering.ranking.detection_scores import (
     LARGEST,
@@ -15,9 +16,9 @@ from saesteer.steering.ranking.detection_scores import (
     Texts,
     TextsBuilder,
     detect,
+    mcnemar,
     significance_of,
 )
-from saesteer.steering.ranking.pvalues import benjamini_hochberg
 
 D_SAE = 12
 CONTENTS = 9
@@ -180,7 +181,7 @@ def test_without_spread_welch_is_sure_of_a_difference_and_of_none() -> None:
     assert found.scores["welch"].tolist() == [LARGEST, 0.0, 0.0, 0.0]
     assert found.p["welch"].tolist() == [0.0, 1.0, 1.0, 1.0]
     # One discovery among four: q is p * 4 / rank.
-    assert benjamini_hochberg(found.p["welch"]).tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert stats.false_discovery_control(found.p["welch"]).tolist() == [0.0, 1.0, 1.0, 1.0]
 
 
 def test_only_what_is_asked_for_is_the_same() -> None:
@@ -239,3 +240,22 @@ def test_a_million_latents_fit() -> None:
     assert reading < column  # 260 texts of 64 active latents, not 260 rows of a million
     # A few dozen float64 columns; all texts in full would be 260 of them.
     assert peak < 45 * column
+
+
+def test_mcnemar_is_exact_for_few_pairs_and_chi_squared_for_many() -> None:
+    for b, c in ((0, 0), (5, 0), (0, 5), (3, 9), (12, 12), (7, 17)):
+        n, low = b + c, min(b, c)
+        exact = min(1.0, 2 * sum(math.comb(n, i) for i in range(low + 1)) / 2**n)
+        assert mcnemar(np.array([float(b)]), np.array([float(c)]))[0] == pytest.approx(exact)
+    for b, c in ((40, 20), (25, 0), (11, 14)):
+        found = mcnemar(np.array([float(b)]), np.array([float(c)]))[0]
+        assert found == pytest.approx(math.erfc(math.sqrt(((b - c) ** 2 / (b + c)) / 2)))
+
+
+def test_one_content_is_no_test_of_a_paired_difference() -> None:
+    builder = TextsBuilder(2)
+    for positive in (False, True):
+        variant = 0 if positive else NO_VARIANT
+        acts = torch.tensor([1.0, 2.0]) * positive
+        builder.add(acts, positive=positive, content=0, variant=variant, success=positive)
+    assert detect(builder.build()).p["paired-t"].tolist() == [1.0, 1.0]

@@ -207,7 +207,7 @@ def test_an_sae_in_memory_goes_where_the_model_is(read: str, lm: LanguageModel) 
         ({"position": "inside"}, "`position` must be one of post, pre, got 'inside'"),
         ({"pool": "sum"}, "`pool` must be one of max, mean, got 'sum'"),
         ({"by": "saif", "read": "reply"}, "`by` saif .* `read` reply .*: use `by` rate"),
-        ({"contents": 0}, "`rank_contents` must be at least 1, got 0"),
+        ({"contents": 0}, "`contents` must be at least 1, got 0"),
         ({"reply_variants": 0}, "`reply_variants` must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
         ({"batch_size": -1}, "`batch_size` must be at least 1, got -1"),

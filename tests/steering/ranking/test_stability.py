@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from saesteer.steering.ranking.detection_scores import NO_VARIANT, TextsBuilder, detect
-from saesteer.steering.ranking.stability import compare, midranks, stability
+from saesteer.steering.ranking.stability import compare, stability
 from saesteer.steering.tasks.task import Task, Variant
 
 TASK = Task(
@@ -16,18 +17,18 @@ TASK = Task(
 )
 
 
-def test_midranks_share_ties() -> None:
-    assert midranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
-
-
 def test_rank_correlation_is_that_of_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     rows = np.round(rng.standard_normal((3, 40)), 1)
     found = compare(("a", "b", "c"), rows, 5, "saif")
     rho = [stats.spearmanr(rows[i], rows[j]).statistic for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.spearman == pytest.approx(np.mean(rho))
     assert found.spearman_lowest == pytest.approx(min(rho))
+
+
+def test_a_part_that_does_not_vary_correlates_with_nothing() -> None:
+    found = compare(("a", "b"), np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), 2, "saif")
+    assert found.spearman_pairs[0][1] == found.spearman == 0.0
 
 
 def test_jaccard_counts_what_tops_share() -> None:

@@ -227,7 +227,7 @@ def test_an_instruction_with_a_contents_file(tmp_path: Path) -> None:
 
 def test_a_bare_instruction_needs_text_and_contents(tmp_path: Path) -> None:
     contents = tmp_path / "c.jsonl"
-    with pytest.raises(UserError, match="`contents`: no such file"):
+    with pytest.raises(UserError, match="`contents_file`: no such file"):
         task_from_instruction("Shout.", contents)
     contents.write_text('{"text": "a"}\nnot json\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 2: not valid JSON"):
@@ -278,9 +278,9 @@ def test_reply_prompts_never_show_dev_or_test_contents_nor_evaluation_wordings()
     ("names", "options", "said"),
     [
         (["french", "french"], {}, "names a task twice"),
-        (["french"], {"contents": 0}, "contents must be at least 1"),
-        (["french"], {"variants": 0}, "variants must be at least 1"),
-        (["french"], {"plain": -1}, "plain must be at least 0"),
+        (["french"], {"contents": 0}, "`contents` must be at least 1"),
+        (["french"], {"variants": 0}, "`variants` must be at least 1"),
+        (["french"], {"plain": -1}, "`plain` must be at least 0"),
         (["frensh"], {}, "unknown task 'frensh'"),
     ],
 )

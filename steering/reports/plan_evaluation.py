@@ -1,0 +1,178 @@
+"""Plans evaluated for their tasks with every control, and the report of it, in one call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.files import plain, read_json, write_json, write_text
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.steering.evaluation.compare import CompareConfig, Comparison, compare
+from saesteer.steering.evaluation.judge import Judge
+from saesteer.steering.ifeval.benchmark import INSTRUCTION_OF, IFEvalPrompt, evaluate_ifeval
+from saesteer.steering.plans.names import by_folder, load_plans, task_of
+from saesteer.steering.plans.plan import Plan
+from saesteer.steering.reports.evaluation_report import render_html, report_document
+from saesteer.steering.tasks.task import Task, load_task
+
+
+@dataclass(frozen=True)
+class TaskPlans:
+    """A task, and the plans that are evaluated for it."""
+
+    task: Task
+    plans: Mapping[str, Plan]
+    """By the path of each, or another name that tells them apart."""
+
+    def arms(self) -> dict[str, Plan]:
+        """The plans by the names that their arms bear, see `arm_names`."""
+        return arm_names(self.plans)
+
+    def found_with_it(self) -> dict[str, Any]:
+        """What lies in the folder of the first plan: `sweep`, and of its ranking `stability` and
+        `shuffled`; empty where there is no such folder."""
+        given = Path(next(iter(self.plans))).expanduser()
+        folder = given if given.is_dir() else given.parent
+        found: dict[str, Any] = {}
+        if (folder / "sweep.json").is_file():
+            found["sweep"] = read_json(folder / "sweep.json")
+        if (folder / "ranking.json").is_file():
+            ranking = read_json(folder / "ranking.json")
+            for name in ("stability", "shuffled"):
+                if isinstance(ranking.get(name), dict):
+                    found[name] = ranking[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_plans` found."""
+
+    document: dict[str, Any]
+    """The report, JSON-ready."""
+    comparisons: tuple[Comparison, ...]
+    """One for each task."""
+    warnings: tuple[str, ...]
+    """What could not be done, and doses that leave the model's norm range."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json` and `report.html` into a folder, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", self.document)
+        write_text(folder / "report.html", render_html(plain(self.document)))
+
+
+def arm_names(plans: Mapping[str, Plan]) -> dict[str, Plan]:
+    """`steered` for one plan; the folders' names for several, as far as those differ."""
+    if len(plans) == 1:
+        return {"steered": next(iter(plans.values()))}
+    return by_folder(plans)
+
+
+def plans_by_task(
+    plans: Mapping[str, Plan] | Sequence[str | Path], task: str | Path | Task | None = None
+) -> list[TaskPlans]:
+    """Plans, or their folders, grouped by the task that each is evaluated for.
+
+    Args:
+        task: for all of them; by default the built-in task that each was ranked for.
+
+    Raises UsageError for a plan of no built-in task where `task` is not given.
+    """
+    named = dict(plans) if isinstance(plans, Mapping) else load_plans(plans)
+    if not named:
+        return []
+    if task is not None:
+        return [TaskPlans(task if isinstance(task, Task) else load_task(task), named)]
+    groups: dict[str, tuple[Task, dict[str, Plan]]] = {}
+    for path, plan in named.items():
+        of = task_of(plan, path)
+        groups.setdefault(of.name, (of, {}))[1][path] = plan
+    return [TaskPlans(of, members) for of, members in groups.values()]
+
+
+def evaluate_plans(
+    model: str | LanguageModel,
+    groups: Sequence[TaskPlans],
+    config: CompareConfig = CompareConfig(),  # noqa: B008 (frozen: one may serve all)
+    *,
+    sae: SAE | None = None,
+    judge: Judge | None = None,
+    ifeval: Sequence[IFEvalPrompt] | None = None,
+    only: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Compare plans with every control on their tasks, and with IFEval where it is given.
+
+    Args:
+        groups: what `plans_by_task` returns; none for IFEval alone.
+        ifeval: rows of `load_ifeval`. Each plan steers those whose one instruction its task is
+            about, or with `only` those all of whose instructions are among these ids.
+        max_new_tokens: longest answer to an IFEval prompt; tasks have their own.
+
+    Raises:
+        UsageError: a plan of a task that IFEval has no instruction for, without `only`.
+        UserError, UsageError: what `compare` and `evaluate_ifeval` raise.
+    """
+    matched = []
+    if ifeval is not None and not only:
+        matched = [(group.task, plan) for group in groups for plan in _in_ifeval(group)]
+    everything = {path: plan for group in groups for path, plan in group.plans.items()}
+    lm = as_language_model(model, device=device, dtype=dtype)
+    comparisons = tuple(
+        compare(lm, group.task, group.arms(), config, sae=sae, judge=judge, progress=progress)
+        for group in groups
+    )
+    answered = None
+    if ifeval is not None:
+        answered = evaluate_ifeval(
+            lm,
+            ifeval,
+            arm_names(everything) if everything and only else None,
+            matched=matched,
+            only=only,
+            n=config.n,
+            decoding=config.decoding,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    with_them = {group.task.name: group.found_with_it() for group in groups}
+    document = report_document(
+        lm,
+        comparisons,
+        sweeps={name: found.get("sweep") for name, found in with_them.items()},
+        stability={name: found.get("stability") for name, found in with_them.items()},
+        shuffled={name: found.get("shuffled") for name, found in with_them.items()},
+        ifeval=answered,
+        judge=None if judge is None else judge.model,
+    )
+    warnings = [message for one in comparisons for message in _warnings(one)]
+    return Evaluation(document, comparisons, tuple(warnings))
+
+
+def _in_ifeval(group: TaskPlans) -> Sequence[Plan]:
+    if group.task.check_name not in INSTRUCTION_OF:
+        raise UsageError(
+            f"IFEval has no instruction like the task {group.task.name!r}: give `only`, the ids of "
+            "the rows to steer"
+        )
+    return list(group.plans.values())
+
+
+def _warnings(comparison: Comparison) -> list[str]:
+    name = comparison.task.name
+    said = [f"{name}: {note}" for note in comparison.notes]
+    for arm, damage in comparison.damage.items():
+        if damage.leaves_norm_range and arm in comparison.plans:
+            said.append(
+                f"{name}: the dose of {arm} leaves the model's norm range "
+                f"({damage.norm_ratio:.2g} times the usual length)"
+            )
+    return said

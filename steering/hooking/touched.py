@@ -50,14 +50,15 @@ class TouchedRow:
 class SteerReport:
     """What `steer` did so far; a position that passes again (no cache, drafts) counts once.
 
-    Where several plans edit one position it counts once too, with the norms of the edit that is
-    longest for its residual. `parts` has a report for each plan.
+    Where several plans or parts edit one position it counts once too, with the norms of the edit
+    that is longest for its residual.
     """
 
     passes: int = 0
     """Forward passes of the model inside the context."""
     parts: tuple["SteerReport", ...] = ()
-    """With several plans: what each did, in their order."""
+    """What each of several plans did, in their order; of one plan, each of several parts. Of a
+    `ByRow`, the parts that act alike share one."""
     _records: list["Record"] = field(default_factory=list)
 
     @property

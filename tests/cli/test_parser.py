@@ -189,7 +189,7 @@ def test_defaults_of_rank_are_those_of_its_config() -> None:
 
     from saesteer.cli.rank import _RANK_FIELDS
     from saesteer.steering.hooking.scope import SCOPES
-    from saesteer.steering.plans.plan import METHODS, UNITS
+    from saesteer.steering.plans.methods import METHODS, UNITS
     from saesteer.steering.ranking.config import FILTERS, READS, SCORES, RankConfig
 
     flags = make_parser("rank").flags()

@@ -18,7 +18,8 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_left
 from saesteer.steering.hooking.gates import Above, Every, Gate, Node, Not
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 LAYER, STEPS = 1, 5
 INSTRUCTION = "Use it"

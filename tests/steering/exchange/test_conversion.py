@@ -132,7 +132,7 @@ def test_a_clamp_for_lm_eval(tmp_path: Path) -> None:
         ("gguf", {"layer": 0}, "no place for a vector at resid_post of layer 0"),
         ("lm-eval", {"layer": 0, "site": "resid_pre"}, "no place"),
         ("gguf", {"site": "mlp_out"}, "steers mlp_out"),
-        ("gguf", {"method": "set"}, "method set, which depends on the activation"),
+        ("gguf", {"method": "set"}, "method set, which gguf cannot hold; it holds add"),
         ("steering-vectors", {"unit": "rel"}, "unit rel"),
         ("lm-eval-csv", {}, "has method add"),
         ("lm-eval-csv", {"method": "set"}, "several latents"),

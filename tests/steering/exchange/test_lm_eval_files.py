@@ -22,7 +22,7 @@ from saesteer.steering.exchange.conversion import (
     plan_vector,
     read_vectors,
 )
-from saesteer.steering.hooking.edits import make_edit
+from saesteer.steering.hooking.edits import Spots, make_edit
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
@@ -55,8 +55,7 @@ def theirs_clamp(x: Tensor, vector: Tensor, value: float, bias: Tensor | None) -
 
 
 def ours(plan: Plan, x: Tensor) -> Tensor:
-    edit = make_edit([plan])
-    return x + edit.delta(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    return x + make_edit(plan.parts).delta(x, Spots())
 
 
 def residuals() -> Tensor:

@@ -15,7 +15,8 @@ from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText, generate_steered
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import Plan, plan_from_latents
+from saesteer.steering.plans.from_sae import plan_from_latents
+from saesteer.steering.plans.plan import Plan
 
 TEXTS = [
     "Statements end at the newline, which is a token of its own.",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
-from saesteer.steering.plans.plan import (
+from saesteer.steering.plans.from_sae import (
     encoder_columns,
     make_plan,
     parse_latents,
@@ -229,7 +229,7 @@ def test_the_first_latents_of_a_plan(lm: LanguageModel) -> None:
     assert other.ids == (2,)
     for smaller, i in ((one, 9), (other, 2)):
         assert torch.equal(smaller.directions, sae.W_dec[[i]])
-        assert torch.equal(smaller.tensors()["W_enc"], sae.W_enc[:, [i]])
+        assert torch.equal(smaller.part.tensors()["W_enc"], sae.W_enc[:, [i]])
         assert sae.threshold is not None and smaller.threshold is not None
         assert torch.equal(smaller.threshold, sae.threshold[[i]])
     with pytest.raises(UsageError, match=r"`top` must be in 1..2 for this plan, got 3"):
@@ -267,7 +267,6 @@ def test_a_plan_knows_its_model(lm: LanguageModel, tiny_lm: Callable[..., tuple[
         ({"latents": (LATENTS[0], LATENTS[0])}, "latent 9 is in the plan twice"),
         ({"latents": LATENTS[:1]}, r"directions has shape \[2, 32\]"),
         ({"directions": torch.full((2, 32), torch.nan)}, "directions holds NaN"),
-        ({"schema_version": 2}, "schema_version is 2"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(

@@ -11,10 +11,8 @@ import yaml
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.steering.plans.plan import (
-    TaskIdentity,
-    plan_from_latents,
-)
+from saesteer.steering.plans.from_sae import plan_from_latents
+from saesteer.steering.plans.plan import TaskIdentity
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 
 from ..ranked_plans import make_sae, ranked
@@ -43,10 +41,10 @@ def test_a_plan_reads_back_as_it_was_written(
         read = load_plan(path)
         for field in FIELDS:
             assert getattr(read, field) == getattr(plan, field), field
-        assert read.tensors().keys() == plan.tensors().keys()
-        for name, tensor in plan.tensors().items():
-            assert torch.equal(read.tensors()[name], tensor)
-            assert read.tensors()[name].dtype == tensor.dtype
+        assert read.part.tensors().keys() == plan.part.tensors().keys()
+        for name, tensor in plan.part.tensors().items():
+            assert torch.equal(read.part.tensors()[name], tensor)
+            assert read.part.tensors()[name].dtype == tensor.dtype
 
 
 def test_plan_yaml_has_the_keys_that_other_tools_rely_on(lm: LanguageModel, tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ def test_the_wordings_of_a_task_are_optional(lm: LanguageModel, tmp_path: Path) 
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     document["task"]["instructions"] = [1]
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    with pytest.raises(UserError, match="task.instructions must be a list of texts, got"):
+    with pytest.raises(UserError, match=r"key 'task.instructions\[1\]' must be a text, got 1"):
         load_plan(file)
 
 
@@ -121,20 +119,20 @@ def _set(document: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("strength", 3, "plan has an unknown key 'strength'; allowed are schema_version, model"),
-        ("model.width", 3, "model has an unknown key 'width'"),
-        ("latents.0.bias", 3, r"latents\[0\] has an unknown key 'bias'"),
-        ("layer", ..., "plan lacks the key 'layer'"),
-        ("model.hash", ..., "model lacks the key 'hash'"),
-        ("latents.1.id", ..., r"latents\[1\] lacks the key 'id'"),
+        ("strength", 3, "unknown key 'strength'; allowed: .*schema_version, model"),
+        ("model.width", 3, "unknown key 'model.width'"),
+        ("latents.0.bias", 3, r"unknown key 'latents\[1\].bias'"),
+        ("layer", ..., "key 'layer' is missing"),
+        ("model.hash", ..., "key 'model.hash' is missing"),
+        ("latents.1.id", ..., r"key 'latents\[2\].id' is missing"),
         ("schema_version", 99, "schema_version is 99 and this saesteer reads 1"),
-        ("layer", "two", "plan.layer must be a whole number, got 'two'"),
-        ("layer", True, "plan.layer must be a whole number, got True"),
-        ("scale", "big", "plan.scale must be a number, got 'big'"),
-        ("latents", {}, r"plan.latents must be a list"),
+        ("layer", "two", "key 'layer' must be a whole number, got 'two'"),
+        ("layer", True, "key 'layer' must be a whole number, got True"),
+        ("scale", "big", "key 'scale' must be a number, got 'big'"),
+        ("latents", {}, r"key 'latents' must be a list"),
         ("latents", [], "needs at least one latent"),
-        ("latents.0", 9, r"latents\[0\] must be a mapping"),
-        ("latents.0.lens", [1], r"latents\[0\].lens must be a list of texts"),
+        ("latents.0", 9, r"key 'latents\[1\]' must be a mapping"),
+        ("latents.0.lens", [1], r"key 'latents\[1\].lens\[1\]' must be a text"),
         ("latents.0.mu", float("nan"), "mu of latent 9 must be finite"),
         ("latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
         ("model.d_model", 16, r"directions has shape \[2, 32\]"),

@@ -30,7 +30,7 @@ from saesteer.steering.plans.schedules import parse_schedule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CallRows:
-    """What one call's rows are told by their parts and prompts, one line per row of the pass."""
+    """What the parts and prompts say of the rows of a pass, one entry for each row."""
 
     covered: Rows
     prompt: Rows | None
@@ -42,7 +42,7 @@ class _CallRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Behind:
-    """What the scopes say of columns behind the prompts, as numbers: no tensor is looked at.
+    """Where the scopes lie behind the prompts, as plain numbers: asking waits for no device.
 
     Column n behind its prompt has position length + n in each row, and scopes are intervals.
     """

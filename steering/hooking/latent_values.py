@@ -19,7 +19,7 @@ from saesteer.steering.plans.from_sae import encoder_columns
 from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import Plan
 
-# Dense latents of so many numbers at most exist at a time (64 MiB in float32).
+# At most this many numbers of dense latents exist at a time (64 MiB in float32).
 _ENCODE_NUMBERS = 2**24
 
 

@@ -103,13 +103,13 @@ class SteerReport:
         return [leaf for part in self.parts for leaf in part._leaves()] if self.parts else [self]
 
 
-# So many columns of passes behind the prompts are kept as they came before they are put in place.
+# At most this many columns of passes behind the prompts wait to be written into the record.
 _LOGGED_COLUMNS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class _Logged:
-    """What one pass behind the prompts did, all its positions being covered."""
+    """What a pass did whose positions all lie behind their prompts and are covered."""
 
     after: int
     touched: Bool[Tensor, "batch seq"] | None
@@ -144,9 +144,9 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
-        """Keep what a pass did whose every position is behind its prompt and covered.
+        """Note what a pass did whose positions all lie behind their prompts and are covered.
 
-        Putting it in place waits until somebody looks.
+        It is written into its place when the record is read.
         """
         self._log.append(_Logged(after, touched, residual, delta))
         self._logged += residual.shape[1]

@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.hooking import group_hook
 from saesteer.steering.hooking.arrangement import ByRow
+from saesteer.steering.hooking.edits import Edit, Spots
 from saesteer.steering.hooking.generation import generate_steered
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_changes import read_back
 from saesteer.steering.hooking.latent_values import with_gate
+from saesteer.steering.hooking.scope import NO_END, RowInfo, Scope
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 
@@ -173,6 +177,35 @@ def test_an_sae_that_is_not_a_parts_own_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(UserError, match="is not the one the plan was made from"):
         with steer(lm, plan, sae=saes[0]):
             pass
+
+
+class ByPlace(Edit):
+    """A vector of its own for each of the prompt's last three tokens, and one for the replies."""
+
+    def __init__(self, d_model: int) -> None:
+        self.vectors = torch.randn(4, d_model, generator=torch.Generator().manual_seed(3))
+
+    def place(self, p: Tensor, P: Any) -> Tensor:
+        return (p - P + 3).clamp(0, 3)
+
+    def delta(self, h: Tensor, spots: Spots) -> Tensor:
+        assert spots.tokens is not None and spots.prompt_lengths is not None
+        return self.vectors[self.place(spots.tokens.p, spots.prompt_lengths[:, None])]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_edit_may_depend_on_the_place_in_the_prompt(
+    run: str, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = ByPlace(lm.d_model)
+    monkeypatch.setattr(group_hook, "make_edit", lambda *_: edit)
+    monkeypatch.setattr(Scope, "row", lambda self, P, prompt=None: RowInfo(P - 3, NO_END))
+
+    def rule(h: Tensor, P: int) -> Tensor:
+        p = torch.arange(len(h))
+        return edit.vectors[edit.place(p, P)] * (p >= P - 3)[:, None]
+
+    check(lm, plan_of(lm, make_sae(lm)), lambda row, tokens: [rule], run)
 
 
 def test_latents_of_every_part_are_read_back(lm: LanguageModel) -> None:

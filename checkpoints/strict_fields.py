@@ -67,9 +67,10 @@ class _Reader:
                 shown = _shown(f"{prefix}{name}")
                 self.refuse(f"unknown key {shown}; allowed: {', '.join(known)}")
         needed = [
-            name for name, field in known.items()
+            name
+            for name, field in known.items()
             if field.default is MISSING and field.default_factory is MISSING
-        ]  # fmt: skip
+        ]
         for name in needed:
             if name not in data:
                 self.refuse(f"key {prefix + name!r} is missing; needed: {', '.join(needed)}")

@@ -167,9 +167,10 @@ def export_plan(
         }
         lm_eval_files.write_dict(path, rows)
         what = (
-            f"hook point is {points.popitem()[1]}, a module" if len(points) == 1
+            f"hook point is {points.popitem()[1]}, a module"
+            if len(points) == 1
             else f"hook points are {', '.join(points.values())}, modules"
-        )  # fmt: skip
+        )
         notes.append(f"the {what} of the base model: check it there")
     else:
         clamped = {points[block]: part for block, (part,) in by_block.items()}
@@ -226,8 +227,11 @@ def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[st
 def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
     model = ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model)
     common: dict[str, Any] = {
-        "model": model, "site": "resid_post", "layer": row.block, "scope": "all",
-    }  # fmt: skip
+        "model": model,
+        "site": "resid_post",
+        "layer": row.block,
+        "scope": "all",
+    }
     if row.action == "add":
         return Plan(
             sae=SAEIdentity(row.source or source, "", "vector"),

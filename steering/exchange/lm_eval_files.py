@@ -29,6 +29,11 @@ COLUMNS = (
     "head_index", "sae_id", "description",
 )  # fmt: skip
 _MOST_ROWS = 1000
+_SAME_CLAMP = "the clamp is of the projection on the direction, as in the plan"
+_OTHER_CLAMP = (
+    "lm-eval's clamp sets the projection of x - b_dec on the direction, not the latent's "
+    "activation: the two agree only where the latent's encoder is its direction"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +134,12 @@ def _csv_row(path: Path, row: Mapping[str, Any]) -> SteeredBlock:
 def added_row(vector: Float[Tensor, " d_model"]) -> dict[str, Any]:
     """What a `.pt` dict says of a block to which a vector is added."""
     return {
-        "head_index": None, "bias": None, "action": "add", "steering_vector": vector,
+        "head_index": None,
+        "bias": None,
+        "action": "add",
+        "steering_vector": vector,
         "steering_coefficient": 1.0,
-    }  # fmt: skip
+    }
 
 
 def clamped_row(part: PlanPart) -> dict[str, Any]:
@@ -142,9 +150,12 @@ def clamped_row(part: PlanPart) -> dict[str, Any]:
         # Its part along the direction is all that a clamp sees of a bias.
         bias = -float(part.b_enc[0]) * direction / direction.norm().square()
     return {
-        "head_index": None, "bias": bias, "action": "clamp", "steering_vector": direction.clone(),
+        "head_index": None,
+        "bias": bias,
+        "action": "clamp",
+        "steering_vector": direction.clone(),
         "steering_coefficient": part.doses()[0],
-    }  # fmt: skip
+    }
 
 
 def write_dict(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -180,9 +191,11 @@ def source_of_clamp(part: PlanPart, name: str) -> tuple[str, str]:
         (len(part.latents) != 1, "has several latents: lm-eval keeps one a site, the last"),
         (bool(part.gate), f"has the gate {part.gate!r}"),
         (part.schedule != "constant", f"has the schedule {part.schedule!r}"),
-        (not colon or Path(source).exists(), f"comes from {source}, not from RELEASE:ID of "
-         "sae_lens"),
-    ):  # fmt: skip
+        (
+            not colon or Path(source).exists(),
+            f"comes from {source}, not from RELEASE:ID of sae_lens",
+        ),
+    ):
         if wrong:
             raise UserError(f"{name} {what}, so it cannot be lm-eval's CSV: use `format` lm-eval")
     return release, sae_id
@@ -201,12 +214,8 @@ def write_csv(path: Path, parts: Mapping[str, PlanPart], task: TaskIdentity | No
             ["sae_lens", "clamp", release, hookpoint, latent.id, repr(value), "", sae_id, label]
         )
     files.write_text(path, text.getvalue())
-    return list(dict.fromkeys(
-        "the clamp is of the projection on the direction, as in the plan" if clamps_exactly(part)
-        else "lm-eval's clamp sets the projection of x - b_dec on the direction, not the latent's "
-        "activation: the two agree only where the latent's encoder is its direction"
-        for part in parts.values()
-    ))  # fmt: skip
+    notes = [_SAME_CLAMP if clamps_exactly(part) else _OTHER_CLAMP for part in parts.values()]
+    return list(dict.fromkeys(notes))
 
 
 def _text(path: Path) -> str:

@@ -233,9 +233,13 @@ class GroupHook:
         nowhere = torch.zeros_like(tokens.real)
         on_prompt = nowhere if rows.prompt is None else rows.prompt.mask(tokens.p, tokens.real)
         return state.open(
-            acts.to(tokens.device), tokens.p, tokens.real, on_prompt, rows.prompt_lengths,
+            acts.to(tokens.device),
+            tokens.p,
+            tokens.real,
+            on_prompt,
+            rows.prompt_lengths,
             tokens.columns,
-        )  # fmt: skip
+        )
 
     def _write(
         self, tokens: PassTokens, covered: Tensor, touched: Tensor, h: Tensor, delta: Tensor

@@ -121,13 +121,17 @@ class _Around:
         asked = _asked(self._part, h, before)
         return [
             LatentChange(
-                latent.id, _mean(before[:, i]), _mean(after[:, i]),
-                None if asked is None else _mean(asked[:, i]), len(h),
-                _mean((before[:, i] != 0).double()), _mean((after[:, i] != 0).double()),
+                latent.id,
+                _mean(before[:, i]),
+                _mean(after[:, i]),
+                None if asked is None else _mean(asked[:, i]),
+                len(h),
+                _mean((before[:, i] != 0).double()),
+                _mean((after[:, i] != 0).double()),
                 self._number,
             )
             for i, latent in enumerate(self._part.latents)
-        ]  # fmt: skip
+        ]
 
 
 def _asked(

@@ -159,9 +159,11 @@ def _reader(
     if sae is not None:
         columns = encoder_columns(sae, ids)
         return LatentReader(
-            ids, columns, None if columns else sae,
+            ids,
+            columns,
+            None if columns else sae,
             normalization=sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
-        )  # fmt: skip
+        )
     assert columns is not None, "matching_sae comes first"
     linear = part.sae.architecture == "linear"
     return LatentReader(ids, columns, None, linear, part.sae.normalize_activations)

@@ -199,9 +199,11 @@ class Record:
         # What is not covered is written too: another beam may have been here.
         nothing = torch.nan
         self._scatter(
-            column, tokens.columns + 1,
-            residual.masked_fill(~covered, nothing), torch.where(touched, delta, nothing),
-        )  # fmt: skip
+            column,
+            tokens.columns + 1,
+            residual.masked_fill(~covered, nothing),
+            torch.where(touched, delta, nothing),
+        )
 
     def _scatter(
         self,

@@ -122,9 +122,18 @@ def plan_from_latents(
         )
     latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
     return make_plan(
-        lm, sae, latents, layer=layer, site=site,
-        method=method, unit=unit, scale=scale, beta=beta, scope=scope, schedule=schedule,
-    )  # fmt: skip
+        lm,
+        sae,
+        latents,
+        layer=layer,
+        site=site,
+        method=method,
+        unit=unit,
+        scale=scale,
+        beta=beta,
+        scope=scope,
+        schedule=schedule,
+    )
 
 
 def parse_latents(text: str) -> dict[int, float | None]:

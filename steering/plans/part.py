@@ -90,9 +90,14 @@ class PlanPart:
     def _check_tensors(self) -> None:
         n, width, gated = len(self.latents), self.directions.shape[-1], len(self.gate_ids)
         shapes = {
-            "directions": (n, width), "W_enc": (width, n), "b_enc": (n,), "threshold": (n,),
-            "gate_W_enc": (width, gated), "gate_b_enc": (gated,), "gate_threshold": (gated,),
-        }  # fmt: skip
+            "directions": (n, width),
+            "W_enc": (width, n),
+            "b_enc": (n,),
+            "threshold": (n,),
+            "gate_W_enc": (width, gated),
+            "gate_b_enc": (gated,),
+            "gate_threshold": (gated,),
+        }
         for name, tensor in self.tensors().items():
             if tuple(tensor.shape) != shapes[name]:
                 raise UserError(
@@ -164,8 +169,14 @@ class PlanPart:
 
 
 TENSORS = (
-    "directions", "W_enc", "b_enc", "threshold", "gate_W_enc", "gate_b_enc", "gate_threshold",
-)  # fmt: skip
+    "directions",
+    "W_enc",
+    "b_enc",
+    "threshold",
+    "gate_W_enc",
+    "gate_b_enc",
+    "gate_threshold",
+)
 """The fields of a part that are tensors."""
 
 

@@ -108,8 +108,11 @@ class Plan:
         """
         made = _changed(parts, fields) if parts else (PlanPart(**fields),)
         for name, value in (
-            ("model", model), ("parts", made), ("task", task), ("metrics", dict(metrics or {})),
-        ):  # fmt: skip
+            ("model", model),
+            ("parts", made),
+            ("task", task),
+            ("metrics", dict(metrics or {})),
+        ):
             object.__setattr__(self, name, value)
         for part in self.parts:
             if not 0 <= part.layer < model.n_layers:
@@ -146,8 +149,11 @@ class Plan:
         which switches parts off, is always the same. Raises UsageError otherwise.
         """
         values: dict[str, Any] = {
-            "model": self.model, "parts": self.parts, "task": self.task, "metrics": self.metrics,
-        }  # fmt: skip
+            "model": self.model,
+            "parts": self.parts,
+            "task": self.task,
+            "metrics": self.metrics,
+        }
         if part is not None:
             own = {name: value for name, value in changes.items() if name not in values}
             parts = list(self.parts)

@@ -112,9 +112,10 @@ def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
     """What the file says of one latent; what was never measured is left out."""
     row = dataclasses.asdict(latent)
     return {
-        key: value for key, value in row.items()
+        key: value
+        for key, value in row.items()
         if value is not None or key in ("score", "mu", "sigma")
-    }  # fmt: skip
+    }
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -232,18 +233,28 @@ def _part_from(row: _PartRow, own: _PartTensors) -> PlanPart:
     tensors: dict[str, Any] = {
         # The latents are the last axis of all but the directions.
         name: tensor[picked] if name == "directions" else tensor[..., picked]
-        for name, tensor in own.tensors.items() if not name.startswith("gate_")
-    }  # fmt: skip
+        for name, tensor in own.tensors.items()
+        if not name.startswith("gate_")
+    }
     gate = row.gate or ""
     # A gate that was changed by hand leaves its columns behind; the SAE is read instead.
     if gate and own.gate_ids and parse_gate(gate).ids == tuple(own.gate_ids):
         tensors |= {n: tensor for n, tensor in own.tensors.items() if n.startswith("gate_")}
         tensors["gate_ids"] = tuple(own.gate_ids)
     return PlanPart(
-        sae=row.sae, site=row.site, layer=row.layer, latents=row.latents, method=row.method,
-        unit=row.unit, scale=row.scale, beta=row.beta, scope=row.scope,
-        schedule=row.schedule or "constant", gate=gate, **tensors,
-    )  # fmt: skip
+        sae=row.sae,
+        site=row.site,
+        layer=row.layer,
+        latents=row.latents,
+        method=row.method,
+        unit=row.unit,
+        scale=row.scale,
+        beta=row.beta,
+        scope=row.scope,
+        schedule=row.schedule or "constant",
+        gate=gate,
+        **tensors,
+    )
 
 
 def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
@@ -285,9 +296,10 @@ def _is_whole(part: _PartTensors) -> bool:
         and len(rows) == n
         and all(
             part.tensors[name].shape[-1:] == (n,)
-            for name in ("W_enc", "b_enc", "threshold") if name in part.tensors
+            for name in ("W_enc", "b_enc", "threshold")
+            if name in part.tensors
         )
-    )  # fmt: skip
+    )
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,5 @@
 # make demo     the main job on a real model, start to end (makes .venv on the first run)
-# make test     the fast tests
+# make test     the fast tests (about 5 minutes on two cores)
 # make check    format, lint, types, fast tests: what a change has to pass
 #
 # ARGS goes through: make demo ARGS="--quick --out runs/first", make test ARGS="-k topk".
@@ -41,8 +41,13 @@ help:
 demo: env-run
 	@$(BIN)/saesteer demo $(ARGS)
 
+# One worker process a core; a failure is repeated in one process, under a debugger if need be, with
+# make test ARGS="-n0 --pdb tests/...".
 test: env-dev
-	@$(RUN) pytest $(ARGS)
+	@echo 'saesteer: the fast tests, offline: about 5 minutes on two cores, 9 on one' >&2
+	@echo '  (minutes of work: steering 2.5, sae 2, kernels 1.5, cli 1, checkpoints 1, the rest 1)' >&2
+	@echo '  slow tests and those that need a GPU are left out: make test-slow, make test-durable' >&2
+	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: env-dev
 	@$(RUN) pytest --run-slow -m slow $(ARGS)

@@ -22,7 +22,7 @@ out what its users get:
     sparsify            its Trainer's pass: the whole base model, a hook that flattens
     dictionary_learning ActivationBuffer, out_batch_size as here
 
-All of them profit from `sae.memory.keep_pages`, which the first stream of the process calls.
+All of them profit from `sae.runs.memory_use.keep_pages`, which the first stream calls.
 Toolkits that are not installed, or that do not run with the installed transformers, are named and
 left out. Absolute figures mean nothing on another machine.
 """
@@ -57,7 +57,7 @@ from side_by_side import add_flags, add_passes, begin, deliver, depths, facts, s
 from saesteer.checkpoints.background import BackgroundWriter
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.activations.batches import BatchStream, LiveSource
-from saesteer.sae.activations.prefetch import Producer
+from saesteer.sae.activations.prefetch import Prefetch
 from saesteer.sae.activations.reader import ActivationStream, open_activations
 from saesteer.sae.config import HarvestConfig, TextConfig, TrainConfig
 from saesteer.sae.model.hooks import resolve_site
@@ -165,24 +165,24 @@ def live_train(bench: Bench, compiled: bool = False) -> Round:
         InputScale.of(batches.fill()), bench.lm.device,
     )  # fmt: skip
 
-    producer = Producer(batches, bench.lm.device)
-    producer.__enter__()
+    prefetch = Prefetch(batches, bench.lm.device)
+    prefetch.__enter__()
     held = contextlib.ExitStack()
-    held.enter_context(producer.paused())  # while the others have their turn
+    held.enter_context(prefetch.paused())  # while the others have their turn
 
-    bench.cleanup.callback(producer.__exit__, None, None, None)
+    bench.cleanup.callback(prefetch.__exit__, None, None, None)
     bench.cleanup.callback(held.close)
 
     def run() -> int:
-        before = producer.ahead
+        before = prefetch.ahead
         held.close()
         for _ in range(BATCHES_A_ROUND):
-            batch = producer.next_batch()
+            batch = prefetch.next_batch()
             assert batch is not None
             trainer.update(trainer.backward(batch))
-        held.enter_context(producer.paused())
+        held.enter_context(prefetch.paused())
         # What was made counts, taken or not: the passes for it were on this contender's clock.
-        return (BATCHES_A_ROUND + producer.ahead - before) * BATCH_TOKENS
+        return (BATCHES_A_ROUND + prefetch.ahead - before) * BATCH_TOKENS
 
     return run
 

@@ -91,30 +91,18 @@ def make_operands(
     )
 
 
-def _encoder(o: Operands, op: str, ours: Callable[[], object]) -> Case:
+def encode_topk(o: Operands) -> Iterator[Case]:
     (batch, d_model), d_sae, k = o.x.shape, len(o.W), o.indices.shape[1]
-    b = o.zeros(d_sae, dtype=o.W.dtype)
-    return Case(
-        op,
+    b, own = o.zeros(d_sae), o.zeros(d_sae, dtype=o.W.dtype)
+    yield Case(
+        "encode_topk",
         "any",
-        ours,
-        lambda: torch.addmm(b, o.x, o.W.T).relu().topk(k, dim=1, sorted=False),
+        lambda: ops.encode_topk(o.x, o.W, b, k),
+        lambda: torch.addmm(own, o.x, o.W.T).relu().topk(k, dim=1, sorted=False),
         "addmm, relu, topk",
         flops=2 * batch * d_model * d_sae,
         bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
     )
-
-
-def encode_topk(o: Operands) -> Iterator[Case]:
-    b, k = o.zeros(len(o.W)), o.indices.shape[1]
-    yield _encoder(o, "encode_topk", lambda: ops.encode_topk(o.x, o.W, b, k))
-
-
-def encode_topk_fused(o: Operands) -> Iterator[Case]:
-    # On a CPU it is only the twin that the kernel is tested against.
-    if o.W.is_cuda:
-        b, k = o.zeros(len(o.W)), o.indices.shape[1]
-        yield _encoder(o, "encode_topk_fused", lambda: ops.encode_topk_fused(o.x, o.W, b, k))
 
 
 def sparse_decode(o: Operands) -> Iterator[Case]:
@@ -323,7 +311,6 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
     make.__name__: make
     for make in (
         encode_topk,
-        encode_topk_fused,
         sparse_decode,
         decode_mse,
         gather_dot,

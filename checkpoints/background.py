@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shard_writer import ShardWriter
-from saesteer.checkpoints.shards import Place
 
 
 class BackgroundWriter:

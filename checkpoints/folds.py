@@ -6,6 +6,7 @@ the weights. Where latents come out in other units it says so.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,27 +82,48 @@ def fold_decoder_norms(sae: SAE) -> SAE:
 
 
 def fold_centred_scale(
-    W_enc: Float[Tensor, "d_model d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    W_dec: Float[Tensor, "d_sae d_model"],
-    b_dec: Float[Tensor, " d_model"],
-    mean: Float[Tensor, " d_model"],
-    factor: float,
+    trained: Mapping[str, Tensor],
+    read: Sequence[tuple[Tensor, float]],
+    write: Sequence[tuple[Tensor, float]],
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Weights for raw activations, of a ReLU or TopK SAE with unit decoder rows that was trained
-    on x~ = factor (x - mean).
+    """Weights for raw activations, of an SAE with unit decoder rows that was trained on
+    x~ = a (x - mean), with a mean and an a for each place that it reads, and that it writes.
 
-    Latents f = f~ / factor come from W_enc unchanged and b_enc = b_enc~ / factor - mean W_enc, and
-    the reconstruction from W_dec unchanged and b_dec = mean + b_dec~ / factor. Products are taken
-    in float64; float32 tensors on the CPU come out.
+    Latents f = f~ / a come out in units of the first place read, of factor a: W_enc takes each
+    place's factor over a (1 for one place), b_enc = b_enc~ / a - mean W_enc, and a threshold is
+    divided by a. The reconstruction is W_dec with a over the factor of each place written (1 for an
+    SAE), and b_dec = mean + b_dec~ / factor. Products are taken in float64; float32 tensors on the
+    CPU come out.
+
+    Args:
+        trained: `W_enc` latent-major, `[d_sae, d_in]`; `b_enc`; `W_dec`; `b_dec`; perhaps
+            `threshold`.
+        read: mean `[d_model]` and factor of each place side by side in the input.
+        write: the same of the output.
     """
-    encoder, centre = _wide(W_enc.cpu()), _wide(mean.cpu())
-    return {
+    wide = {name: _wide(tensor.cpu()) for name, tensor in trained.items()}
+    mean_in, factors_in = _columns(read)
+    mean_out, factors_out = _columns(write)
+    factor = read[0][1]
+    encoder = wide["W_enc"].T * (factors_in / factor)[:, None]
+    folded = {
         "W_enc": encoder.float().contiguous(),
-        "b_enc": (_wide(b_enc.cpu()) / factor - centre @ encoder).float(),
-        "W_dec": W_dec.detach().cpu().float().contiguous(),
-        "b_dec": (centre + _wide(b_dec.cpu()) / factor).float(),
+        "b_enc": (wide["b_enc"] / factor - mean_in @ encoder).float(),
+        "W_dec": (wide["W_dec"] * (factor / factors_out)).float().contiguous(),
+        "b_dec": (mean_out + wide["b_dec"] / factors_out).float(),
     }
+    if "threshold" in wide:
+        folded["threshold"] = (wide["threshold"] / factor).float()
+    return folded
+
+
+def _columns(places: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
+    """The means of places side by side, and the factor of each column."""
+    means = [_wide(mean.cpu()) for mean, _ in places]
+    factors = [
+        torch.full_like(mean, factor) for mean, (_, factor) in zip(means, places, strict=True)
+    ]
+    return torch.cat(means), torch.cat(factors)
 
 
 def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> SAE:

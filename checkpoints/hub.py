@@ -17,10 +17,10 @@ from saesteer.checkpoints import files
 from saesteer.checkpoints.durable import Draft, make_folder, writing
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.locks import folder_lock
-from saesteer.checkpoints.model_card import END, MARK, card, card_body, describe_sae
+from saesteer.checkpoints.model_card import card, describe_sae
 
 if TYPE_CHECKING:
-    from saesteer.checkpoints.sae_file import SAE
+    from saesteer.checkpoints.sparse_autoencoder import SAE
 else:  # importing torch takes seconds
     SAE = Any
 
@@ -106,7 +106,7 @@ def from_pretrained(
     Raises:
         UserError: not there, not reachable, damaged, or not the weights that were asked for.
     """
-    from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.checkpoints.sae_folder import read_sae
 
     if sae_id is not None:
         _check_id(sae_id)
@@ -123,7 +123,7 @@ def from_pretrained(
     inside = place / sae_id
     if not inside.is_dir() or not inside.resolve().is_relative_to(place.resolve()):
         raise UserError(f"{repo} holds no SAE {sae_id!r}{_there_are(index)}")
-    sae = load_sae(inside, device, dtype)
+    sae = read_sae(inside).to(device, dtype)
     wanted = sha256 or _dict(index.get(sae_id)).get("sha256")
     if wanted is not None and sae.sha256 != wanted:
         raise UserError(
@@ -147,9 +147,9 @@ def _collect(folder: Path, sae_id: str | None, metrics: str | Path | None) -> li
 
 
 def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -> _Shared:
-    from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.checkpoints.sae_folder import read_sae
 
-    sae = load_sae(folder)  # nobody else's loader should be the first to find it broken
+    sae = read_sae(folder)  # nobody else's loader should be the first to find it broken
     sae_id = sae_id or sae.spec.hook_name or folder.resolve().name
     _check_id(sae_id)
     contents: dict[str, Path | bytes] = {
@@ -205,18 +205,6 @@ def _merge(
     return merged
 
 
-def _new_card(
-    before: str | None, repo: str, entries: Mapping[str, Any], license_name: str | None
-) -> str | None:
-    """The README.md to write; None when there is one that somebody wrote by hand."""
-    if before is None:
-        return card(repo, entries, license_name)
-    start, end = before.find(MARK), before.find(END)
-    if start < 0 or end < start:
-        return None
-    return f"{before[:start]}{MARK}\n{card_body(repo, entries)}{before[end:]}"
-
-
 def _index_of(content: bytes | None, repo: object) -> dict[str, Any]:
     """What `saes.json` lists. Raises UserError when it cannot be read."""
     import json
@@ -261,7 +249,7 @@ def _push_to_folder(
         index = _index_of(index_file.read_bytes() if index_file.is_file() else None, folder)
         merged = _merge(index, shared, str(folder), force)
         before = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        new_card = _new_card(before, folder.resolve().name, merged, license_name)
+        new_card = card(before, folder.resolve().name, merged, license_name)
         for name, content in _all_contents(shared, merged, new_card).items():
             make_folder((folder / name).parent)
             with writing(folder / name), Draft(folder / name) as draft:
@@ -294,10 +282,8 @@ def _push_to_hub(
         index = _index_of(_download(repo, INDEX, head), repo)
         merged = _merge(index, shared, repo, force)
         before = _download(repo, _CARD, head)
-        new_card = _new_card(
-            None if before is None else before.decode("utf-8", "replace"),
-            repo, merged, license_name,
-        )  # fmt: skip
+        text = None if before is None else before.decode("utf-8", "replace")
+        new_card = card(text, repo, merged, license_name)
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in _all_contents(shared, merged, new_card).items()

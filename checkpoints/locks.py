@@ -1,8 +1,8 @@
 """One writer per folder: a lock that dies with its process.
 
-The lock is the kernel's (`flock`) on a small file in the folder, which says who holds it. A process
-that is killed loses it at once, so nothing is ever left to clear up by hand. Only where the file
-system has no such locks does the file's content decide: whether that process still lives.
+The lock is filelock's, on a small file in the folder that says who holds it. A process that is
+killed loses it at once, so nothing is ever left to clear up by hand. Only where the file system has
+no locks does the file's content decide: whether the process that it names still lives.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.durable import make_folder
 from saesteer.checkpoints.errors import UsageError, UserError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 LOCK_NAME = ".saesteer.lock"
-_BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -35,69 +37,50 @@ def folder_lock(path: str | Path, flag: str = "`out`") -> Iterator[None]:
         UserError: another process, or another run in this one, holds the folder; or it cannot be
             written to. UsageError when `path` is a file.
     """
+    from filelock import FileLock
+
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{flag} {folder} is a file; a folder is needed: choose another name")
     make_folder(folder)
-    descriptor = _take(folder / LOCK_NAME, flag)
+    file = folder / LOCK_NAME
+    # A marker of filelock's own would overwrite the words that say who holds the folder.
+    lock = FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False)
+    _take(lock, file, flag)
     try:
-        _sign(descriptor)
+        _sign(file)
         yield
     finally:
-        # Deleted while it is still held; whoever opened it meanwhile finds that it has no name.
+        # Deleted while it is still held: whoever opened it meanwhile finds that it has no name.
         with contextlib.suppress(OSError):
-            os.unlink(folder / LOCK_NAME)
-        os.close(descriptor)
+            file.unlink()
+        lock.release()
 
 
-def _take(path: Path, flag: str) -> int:
-    """The descriptor of the lock file, locked. Raises UserError when somebody else has it."""
+def _take(lock: "BaseFileLock", file: Path, flag: str) -> None:
+    """Acquire the lock. Raises UserError when somebody else has it."""
+    from filelock import Timeout
+
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            lock.acquire()
+            return
+        except Timeout:
+            if file.exists():
+                raise _in_use(file, flag) from None
+            # Its last holder deleted it just now: take the next one.
         except OSError as error:
-            raise UserError(
-                f"cannot write in {path.parent} ({error.strerror}): change its permissions or "
-                f"choose another {flag}"
-            ) from error
-        try:
-            _lock(descriptor, path, flag)
-            if _is_named(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its last holder deleted it just now: take the next one
+            if error.errno not in _NO_LOCKS:
+                raise UserError(
+                    f"cannot write in {file.parent} ({error.strerror}): change its permissions or "
+                    f"choose another {flag}"
+                ) from error
+            if _holder_lives(_holder(file)):
+                raise _in_use(file, flag) from error
+            return
 
 
-def _lock(descriptor: int, path: Path, flag: str) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except ImportError:
-        pass
-    except OSError as error:
-        if error.errno in _BUSY:
-            raise _in_use(path, flag) from error
-        if error.errno not in _NO_LOCKS:
-            raise UserError(f"cannot lock {path} ({error.strerror}): choose another {flag}") from (
-                error
-            )
-    if _holder_lives(_holder(path)):
-        raise _in_use(path, flag)
-
-
-def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether `path` is still the name of the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
-
-
-def _sign(descriptor: int) -> None:
+def _sign(file: Path) -> None:
     """Say in the lock file who holds it. A full disk is no reason to go without the lock."""
     holder = {
         "pid": os.getpid(),
@@ -106,8 +89,7 @@ def _sign(descriptor: int) -> None:
         "command": " ".join(sys.argv)[:200],
     }
     with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        file.write_text(json.dumps(holder), encoding="utf-8")
 
 
 def _holder(path: Path) -> dict[str, Any]:

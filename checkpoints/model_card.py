@@ -12,6 +12,7 @@ import yaml
 MARK = "<!-- written by saesteer push; text around the two marks is kept -->"
 END = "<!-- end of what saesteer push wrote -->"
 
+_TASK = "sparse-autoencoder"
 _HELD_OUT = {
     "fvu": "fraction of variance unexplained",
     "l0": "active latents per token",
@@ -69,17 +70,74 @@ def describe_sae(
     return entry
 
 
-def card(repo: str, entries: Mapping[str, Mapping[str, Any]], license_name: str | None) -> str:
-    """A whole README.md for a repository that holds the SAEs in `entries`, by their ids."""
-    header: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens"]}
-    if license_name:
-        header["license"] = license_name
+def card(
+    before: str | None,
+    repo: str,
+    entries: Mapping[str, Mapping[str, Any]],
+    license_name: str | None = None,
+) -> str | None:
+    """The README.md of a repository that holds the SAEs in `entries`, by their ids.
+
+    Of the card that was there before, what stands between the two marks is written anew, and in its
+    header the base models and our figures; the rest stays. `license_name` is for a new card. None
+    for a card without the marks, which somebody wrote by hand.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if before is None:
+        new = ModelCardData(
+            library_name="saelens", tags=["sparse-autoencoder", "saelens"], license=license_name
+        )
+        before = f"---\n{new.to_yaml()}\n---\n\n{MARK}\n{END}\n"
+    start, end = before.find(MARK), before.find(END)
+    if start < 0 or end < start:
+        return None
+    text = f"{before[:start]}{MARK}\n{card_body(repo, entries)}{before[end:]}"
+    if not text.startswith("---"):
+        return text
+    try:
+        whole = ModelCard(text)
+        _set_header(whole.data, repo, entries)
+        return str(whole)
+    except (ValueError, yaml.YAMLError):  # a header that somebody broke is theirs to mend
+        return text
+
+
+def _set_header(data: Any, repo: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put what the entries say into a `ModelCardData`."""
     names = {str(_dict(entry.get("model")).get("name") or "") for entry in entries.values()}
     hub_names = sorted(name for name in names if name.count("/") == 1 and name[0] not in "./~")
     if hub_names:
-        header["base_model"] = hub_names
-    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n{MARK}\n{card_body(repo, entries)}{END}\n"
+        data.base_model = hub_names
+    others = [one for one in data.eval_results or () if one.task_type != _TASK]
+    results = others + [one for item in sorted(entries.items()) for one in _eval_results(*item)]
+    data.eval_results = results or None
+    if results:
+        data.model_name = data.model_name or repo.split("/")[-1]
+
+
+def _eval_results(sae_id: str, entry: Mapping[str, Any]) -> list[Any]:
+    """The figures measured on held-out text, as `huggingface_hub.EvalResult`."""
+    from huggingface_hub import EvalResult
+
+    held_out = _dict(entry.get("held_out"))
+    figures = {name: _dict(held_out.get(name)) for name in _HELD_OUT}
+    text = "text seen in training" if held_out.get("seen_in_training") else "held-out text"
+    return [
+        EvalResult(
+            task_type=_TASK,
+            task_name="reconstruction of activations",
+            dataset_type="text",
+            dataset_name=text,
+            dataset_config=sae_id,
+            metric_type=name,
+            metric_name=_HELD_OUT[name],
+            metric_value=figure["value"],
+            metric_args={"interval_95": [figure.get("low"), figure.get("high")]},
+        )
+        for name, figure in figures.items()
+        if isinstance(figure.get("value"), int | float)
+    ]
 
 
 def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:

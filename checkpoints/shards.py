@@ -21,15 +21,13 @@ from torch import Tensor
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.places import Place
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 REQUIRED_KEYS = (
     "schema_version", "model", "layers", "sites", "d_model", "dtype", "tokens", "shards"
 )  # fmt: skip
-
-Place = tuple[int, str]
-"""A layer (0-based block) and a site, such as (20, "resid_post")."""
 
 # What each stored dtype is read as: torch computes nothing in float8, and bfloat16 holds all of it.
 _FLOATS = {

@@ -16,7 +16,6 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,12 +172,6 @@ class SAE:
         """
         check_tensors(self.tensors(), self.spec, what)
         return self
-
-    def save(self, folder: str | Path) -> str:
-        """Write it as `save_sae` does; returns the SHA-256 of the weights file."""
-        from saesteer.checkpoints.sae_file import save_sae
-
-        return save_sae(folder, self.spec, **self.tensors())
 
     def _read(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """s of the equation above."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.files import claim_output, write_json
-from saesteer.checkpoints.model_files import WHEEL_ALIAS
-from saesteer.cli.flags import DEFAULT_MODEL, add_common
+from saesteer.checkpoints.model_files import DEFAULT_MODEL, WHEEL_ALIAS
+from saesteer.cli.flags import add_common
 from saesteer.cli.output import (
     amount,
     duration,
@@ -174,7 +174,7 @@ class Demo:
 
     def get_model(self) -> None:
         from saesteer.sae import load_model
-        from saesteer.sae.verbs.harvest import model_facts
+        from saesteer.sae.runs.facts import model_facts
         from saesteer.steering.tasks.task import load_task
 
         self.task: Task = load_task(self.args.task)

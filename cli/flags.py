@@ -5,10 +5,9 @@ from dataclasses import fields
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.model_files import DEFAULT_MODEL
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.values import count, count_or_auto, dtype, names, number, one_layer, seed
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 def default(config: type, field: str) -> str:

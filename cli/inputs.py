@@ -11,7 +11,7 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output
 from saesteer.checkpoints.locks import folder_lock
-from saesteer.cli.flags import DEFAULT_MODEL
+from saesteer.checkpoints.model_files import DEFAULT_MODEL
 from saesteer.cli.progress import Report
 
 

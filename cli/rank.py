@@ -141,7 +141,8 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument("--batch-size", type=count, metavar="N", help="texts at once (default: 32)")
     read.add_argument(
         "--max-norm-ratio", type=number, metavar="X",
-        help="leave out attention sinks: rows longer than X times the median (default: 10.0)",
+        help="leave out attention sinks: rows longer than X times the running median "
+        "(default: 10.0)",
     )  # fmt: skip
     read.add_argument(
         "--chat", action=argparse.BooleanOptionalAction,

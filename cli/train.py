@@ -22,6 +22,7 @@ from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, dtype, layers, number
 from saesteer.sae.config import TextConfig, TrainConfig
+from saesteer.sae.training.architectures import ARCHITECTURES
 
 EXAMPLE = (
     "saesteer train --model smollm2-135m-instruct --layer 20 --replies french --tokens 200000 "
@@ -46,6 +47,10 @@ _LIVE_ONLY = (
 )
 
 
+# What run.json says of an SAE besides the settings of its architecture.
+_OF_EVERY_SAE = ("layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256")
+
+
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     source = parser.add_argument_group("where activations come from: --model or --activations")
@@ -67,14 +72,17 @@ def add_flags(parser: VerbParser) -> None:
     add_text(text, epochs=True, replies=True)
     add_reading(text)
     shape = parser.add_argument_group("the SAE; several values train every combination")
-    shape.add_argument("--arch", metavar="NAME", help=f"topk {default(TrainConfig, 'arch')}")
+    shape.add_argument(
+        "--arch", metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)} {default(TrainConfig, 'arch')}",
+    )  # fmt: skip
     shape.add_argument(
         "--d-sae", type=counts, metavar="N,...",
         help="numbers of latents (default: 8 times d_model)",
     )  # fmt: skip
     shape.add_argument(
         "--k", type=counts, metavar="N,...",
-        help=f"latents kept per token {default(TrainConfig, 'k')}",
+        help=f"latents kept per token, with topk and abstopk {default(TrainConfig, 'k')}",
     )  # fmt: skip
     shape.add_argument(
         "--init-seed", type=counts, metavar="N,...",
@@ -186,6 +194,9 @@ def run(args: Namespace) -> int:
         check_data(args)
         replies = reply_texts(args)
         from saesteer.sae import train
+        from saesteer.sae.training.architectures import check_settings
+
+        check_settings(config)
 
         lm = None
         if args.activations is None:
@@ -221,22 +232,25 @@ def _refuse_live_flags(args: Namespace) -> None:
 
 def _print_summary(args: Namespace, runs: list[dict[str, Any]]) -> None:
     rows = []
+    own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
     for run in runs:
         sae, final = run["sae"], run["final"]
         rows.append(
             [
-                str(sae["layer"]), str(sae["d_sae"]), str(sae["k"]), str(sae["init_seed"]),
-                amount(final.get("tokens", 0)), figure(final.get("fvu")), figure(final.get("l0")),
-                figure(final.get("dead_fraction")), duration(run["seconds"]), run["folder"],
+                str(sae["layer"]),
+                str(sae["d_sae"]),
+                *(str(sae[name]) for name in own),
+                str(sae["init_seed"]),
+                amount(final.get("tokens", 0)),
+                figure(final.get("fvu")),
+                figure(final.get("l0")),
+                figure(final.get("dead_fraction")),
+                duration(run["seconds"]),
+                run["folder"],
             ]
-        )  # fmt: skip
-    print_table(
-        ["layer", "d_sae", "k", "seed", "tokens", "FVU", "L0", "dead", "time", "folder"],
-        rows,
-        left="folder",
-    )
+        )
+    measured = ["tokens", "FVU", "L0", "dead", "time", "folder"]
+    print_table(["layer", "d_sae", *own, "seed", *measured], rows, left="folder")
     model = args.model or runs[0]["model"].get("name") or "MODEL"
-    print_next(
-        "metrics", "--sae", Path(runs[0]["folder"]), "--model", model,
-        "--data", "HELD-OUT-TEXT",
-    )  # fmt: skip
+    folder = Path(runs[0]["folder"])
+    print_next("metrics", "--sae", folder, "--model", model, "--data", "HELD-OUT-TEXT")

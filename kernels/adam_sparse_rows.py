@@ -4,7 +4,7 @@
 rows of ``extra`` for the few latents that have one; then `adam_rows`. On the CPU the gradient never
 becomes a matrix: each row of it lives in the cache from its first term to the step it causes.
 Where the gradient has to be known as a whole (clipping, accumulation, several devices), sum it with
-`sparse_pair_grads` and step with `adam_rows`.
+`sparse_pair_grads` and step with `adam_rows`. Entries may be ragged (`saesteer.kernels.entries`).
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saesteer.kernels.adam_rows import adam_rows_op
 from saesteer.kernels.native import parts_of, run_parts, use_native
-from saesteer.kernels.sparse_row_grads import LatentOrder, sparse_row_grads_op
+from saesteer.kernels.sparse_row_grads import LatentOrder, sum_rows
 
 # A latent's own row of parameter and moments costs about as much as this many entries.
 _ROW_COST = 4
@@ -32,7 +32,6 @@ def adam_sparse_rows_torch(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor,
-    indices: Tensor,
     rows: Tensor,
     order: LatentOrder,
     factor: float,
@@ -45,7 +44,7 @@ def adam_sparse_rows_torch(
     extra_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch twin: the sum, then the step."""
-    grads, sums, counts = sparse_row_grads_op(weights, indices, rows, len(param), *order)
+    grads, sums, counts = sum_rows(weights, rows, order)
     grads.mul_(factor)
     if extra is not None and extra_ids is not None:
         grads[extra_ids] += extra.to(grads.dtype)
@@ -60,7 +59,6 @@ def adam_sparse_rows_native(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor,
-    indices: Tensor,
     rows: Tensor,
     order: LatentOrder,
     factor: float,
@@ -77,7 +75,9 @@ def adam_sparse_rows_native(
 
     from saesteer.kernels.adam_sparse_rows_cpu import adam_sparse_rows
 
-    d_sae, k = len(param), indices.shape[1]
+    d_sae, k = len(param), weights.shape[-1]
+    ragged = order.examples is not None
+    examples = order.order if order.examples is None else order.examples
     sums = param.new_empty((d_sae,))
     counts = param.new_empty((d_sae,), dtype=torch.int64)
     extra_at = torch.full((d_sae,), -1, dtype=torch.int64)
@@ -91,8 +91,9 @@ def adam_sparse_rows_native(
         adam_sparse_rows, _balanced(order.starts, parts_of(weights.numel() + d_sae, 256)),
         param.detach().numpy(), exp_avg.numpy(), exp_avg_sq.numpy(),
         weights.contiguous().view(-1).numpy(), rows.contiguous().numpy(),
-        order.order.numpy(), order.starts.numpy(), k, number(factor), number(rate),
-        number(1 - beta1), number(beta2), number(1 - beta2), number(root), number(eps), unit_rows,
+        order.order.numpy(), order.starts.numpy(), ragged, examples.numpy(), k, number(factor),
+        number(rate), number(1 - beta1), number(beta2), number(1 - beta2), number(root),
+        number(eps), unit_rows,
         extra.contiguous().numpy(), extra_at.numpy(), sums.numpy(), counts.numpy(),
     )  # fmt: skip
     return sums, counts
@@ -106,10 +107,10 @@ def adam_sparse_rows_op(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor,
-    indices: Tensor,
     rows: Tensor,
     order: Tensor,
     starts: Tensor,
+    examples: Tensor | None,
     factor: float,
     schedule: Tensor,
     beta1: float,
@@ -125,8 +126,8 @@ def adam_sparse_rows_op(
     run = adam_sparse_rows_native if native else adam_sparse_rows_torch
     with torch.cuda.device_of(param):
         return run(
-            *state, weights, indices, rows, LatentOrder(order, starts), factor, schedule,
-            beta1, beta2, eps, unit_rows, extra, extra_ids,
+            *state, weights, rows, LatentOrder(order, starts, examples),
+            factor, schedule, beta1, beta2, eps, unit_rows, extra, extra_ids,
         )  # fmt: skip
 
 
@@ -136,10 +137,10 @@ def _(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor,
-    indices: Tensor,
     rows: Tensor,
     order: Tensor,
     starts: Tensor,
+    examples: Tensor | None,
     factor: float,
     schedule: Tensor,
     beta1: float,

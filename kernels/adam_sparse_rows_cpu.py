@@ -64,6 +64,8 @@ def adam_sparse_rows(
     rows,
     order,
     starts,
+    ragged,
+    examples,
     k,
     factor,
     rate,
@@ -82,6 +84,7 @@ def adam_sparse_rows(
 ):
     """Latents first..last-1: sum their entries in order, take the step, note sum and hits.
 
+    An entry's example is ``entry // k``, or where entries are ragged ``examples[entry]``.
     ``extra_at[f]`` is the row of ``extra`` to add to latent f's gradient, or -1.
     """
     grad = np.empty(param.shape[1], np.float32)
@@ -95,7 +98,8 @@ def adam_sparse_rows(
             if weight != 0:
                 hits += 1
                 total += weight
-                _add_scaled(grad, rows[entry // k], factor * weight)
+                example = examples[entry] if ragged else entry // k
+                _add_scaled(grad, rows[example], factor * weight)
         if extra_at[f] >= 0:
             _add_scaled(grad, extra[extra_at[f]], np.float32(1))
         sums[f] = factor * total

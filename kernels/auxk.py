@@ -7,19 +7,23 @@ residual is what the SAE left over, held constant.
 
 k_aux is in the hundreds and the dead are few, so dense products over them beat gathering rows. The
 gradient is taken in the forward pass, for the rows that were given and no others; it reaches W_enc,
-b_enc and W_dec.
+b_enc and W_dec. bfloat16 operands on CUDA are multiplied as they are, and activations and errors
+rounded for it; sums, residual and loss are float32.
 """
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
-from saesteer.kernels.dispatch import accumulator_dtype
+from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
 from saesteer.kernels.topk_encode import select_topk_torch
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+WIDEST = 16384
+"""Most entries of a row that one Triton program searches without spilling registers."""
 
 
 def auxk_reference(
@@ -41,6 +45,49 @@ def auxk_reference(
     return (acts @ W_dec[ids] - residual).square().sum() / variance
 
 
+if TRITON_INSTALLED:
+    import triton
+    import triton.language as tl
+
+    from saesteer.kernels.topk_encode import _first_k, _ranked
+
+    @triton.jit(do_not_specialize=["k"])
+    @no_type_check
+    def keep_largest_kernel(
+        pre_acts,
+        k,
+        width,
+        BLOCK: tl.constexpr,
+        KEY: tl.constexpr,
+        MAX: tl.constexpr,
+        BITS: tl.constexpr,
+    ):
+        """One row, read and written once."""
+        col = tl.arange(0, BLOCK)
+        ok = col < width
+        at = pre_acts + tl.program_id(0).to(tl.int64) * width + col
+        values, keys = _ranked(tl.load(at, mask=ok, other=0.0), KEY, MAX)
+        chosen, _ = _first_k(tl.where(ok, keys, -MAX - 1), k, KEY, MAX, BITS)
+        tl.store(at, tl.where(chosen & (values > 0), values, 0.0), mask=ok)
+
+
+def _keep_largest_triton(pre_acts: Tensor, k: int) -> None:
+    rows, width = pre_acts.shape
+    block = triton.next_power_of_2(width)
+    bits = 8 * pre_acts.element_size()
+    if rows:
+        keep_largest_kernel[(rows,)](
+            pre_acts,
+            k,
+            width,
+            BLOCK=block,
+            KEY=tl.int64 if bits == 64 else tl.int32,
+            MAX=2 ** (bits - 1) - 1,
+            BITS=bits,
+            num_warps=max(4, block // 1024),
+        )
+
+
 def keep_largest_(pre_acts: Tensor, k: int) -> Tensor:
     """Set all but the k largest positive entries of each row to 0, in place."""
     rows, width = pre_acts.shape
@@ -51,8 +98,27 @@ def keep_largest_(pre_acts: Tensor, k: int) -> Tensor:
 
         run_parts(keep_largest_rows, even_bounds(rows, parts_of(rows, 16)), pre_acts.numpy(), k)
         return pre_acts
+    if use_triton(pre_acts) and width <= WIDEST and pre_acts.is_contiguous():
+        _keep_largest_triton(pre_acts, k)
+        return pre_acts
     values, places = select_topk_torch(pre_acts, k)
     return pre_acts.zero_().scatter_(1, places, values)
+
+
+def _product_dtype(dtype: torch.dtype, *operands: Tensor) -> torch.dtype:
+    """Dtype of what is multiplied: that of the sums, or bfloat16 on a GPU that is given it."""
+    narrow = all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands)
+    return torch.bfloat16 if narrow and dtype == torch.float32 else dtype
+
+
+def _product(
+    a: Tensor, b: Tensor, dtype: torch.dtype, plus: Tensor | None = None, sign: int = 1
+) -> Tensor:
+    """``a @ b + sign * plus`` in ``dtype``, in which bfloat16 products are summed, too."""
+    if a.dtype == dtype:
+        return a @ b if plus is None else torch.addmm(plus, a, b, beta=sign)
+    out = torch.mm(a, b, out_dtype=dtype)
+    return out if plus is None else out.add_(plus, alpha=sign)
 
 
 @torch.library.custom_op("saesteer::auxk", mutates_args=())
@@ -63,27 +129,30 @@ def auxk_op(
     b_enc: Tensor,
     W_dec: Tensor,
     ids: Tensor,
-    alive: Tensor | None,
+    is_filler: Tensor | None,
     k_aux: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by ``W_enc_rows[ids]``, ``b_enc[ids]`` and ``W_dec[ids]``.
 
-    ``ids`` [n] are distinct. Those with ``alive`` [n] bool true are filling: they take no part and
-    their gradients are 0 (a list whose true length only the device knows has a fixed length so).
+    ``ids`` [n] are distinct. Where ``is_filler`` [n] is true they only fill the list: they take no
+    part and their gradients are 0 (a list whose true length only the device knows has a fixed
+    length so).
     """
     dtype = accumulator_dtype(x, residual, W_enc_rows, W_dec)
-    x, residual = x.to(dtype), residual.to(dtype)
-    W_enc_ids, W_dec_ids = W_enc_rows[ids].to(dtype), W_dec[ids].to(dtype)
-    acts = torch.addmm(b_enc[ids].to(dtype), x, W_enc_ids.t())
-    if alive is not None:
-        acts.masked_fill_(alive, 0)
-    keep_largest_(acts, k_aux)
-    difference = torch.addmm(residual, acts, W_dec_ids, beta=-1)
+    kind = _product_dtype(dtype, x, W_enc_rows, W_dec)
+    x, residual = x.to(kind), residual.to(dtype)
+    W_enc_ids, W_dec_ids = W_enc_rows[ids].to(kind), W_dec[ids].to(kind)
+    acts = _product(x, W_enc_ids.t(), dtype, plus=b_enc[ids].to(dtype))
+    if is_filler is not None:
+        acts.masked_fill_(is_filler, 0)
+    acts = keep_largest_(acts, k_aux).to(kind)
+    difference = _product(acts, W_dec_ids, dtype, plus=residual, sign=-1)
     variance = (residual - residual.mean(0)).square().sum().clamp_min(1e-12)
     loss = difference.square().sum() / variance
-    difference.mul_(2 / variance)
-    pre_grads = (difference @ W_dec_ids.t()).mul_(acts > 0)
-    return loss, pre_grads.t() @ x, pre_grads.sum(0), acts.t() @ difference
+    difference = difference.mul_(2 / variance).to(kind)
+    pre_grads = _product(difference, W_dec_ids.t(), dtype).mul_(acts > 0)
+    W_enc_grads = _product(pre_grads.to(kind).t(), x, dtype)
+    return loss, W_enc_grads, pre_grads.sum(0), _product(acts.t(), difference, dtype)
 
 
 @auxk_op.register_fake
@@ -94,7 +163,7 @@ def _(
     b_enc: Tensor,
     W_dec: Tensor,
     ids: Tensor,
-    alive: Tensor | None,
+    is_filler: Tensor | None,
     k_aux: int,
 ) -> Grads:
     dtype = accumulator_dtype(x, residual, W_enc_rows, W_dec)

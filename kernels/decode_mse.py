@@ -5,8 +5,9 @@
 ``act_grads[b, i] = <error[b], W_dec[latent_indices[b, i]]>``
 
 ``2 * error`` and ``2 * act_grads`` are the derivatives of the squared error by the decoded vector
-and by the activations. They cost little while the k decoder rows of an example are still in the
-cache, so they are taken in the forward pass; an upstream gradient only scales them.
+and by the activations. They cost little while the decoder rows of an example are still in the
+cache, so they are taken in the forward pass; an upstream gradient only scales them. Entries may be
+ragged (`saesteer.kernels.entries`).
 """
 
 from typing import Any, no_type_check
@@ -16,12 +17,20 @@ from torch import Tensor
 
 from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
+    Tile,
     accumulator_dtype,
-    check_indices,
-    column_block,
     prefers_dense,
     unit_stride,
     use_triton,
+)
+from saesteer.kernels.entries import (
+    batch_of,
+    check_entries,
+    from_dense,
+    mean_length,
+    per_entry,
+    row_starts_of,
+    to_dense,
 )
 from saesteer.kernels.gather_dot import gather_dot_op, gather_dot_torch
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
@@ -30,39 +39,52 @@ from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
+TILES = (Tile(8, 512, 1), Tile(16, 512, 1), Tile(8, 256, 1), Tile(8, 1024, 2))
+"""The first is used; the others wait for a GPU to judge (`benchmarks/kernel_tiles.py`)."""
+
 
 def decode_mse_reference(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> Triple:
     """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
-    dense = latent_acts.new_zeros((latent_acts.shape[0], W_dec.shape[0]))
-    dense = dense.scatter_add(1, latent_indices, latent_acts)
+    dense = to_dense(latent_acts, latent_indices, W_dec.shape[0], row_starts)
     error = dense @ W_dec + b_dec - target
-    return error.square().sum(1), error, (error @ W_dec.t()).gather(1, latent_indices)
+    return error.square().sum(1), error, from_dense(error @ W_dec.t(), latent_indices, row_starts)
 
 
 def decode_mse_torch(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> Triple:
     """PyTorch twin."""
     acc = accumulator_dtype(latent_acts, W_dec, target)
     acts, indices, W = latent_acts.to(acc), latent_indices.to(torch.int64), W_dec.to(acc)
     b_dec, target = b_dec.to(acc), target.to(acc)
-    if prefers_dense(W_dec, acts.shape[1]):
-        return decode_mse_reference(acts, indices, W, b_dec, target)
-    error = sparse_decode_torch(acts, indices, W, b_dec) - target
-    return error.square().sum(1), error, gather_dot_torch(error, W, indices)
+    if prefers_dense(W_dec, mean_length(indices, row_starts)):
+        return decode_mse_reference(acts, indices, W, b_dec, target, row_starts)
+    error = sparse_decode_torch(acts, indices, W, b_dec, row_starts) - target
+    return error.square().sum(1), error, gather_dot_torch(error, W, indices, row_starts)
 
 
 if TRITON_INSTALLED:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["k"])
+    @triton.jit(do_not_specialize=["k", "batch", "n_entries"])
     @no_type_check
     def decode_mse_kernel(
         latent_acts,
         latent_indices,
+        row_starts,
         W_dec,
         b_dec,
         target,
@@ -70,115 +92,145 @@ if TRITON_INSTALLED:
         error,
         act_grads,
         k,
+        batch,
+        n_entries,
         d_model,
-        stride_acts,
-        stride_indices,
         stride_W_dec,
         stride_target,
-        BLOCK_K: tl.constexpr,
+        RAGGED: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        STAGES: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """One example, BLOCK_D columns at a time; a tile's rows are read twice, at once."""
+        """BLOCK_D columns of one example, and their part of its square and its dots."""
         example = tl.program_id(0).to(tl.int64)
-        square = tl.zeros([BLOCK_D], ACC)
-        for start in range(0, d_model, BLOCK_D):
-            col = start + tl.arange(0, BLOCK_D)
-            col_ok = col < d_model
-            line = tl.load(b_dec + col, mask=col_ok, other=0.0).to(ACC)
-            line -= tl.load(target + example * stride_target + col, mask=col_ok, other=0.0).to(ACC)
-            for first in range(0, k, BLOCK_K):
-                slot = first + tl.arange(0, BLOCK_K)
-                ok = slot < k
-                act = tl.load(latent_acts + example * stride_acts + slot, mask=ok, other=0.0)
-                row = tl.load(latent_indices + example * stride_indices + slot, mask=ok, other=0)
-                tile = tl.load(
-                    W_dec + row.to(tl.int64)[:, None] * stride_W_dec + col[None, :],
-                    mask=ok[:, None] & col_ok[None, :],
-                    other=0.0,
-                ).to(ACC)
-                line += tl.sum(act.to(ACC)[:, None] * tile, axis=0)
-            tl.store(error + example * d_model + col, line, mask=col_ok)
-            line = tl.where(col_ok, line, 0.0)
-            square += line * line
-            for first in range(0, k, BLOCK_K):
-                slot = first + tl.arange(0, BLOCK_K)
-                ok = slot < k
-                row = tl.load(latent_indices + example * stride_indices + slot, mask=ok, other=0)
-                tile = tl.load(
-                    W_dec + row.to(tl.int64)[:, None] * stride_W_dec + col[None, :],
-                    mask=ok[:, None] & col_ok[None, :],
-                    other=0.0,
-                ).to(ACC)
-                at = act_grads + example * k + slot
-                # Nothing is there yet at the first tile, whatever the memory holds.
-                before = tl.load(at, mask=ok & (start > 0), other=0.0)
-                tl.store(at, before + tl.sum(line[None, :] * tile, axis=1), mask=ok)
-            tl.debug_barrier()  # what one warp stored, another may read at the next tile
-        tl.store(squared_error + example, tl.sum(square, axis=0))
+        block = tl.program_id(1).to(tl.int64)
+        if RAGGED:
+            begin = tl.load(row_starts + example)
+            end = tl.load(row_starts + example + 1)
+        else:
+            begin = example * k
+            end = begin + k
+        col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        col_ok = col < d_model
+        line = tl.load(b_dec + col, mask=col_ok, other=0.0).to(ACC)
+        line -= tl.load(target + example * stride_target + col, mask=col_ok, other=0.0).to(ACC)
+        for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+            at = first + tl.arange(0, ROWS)
+            ok = at < end
+            act = tl.load(latent_acts + at, mask=ok, other=0.0).to(ACC)
+            row = tl.load(latent_indices + at, mask=ok, other=0).to(tl.int64)
+            tile = tl.load(
+                W_dec + row[:, None] * stride_W_dec + col[None, :],
+                mask=ok[:, None] & col_ok[None, :],
+                other=0.0,
+            ).to(ACC)
+            line += tl.sum(act[:, None] * tile, axis=0)
+        tl.store(error + example * d_model + col, line, mask=col_ok)
+        line = tl.where(col_ok, line, 0.0)
+        tl.store(squared_error + block * batch + example, tl.sum(line * line, axis=0))
+        # The same rows once more: a program's are few enough for the L1 cache.
+        for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+            at = first + tl.arange(0, ROWS)
+            ok = at < end
+            row = tl.load(latent_indices + at, mask=ok, other=0).to(tl.int64)
+            tile = tl.load(
+                W_dec + row[:, None] * stride_W_dec + col[None, :],
+                mask=ok[:, None] & col_ok[None, :],
+                other=0.0,
+            ).to(ACC)
+            dots = tl.sum(line[None, :] * tile, axis=1)
+            tl.store(act_grads + block * n_entries + at, dots, mask=ok)
 
 
 def decode_mse_triton(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> Triple:
-    """Triton kernel."""
-    (batch, k), d_model = latent_acts.shape, W_dec.shape[1]
+    """Triton kernel. Each block of columns gives a part of the sums, which are added in order."""
+    batch, d_model = target.shape
     dtype = accumulator_dtype(latent_acts, W_dec, target)
-    latent_acts, latent_indices = unit_stride(latent_acts), unit_stride(latent_indices)
     W_dec, target = unit_stride(W_dec), unit_stride(target)
-    squared_error = W_dec.new_empty((batch,), dtype=dtype)
     error = W_dec.new_empty((batch, d_model), dtype=dtype)
-    act_grads = W_dec.new_empty((batch, k), dtype=dtype)
     if batch == 0 or d_model == 0:
-        return squared_error.zero_(), error, act_grads.zero_()
-    decode_mse_kernel[(batch,)](
-        latent_acts,
+        return error.new_zeros((batch,)), error, error.new_zeros(latent_indices.shape)
+    tile = TILES[0]
+    block_d, warps = tile.fit(d_model, W_dec.element_size())
+    blocks = triton.cdiv(d_model, block_d)
+    squared_error = error.new_empty((blocks, batch))
+    act_grads = error.new_empty((blocks, *latent_indices.shape))
+    latent_indices = latent_indices.contiguous()
+    decode_mse_kernel[(batch, blocks)](
+        latent_acts.contiguous(),
         latent_indices,
+        latent_indices if row_starts is None else row_starts.contiguous(),
         W_dec,
         b_dec.contiguous(),
         target,
         squared_error,
         error,
         act_grads,
-        k,
+        latent_indices.shape[-1],
+        batch,
+        latent_indices.numel(),
         d_model,
-        latent_acts.stride(0),
-        latent_indices.stride(0),
         W_dec.stride(0),
         target.stride(0),
-        BLOCK_K=4,  # with 8, compilers up to Triton 3.6 spill a few registers
-        BLOCK_D=column_block(d_model, 512),
+        RAGGED=row_starts is not None,
+        ROWS=tile.rows,
+        BLOCK_D=block_d,
+        STAGES=tile.stages,
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        num_warps=warps,
     )
-    return squared_error, error, act_grads
+    if blocks == 1:
+        return squared_error[0], error, act_grads[0]
+    return squared_error.sum(0), error, act_grads.sum(0)
 
 
 def decode_mse_native(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> Triple:
     """Compiled CPU loop, for float32."""
     from saesteer.kernels.decode_mse_cpu import decode_mse_rows
 
-    (batch, k), d_model = latent_acts.shape, W_dec.shape[1]
+    batch, d_model = target.shape
     squared_error = target.new_empty((batch,))
     error = target.new_empty((batch, d_model))
-    act_grads = target.new_empty((batch, k))
-    operands = (latent_acts, latent_indices.to(torch.int64), W_dec, b_dec, target)
+    act_grads = target.new_empty(latent_indices.shape)
     run_parts(
         decode_mse_rows, even_bounds(batch, parts_of(batch, 8)),
-        *(t.contiguous().numpy() for t in operands),
-        squared_error.numpy(), error.numpy(), act_grads.numpy(),
+        latent_acts.reshape(-1).contiguous().numpy(),
+        latent_indices.to(torch.int64).reshape(-1).contiguous().numpy(),
+        row_starts_of(latent_indices, row_starts).contiguous().numpy(),
+        *(t.contiguous().numpy() for t in (W_dec, b_dec, target)),
+        squared_error.numpy(), error.numpy(), act_grads.view(-1).numpy(),
     )  # fmt: skip
     return squared_error, error, act_grads
 
 
 @torch.library.custom_op("saesteer::decode_mse", mutates_args=())
 def decode_mse_op(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error [batch], error [batch, d_model] and slot gradients [batch, k]."""
-    check_indices(latent_indices, W_dec.shape[0])
-    dense = prefers_dense(W_dec, latent_acts.shape[1])
+    """Squared errors [batch], errors [batch, d_model] and slot gradients, one per index."""
+    check_entries(latent_indices, W_dec.shape[0], row_starts)
+    dense = prefers_dense(W_dec, mean_length(latent_indices, row_starts))
     if use_triton(W_dec) and not dense:
         run = decode_mse_triton
     elif use_native(latent_acts, W_dec, b_dec, target) and not dense:
@@ -186,49 +238,54 @@ def decode_mse_op(
     else:
         run = decode_mse_torch
     with torch.cuda.device_of(W_dec):  # Triton launches on the current device
-        return run(latent_acts, latent_indices, W_dec, b_dec, target)
+        return run(latent_acts, latent_indices, W_dec, b_dec, target, row_starts)
 
 
 @decode_mse_op.register_fake
 def _(
-    latent_acts: Tensor, latent_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    latent_acts: Tensor,
+    latent_indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    row_starts: Tensor | None = None,
 ) -> Triple:
     dtype = accumulator_dtype(latent_acts, W_dec, target)
-    (batch, k), d_model = latent_acts.shape, W_dec.shape[1]
+    batch, d_model = batch_of(latent_indices, row_starts), W_dec.shape[1]
     return (
         target.new_empty((batch,), dtype=dtype),
         target.new_empty((batch, d_model), dtype=dtype),
-        target.new_empty((batch, k), dtype=dtype),
+        target.new_empty(latent_indices.shape, dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    latent_acts, latent_indices, W_dec, b_dec, target = inputs
+    latent_acts, latent_indices, W_dec, b_dec, target, row_starts = inputs
     _, error, act_grads = output
     ctx.mark_non_differentiable(act_grads)
-    ctx.save_for_backward(latent_acts, latent_indices, W_dec, error, act_grads)
+    ctx.save_for_backward(latent_acts, latent_indices, W_dec, error, act_grads, row_starts)
     ctx.dtypes = b_dec.dtype, target.dtype
 
 
 def _backward(ctx: Any, grad_squared: Tensor, grad_error: Tensor, grad_slots: Any) -> Any:
-    latent_acts, latent_indices, W_dec, error, act_grads = ctx.saved_tensors
+    latent_acts, latent_indices, W_dec, error, act_grads, row_starts = ctx.saved_tensors
     bias_dtype, target_dtype = ctx.dtypes
-    twice = 2 * grad_squared[:, None]
-    upstream = twice * error + grad_error
+    upstream = 2 * grad_squared[:, None] * error + grad_error
     grad_acts = grad_W_dec = grad_b_dec = grad_target = None
     if ctx.needs_input_grad[0]:
-        grad_acts = twice * act_grads + gather_dot_op(grad_error, W_dec, latent_indices)
+        grad_acts = per_entry(2 * grad_squared, latent_indices, row_starts) * act_grads
+        grad_acts = grad_acts + gather_dot_op(grad_error, W_dec, latent_indices, row_starts)
         grad_acts = grad_acts.to(latent_acts.dtype)
     if ctx.needs_input_grad[2]:
         grad_W_dec, _, _ = sparse_row_grads_op(
-            latent_acts, latent_indices, upstream, W_dec.shape[0], None, None
+            latent_acts, latent_indices, upstream, W_dec.shape[0], row_starts
         )
         grad_W_dec = grad_W_dec.to(W_dec.dtype)
     if ctx.needs_input_grad[3]:
         grad_b_dec = upstream.sum(0).to(bias_dtype)
     if ctx.needs_input_grad[4]:
         grad_target = -upstream.to(target_dtype)
-    return grad_acts, None, grad_W_dec, grad_b_dec, grad_target
+    return grad_acts, None, grad_W_dec, grad_b_dec, grad_target, None
 
 
 decode_mse_op.register_autograd(_backward, setup_context=_setup_context)

@@ -41,16 +41,15 @@ def _subtract(out, target):
 @loop(reorder=True, keep=True)
 @no_type_check
 def decode_mse_rows(
-    acts, indices, W_dec, b_dec, target, squared_error, error, act_grads, first, last
+    acts, indices, row_starts, W_dec, b_dec, target, squared_error, error, act_grads, first, last
 ):
     """Examples first..last-1. The gathered rows are still in the cache at their second use."""
-    k = acts.shape[1]
     for row in range(first, last):
         line = error[row]
         line[:] = b_dec
-        for i in range(k):
-            if acts[row, i] != 0:
-                _add_scaled(line, W_dec[indices[row, i]], acts[row, i])
+        for at in range(row_starts[row], row_starts[row + 1]):
+            if acts[at] != 0:
+                _add_scaled(line, W_dec[indices[at]], acts[at])
         squared_error[row] = _subtract(line, target[row])
-        for i in range(k):
-            act_grads[row, i] = _dot(line, W_dec[indices[row, i]])
+        for at in range(row_starts[row], row_starts[row + 1]):
+            act_grads[at] = _dot(line, W_dec[indices[at]])

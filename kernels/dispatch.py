@@ -17,6 +17,7 @@ The choice is made at every call, from the tensors it gets, so a CPU tensor work
 import logging
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +94,8 @@ ratio of arithmetic to cache bandwidth of an H200, a plan and not a measurement.
 """
 
 
-def prefers_dense(W: Tensor, k: int) -> bool:
-    """Whether k latents of each example are so many that the dense product over all is cheaper."""
+def prefers_dense(W: Tensor, k: float) -> bool:
+    """Whether k latents of each example are so many that the dense product is cheaper."""
     if kernel_choice() == "triton":
         return False
     return W.shape[0] < k * DENSE_BELOW.get(W.device.type, 0)
@@ -114,23 +115,6 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def check_indices(indices: Tensor, d_sae: int) -> None:
-    """Refuse indices outside 0..d_sae-1 on the CPU, where looking costs microseconds.
-
-    Not done on other devices: it would make the host wait for them.
-
-    Raises:
-        IndexError: an index is out of range.
-    """
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < 0 or high >= d_sae:
-        raise IndexError(
-            f"latent_indices must be in 0..{d_sae - 1} (d_sae), got {low if low < 0 else high}"
-        )
-
-
 def column_block(d_model: int, widest: int) -> int:
     """Columns per Triton tile: the power of two up to ``widest`` that pads ``d_model`` least.
 
@@ -144,3 +128,32 @@ def column_block(d_model: int, widest: int) -> int:
         return block
     sizes = [size for size in (128, 256, 512) if size <= widest]
     return min(sizes, key=lambda size: (-(-d_model // size) * size, -size))
+
+
+class Tile(NamedTuple):
+    """How a Triton kernel that adds up gathered rows cuts its work.
+
+    With 16 bytes per lane, 512 bytes of a row to a warp, each lane holds its columns of all rows of
+    the tile: their loads do not wait for one another, and adding them up needs no other lane.
+    Programs go through the batch before they go on to the next columns, so the columns in use, far
+    fewer bytes than whole rows, stay in the L2 cache.
+    """
+
+    rows: int
+    """Rows loaded at a time."""
+    row_bytes: int
+    """Bytes of each row that a program works on: at most so many, a power of two."""
+    warps: int
+    """Warps per program at ``row_bytes``."""
+    stages: int = 1
+    """Tiles under way at a time, through shared memory where it is more than 1."""
+
+    def fit(self, d_model: int, element_bytes: int) -> tuple[int, int]:
+        """Columns and warps of a program: the widest of which a quarter at most lies idle."""
+        columns, warps = max(16, self.row_bytes // element_bytes), self.warps
+        while columns > 16 and (
+            columns >= 2 * d_model
+            or (columns > 128 and 3 * columns * -(-d_model // columns) > 4 * d_model)
+        ):
+            columns, warps = columns // 2, max(1, warps // 2)
+        return columns, warps

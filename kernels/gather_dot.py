@@ -1,6 +1,7 @@
 """Dot products of each example with its own few rows of a matrix.
 
-``dots[b, i] = <vectors[b], matrix[indices[b, i]]>``
+``dots[b, i] = <vectors[b], matrix[indices[b, i]]>``, for entries in either form of
+`saesteer.kernels.entries`.
 
 The gradient of a sparse decode with respect to the latent activations, and the pre-activations of a
 few chosen latents. The gathered rows [batch, k, d_model] are never stored.
@@ -16,16 +17,18 @@ from torch import Tensor
 from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     accumulator_dtype,
-    check_indices,
     column_block,
     unit_stride,
     use_triton,
 )
+from saesteer.kernels.entries import check_entries, examples_of, from_dense, row_starts_of
 
 
-def gather_dot_reference(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
+def gather_dot_reference(
+    vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None
+) -> Tensor:
     """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
-    return (vectors @ matrix.t()).gather(1, indices)
+    return from_dense(vectors @ matrix.t(), indices, row_starts)
 
 
 @cache
@@ -38,26 +41,29 @@ def _warn_about_sparse_csr() -> None:
         torch.sparse_csr_tensor(bounds, cols, torch.ones(1), (1, 1), check_invariants=False)
 
 
-def gather_dot_torch(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
-    """PyTorch twin: [batch, k] in the accumulator dtype."""
+def gather_dot_torch(
+    vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None
+) -> Tensor:
+    """PyTorch twin: as many dots as indices, in the accumulator dtype."""
     dtype = accumulator_dtype(vectors, matrix)
-    (batch, k), d_sae = indices.shape, matrix.shape[0]
+    batch, d_sae = vectors.shape[0], matrix.shape[0]
     if indices.numel() == 0 or matrix.shape[1] == 0:
-        return vectors.new_zeros((batch, k), dtype=dtype)
+        return vectors.new_zeros(indices.shape, dtype=dtype)
     vectors, matrix, indices = vectors.to(dtype), matrix.to(dtype), indices.to(torch.int64)
-    if k > d_sae:  # repeats beyond what a sparse pattern holds; the dense product is smaller
-        return (vectors @ matrix.t()).gather(1, indices)
+    if indices.numel() > batch * d_sae:
+        # Repeats beyond what a sparse pattern holds; the dense product is smaller.
+        return from_dense(vectors @ matrix.t(), indices, row_starts)
     _warn_about_sparse_csr()
     pattern = torch.sparse_csr_tensor(
-        torch.arange(0, batch * k + 1, k, device=indices.device),
+        row_starts_of(indices, row_starts),
         indices.reshape(-1),
-        vectors.new_zeros((batch * k,), dtype=dtype),
+        vectors.new_zeros((indices.numel(),), dtype=dtype),
         (batch, d_sae),
         check_invariants=False,  # it refuses repeated indices, which are fine here
     )
     dots = torch.sparse.sampled_addmm(pattern, vectors.contiguous(), matrix.t(), beta=0.0)
     values: Tensor = dots.values()
-    return values.view(batch, k)
+    return values.view(indices.shape)
 
 
 if TRITON_INSTALLED:
@@ -70,55 +76,68 @@ if TRITON_INSTALLED:
         vectors,
         matrix,
         indices,
+        examples,
         out,
         k,
         d_model,
         stride_vectors,
         stride_matrix,
-        stride_indices,
+        RAGGED: tl.constexpr,
         BLOCK_K: tl.constexpr,
         BLOCK_D: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """BLOCK_K slots of one example."""
-        example = tl.program_id(0).to(tl.int64)
-        slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        """BLOCK_K slots of one example; of all entries, k in number, where they are ragged."""
+        first_axis = tl.program_id(0).to(tl.int64)
+        if RAGGED:
+            slot = first_axis * BLOCK_K + tl.arange(0, BLOCK_K)
+            begin = 0
+            example = tl.load(examples + slot, mask=slot < k, other=0)[:, None]
+        else:
+            slot = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+            begin = first_axis * k
+            example = first_axis
         ok = slot < k
-        row = tl.load(indices + example * stride_indices + slot, mask=ok, other=0).to(tl.int64)
+        row = tl.load(indices + begin + slot, mask=ok, other=0).to(tl.int64)
         acc = tl.zeros([BLOCK_K, BLOCK_D], ACC)
         for first in range(0, d_model, BLOCK_D):
-            col = first + tl.arange(0, BLOCK_D)
-            col_ok = col < d_model
-            vector = tl.load(vectors + example * stride_vectors + col, mask=col_ok, other=0.0)
-            tile = tl.load(
-                matrix + row[:, None] * stride_matrix + col[None, :],
-                mask=ok[:, None] & col_ok[None, :],
-                other=0.0,
-            ).to(ACC)
-            acc += tile * vector.to(ACC)[None, :]
-        tl.store(out + example * k + slot, tl.sum(acc, axis=1), mask=ok)
+            col = first + tl.arange(0, BLOCK_D)[None, :]
+            both = ok[:, None] & (col < d_model)
+            at = vectors + example * stride_vectors + col
+            if RAGGED:
+                vector = tl.load(at, mask=both, other=0.0)
+            else:
+                vector = tl.load(at, mask=col < d_model, other=0.0)
+            tile = tl.load(matrix + row[:, None] * stride_matrix + col, mask=both, other=0.0)
+            acc += tile.to(ACC) * vector.to(ACC)
+        tl.store(out + begin + slot, tl.sum(acc, axis=1), mask=ok)
 
 
-def gather_dot_triton(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
-    """Triton kernel: [batch, k] in the accumulator dtype."""
+def gather_dot_triton(
+    vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None
+) -> Tensor:
+    """Triton kernel: as many dots as indices, in the accumulator dtype."""
     dtype = accumulator_dtype(vectors, matrix)
-    batch, k = indices.shape
     d_model = matrix.shape[1]
-    vectors, matrix, indices = unit_stride(vectors), unit_stride(matrix), unit_stride(indices)
-    out = vectors.new_empty((batch, k), dtype=dtype)
+    vectors, matrix, indices = unit_stride(vectors), unit_stride(matrix), indices.contiguous()
+    out = vectors.new_empty(indices.shape, dtype=dtype)
     if out.numel() == 0:
         return out
-    block_k = 8
-    gather_dot_kernel[(batch, triton.cdiv(k, block_k))](
+    block_k, k = 8, indices.shape[-1]
+    examples = None if row_starts is None else examples_of(k, row_starts)
+    tiles = triton.cdiv(k, block_k)
+    grid = (indices.shape[0], tiles) if examples is None else (tiles,)
+    gather_dot_kernel[grid](
         vectors,
         matrix,
         indices,
+        indices if examples is None else examples,
         out,
         k,
         d_model,
         vectors.stride(0),
         matrix.stride(0),
-        indices.stride(0),
+        RAGGED=examples is not None,
         BLOCK_K=block_k,
         BLOCK_D=column_block(d_model, 256),
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
@@ -127,16 +146,18 @@ def gather_dot_triton(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tenso
 
 
 @torch.library.custom_op("saesteer::gather_dot", mutates_args=())
-def gather_dot_op(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
-    """Dots [batch, k] of ``vectors`` [batch, d_model] with rows of ``matrix`` [d_sae, d_model]."""
-    check_indices(indices, matrix.shape[0])
+def gather_dot_op(
+    vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None
+) -> Tensor:
+    """Dots of ``vectors`` [batch, d_model] with rows of ``matrix`` [d_sae, d_model]."""
+    check_entries(indices, matrix.shape[0], row_starts)
     run = gather_dot_triton if use_triton(matrix) else gather_dot_torch
     with torch.cuda.device_of(matrix):  # Triton launches on the current device
-        return run(vectors, matrix, indices)
+        return run(vectors, matrix, indices, row_starts)
 
 
 @gather_dot_op.register_fake
-def _(vectors: Tensor, matrix: Tensor, indices: Tensor) -> Tensor:
+def _(vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None) -> Tensor:
     return vectors.new_empty(indices.shape, dtype=accumulator_dtype(vectors, matrix))
 
 
@@ -149,16 +170,17 @@ def _backward(ctx: Any, grad_dots: Tensor) -> tuple[Any, ...]:
     from saesteer.kernels.sparse_decode import sparse_decode_op
     from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
-    vectors, matrix, indices = ctx.saved_tensors
+    vectors, matrix, indices, row_starts = ctx.saved_tensors
     grad_vectors = grad_matrix = None
     if ctx.needs_input_grad[0]:
-        grad_vectors = sparse_decode_op(grad_dots, indices, matrix, None).to(vectors.dtype)
+        grad_vectors = sparse_decode_op(grad_dots, indices, matrix, None, row_starts)
+        grad_vectors = grad_vectors.to(vectors.dtype)
     if ctx.needs_input_grad[1]:
         grad_matrix, _, _ = sparse_row_grads_op(
-            grad_dots, indices, vectors, matrix.shape[0], None, None
+            grad_dots, indices, vectors, matrix.shape[0], row_starts
         )
         grad_matrix = grad_matrix.to(matrix.dtype)
-    return grad_vectors, grad_matrix, None
+    return grad_vectors, grad_matrix, None, None
 
 
 gather_dot_op.register_autograd(_backward, setup_context=_setup_context)

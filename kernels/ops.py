@@ -1,4 +1,8 @@
-"""The op layer: sparse autoencoder arithmetic on the k active latents of each example.
+"""The op layer: sparse autoencoder arithmetic on the active latents of each example.
+
+Active latents come as a rectangle ``[batch, k]``, or where examples have different numbers of them
+as one list ``[entries]`` with ``row_starts`` ``[batch + 1]`` (int64): the entries of example b are
+``row_starts[b]:row_starts[b + 1]``. "slots" in a shape stands for either.
 
 Every op takes CPU and CUDA tensors, checks their shapes and picks the Triton kernel, a compiled CPU
 loop or the PyTorch twin by device and dtype (`saesteer.kernels.dispatch`). Both weight matrices are
@@ -16,12 +20,11 @@ from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
 from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.gather_dot import gather_dot_op
-from saesteer.kernels.operands import check, check_matrix, check_slots
+from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
 from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
 from saesteer.kernels.topk_encode import topk_encode_op
-from saesteer.kernels.topk_encode_fused import encode_topk_fused_op
 
 __all__ = [
     "LatentOrder",
@@ -31,7 +34,6 @@ __all__ = [
     "auxk",
     "decode_mse",
     "encode_topk",
-    "encode_topk_fused",
     "gather_dot",
     "sort_indices",
     "sparse_decode",
@@ -73,130 +75,152 @@ def encode_topk(
 
 
 def sparse_decode(
-    latent_acts: Float[Tensor, "batch k"],
-    latent_indices: Int[Tensor, "batch k"],
+    latent_acts: Float[Tensor, "*slots"],
+    latent_indices: Int[Tensor, "*slots"],
     W_dec: Float[Tensor, "d_sae d_model"],
     b_dec: Float[Tensor, " d_model"] | None = None,
+    row_starts: Int[Tensor, " starts"] | None = None,
 ) -> Float[Tensor, "batch d_model"]:
-    """Add up the k chosen decoder rows of each example, weighted by their activations, and b_dec.
+    """Add up the chosen decoder rows of each example, weighted by their activations, and b_dec.
 
     Indices may repeat; repeated rows are added twice. The result has the promoted dtype of
     latent_acts and W_dec. Differentiable in latent_acts, W_dec and b_dec, deterministically and
     with no tensor of [batch, d_sae] or [batch, k, d_model].
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or row_starts do not cut the entries into rows (their values
+            are checked on the CPU only).
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
     check_matrix("W_dec", W_dec, "d_sae, d_model")
-    check_slots(latent_indices)
-    check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    check_slots(latent_indices, row_starts)
+    check_like_slots("latent_acts", latent_acts, latent_indices)
     if b_dec is not None:
         check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
-    out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec)
+    out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec, row_starts)
     return out
 
 
 def gather_dot(
     vectors: Float[Tensor, "batch d_model"],
     matrix: Float[Tensor, "d_sae d_model"],
-    latent_indices: Int[Tensor, "batch k"],
-) -> Float[Tensor, "batch k"]:
+    latent_indices: Int[Tensor, "*slots"],
+    row_starts: Int[Tensor, " starts"] | None = None,
+) -> Float[Tensor, "*slots"]:
     """Dot product of each vector with the matrix rows that its example names.
 
     Accumulated and returned in float32 (float64 if an operand is). Differentiable in vectors and
     matrix.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or row_starts are wrong.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
     check_matrix("matrix", matrix, "d_sae, d_model")
-    check_slots(latent_indices)
-    check("vectors", vectors, (latent_indices.shape[0], matrix.shape[1]), "batch, d_model")
-    out: Tensor = gather_dot_op(vectors, matrix, latent_indices)
+    batch = check_slots(latent_indices, row_starts)
+    check("vectors", vectors, (batch, matrix.shape[1]), "batch, d_model")
+    out: Tensor = gather_dot_op(vectors, matrix, latent_indices, row_starts)
     return out
 
 
+def _check_order(order: LatentOrder | None, latent_indices: Tensor, d_sae: int) -> None:
+    if order is None:
+        return
+    check("order.order", order.order, (latent_indices.numel(),), "entries")
+    check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
+    if latent_indices.dim() == 2 and order.examples is not None:
+        raise ValueError("`order` was sorted with row_starts, but latent_indices are [batch, k]")
+    if latent_indices.dim() == 1 and order.examples is None:
+        raise ValueError("`order` was sorted without row_starts, but latent_indices are [entries]")
+    if order.examples is not None:
+        check("order.examples", order.examples, (latent_indices.numel(),), "entries")
+
+
 def sparse_row_grads(
-    weights: Float[Tensor, "batch k"],
-    latent_indices: Int[Tensor, "batch k"],
+    weights: Float[Tensor, "*slots"],
+    latent_indices: Int[Tensor, "*slots"],
     rows: Float[Tensor, "batch d_model"],
     d_sae: int,
     order: LatentOrder | None = None,
+    row_starts: Int[Tensor, " starts"] | None = None,
 ) -> tuple[Float[Tensor, "d_sae d_model"], Int[Tensor, " d_sae"]]:
     """Per latent, the weighted sum of the rows of the examples that name it.
 
-    With ``order = sort_indices(latent_indices, d_sae)`` several calls share one sort. Every sum is
-    taken in batch order, so results repeat bit for bit. Latents that nothing names get zeros.
-    Differentiable in weights and rows.
+    With ``order = sort_indices(latent_indices, d_sae, row_starts)`` several calls share one sort.
+    Every sum is taken in batch order, so results repeat bit for bit. Latents that nothing names get
+    zeros. Differentiable in weights and rows.
 
     Returns:
         the sums (float32, or float64 if an operand is), and per latent the number of weights other
         than 0 (int64): with latent activations as weights, how often it fired.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or row_starts are wrong.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
     check_matrix("rows", rows, "batch, d_model")
-    check_slots(latent_indices)
-    check("weights", weights, tuple(latent_indices.shape), "batch, k")
-    check("rows", rows, (latent_indices.shape[0], rows.shape[1]), "batch, d_model")
-    if order is not None:
-        check("order.order", order.order, (latent_indices.numel(),), "batch * k")
-        check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
-    entries, starts = (None, None) if order is None else order
-    grads, _, counts = sparse_row_grads_op(weights, latent_indices, rows, d_sae, entries, starts)
+    batch = check_slots(latent_indices, row_starts)
+    check_like_slots("weights", weights, latent_indices)
+    check("rows", rows, (batch, rows.shape[1]), "batch, d_model")
+    _check_order(order, latent_indices, d_sae)
+    grads, _, counts = sparse_row_grads_op(
+        weights, latent_indices, rows, d_sae, row_starts, *(order or ())
+    )
     return grads, counts
 
 
 def sparse_pair_grads(
-    weights_a: Float[Tensor, "batch k"],
-    rows_a: Float[Tensor, "batch d_model"],
-    weights_b: Float[Tensor, "batch k"],
-    rows_b: Float[Tensor, "batch d_model"],
-    latent_indices: Int[Tensor, "batch k"],
+    weights_a: Float[Tensor, "*slots"],
+    rows_a: Float[Tensor, "batch width_a"],
+    weights_b: Float[Tensor, "*slots"],
+    rows_b: Float[Tensor, "batch width_b"],
+    latent_indices: Int[Tensor, "*slots"],
     d_sae: int,
     order: LatentOrder | None = None,
+    row_starts: Int[Tensor, " starts"] | None = None,
 ) -> tuple[
-    Float[Tensor, "d_sae d_model"],
-    Float[Tensor, "d_sae d_model"],
+    Float[Tensor, "d_sae width_a"],
+    Float[Tensor, "d_sae width_b"],
     Float[Tensor, " d_sae"],
     Int[Tensor, " d_sae"],
 ]:
     """`sparse_row_grads` for two pairs of weights and rows that share their latents.
 
-    For a TopK SAE: (latent activations, errors) and (gradients of the pre-activations, inputs).
+    For an SAE: (latent activations, errors) and (gradients of the pre-activations, inputs). Errors
+    and inputs may differ in width.
 
     Returns:
         the sums of a and of b, the sums of the weights b, and the nonzero weights a per latent.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or row_starts are wrong.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
-    check_slots(latent_indices)
-    batch, slots = latent_indices.shape[0], tuple(latent_indices.shape)
+    batch = check_slots(latent_indices, row_starts)
     for name, weights, rows in (("a", weights_a, rows_a), ("b", weights_b, rows_b)):
-        check(f"weights_{name}", weights, slots, "batch, k")
+        check_like_slots(f"weights_{name}", weights, latent_indices)
         check_matrix(f"rows_{name}", rows, "batch, d_model")
-        check(f"rows_{name}", rows, (batch, rows_a.shape[1]), "batch, d_model")
-    entries, starts = (None, None) if order is None else order
+        check(f"rows_{name}", rows, (batch, rows.shape[1]), "batch, d_model")
+    _check_order(order, latent_indices, d_sae)
     grads_a, grads_b, sums_b, counts = sparse_pair_grads_op(
-        weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, entries, starts
+        weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, row_starts, *(order or ())
     )
     return grads_a, grads_b, sums_b, counts
 
 
 def decode_mse(
-    latent_acts: Float[Tensor, "batch k"],
-    latent_indices: Int[Tensor, "batch k"],
+    latent_acts: Float[Tensor, "*slots"],
+    latent_indices: Int[Tensor, "*slots"],
     W_dec: Float[Tensor, "d_sae d_model"],
     b_dec: Float[Tensor, " d_model"],
     target: Float[Tensor, "batch d_model"],
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"], Float[Tensor, "batch k"]]:
+    row_starts: Int[Tensor, " starts"] | None = None,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"], Float[Tensor, "*slots"]]:
     """Squared error of the decoded vectors, the error itself, and the slots' part of its gradient.
+
+    In one pass. Apart, where something has to come in between (partial reconstructions of several
+    devices to add up, say), it is ``error = sparse_decode(latent_acts, latent_indices, W_dec,
+    b_dec) - target``, ``error.square().sum(1)`` and ``gather_dot(error, W_dec, latent_indices)``.
 
     Returns:
         ``|error|^2`` of each example; ``error = decoded - target``; and ``<error, W_dec[index]>``
@@ -206,16 +230,16 @@ def decode_mse(
         (float64 if an operand is).
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or row_starts are wrong.
         IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
     """
     check_matrix("W_dec", W_dec, "d_sae, d_model")
-    check_slots(latent_indices)
-    check("latent_acts", latent_acts, tuple(latent_indices.shape), "batch, k")
+    batch = check_slots(latent_indices, row_starts)
+    check_like_slots("latent_acts", latent_acts, latent_indices)
     check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
-    check("target", target, (latent_indices.shape[0], W_dec.shape[1]), "batch, d_model")
+    check("target", target, (batch, W_dec.shape[1]), "batch, d_model")
     squared_error, error, act_grads = decode_mse_op(
-        latent_acts, latent_indices, W_dec, b_dec, target
+        latent_acts, latent_indices, W_dec, b_dec, target, row_starts
     )
     return squared_error, error, act_grads
 
@@ -228,7 +252,7 @@ def auxk(
     W_dec: Float[Tensor, "d_sae d_model"],
     ids: Int[Tensor, " dead"],
     k_aux: int,
-    alive: Bool[Tensor, " dead"] | None = None,
+    is_filler: Bool[Tensor, " dead"] | None = None,
 ) -> tuple[
     Float[Tensor, ""],
     Float[Tensor, "dead d_model"],
@@ -237,8 +261,8 @@ def auxk(
 ]:
     """Auxiliary loss of the latents ``ids`` on ``residual``, and its gradients for those latents.
 
-    ``alive`` marks entries of ``ids`` that only fill the list: they take no part. x and residual
-    are data and get no gradient. See `saesteer.kernels.auxk` for the formula.
+    ``is_filler`` marks entries of ``ids`` that only fill the list: they take no part. x and
+    residual are data and get no gradient. See `saesteer.kernels.auxk` for the formula.
 
     Returns:
         the loss, and its gradients by ``W_enc_rows[ids]``, ``b_enc[ids]`` and ``W_dec[ids]``. The
@@ -253,12 +277,12 @@ def auxk(
     check("b_enc", b_enc, (d_sae,), "d_sae")
     check_matrix("x", x, "batch, d_model")
     check("residual", residual, tuple(x.shape), "batch, d_model")
-    if alive is not None:
-        check("alive", alive, tuple(ids.shape), "dead")
+    if is_filler is not None:
+        check("is_filler", is_filler, tuple(ids.shape), "dead")
     if k_aux < 1:
         raise ValueError(f"k_aux must be at least 1, got {k_aux}")
     loss, W_enc_grads, b_enc_grads, W_dec_grads = auxk_op(
-        x, residual, W_enc_rows, b_enc, W_dec, ids, alive, k_aux
+        x, residual, W_enc_rows, b_enc, W_dec, ids, is_filler, k_aux
     )
     return loss, W_enc_grads, b_enc_grads, W_dec_grads
 
@@ -323,8 +347,8 @@ def adam_sparse_rows_(
     param: Float[Tensor, "d_sae d_model"],
     exp_avg: Float[Tensor, "d_sae d_model"],
     exp_avg_sq: Float[Tensor, "d_sae d_model"],
-    weights: Float[Tensor, "batch k"],
-    latent_indices: Int[Tensor, "batch k"],
+    weights: Float[Tensor, "*slots"],
+    latent_indices: Int[Tensor, "*slots"],
     rows: Float[Tensor, "batch d_model"],
     order: LatentOrder,
     *,
@@ -336,11 +360,12 @@ def adam_sparse_rows_(
     unit_rows: bool = False,
     extra: Float[Tensor, "some d_model"] | None = None,
     extra_ids: Int[Tensor, " some"] | None = None,
+    row_starts: Int[Tensor, " starts"] | None = None,
 ) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
     """`sparse_row_grads` times ``factor``, plus ``extra`` at rows ``extra_ids``, then `adam_rows_`.
 
-    ``order`` is `sort_indices(latent_indices, d_sae)`; ``extra_ids`` are distinct. On the CPU no
-    gradient of the size of param is made.
+    ``order`` is `sort_indices(latent_indices, d_sae, row_starts)`; ``extra_ids`` are distinct. On
+    the CPU no gradient of the size of param is made.
 
     Returns:
         per latent, ``factor`` times the sum of its weights, and how many of them are not 0.
@@ -350,46 +375,15 @@ def adam_sparse_rows_(
     """
     check_matrix("param", param, "d_sae, d_model")
     _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
-    check_slots(latent_indices)
-    check("weights", weights, tuple(latent_indices.shape), "batch, k")
-    check("rows", rows, (latent_indices.shape[0], param.shape[1]), "batch, d_model")
-    check("order.order", order.order, (latent_indices.numel(),), "batch * k")
-    check("order.starts", order.starts, (param.shape[0] + 1,), "d_sae + 1")
+    batch = check_slots(latent_indices, row_starts)
+    check_like_slots("weights", weights, latent_indices)
+    check("rows", rows, (batch, param.shape[1]), "batch, d_model")
+    _check_order(order, latent_indices, param.shape[0])
     if extra is not None and extra_ids is not None:
         check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
     with torch.no_grad():
         sums, counts = adam_sparse_rows_op(
-            param, exp_avg, exp_avg_sq, weights, latent_indices, rows, *order, factor, schedule,
+            param, exp_avg, exp_avg_sq, weights, rows, *order, factor, schedule,
             beta1, beta2, eps, unit_rows, extra, extra_ids,
         )  # fmt: skip
     return sums, counts
-
-
-def encode_topk_fused(
-    x: Float[Tensor, "batch d_model"],
-    W_enc_rows: Float[Tensor, "d_sae d_model"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-    *,
-    strided: bool = False,
-) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """What `encode_topk` gives, from a product whose pre-activations are never stored.
-
-    Needs memory for a few candidates of every 128 latents instead of dense pre-activations. Exact:
-    rows whose candidates do not prove that nothing was missed are redone. That is rare where the
-    order of the latents says nothing about how often they fire; for dictionaries sorted by
-    frequency ``strided`` deals neighbouring latents out to different tiles. It changes no result.
-    float64, and k too large for candidates to pay, go to `encode_topk`.
-
-    Raises:
-        ValueError: shapes disagree, or k is not in 1..d_sae.
-    """
-    check_matrix("x", x, "batch, d_model")
-    check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
-    d_sae = W_enc_rows.shape[0]
-    check("W_enc_rows", W_enc_rows, (d_sae, x.shape[1]), "d_sae, d_model")
-    check("b_enc", b_enc, (d_sae,), "d_sae")
-    if not 0 < k <= d_sae:
-        raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
-    acts, indices = encode_topk_fused_op(x, W_enc_rows, b_enc, k, strided)
-    return acts, indices

@@ -1,9 +1,11 @@
-"""Both weight gradients of a TopK SAE from one grouping of its entries by latent.
+"""Both weight gradients of an SAE from one grouping of its entries by latent.
 
 ``grads_a[f] = sum over (b, i) with indices[b, i] == f of weights_a[b, i] * rows_a[b]``, and the
 same with b: for the decoder (latent activations, errors), for the encoder (gradients of the
-pre-activations, inputs). The sums of the second weights are the gradient of b_enc, and the nonzero
-first weights say how often each latent fired: neither costs another look at the entries.
+pre-activations, inputs). The two widths may differ, as the input and the target of an SAE may. The
+sums of the second weights are the gradient of b_enc, and the nonzero first weights say how often
+each latent fired: neither costs another look at the entries. Entries may be ragged
+(`saesteer.kernels.entries`).
 """
 
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saesteer.kernels.dispatch import accumulator_dtype, check_indices, use_triton
+from saesteer.kernels.dispatch import accumulator_dtype, use_triton
+from saesteer.kernels.entries import check_entries
 from saesteer.kernels.sparse_row_grads import (
     LatentOrder,
     count_nonzero,
@@ -32,30 +35,31 @@ def sparse_pair_grads_reference(
     rows_b: Tensor,
     indices: Tensor,
     d_sae: int,
+    row_starts: Tensor | None = None,
 ) -> Four:
     """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
-    grads_a, _, counts_a = sparse_row_grads_reference(weights_a, indices, rows_a, d_sae)
-    grads_b, sums_b, _ = sparse_row_grads_reference(weights_b, indices, rows_b, d_sae)
+    grads_a, _, counts_a = sparse_row_grads_reference(weights_a, indices, rows_a, d_sae, row_starts)
+    grads_b, sums_b, _ = sparse_row_grads_reference(weights_b, indices, rows_b, d_sae, row_starts)
     return grads_a, grads_b, sums_b, counts_a
 
 
 def sparse_pair_grads_torch(
     weights_a: Tensor, rows_a: Tensor, weights_b: Tensor, rows_b: Tensor, order: LatentOrder
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch twin: both row sums [d_sae, d_model] and the sums of the second weights [d_sae]."""
+) -> Four:
+    """PyTorch twin: both row sums, the sums of the second weights, the counts of the first."""
     grads_a, _ = sparse_row_grads_torch(weights_a, rows_a, order)
     grads_b, sums_b = sparse_row_grads_torch(weights_b, rows_b, order)
-    return grads_a, grads_b, sums_b
+    return grads_a, grads_b, sums_b, count_nonzero(weights_a, order)
 
 
 def sparse_pair_grads_triton(
     weights_a: Tensor, rows_a: Tensor, weights_b: Tensor, rows_b: Tensor, order: LatentOrder
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Four:
     """Triton kernels, with one work list for both."""
-    work = work_list(order)
-    grads_a, _ = sparse_row_grads_triton(weights_a, rows_a, order, work)
-    grads_b, sums_b = sparse_row_grads_triton(weights_b, rows_b, order, work)
-    return grads_a, grads_b, sums_b
+    work = work_list(weights_a, order)
+    grads_a, _, counts_a = sparse_row_grads_triton(weights_a, rows_a, order, work)
+    grads_b, sums_b, _ = sparse_row_grads_triton(weights_b, rows_b, order, work)
+    return grads_a, grads_b, sums_b, counts_a
 
 
 @torch.library.custom_op("saesteer::sparse_pair_grads", mutates_args=())
@@ -66,16 +70,17 @@ def sparse_pair_grads_op(
     rows_b: Tensor,
     indices: Tensor,
     d_sae: int,
-    order: Tensor | None,
-    starts: Tensor | None,
+    row_starts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row sums a and b [d_sae, d_model], weight sums b [d_sae], nonzero counts a [d_sae]."""
-    check_indices(indices, d_sae)
+    """Row sums a and b [d_sae, its width], weight sums b [d_sae], nonzero counts a [d_sae]."""
+    check_entries(indices, d_sae, row_starts)
     with torch.cuda.device_of(rows_a):  # Triton launches on the current device
-        grouped = grouped_by(indices, d_sae, order, starts)
-        counts = count_nonzero(weights_a, grouped)
+        grouped = grouped_by(indices, d_sae, row_starts, order, starts, examples)
         run = sparse_pair_grads_triton if use_triton(rows_a) else sparse_pair_grads_torch
-        return (*run(weights_a, rows_a, weights_b, rows_b, grouped), counts)
+        return run(weights_a, rows_a, weights_b, rows_b, grouped)
 
 
 @sparse_pair_grads_op.register_fake
@@ -86,8 +91,10 @@ def _(
     rows_b: Tensor,
     indices: Tensor,
     d_sae: int | torch.SymInt,
-    order: Tensor | None,
-    starts: Tensor | None,
+    row_starts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> Four:
     dtype_a = accumulator_dtype(weights_a, rows_a)
     dtype_b = accumulator_dtype(weights_b, rows_b)
@@ -100,26 +107,28 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs[:5], inputs[6])
 
 
 def _backward(ctx: Any, up_a: Tensor, up_b: Tensor, up_sums: Tensor, up_counts: Any) -> Any:
     from saesteer.kernels.gather_dot import gather_dot_op
     from saesteer.kernels.sparse_decode import sparse_decode_op
 
-    weights_a, rows_a, weights_b, rows_b, indices = ctx.saved_tensors
+    weights_a, rows_a, weights_b, rows_b, indices, row_starts = ctx.saved_tensors
     needed = ctx.needs_input_grad
     grad_weights_a = grad_rows_a = grad_weights_b = grad_rows_b = None
     if needed[0]:
-        grad_weights_a = gather_dot_op(rows_a, up_a, indices).to(weights_a.dtype)
+        grad_weights_a = gather_dot_op(rows_a, up_a, indices, row_starts).to(weights_a.dtype)
     if needed[1]:
-        grad_rows_a = sparse_decode_op(weights_a, indices, up_a, None).to(rows_a.dtype)
+        grad_rows_a = sparse_decode_op(weights_a, indices, up_a, None, row_starts)
+        grad_rows_a = grad_rows_a.to(rows_a.dtype)
     if needed[2]:
-        grad_weights_b = gather_dot_op(rows_b, up_b, indices) + up_sums[indices]
+        grad_weights_b = gather_dot_op(rows_b, up_b, indices, row_starts) + up_sums[indices]
         grad_weights_b = grad_weights_b.to(weights_b.dtype)
     if needed[3]:
-        grad_rows_b = sparse_decode_op(weights_b, indices, up_b, None).to(rows_b.dtype)
-    return grad_weights_a, grad_rows_a, grad_weights_b, grad_rows_b, None, None, None, None
+        grad_rows_b = sparse_decode_op(weights_b, indices, up_b, None, row_starts)
+        grad_rows_b = grad_rows_b.to(rows_b.dtype)
+    return (grad_weights_a, grad_rows_a, grad_weights_b, grad_rows_b, *(None,) * 6)
 
 
 sparse_pair_grads_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,7 @@
 """Sum rows of a batch into the latents they belong to: the gradient of a sparse matrix product.
 
-``grads[f] = sum over (b, i) with indices[b, i] == f of weights[b, i] * rows[b]``
+``grads[f] = sum over (b, i) with indices[b, i] == f of weights[b, i] * rows[b]``, for entries in
+either form of `saesteer.kernels.entries`.
 
 Both weight gradients of a TopK SAE have this form: decoder (weights = latent activations, rows =
 output gradient) and encoder (weights = gradient of the pre-activations, rows = input). The entries
@@ -16,47 +17,66 @@ from torch import Tensor
 
 from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
+    Tile,
     accumulator_dtype,
-    check_indices,
-    column_block,
     unit_stride,
     use_triton,
 )
+from saesteer.kernels.entries import check_entries, check_row_starts, examples_of, to_dense
 
 CHUNK = 64
 """Most entries that one Triton program adds up. A latent with more is split into chunks, and a
 second kernel adds their sums in order: a latent that always fires would hold up all others."""
 
+TILES = (Tile(8, 2048, 4), Tile(8, 512, 1), Tile(16, 1024, 2), Tile(4, 2048, 4))
+"""The first is used; the others wait for a GPU to judge (`benchmarks/kernel_tiles.py`)."""
+
 
 class LatentOrder(NamedTuple):
-    """The entries of an index matrix [batch, k], grouped by latent."""
+    """The entries of a batch, grouped by latent."""
 
     order: Tensor
-    """[batch * k] int64: positions in the flattened matrix, by latent, then by position."""
+    """[entries] int64: positions in the flattened entries, by latent, then by position."""
     starts: Tensor
     """[d_sae + 1] int64: latent f owns ``order[starts[f]:starts[f + 1]]``."""
+    examples: Tensor | None = None
+    """[entries] int64: the example of each entry. None for a rectangle, where it is entry // k."""
 
 
-def sort_indices(indices: Tensor, d_sae: int) -> LatentOrder:
-    """Group the entries of ``indices`` [batch, k] (values in 0..d_sae-1) by latent.
+def sort_indices(indices: Tensor, d_sae: int, row_starts: Tensor | None = None) -> LatentOrder:
+    """Group entries by latent: ``indices`` [batch, k], or [entries] with ``row_starts``.
 
-    The sort is stable: a latent's entries stay in batch order, which fixes the order of its sum.
+    Values are in 0..d_sae-1. The sort is stable: a latent's entries stay in batch order, which
+    fixes the order of its sum.
     """
+    if not torch.compiler.is_compiling():
+        check_row_starts(indices, row_starts)
     flat = indices.reshape(-1)
     # 32-bit keys sort faster, and d_sae always fits.
     ordered, order = flat.to(torch.int32).sort(stable=True)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=flat.device)
-    return LatentOrder(order, torch.searchsorted(ordered, bounds))
+    examples = None if row_starts is None else examples_of(len(flat), row_starts)
+    return LatentOrder(order, torch.searchsorted(ordered, bounds), examples)
 
 
 def sparse_row_grads_reference(
-    weights: Tensor, indices: Tensor, rows: Tensor, d_sae: int
+    weights: Tensor,
+    indices: Tensor,
+    rows: Tensor,
+    d_sae: int,
+    row_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
-    dense = weights.new_zeros((rows.shape[0], d_sae)).scatter_add(1, indices, weights)
-    hits = torch.zeros_like(dense, dtype=torch.int64)
-    hits = hits.scatter_add(1, indices, (weights != 0).to(torch.int64))
+    dense = to_dense(weights, indices, d_sae, row_starts)
+    hits = to_dense((weights != 0).to(torch.int64), indices, d_sae, row_starts)
     return dense.t() @ rows, dense.sum(0), hits.sum(0)
+
+
+def sorted_examples(weights: Tensor, order: LatentOrder) -> Tensor:
+    """Example of each entry in the order of the latents, [entries] int64."""
+    if order.examples is None:
+        return order.order // weights.shape[1]
+    return order.examples[order.order]
 
 
 def sparse_row_grads_torch(
@@ -64,16 +84,15 @@ def sparse_row_grads_torch(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch twin: row sums [d_sae, d_model] and weight sums [d_sae]."""
     acc = accumulator_dtype(weights, rows)
-    entries, starts = order
-    sorted_weights = weights.reshape(-1)[entries].to(acc)
-    examples = entries // weights.shape[1]
+    sorted_weights = weights.reshape(-1)[order.order].to(acc)
+    examples = sorted_examples(weights, order)
 
     def add_up(matrix: Tensor) -> Tensor:
         # A bag per latent. Several times faster on a CPU than a CSR product, and as exact.
         return F.embedding_bag(
             examples,
             matrix,
-            starts,
+            order.starts,
             mode="sum",
             per_sample_weights=sorted_weights,
             include_last_offset=True,
@@ -83,199 +102,6 @@ def sparse_row_grads_torch(
     return add_up(rows.to(acc).contiguous()), sums.contiguous()
 
 
-if TRITON_INSTALLED:
-    import triton
-    import triton.language as tl
-
-    @triton.jit(do_not_specialize=["k"])
-    @no_type_check
-    def row_grads_kernel(
-        weights,
-        rows,
-        order,
-        starts,
-        chunk_latents,
-        chunk_counts,
-        chunk_ends,
-        partial_ends,
-        grads,
-        sums,
-        partial_grads,
-        partial_sums,
-        k,
-        d_sae,
-        d_model,
-        stride_rows,
-        CHUNK: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        ACC: tl.constexpr,
-    ):
-        """One chunk of one latent's entries, for BLOCK_D columns."""
-        chunk = tl.program_id(0).to(tl.int64)
-        latent = tl.load(chunk_latents + chunk)
-        if latent >= d_sae:  # the grid is an upper bound: the host does not know the chunk count
-            return
-        n_chunks = tl.load(chunk_counts + latent)
-        part = chunk - (tl.load(chunk_ends + latent) - n_chunks)
-        begin = tl.load(starts + latent) + part * CHUNK
-        end = tl.minimum(begin + CHUNK, tl.load(starts + latent + 1))
-
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        col_ok = cols < d_model
-        acc = tl.zeros([BLOCK_D], ACC)
-        weight_sum = tl.zeros([BLOCK_N], ACC)
-        for first in range(begin, end, BLOCK_N):
-            at = first + tl.arange(0, BLOCK_N)
-            ok = at < end
-            entry = tl.load(order + at, mask=ok, other=0)
-            weight = tl.load(weights + entry, mask=ok, other=0.0).to(ACC)
-            row = tl.load(
-                rows + (entry // k)[:, None] * stride_rows + cols[None, :],
-                mask=ok[:, None] & col_ok[None, :],
-                other=0.0,
-            ).to(ACC)
-            acc += tl.sum(weight[:, None] * row, axis=0)
-            weight_sum += weight
-        total = tl.sum(weight_sum, axis=0)
-        if n_chunks == 1:
-            tl.store(grads + latent * d_model + cols, acc, mask=col_ok)
-            if tl.program_id(1) == 0:
-                tl.store(sums + latent, total)
-        else:
-            slot = tl.load(partial_ends + latent) - n_chunks + part
-            tl.store(partial_grads + slot * d_model + cols, acc, mask=col_ok)
-            if tl.program_id(1) == 0:
-                tl.store(partial_sums + slot, total)
-
-    @triton.jit
-    @no_type_check
-    def add_partials_kernel(
-        partial_latents,
-        chunk_counts,
-        partial_ends,
-        grads,
-        sums,
-        partial_grads,
-        partial_sums,
-        d_sae,
-        d_model,
-        BLOCK_D: tl.constexpr,
-        ACC: tl.constexpr,
-    ):
-        """Add a split latent's chunk sums in order. The program of its first chunk does it."""
-        slot = tl.program_id(0).to(tl.int64)
-        latent = tl.load(partial_latents + slot)
-        if latent >= d_sae:
-            return
-        n_chunks = tl.load(chunk_counts + latent)
-        end = tl.load(partial_ends + latent)
-        if slot != end - n_chunks:
-            return
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        col_ok = cols < d_model
-        acc = tl.zeros([BLOCK_D], ACC)
-        total = tl.zeros([1], ACC)
-        for part in range(slot, end):
-            at = tl.cast(part, tl.int64)
-            acc += tl.load(partial_grads + at * d_model + cols, mask=col_ok, other=0.0)
-            total += tl.load(partial_sums + at)
-        tl.store(grads + latent * d_model + cols, acc, mask=col_ok)
-        if tl.program_id(1) == 0:
-            tl.store(sums + latent + tl.arange(0, 1), total)
-
-
-class WorkList(NamedTuple):
-    """Which Triton program sums what: made on the device, with sizes the host can know."""
-
-    chunk_latents: Tensor
-    chunk_counts: Tensor
-    chunk_ends: Tensor
-    partial_latents: Tensor
-    partial_ends: Tensor
-
-
-def work_list(order: LatentOrder) -> WorkList:
-    """Cut each latent's entries into chunks. Every latent has one, so that unused ones are zeroed.
-
-    Both lengths are upper bounds: the true ones would cost a wait for the device.
-    """
-    counts = order.starts.diff()
-    n_entries, d_sae = order.order.numel(), counts.numel()
-    chunk_counts = ((counts + CHUNK - 1) // CHUNK).clamp(min=1)
-    chunk_ends = chunk_counts.cumsum(0)
-    partial_ends = torch.where(chunk_counts > 1, chunk_counts, 0).cumsum(0)
-    max_chunks = d_sae + n_entries // CHUNK
-    max_partials = 2 * n_entries // CHUNK
-    slots = torch.arange(max(max_chunks, max_partials), device=counts.device)
-    return WorkList(
-        torch.searchsorted(chunk_ends, slots[:max_chunks], right=True),
-        chunk_counts,
-        chunk_ends,
-        torch.searchsorted(partial_ends, slots[:max_partials], right=True),
-        partial_ends,
-    )
-
-
-def sparse_row_grads_triton(
-    weights: Tensor, rows: Tensor, order: LatentOrder, work: WorkList | None = None
-) -> tuple[Tensor, Tensor]:
-    """Triton kernel: row sums [d_sae, d_model] and weight sums [d_sae]."""
-    entries, starts = order
-    d_sae, d_model = starts.numel() - 1, rows.shape[1]
-    dtype = accumulator_dtype(weights, rows)
-    acc = tl.float64 if dtype == torch.float64 else tl.float32
-    weights, rows = weights.contiguous(), unit_stride(rows)
-    grads = rows.new_empty((d_sae, d_model), dtype=dtype)
-    sums = rows.new_empty((d_sae,), dtype=dtype)
-    if d_sae == 0 or d_model == 0:
-        return grads, sums.zero_()
-    work = work or work_list(order)
-    max_chunks, max_partials = len(work.chunk_latents), len(work.partial_latents)
-    partial_grads = grads.new_empty((max_partials, d_model))
-    partial_sums = sums.new_empty((max_partials,))
-
-    block_d = column_block(d_model, 512)
-    d_tiles = triton.cdiv(d_model, block_d)
-    row_grads_kernel[(max_chunks, d_tiles)](
-        weights,
-        rows,
-        entries,
-        starts,
-        work.chunk_latents,
-        work.chunk_counts,
-        work.chunk_ends,
-        work.partial_ends,
-        grads,
-        sums,
-        partial_grads,
-        partial_sums,
-        weights.shape[1],
-        d_sae,
-        d_model,
-        rows.stride(0),
-        CHUNK=CHUNK,
-        BLOCK_N=8,
-        BLOCK_D=block_d,
-        ACC=acc,
-    )
-    if max_partials:
-        add_partials_kernel[(max_partials, d_tiles)](
-            work.partial_latents,
-            work.chunk_counts,
-            work.partial_ends,
-            grads,
-            sums,
-            partial_grads,
-            partial_sums,
-            d_sae,
-            d_model,
-            BLOCK_D=block_d,
-            ACC=acc,
-        )
-    return grads, sums
-
-
 def count_nonzero(weights: Tensor, order: LatentOrder) -> Tensor:
     """Per latent the number of its weights that are not 0, [d_sae] int64."""
     nonzero = weights.new_zeros((weights.numel() + 1,), dtype=torch.int64)
@@ -283,13 +109,205 @@ def count_nonzero(weights: Tensor, order: LatentOrder) -> Tensor:
     return nonzero[order.starts].diff()
 
 
+if TRITON_INSTALLED:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    @no_type_check
+    def row_grads_kernel(
+        weights,
+        rows,
+        order,
+        examples,
+        starts,
+        owners,
+        grads,
+        sums,
+        counts,
+        d_sae,
+        d_model,
+        stride_rows,
+        CHUNK: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        STAGES: tl.constexpr,
+        ACC: tl.constexpr,
+    ):
+        """One chunk of one latent's entries, for BLOCK_D columns.
+
+        Slot f < d_sae is the first chunk of latent f, also where it has no entries. Slot d_sae + e
+        is the later chunk that begins at one of the entries e * CHUNK to e * CHUNK + CHUNK - 1:
+        there is one at most, and entry e * CHUNK is of the same latent, owners[e] - 1.
+        """
+        slot = tl.program_id(0).to(tl.int64)
+        extra = slot - d_sae
+        latent = tl.load(owners + extra, mask=extra >= 0, other=0) - 1
+        latent = tl.where(extra >= 0, latent, slot)
+        start = tl.load(starts + latent)
+        stop = tl.load(starts + latent + 1)
+        part = tl.where(extra >= 0, (extra * CHUNK - start + CHUNK - 1) // CHUNK, 0)
+        begin = start + part * CHUNK
+        if (extra >= 0) & ((part == 0) | (begin >= stop)):
+            return
+        end = tl.minimum(begin + CHUNK, stop)
+
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        col_ok = cols < d_model
+        acc = tl.zeros([BLOCK_D], ACC)
+        total = tl.zeros([ROWS], ACC)
+        hits = tl.zeros([ROWS], tl.int32)
+        for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+            at = first + tl.arange(0, ROWS)
+            ok = at < end
+            example = tl.load(examples + at, mask=ok, other=0)
+            entry = tl.load(order + at, mask=ok, other=0)
+            weight = tl.load(weights + entry, mask=ok, other=0.0).to(ACC)
+            row = tl.load(
+                rows + example[:, None] * stride_rows + cols[None, :],
+                mask=ok[:, None] & col_ok[None, :],
+                other=0.0,
+            ).to(ACC)
+            acc += tl.sum(weight[:, None] * row, axis=0)
+            total += weight
+            hits += (weight != 0).to(tl.int32)
+        tl.store(grads + slot * d_model + cols, acc, mask=col_ok)
+        if tl.program_id(1) == 0:
+            tl.store(sums + slot, tl.sum(total, axis=0))
+            tl.store(counts + slot, tl.sum(hits, axis=0).to(tl.int64))
+
+    @triton.jit
+    @no_type_check
+    def add_chunks_kernel(
+        starts,
+        owners,
+        grads,
+        sums,
+        counts,
+        d_sae,
+        d_model,
+        CHUNK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        ACC: tl.constexpr,
+    ):
+        """Add a latent's later chunks to its first in order. The program of its second does it."""
+        extra = tl.program_id(0).to(tl.int64)
+        latent = tl.load(owners + extra) - 1
+        start = tl.load(starts + latent)
+        stop = tl.load(starts + latent + 1)
+        part = (extra * CHUNK - start + CHUNK - 1) // CHUNK
+        if (part != 1) | (start + CHUNK >= stop):
+            return
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        col_ok = cols < d_model
+        at_first = grads + latent * d_model + cols
+        acc = tl.load(at_first, mask=col_ok, other=0.0)
+        one = tl.arange(0, 1)
+        total = tl.load(sums + latent + one)
+        hits = tl.load(counts + latent + one)
+        for later in range(0, (stop - start - 1) // CHUNK):
+            slot = d_sae + extra + later
+            acc += tl.load(grads + slot * d_model + cols, mask=col_ok, other=0.0)
+            total += tl.load(sums + slot + one)
+            hits += tl.load(counts + slot + one)
+        tl.store(at_first, acc, mask=col_ok)
+        if tl.program_id(1) == 0:
+            tl.store(sums + latent + one, total)
+            tl.store(counts + latent + one, hits)
+
+
+class WorkList(NamedTuple):
+    """What several sums over one grouping share. No size in it depends on the latents' counts,
+    which the host would have to wait for."""
+
+    examples: Tensor
+    """[entries] int64, in the order of the latents."""
+    owners: Tensor
+    """1 + the latent of every CHUNK-th entry of the order."""
+
+
+def work_list(weights: Tensor, order: LatentOrder) -> WorkList:
+    firsts = torch.arange(0, order.order.numel(), CHUNK, device=order.starts.device)
+    owners = torch.searchsorted(order.starts, firsts, right=True)
+    return WorkList(sorted_examples(weights, order), owners)
+
+
+def sparse_row_grads_triton(
+    weights: Tensor, rows: Tensor, order: LatentOrder, work: WorkList | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton kernel: row sums [d_sae, d_model], weight sums [d_sae], nonzero counts [d_sae]."""
+    d_sae, d_model = order.starts.numel() - 1, rows.shape[1]
+    dtype = accumulator_dtype(weights, rows)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    weights, rows = weights.contiguous(), unit_stride(rows)
+    work = work or work_list(weights, order)
+    slots = d_sae + len(work.owners)
+    grads = rows.new_empty((slots, d_model), dtype=dtype)
+    sums = rows.new_empty((slots,), dtype=dtype)
+    counts = rows.new_empty((slots,), dtype=torch.int64)
+    if d_sae == 0:
+        return grads, sums, counts
+
+    tile = TILES[0]
+    block_d, warps = tile.fit(max(1, d_model), rows.element_size())
+    d_tiles = triton.cdiv(max(1, d_model), block_d)  # one also where only sums are wanted
+    row_grads_kernel[(slots, d_tiles)](
+        weights,
+        rows,
+        order.order,
+        work.examples,
+        order.starts,
+        work.owners,
+        grads,
+        sums,
+        counts,
+        d_sae,
+        d_model,
+        rows.stride(0),
+        CHUNK=CHUNK,
+        ROWS=tile.rows,
+        BLOCK_D=block_d,
+        STAGES=tile.stages,
+        ACC=acc,
+        num_warps=warps,
+    )
+    if slots > d_sae:
+        add_chunks_kernel[(slots - d_sae, d_tiles)](
+            order.starts,
+            work.owners,
+            grads,
+            sums,
+            counts,
+            d_sae,
+            d_model,
+            CHUNK=CHUNK,
+            BLOCK_D=block_d,
+            ACC=acc,
+            num_warps=warps,
+        )
+    return grads[:d_sae], sums[:d_sae], counts[:d_sae]
+
+
+def sum_rows(weights: Tensor, rows: Tensor, order: LatentOrder) -> tuple[Tensor, Tensor, Tensor]:
+    """Row sums [d_sae, d_model], weight sums [d_sae], nonzero counts [d_sae]."""
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        if use_triton(rows):
+            return sparse_row_grads_triton(weights, rows, order)
+        return (*sparse_row_grads_torch(weights, rows, order), count_nonzero(weights, order))
+
+
 def grouped_by(
-    indices: Tensor, d_sae: int, order: Tensor | None, starts: Tensor | None
+    indices: Tensor,
+    d_sae: int,
+    row_starts: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    examples: Tensor | None,
 ) -> LatentOrder:
     """What the caller has sorted already, or a sort of ``indices`` now."""
     if order is None or starts is None:
-        return sort_indices(indices, d_sae)
-    return LatentOrder(order, starts)
+        return sort_indices(indices, d_sae, row_starts)
+    return LatentOrder(order, starts, examples)
 
 
 @torch.library.custom_op("saesteer::sparse_row_grads", mutates_args=())
@@ -298,19 +316,17 @@ def sparse_row_grads_op(
     indices: Tensor,
     rows: Tensor,
     d_sae: int,
-    order: Tensor | None,
-    starts: Tensor | None,
+    row_starts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums [d_sae, d_model], weight sums [d_sae] and nonzero counts [d_sae] (int64).
 
-    ``order`` and ``starts``: what `sort_indices(indices, d_sae)` gave, where the caller has it.
+    ``order``, ``starts``, ``examples``: what `sort_indices` gave, where the caller has it.
     """
-    check_indices(indices, d_sae)
-    grouped = grouped_by(indices, d_sae, order, starts)
-    run = sparse_row_grads_triton if use_triton(rows) else sparse_row_grads_torch
-    with torch.cuda.device_of(rows):  # Triton launches on the current device
-        grads, sums = run(weights, rows, grouped)
-    return grads, sums, count_nonzero(weights, grouped)
+    check_entries(indices, d_sae, row_starts)
+    return sum_rows(weights, rows, grouped_by(indices, d_sae, row_starts, order, starts, examples))
 
 
 @sparse_row_grads_op.register_fake
@@ -319,8 +335,10 @@ def _(
     indices: Tensor,
     rows: Tensor,
     d_sae: int | torch.SymInt,
-    order: Tensor | None,
-    starts: Tensor | None,
+    row_starts: Tensor | None = None,
+    order: Tensor | None = None,
+    starts: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator_dtype(weights, rows)
     return (
@@ -331,8 +349,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    weights, indices, rows, *_ = inputs
-    ctx.save_for_backward(weights, indices, rows)
+    weights, indices, rows, _, row_starts, *_ = inputs
+    ctx.save_for_backward(weights, indices, rows, row_starts)
 
 
 def _backward(ctx: Any, grad_grads: Tensor, grad_sums: Tensor, grad_counts: Any) -> tuple[Any, ...]:
@@ -340,14 +358,15 @@ def _backward(ctx: Any, grad_grads: Tensor, grad_sums: Tensor, grad_counts: Any)
     from saesteer.kernels.gather_dot import gather_dot_op
     from saesteer.kernels.sparse_decode import sparse_decode_op
 
-    weights, indices, rows = ctx.saved_tensors
+    weights, indices, rows, row_starts = ctx.saved_tensors
     grad_weights = grad_rows = None
     if ctx.needs_input_grad[0]:
-        grad_weights = gather_dot_op(rows, grad_grads, indices) + grad_sums[indices]
+        grad_weights = gather_dot_op(rows, grad_grads, indices, row_starts) + grad_sums[indices]
         grad_weights = grad_weights.to(weights.dtype)
     if ctx.needs_input_grad[2]:
-        grad_rows = sparse_decode_op(weights, indices, grad_grads, None).to(rows.dtype)
-    return grad_weights, None, grad_rows, None, None, None
+        grad_rows = sparse_decode_op(weights, indices, grad_grads, None, row_starts)
+        grad_rows = grad_rows.to(rows.dtype)
+    return grad_weights, None, grad_rows, None, None, None, None, None
 
 
 sparse_row_grads_op.register_autograd(_backward, setup_context=_setup_context)

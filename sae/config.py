@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.training.architectures import ARCHITECTURES
 
 Progress = Callable[[str, int, int, str], None]
 """Called as `progress(stage, done, total, note)`; a verb draws it, a notebook may ignore it."""
@@ -102,10 +103,11 @@ class TrainConfig:
     """Blocks to train on; empty with shards means every layer they hold."""
     site: str = "resid_post"
     arch: str = "topk"
+    """The kind of SAE: a name in `saesteer.sae.training.architectures`."""
     d_sae: tuple[int, ...] = ()
     """Numbers of latents; empty means 8 times d_model."""
     k: tuple[int, ...] = (32,)
-    """Latents kept per token."""
+    """Latents kept per token, for the architectures that keep a number of them."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
     tokens: int = 1_000_000
@@ -145,8 +147,8 @@ class TrainConfig:
     """Used when training live from a model."""
 
     def __post_init__(self) -> None:
-        if self.arch != "topk":
-            raise UsageError(f"`arch` must be topk, got {self.arch!r}")
+        if self.arch not in ARCHITECTURES:
+            raise UsageError(f"`arch` must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
         for flag, values in (("`k`", self.k), ("`init_seed`", self.init_seed)):
             if not values:
                 raise UsageError(f"{flag} needs at least one value")
@@ -161,9 +163,6 @@ class TrainConfig:
                 raise UsageError(f"{flag} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
             _at_least("`k`", k, 1)
-            for d_sae in self.d_sae:
-                if d_sae < k:
-                    raise UsageError(f"`d_sae` must be at least `k` ({k}), got {d_sae}")
         _at_least("`tokens`", self.tokens, 1)
         _at_least("`batch_tokens`", self.batch_tokens, 2)  # one row alone has no variance
         if self.tokens < 2 * self.batch_tokens:

@@ -1,8 +1,10 @@
 """Shared fixtures: tiny random-weight models of many families, made from configs, no downloads.
 
-The fast suite never touches the network: ``HF_HUB_OFFLINE`` is on and ``SAESTEER_CACHE`` is a
-temporary folder. ``--run-slow`` runs the tests marked ``slow`` too; those see the real cache and
-the real network.
+The fast suite never touches the network: ``HF_HUB_OFFLINE`` is on, ``SAESTEER_CACHE`` is a
+temporary folder, and a fast test that reaches for another machine fails (``offline.py``).
+``--run-slow`` runs the tests marked ``slow`` too; those see the real cache and the real network.
+
+``-n auto`` runs a worker process a core; ``-n 0`` or nothing runs all in this one.
 
 Nothing from ``saesteer`` is imported here at the top: the jaxtyping plugin has to install its
 shape-checking import hook first.
@@ -17,9 +19,15 @@ from typing import Any
 import hypothesis
 import pytest
 
+from .offline import Guard
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 # Read by torch, tokenizers and child processes when they start, so set before anything heavy is
-# imported. Two threads: the models are tiny, and tests should not take over a machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# imported. The models are tiny, so a second thread gains little, and threads that wait for one
+# another while the cores have other work lose much: never more threads than cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, CORES // WORKERS))))
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")  # sae_lens pulls wandb in; it must never log
@@ -35,6 +43,9 @@ if "FUZZ_EXAMPLES" not in os.environ:
 D_MODEL = 32
 N_LAYERS = 4
 VOCAB_SIZE = 400
+
+MOST_WORKERS = 8
+"""Every worker imports torch and builds the shared models anew, so more gain little."""
 
 FAMILIES = (
     "llama",
@@ -77,6 +88,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Worker processes for ``-n auto``: one a core, and 2 GB of memory for each."""
+    if not hasattr(os, "sysconf"):
+        return min(CORES, MOST_WORKERS)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(CORES, MOST_WORKERS, memory // (2 * 10**9)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # huggingface_hub reads this once, when it is imported.
     if not config.getoption("--run-slow"):
@@ -111,6 +130,27 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # surroundings
+
+GUARD = Guard()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    GUARD.allow = item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline_guard() -> Iterator[Guard]:
+    with GUARD.installed():
+        yield GUARD
+
+
+@pytest.fixture(autouse=True)
+def _offline() -> Iterator[None]:
+    """Fail a fast test that reached for another machine, even where the refusal was caught."""
+    GUARD.refused.clear()
+    yield
+    assert not GUARD.refused, f"a fast test reached for {', '.join(GUARD.refused)}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -130,7 +130,10 @@ print(json.dumps([sorted({{name.split(".")[0] for name in sys.modules}}), texts]
         assert "--" in texts[verb]
 
 
+@pytest.mark.slow
 def test_help_answers_in_half_a_second() -> None:
+    """The fast suite checks what decides it: that help imports nothing heavy."""
+
     def once() -> float:
         start = time.perf_counter()
         command = [sys.executable, "-P", "-m", "saesteer.cli", "--help"]

@@ -148,6 +148,6 @@ def test_installed_wheel_imports_everywhere(
     for name, file in result["files"].items():
         assert Path(file).is_relative_to(site), f"{name} came from {file}"
     assert set(result["files"]) == set(modules)
-    in_tree = {path.name for path in (clean_tree / "steering" / "builtin").iterdir()}
+    in_tree = {path.name for path in (clean_tree / "steering" / "tasks" / "builtin").iterdir()}
     assert {name for name in result["builtin"] if name != "__pycache__"} == in_tree
     assert result["help_status"] == 0

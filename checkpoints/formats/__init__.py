@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.checkpoints.formats.place import Place
+from saesteer.checkpoints.formats.sae_files import SAEFiles
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 READERS: dict[str, str] = {
@@ -44,9 +44,9 @@ WRITERS: dict[str, str] = {
 architectures that SAELens does not have."""
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """The SAE at a place whose format is known; see `detection.detect`."""
-    reader: Callable[[str, Place], SAE] = import_module(f"{__name__}.{READERS[name]}").read
+    reader: Callable[[str, SAEFiles], SAE] = import_module(f"{__name__}.{READERS[name]}").read
     return reader(name, place)
 
 

@@ -17,7 +17,7 @@ from saesteer.checkpoints.formats import (
     training_state,
     transcoder_layers,
 )
-from saesteer.checkpoints.formats.place import Place
+from saesteer.checkpoints.formats.sae_files import SAEFiles
 from saesteer.checkpoints.safe_reading import TensorInfo
 
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
@@ -36,7 +36,7 @@ SHAPE = (
 )
 
 
-def detect(path: Path, source: str) -> tuple[str, Place]:
+def detect(path: Path, source: str) -> tuple[str, SAEFiles]:
     """The format of a folder or weights file, and where its files lie.
 
     Raises UserError when nothing there is an SAE, or when several things are.
@@ -55,10 +55,10 @@ def detect(path: Path, source: str) -> tuple[str, Place]:
             path.parent, path.name
         )  # fmt: skip
         candidates = [name]
-    found: list[tuple[str, Place]] = []
+    found: list[tuple[str, SAEFiles]] = []
     problems: list[UserError] = []
     for name in candidates:
-        place = Place(path, name, source)
+        place = SAEFiles(path, name, source)
         try:
             if kind := _format(place):
                 found.append((kind, place))
@@ -94,7 +94,7 @@ def _candidates(folder: Path) -> list[str]:
     return names
 
 
-def _format(place: Place) -> str | None:
+def _format(place: SAEFiles) -> str | None:
     """The format of one weights file; None when its tensors are no SAE's that we know."""
     path = place.weights_file()
     if path.suffix == ".npz":
@@ -110,7 +110,7 @@ def _format(place: Place) -> str | None:
     )
 
 
-def _safetensors(place: Place, header: Mapping[str, TensorInfo]) -> str | None:
+def _safetensors(place: SAEFiles, header: Mapping[str, TensorInfo]) -> str | None:
     if place.weights == sparsify.WEIGHTS:
         return "sparsify"
     if "w_enc" in header:
@@ -136,7 +136,7 @@ def _safetensors(place: Place, header: Mapping[str, TensorInfo]) -> str | None:
     return "saelens-checkpoint" if training else "saelens"
 
 
-def _torch(place: Place) -> str | None:
+def _torch(place: SAEFiles) -> str | None:
     content = torch_files.describe_pt(place.weights_file())
     if isinstance(content.get("ae"), dict):
         return "dictionary_learning"

@@ -16,8 +16,8 @@ from torch import Tensor
 from saesteer.checkpoints import files, folds, torch_files
 from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -65,7 +65,7 @@ _OUR_CLASS = {
 }
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """The SAE of a trainer folder, by the `dict_class` in its config or by its tensors' names."""
     content = torch_files.read_pt(place.weights_file())
     notes: list[str] = []
@@ -172,7 +172,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     return with_notes(dataclasses.replace(sae, format=name), notes)
 
 
-def _dict_class(place: Place, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     named = trainer.get("dict_class")
     if isinstance(named, str) and named in CLASSES:
         return str(named)
@@ -203,7 +203,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _activation(
-    place: Place,
+    place: SAEFiles,
     kind: str,
     counts: Mapping[str, Tensor],
     renamed: dict[str, Tensor],

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -34,7 +34,7 @@ _NAMES = {
 _NEEDED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """jumprelu; b_dec stays out of the input; no normalisation."""
     where = place.folder.resolve().as_posix()
     first = name == "gemma-scope"
@@ -78,7 +78,7 @@ def read(name: str, place: Place) -> SAE:
     return finish(place, name, spec, tensors, notes)
 
 
-def _renamed(place: Place, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(place: SAEFiles, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, tensor in raw.items():
         ours = _NAMES.get(key.lower(), key)
@@ -123,7 +123,7 @@ def _first_site(where: str) -> dict[str, Any]:
     }
 
 
-def _second_site(place: Place, where: str) -> dict[str, Any]:
+def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
     """The config's hook points, which are right where the path is vague."""
     config = place.config(CFG, optional=True)
     architecture = config.get("architecture", "jump_relu")

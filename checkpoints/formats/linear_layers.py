@@ -9,8 +9,8 @@ import re
 from torch import Tensor
 
 from saesteer.checkpoints import torch_files
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -27,7 +27,7 @@ _PREFIXES = {
 }
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """ReLU; b_dec stays out of the input, but for GPT-2's attention."""
     content = torch_files.read_pt(place.weights_file())
     raw = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -64,7 +64,7 @@ def read(name: str, place: Place) -> SAE:
     return finish(place, name, spec, tensors, notes)
 
 
-def _site(name: str, place: Place) -> tuple[str, str, list[str]]:
+def _site(name: str, place: SAEFiles) -> tuple[str, str, list[str]]:
     """Hook and model from the file's name, or from the config beside it."""
     if name == "gpt2-attention":
         config = place.config(re.sub(r"\.pt$", "", place.weights) + "_cfg.json", optional=True)

@@ -11,8 +11,8 @@ import torch
 
 from saesteer.checkpoints import folds, safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -31,7 +31,7 @@ CFG = "config.json"
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """jumprelu; b_dec stays out of the input."""
     first = name == "llama-scope"
     config = place.config(HYPERPARAMS if first else CFG)
@@ -72,6 +72,6 @@ def read(name: str, place: Place) -> SAE:
     return with_notes(sae, [f"folded the input scale {scale:.6g}"])
 
 
-def _model(place: Place, config: dict[str, Any]) -> str:
+def _model(place: SAEFiles, config: dict[str, Any]) -> str:
     named = text(config, "model_name")
     return named or ("meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(place.folder) else "")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import torch_files
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -27,7 +27,7 @@ _TIED = "decoder.linear.weight"
 _NO_SITE = "the file names no layer or site: give `layer` and `site`"
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """b_dec is subtracted from the (normalised) input; a tied decoder is the encoder turned."""
     content = torch_files.read_pt(place.weights_file())
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -68,7 +68,7 @@ def read(name: str, place: Place) -> SAE:
     return finish(place, name, spec, renamed, notes)
 
 
-def _k(place: Place, state: Any) -> int:
+def _k(place: SAEFiles, state: Any) -> int:
     k = state.get("k") if isinstance(state, dict) else None
     after = str(state.get("postact_fn", "ReLU")) if isinstance(state, dict) else "ReLU"
     if type(k) is not int or after.removesuffix("()") not in ("ReLU", "Identity"):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -32,7 +32,7 @@ _THRESHOLD = "activation_function.log_jumprelu_threshold"
 _SIZES = ("W_E", "b_E", "W_D", "b_D")
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """An SAE (`sae_type` "sae"), also one that writes to another hook point than it reads."""
     config = place.config(CFG)
     raw = safe_reading.read_safetensors(place.weights_file())
@@ -101,7 +101,7 @@ def read(name: str, place: Place) -> SAE:
     return finish(place, name, spec, tensors, notes)
 
 
-def _refuse(place: Place, config: Mapping[str, Any], raw: Mapping[str, Tensor]) -> None:
+def _refuse(place: SAEFiles, config: Mapping[str, Any], raw: Mapping[str, Tensor]) -> None:
     mode = config.get("norm_activation", "dataset-wise")
     for wrong, what in (
         (config.get("sae_type", "sae") != "sae", f"sae_type {config.get('sae_type')!r}"),
@@ -115,7 +115,7 @@ def _refuse(place: Place, config: Mapping[str, Any], raw: Mapping[str, Tensor]) 
             raise UserError(f"`sae` {place.source} has {what}, which is not read: choose another")
 
 
-def _factor(place: Place, averages: Mapping[str, float], hook: str, width: int) -> float:
+def _factor(place: SAEFiles, averages: Mapping[str, float], hook: str, width: int) -> float:
     if averages.get(hook, 0) <= 0:
         raise UserError(
             f"`sae` {place.source} lacks {_NORM}{hook}, the average norm that it divides by: "

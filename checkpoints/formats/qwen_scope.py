@@ -6,8 +6,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import torch_files
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -18,7 +18,7 @@ from saesteer.checkpoints.formats.place import (
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """topk; b_dec stays out of the input."""
     content = torch_files.read_pt(place.weights_file())
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from saesteer.checkpoints import files, safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     finish,
     spec_or_error,
@@ -57,7 +57,7 @@ _OLD_NAMES = {
 }
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """A finished SAE. Every tensor is cast to the dtype that cfg.json states, as SAELens does."""
     config, notes = modern_config(place.config(CFG), place.source)
     tensors = safe_reading.read_safetensors(place.weights_file())
@@ -65,7 +65,7 @@ def read(name: str, place: Place) -> SAE:
 
 
 def from_parts(
-    name: str, place: Place, config: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
+    name: str, place: SAEFiles, config: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
 ) -> SAE:
     """The SAE of a config in the manner of SAELens 6 and the tensors beside it."""
     all_float(place, tensors)
@@ -112,7 +112,7 @@ def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], 
 
 def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
     """The spec of a config as SAELens 6 writes it. Raises UserError for what cannot be."""
-    place = Place(Path(), WEIGHTS, source)
+    place = SAEFiles(Path(), WEIGHTS, source)
     named = config.get("architecture")
     for key in ("normalize_activations", "reshape_activations", "dtype"):
         if not isinstance(config.get(key) or "", str):

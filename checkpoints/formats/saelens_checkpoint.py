@@ -13,7 +13,14 @@ from torch import Tensor
 from saesteer.checkpoints import folds, safe_reading
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.formats import saelens
-from saesteer.checkpoints.formats.place import Place, all_float, exactly, number, scalar, with_notes
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
+    all_float,
+    exactly,
+    number,
+    scalar,
+    with_notes,
+)
 from saesteer.checkpoints.sae_spec import TOPK_FAMILY
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
@@ -21,7 +28,7 @@ SCALER = "activation_scaler.json"
 WHITENING = "activation_whitening.safetensors"
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """The SAE that SAELens would have saved, had training ended at this checkpoint."""
     config, notes = saelens.modern_config(place.config(saelens.CFG), place.source)
     tensors = safe_reading.read_safetensors(place.weights_file())
@@ -66,7 +73,7 @@ def read(name: str, place: Place) -> SAE:
     return sae.check(f"`sae` {place.source}")
 
 
-def _pop_threshold(place: Place, tensors: dict[str, Tensor], architecture: str) -> float | None:
+def _pop_threshold(place: SAEFiles, tensors: dict[str, Tensor], architecture: str) -> float | None:
     """The batch's running threshold of the BatchTopK family; None for the others."""
     if (architecture in saelens.BATCH_TOPK) != ("topk_threshold" in tensors):
         raise UserError(
@@ -86,7 +93,7 @@ def _details(config: dict[str, object]) -> dict[str, object]:
     return {name: config[name] for name in names if name in config}
 
 
-def _whitening(place: Place) -> tuple[Tensor, Tensor, Tensor]:
+def _whitening(place: SAEFiles) -> tuple[Tensor, Tensor, Tensor]:
     found = safe_reading.read_safetensors(place.file(WHITENING))
     names = ("mean", "matrix", "inverse_matrix")
     exactly(place, found, names)

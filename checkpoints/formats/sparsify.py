@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from saesteer.checkpoints import files, folds, safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -32,7 +32,7 @@ WEIGHTS = "sae.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """x_hat = W_dec acts + b_dec (+ W_skip x); b_dec leaves the input unless it transcodes."""
     config = place.config(CFG)
     tensors = safe_reading.read_safetensors(place.weights_file())
@@ -128,7 +128,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     return with_notes(dataclasses.replace(sae, format=name), [*notes, lost])
 
 
-def _check_widths(place: Place, config: dict[str, Any], d_model: int, d_sae: int) -> None:
+def _check_widths(place: SAEFiles, config: dict[str, Any], d_model: int, d_sae: int) -> None:
     """The widths that the config states against those of the weights."""
     stated = config.get("num_latents") or None
     if stated is None and isinstance(config.get("expansion_factor"), int):
@@ -152,10 +152,10 @@ def _module(folder: Path) -> str:
     return folder.name if named else ""
 
 
-def _model(place: Place) -> str:
+def _model(place: SAEFiles) -> str:
     """The model that the run's config.json, one or two folders up, names."""
     for folder in (place.folder.parent, place.folder.parent.parent):
         if (folder / "config.json").is_file():
-            upper = Place(folder, "config.json", place.source)
+            upper = SAEFiles(folder, "config.json", place.source)
             return text(upper.config("config.json"), "model")
     return ""

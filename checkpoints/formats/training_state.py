@@ -12,16 +12,19 @@ from typing import Any
 
 from saesteer.checkpoints import folds, run_state, safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import Place, exactly, spec_or_error
-from saesteer.checkpoints.sae_spec import ARCHITECTURES, SAESpec
+from saesteer.checkpoints.formats.sae_files import SAEFiles, exactly
+from saesteer.checkpoints.sae_spec import SAESpec
 from saesteer.checkpoints.sparse_autoencoder import SAE, tensors_sha256
+from saesteer.checkpoints.strict_fields import read_fields
 
 FOLDER = "state"
-_PARAMETERS = ("param.W_enc_rows", "param.b_enc", "param.W_dec", "param.b_dec", "scale.mean")
+_CANONICAL = {"W_enc_rows": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+"""Which tensor of an SAE each trained parameter is, where a state does not say so itself: states of
+before several architectures could be trained."""
 _NEWEST = "newest"
 
 
-def find(path: Path, source: str) -> Place | None:
+def find(path: Path, source: str) -> SAEFiles | None:
     """The state that a path means, or None.
 
     That is a `state` folder or a file in it; with the name of one of several SAEs after it, that
@@ -29,22 +32,22 @@ def find(path: Path, source: str) -> Place | None:
     """
     path = path.absolute()
     if run_state.is_state_file(path):
-        return Place(path.parent, path.name, source)
+        return SAEFiles(path.parent, path.name, source)
     for folder in (path, path / FOLDER):
         if run_state.has_state(folder.parent) and folder.name == FOLDER:
-            return Place(folder, _NEWEST, source)
+            return SAEFiles(folder, _NEWEST, source)
     above = path.parent
     if run_state.is_state_file(above):
-        return Place(above.parent, above.name, source, part=path.name)
+        return SAEFiles(above.parent, above.name, source, part=path.name)
     for folder in (above, above / FOLDER):
         # A run's own folder holds other things that are no SAEs: only those there count.
         if run_state.has_state(folder.parent) and folder.name == FOLDER:
             if folder == above or (path / "metrics.jsonl").is_file():
-                return Place(folder, _NEWEST, source, part=path.name)
+                return SAEFiles(folder, _NEWEST, source, part=path.name)
     return None
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """The SAE of a state, on raw activations.
 
     Raises UserError for a damaged state, one from before states named their SAEs, and where several
@@ -67,26 +70,25 @@ def read(name: str, place: Place) -> SAE:
             f"{place.folder}/NAME"
         )
     at = names.index(place.part) if place.part else 0
-    spec = _spec(place, saes[names[at]])
-    wanted = {f"{at}/{tensor}": tensor for tensor in _PARAMETERS}
+    spec = read_fields(SAESpec, saes[names[at]], f"`sae` {place.source}: the state's spec")
+    canonical = _canonical_names(place, meta, names[at])
+    factors = _factors(place, scales[at])
+    means = [f"scale.mean.{i}" if i else "scale.mean" for i in range(len(factors))]
+    wanted = {f"{at}/{tensor}": tensor for tensor in (*(f"param.{n}" for n in canonical), *means)}
     found = safe_reading.read_safetensors(path, wanted)
     tensors = {wanted[key]: tensor for key, tensor in found.items()}
-    exactly(place, tensors, _PARAMETERS)
-    factor = scales[at]
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e30:
-        raise UserError(f"`sae` {place.source}: the state's input scale is {factor!r}; refused")
-    F, D = spec.d_sae, spec.d_model
-    shapes = dict(zip(_PARAMETERS, [(F, D), (F,), (F, D), (D,), (D,)], strict=True))
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
-            raise UserError(f"`sae` {place.source}: the state's {key} does not fit its spec")
+    exactly(place, tensors, tuple(wanted.values()))
+    widths = [tensors[name].numel() for name in means]
+    read, write = _read_and_written(place, spec, widths)
+    F, D, out = spec.d_sae, spec.d_model, spec.d_out or spec.d_model
+    shapes = {"W_enc": (F, D), "W_dec": (F, out), "b_dec": (out,), "b_enc": (F,), "threshold": (F,)}
+    trained = {ours: tensors[f"param.{name}"] for name, ours in canonical.items()}
+    for ours, tensor in trained.items():
+        if tuple(tensor.shape) != shapes[ours] or not tensor.is_floating_point():
+            raise UserError(f"`sae` {place.source}: the state's {ours} does not fit its spec")
+    scaled = [(tensors[name], factor) for name, factor in zip(means, factors, strict=True)]
     folded: dict[str, Any] = folds.fold_centred_scale(
-        W_enc=tensors["param.W_enc_rows"].T,
-        b_enc=tensors["param.b_enc"],
-        W_dec=tensors["param.W_dec"],
-        b_dec=tensors["param.b_dec"],
-        mean=tensors["scale.mean"],
-        factor=float(factor),
+        trained, [scaled[i] for i in read], [scaled[i] for i in write]
     )
     step = meta.get("step")
     sae = SAE(
@@ -97,13 +99,35 @@ def read(name: str, place: Place) -> SAE:
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
-def _spec(place: Place, saved: dict[str, Any]) -> SAESpec:
-    """The spec as it was saved."""
-    like = SAESpec(architecture="topk", d_model=1, d_sae=1, k=1, d_out=1)
-    for key, value in saved.items():
-        empty = value is None and key in ("k", "d_out")
-        if type(value) is not type(getattr(like, key, None)) and not empty:
-            raise UserError(f"`sae` {place.source}: the state's spec has a wrong {key[:40]!r}")
-    if saved.get("architecture") not in ARCHITECTURES:
-        raise UserError(f"`sae` {place.source}: the state's SAE is of no architecture known here")
-    return spec_or_error(place, **saved)
+def _canonical_names(place: SAEFiles, meta: dict[str, Any], sae: str) -> dict[str, str]:
+    """Trained parameters and the tensors of an SAE that they are."""
+    told = meta.get("canonical", {})
+    names = told.get(sae, _CANONICAL) if isinstance(told, dict) else None
+    needed = sorted(_CANONICAL.values())
+    known = (needed, sorted([*needed, "threshold"]))
+    if not isinstance(names, dict) or sorted(map(str, names.values())) not in known:
+        raise UserError(f"`sae` {place.source}: the state's SAE has parameters not known here")
+    return {str(name): str(ours) for name, ours in names.items()}
+
+
+def _factors(place: SAEFiles, saved: Any) -> list[float]:
+    """The input scale of each place that the SAE reads or writes."""
+    factors = saved if isinstance(saved, list) and saved else [saved]
+    for factor in factors:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e30:
+            raise UserError(f"`sae` {place.source}: the state's input scale is {factor!r}; refused")
+    return [float(factor) for factor in factors]
+
+
+def _read_and_written(
+    place: SAEFiles, spec: SAESpec, widths: list[int]
+) -> tuple[list[int], list[int]]:
+    """Which of the state's places the SAE reads, and which it writes; first those it reads."""
+    numbers = list(range(len(widths)))
+    ends = [sum(widths[:i]) for i in range(1, len(widths) + 1)]
+    split = ends.index(spec.d_model) + 1 if spec.d_model in ends else 0
+    read, rest = numbers[:split], numbers[split:]
+    write = rest if spec.is_transcoder else read
+    if not read or sum(widths[i] for i in write) != (spec.d_out or spec.d_model):
+        raise UserError(f"`sae` {place.source}: the state's input scales do not fit its spec")
+    return read, write

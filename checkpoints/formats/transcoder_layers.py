@@ -8,8 +8,8 @@ import yaml
 
 from saesteer.checkpoints import safe_reading
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.formats.place import (
-    Place,
+from saesteer.checkpoints.formats.sae_files import (
+    SAEFiles,
     all_float,
     dtype_name,
     exactly,
@@ -25,12 +25,12 @@ CONFIGS = ("wandb-config.yaml", "wanb-config.yaml")
 _MODEL = "config.yaml"
 
 
-def is_here(place: Place) -> bool:
+def is_here(place: SAEFiles) -> bool:
     """Whether one of their configs lies beside the weights."""
     return any(place.has(name) for name in CONFIGS)
 
 
-def read(name: str, place: Place) -> SAE:
+def read(name: str, place: SAEFiles) -> SAE:
     """A transcoder from the MLP's input to its output, by the convention of the file's name."""
     tensors = safe_reading.read_safetensors(place.weights_file())
     exactly(place, tensors, ("W_enc", "b_enc", "W_dec", "b_dec"))
@@ -56,7 +56,7 @@ def read(name: str, place: Place) -> SAE:
     return finish(place, name, spec, {**tensors, "W_enc": tensors["W_enc"].T}, notes)
 
 
-def _yaml(place: Place, name: str) -> dict[str, Any]:
+def _yaml(place: SAEFiles, name: str) -> dict[str, Any]:
     path = place.file(name)
     try:
         if path.stat().st_size > safe_reading.MAX_CONFIG_BYTES:

@@ -1,4 +1,4 @@
-"""Where training batches come from: a model that runs, or shards on disk. Both look the same."""
+"""Batches to train on, from a model that runs or from shards on disk."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -147,7 +147,7 @@ class BatchStream:
         buffer_tokens: int,
         dtype: torch.dtype,
         seed: int,
-        filling: Callable[[int, int], None] = lambda done, total: None,
+        filling: Callable[[int, int], None] = lambda filled, total: None,
     ) -> None:
         self.source = source
         self.total = tokens // batch_tokens * batch_tokens
@@ -181,10 +181,6 @@ class BatchStream:
                 return self.buffer.take()
             self._pending += self.buffer.put(self._draw())
         return self._pending.pop(0)
-
-    def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
-        """Make `batch`, which was not used after all, the next one again."""
-        self._pending.insert(0, batch)
 
     def _draw(self) -> Float[Tensor, "rows width"]:
         rows = self.source.next_rows()

@@ -1,4 +1,4 @@
-"""The model and the trainer at once: batches are made in a thread while others are trained on."""
+"""Batches made ahead, in a thread, so that the model and the trainer work at the same time."""
 
 import contextlib
 import threading
@@ -19,7 +19,7 @@ BATCHES_AHEAD = 4
 _LAST_PASS_SECONDS = 60.0
 
 
-class Producer:
+class Prefetch:
     """Makes batches ahead of the trainer, at most `BATCHES_AHEAD` of them.
 
     What a batch holds is decided by the stream alone: the thread asks for one batch after the other
@@ -42,9 +42,9 @@ class Producer:
         self._error: BaseException | None = None
         self._stalled = 0.0
         self._stalled_since: float | None = None
-        self._thread = threading.Thread(target=self._work, name="producer", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
 
-    def __enter__(self) -> "Producer":
+    def __enter__(self) -> "Prefetch":
         self._thread.start()
         return self
 
@@ -68,7 +68,7 @@ class Producer:
             else:
                 return None
         if batch.is_cuda:
-            # It was made on the producer's stream: its memory is ours until our stream is done.
+            # It was made on the thread's CUDA stream, which must not use its memory again too soon.
             batch.record_stream(torch.cuda.current_stream(batch.device))
         return batch
 
@@ -151,3 +151,7 @@ class Producer:
             return contextlib.nullcontext()
         # Work of the model does not queue behind the trainer's.
         return torch.cuda.stream(torch.cuda.Stream())
+
+
+Producer = Prefetch
+"""Its name before; `sae/verbs/train.py` still uses it."""

@@ -1,8 +1,8 @@
-"""Contexts through a language model, kept activations out."""
+"""A corpus through a language model: the activations of its text, attention sinks left out."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
-from saesteer.sae.activations.sinks import NotFinite, SinkFilter, block_medians
+from saesteer.sae.activations.sinks import NotFinite, SinkFilter
 from saesteer.sae.config import Progress, TextConfig, no_progress
 from saesteer.sae.model.compiled_blocks import CompiledBlocks
-from saesteer.sae.model.forward_pass import Forward, model_inputs
+from saesteer.sae.model.forward_pass import ForwardPass, model_inputs
 from saesteer.sae.model.hooks import HookPoint, run_to
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.memory_use import keep_pages
-from saesteer.sae.runs.processes import ALONE, Ranks
+from saesteer.sae.runs.processes import ALONE, Processes
 from saesteer.sae.text.contexts import ContextBatch, Contexts, open_contexts
 from saesteer.sae.text.replies import ReplyConfig, sample_replies
 
@@ -36,15 +36,19 @@ class ActivationBatch:
     """Numbers of the contexts, counted from 0 over the whole corpus."""
     kept: Int[Tensor, " contexts"]
     """Rows of each context that was read, those of other processes included, in order."""
+    source: ContextBatch
+    """What was read."""
+    keep: Bool[Tensor, "source_contexts seq"]
+    """Which of it was kept."""
 
     def first(self, rows: int) -> "ActivationBatch":
         """The first `rows` rows."""
-        return ActivationBatch(
-            {place: values[:rows] for place, values in self.activations.items()},
-            self.token_ids[:rows],
-            self.positions[:rows],
-            self.contexts[:rows],
-            self.kept,
+        return replace(
+            self,
+            activations={place: values[:rows] for place, values in self.activations.items()},
+            token_ids=self.token_ids[:rows],
+            positions=self.positions[:rows],
+            contexts=self.contexts[:rows],
         )
 
 
@@ -61,7 +65,7 @@ class ActivationStream:
         points: Sequence[HookPoint],
         contexts: Contexts,
         config: TextConfig,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         if not config.batch_size:
             raise ValueError("an automatic batch size must be resolved before the stream opens")
@@ -71,13 +75,13 @@ class ActivationStream:
         self.points = list(points)
         self.contexts = contexts
         self.config = config
-        self.ranks = ranks
+        self.processes = processes
         self.sinks = SinkFilter(config.max_norm_ratio)
         self.excluded = {"special": 0, "template": 0, "sinks": 0}
         self.batches = 0
-        self.keeps_busy = lm.device.type == "cuda"
-        """Whether the next pass is begun before a batch is sorted out: for a device that computes
-        while the CPU does something else."""
+        self.reads_ahead = lm.device.type == "cuda"
+        """Whether the next pass is begun before the rows of this one are picked: for a device that
+        computes while the CPU does something else."""
         self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
         self._position = contexts.state_dict()
         self._begun: _Begun | Exception | None = None
@@ -89,14 +93,14 @@ class ActivationStream:
     def next_batch(self) -> ActivationBatch | None:
         """Run the next contexts through the model; None when the text has ended.
 
-        Raises NonFiniteError naming the batch, and what text and model raise; the stream then still
+        Raises NonFiniteError naming the batch, and what text and model raise. The stream then still
         stands before the batch.
         """
         before = self.state_dict()
         try:
             return self._next_batch()
         except Exception:
-            self.load_state_dict(before)  # whoever asks again gets this batch, not the next
+            self.load_state_dict(before)  # the next call gets this batch again
             raise
 
     def _next_batch(self) -> ActivationBatch | None:
@@ -105,7 +109,7 @@ class ActivationStream:
             if begun is None:
                 return None
             contexts, forward, after = begun
-            if self.keeps_busy:
+            if self.reads_ahead:
                 try:
                     self._begun = self._begin()
                 except Exception as error:
@@ -125,7 +129,9 @@ class ActivationStream:
             contexts.token_ids[keep].to(torch.int32),
             position.to(torch.int32),
             contexts.numbers[row_of],
-            self.ranks.interleave(own, self.config.batch_size, fill=0),
+            self.processes.interleave(own, self.config.batch_size, fill=0),
+            contexts,
+            keep,
         )
 
     def _take(self) -> "_Begun | None":
@@ -142,8 +148,8 @@ class ActivationStream:
             return None
         after = self.contexts.state_dict()
         with self._blocks:
-            isolated = self.config.isolate_documents
-            return contexts, Forward.begin(self.lm, self.points, contexts, isolated), after
+            inputs = model_inputs(self.lm, contexts, self.config.isolate_documents)
+            return contexts, ForwardPass.begin(self.lm, self.points, inputs), after
 
     def _keep(
         self,
@@ -151,19 +157,19 @@ class ActivationStream:
         norms: Float[Tensor, "places contexts seq"],
     ) -> Bool[Tensor, "contexts seq"]:
         """Text that is no sink, by limits that all processes agree on."""
-        places = [point.key for point in self.points]
         try:
-            medians = block_medians(norms, contexts.keep, places)
+            return self.sinks.keep_contexts(
+                norms,
+                contexts.keep,
+                [point.key for point in self.points],
+                processes=self.processes,
+                most=self.config.batch_size,
+            )
         except NotFinite as error:
-            layer, _ = error.place
             raise NonFiniteError(
-                f"{self.lm.name} gave NaN or infinite activations at layer {layer} in batch "
-                f"{self.batches}: try `dtype` float32, or look at the text there"
+                f"{self.lm.name} gave NaN or infinite activations at layer {error.place[0]} in "
+                f"batch {self.batches}: try `dtype` float32, or look at the text there"
             ) from None
-        size = self.config.batch_size
-        everywhere = torch.stack([self.ranks.interleave(row, size, torch.nan) for row in medians])
-        limits = self.sinks.limits(everywhere, places)[:, self.ranks.rank :: self.ranks.world]
-        return contexts.keep & (norms <= limits[:, : len(contexts.keep), None]).all(dim=0)
 
     @property
     def prepend_bos(self) -> bool:
@@ -175,7 +181,7 @@ class ActivationStream:
         return self.contexts.identity()
 
     def compile(self) -> None:
-        """Run one pass over nothing in particular, which compiles the blocks where that is asked.
+        """Run one pass over made-up tokens, which compiles the blocks where that is asked.
 
         Raises UserError when that fails.
         """
@@ -183,7 +189,7 @@ class ActivationStream:
 
         rows, context = self.config.batch_size, self.config.context
         ids = torch.zeros(rows, context, dtype=torch.long)
-        # Two documents a context: with --isolate-documents most batches have a mask.
+        # Two documents a context: with isolated documents most batches have a mask.
         owners = (torch.arange(context) >= context // 2).long().expand(rows, context)
         nothing = ContextBatch(ids, ids > 0, owners, torch.arange(rows))
         inputs = model_inputs(self.lm, nothing, self.config.isolate_documents)
@@ -216,7 +222,7 @@ class ActivationStream:
         self.excluded, self.batches = dict(state["excluded"]), state["batches"]
 
 
-_Begun = tuple[ContextBatch, Forward, dict[str, Any]]
+_Begun = tuple[ContextBatch, ForwardPass, dict[str, Any]]
 """Contexts, their pass, and the place in the text after them."""
 
 
@@ -228,7 +234,7 @@ def open_activations(
     replies: Sequence[str] = (),
     replies_folder: Path,
     progress: Progress = no_progress,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> ActivationStream:
     """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
     if len({point.key for point in points}) != len(points):
@@ -237,13 +243,13 @@ def open_activations(
     replies_file = None
     if replies:
         settings = ReplyConfig(seed=config.seed)
-        if ranks.rank:
-            ranks.wait_for_first()  # which samples them; the others find the file
+        if processes.rank:
+            processes.wait_for_first()  # which samples them; the others find the file
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
-        if not ranks.rank:
-            ranks.wait_for_first()
-    contexts = open_contexts(lm, config, replies_file, ranks)
-    stream = ActivationStream(lm, points, contexts, config, ranks)
+        if not processes.rank:
+            processes.wait_for_first()
+    contexts = open_contexts(lm, config, replies_file, processes)
+    stream = ActivationStream(lm, points, contexts, config, processes)
     if config.compile:
         progress("compile", 0, 1, "model")
         stream.compile()

@@ -1,4 +1,4 @@
-"""A shuffle buffer: activations go in in the order of the text and come out mixed."""
+"""A shuffle buffer: takes activations in the order of the text and gives them out mixed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One pass of contexts through a model: begun now, its rows asked for later."""
+"""One pass through a model that is begun now and whose rows are asked for later."""
 
 import contextlib
 import functools
@@ -10,41 +10,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.sinks import norms_of
 from saesteer.sae.model.hooks import HookPoint, run_to
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch
 
-Place = tuple[int, str]
-
 
 @dataclass(frozen=True, eq=False)
-class Forward:
+class ForwardPass:
     """A pass that was begun. On a GPU it may still be computed while the caller does other things;
-    on a CPU it is done.
+    on a CPU it is finished.
     """
 
     seen: dict[Place, Float[Tensor, "contexts seq d_model"]]
+    """What passed each hook point, on the model's device."""
     _norms: Float[Tensor, "places contexts seq"]
-    _done: torch.cuda.Event | None
+    _computed: torch.cuda.Event | None
 
     @classmethod
     def begin(
-        cls,
-        lm: LanguageModel,
-        points: Sequence[HookPoint],
-        contexts: ContextBatch,
-        isolated: bool,
-    ) -> "Forward":
-        """Start a pass up to the last of `points`.
+        cls, lm: LanguageModel, points: Sequence[HookPoint], inputs: dict[str, Tensor]
+    ) -> "ForwardPass":
+        """Start a pass up to the last of `points`; `inputs` may hold no rows at all.
 
         Raises UsageError for a hook point whose width is not that of the residual stream.
         """
-        if not len(contexts.token_ids):  # this process has no share of the last contexts
-            empty = torch.empty(*contexts.token_ids.shape, lm.d_model, dtype=lm.dtype)
+        ids = inputs["input_ids"]
+        if not len(ids):  # this process has no share of the last contexts
+            empty = torch.empty(*ids.shape, lm.d_model, dtype=lm.dtype)
             seen = {point.key: empty for point in points}
         else:
-            found = run_to(lm, points, **model_inputs(lm, contexts, isolated))
+            found = run_to(lm, points, **inputs)
             seen = {point.key: found[point.key] for point in points}
         for (_, site), values in seen.items():
             if values.shape[-1] != lm.d_model:
@@ -53,16 +50,16 @@ class Forward:
                     f"{lm.name} has {lm.d_model}: give a site of that width"
                 )
         norms = norms_of(seen)
-        on_host, done = _to_host(norms), None
+        on_host, computed = _to_host(norms), None
         if norms.is_cuda:
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(norms.device))
-        return cls(seen, on_host, done)
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(norms.device))
+        return cls(seen, on_host, computed)
 
     def norms(self) -> Float[Tensor, "places contexts seq"]:
         """The length of every row, on the CPU; waits for the pass, and for no other."""
-        if self._done is not None:
-            self._done.synchronize()
+        if self._computed is not None:
+            self._computed.synchronize()
         return self._norms
 
     def rows(self, where: Int[Tensor, " kept"]) -> dict[Place, Float[Tensor, "kept d_model"]]:
@@ -72,26 +69,25 @@ class Forward:
         """
         picked = {}
         for place, values in self.seen.items():
-            beside = _beside(values.device) if values.is_cuda else None
-            with contextlib.nullcontext() if beside is None else torch.cuda.stream(beside):
+            stream = _copy_stream(values.device) if values.is_cuda else None
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
                 kept = values.flatten(0, 1).index_select(0, where.to(values.device))
                 picked[place] = _to_host(kept)
-            if beside is not None:
-                beside.synchronize()
+            if stream is not None:
+                stream.synchronize()
         return picked
 
 
 @functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which rows leave a GPU."""
     return torch.cuda.Stream(device)
 
 
 def _to_host(values: Tensor) -> Tensor:
-    """What lies on the CPU as it is; from a GPU a copy that is still on its way.
+    """A tensor of the CPU as it is; of a GPU's a copy that may still be on its way.
 
-    Page-locked memory that is let go is given out again by PyTorch, so that two batches take turns
-    with two blocks.
+    PyTorch uses freed page-locked memory again, so that two batches take turns with two blocks.
     """
     if not values.is_cuda:
         return values.cpu()
@@ -100,7 +96,7 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
-    """What the model is called with, on its device; `isolated` keeps attention in each document."""
+    """Arguments of the model, on its device; `isolated` keeps attention inside each document."""
     inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
     if isolated:
         positions = document_positions(contexts.document_ids)

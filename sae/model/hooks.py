@@ -47,7 +47,7 @@ class HookPoint:
 
 
 class StopForward(Exception):
-    """Raised by `stop_after` inside the forward pass; nothing beyond the last hook is needed."""
+    """Raised by `capture` inside the forward pass: nothing beyond the last hook is needed."""
 
 
 def layer_index(lm: LanguageModel, layer: int) -> int:
@@ -100,6 +100,14 @@ def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
     inside = re.compile(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)")
     found = [inside.match(point.module_path) for point in points]
     return None if None in found else max(int(match[1]) for match in found if match)
+
+
+def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
+    """Free the weights that a pass up to the last point does not need. Afterwards the model can do
+    nothing else."""
+    last = last_block(lm, points)
+    if last is not None:
+        lm.keep_only(last)
 
 
 def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:

@@ -116,7 +116,7 @@ class LanguageModel:
         used = {id(module) for module in self.text_model.modules()}
         for module in self.model.modules():
             if id(module) not in used and not any(id(child) in used for child in module.modules()):
-                module.to("meta")  # a head tied to the input embedding lets go of its own handle
+                module.to("meta")  # the input embedding keeps what a tied head loses
 
     @property
     def unembed(self) -> nn.Module:

@@ -30,6 +30,7 @@ class TrainFootprint:
 
 
 def train_footprint(
+    parameters: Sequence[int],
     d_saes: Sequence[int],
     d_model: int,
     *,
@@ -39,19 +40,20 @@ def train_footprint(
     element_bytes: int,
     keep: int = 1,
 ) -> TrainFootprint:
-    """The footprint of a run that trains one SAE for each of `d_saes`.
+    """The footprint of a run that trains several SAEs.
 
     Args:
+        parameters: numbers that the optimiser moves, of each SAE.
+        d_saes: latents of each.
         buffer_tokens: rows in the shuffle buffer.
         width: elements of a row: `d_model` times the number of hook points.
         element_bytes: bytes of an element in the buffer.
     """
-    parameters = sum(2 * d_sae * d_model + d_sae + d_model for d_sae in d_saes)
-    # Beside Adam's two moments: a counter per latent, the input's mean, and a few scalars.
+    # Besides Adam's two moments: a counter per latent, the input's mean, and a few scalars.
     small = sum(8 * d_sae + _FLOAT_BYTES * d_model + 64 for d_sae in d_saes)
     # The buffer, the rows on their way in, and a chunk of batches that left it and wait.
     rows = buffer_tokens + batch_tokens + max(8192, 2 * batch_tokens)
-    state = 3 * _FLOAT_BYTES * parameters + small + rows * width * element_bytes
+    state = 3 * _FLOAT_BYTES * sum(parameters) + small + rows * width * element_bytes
     # Headers and JSON: names, shapes, settings, where the text stands.
     overhead = 65_536 + 4096 * len(d_saes)
-    return TrainFootprint(state + overhead, _FLOAT_BYTES * parameters + overhead, keep)
+    return TrainFootprint(state + overhead, _FLOAT_BYTES * sum(parameters) + overhead, keep)

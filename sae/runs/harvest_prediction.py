@@ -16,8 +16,7 @@ from saesteer.sae.config import HarvestConfig, Progress, no_progress
 from saesteer.sae.model.hooks import last_block, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.disk_use import harvest_row_bytes
-from saesteer.sae.runs.memory_use import held_bytes, model_bytes, peak_bytes
-from saesteer.sae.verbs.harvest import resolved_text
+from saesteer.sae.runs.memory_use import held_bytes, model_bytes, peak_bytes, resolved_text
 
 # The first batches pay for warming up; a few more, for as long, are steady enough to predict hours.
 _WARM_UP = 2
@@ -43,7 +42,7 @@ def predict_harvest(
     from saesteer.checkpoints.model_files import cache_folder
 
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
-    text = resolved_text(lm, config.text, None)
+    text = resolved_text(lm, config.text)
     stream = open_activations(lm, points, text, replies_folder=cache_folder())
     native = "float32" if lm.dtype == torch.float32 else "bfloat16"
     stored = config.store_dtype or native

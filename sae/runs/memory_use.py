@@ -1,14 +1,17 @@
 """What a job will take of the memory, said before it starts."""
 
+import functools
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.runs.processes import ALONE, Processes
 
 # Latents of one chunk of a batch that a step holds densely (float32), and what it keeps of them.
 _DENSE_ROWS = 1024
@@ -58,17 +61,25 @@ def held_bytes() -> int:
         return peak_bytes()
 
 
+@functools.cache
 def keep_pages() -> None:
-    """Have the C library keep freed memory up to some size for the next tensor. Process-wide.
+    """Have the C library keep freed memory up to some size for the next tensor.
 
     By default glibc gives large blocks, and a large free end of its heap, back to the system. The
     next layer then faults the same pages in again, zeroed: a pass of SmolLM2-135M over 4,096 tokens
     took 140,000 faults up to half depth, a fifth to a third of its time. Threads share one heap, so
     that a shard's writer takes what the model's pass freed: heaps of other threads end at 64 MiB
-    and are given back all the same. Does nothing elsewhere.
+    and are given back all the same.
+
+    This holds for the whole process and cannot be undone, because glibc does not tell the values it
+    had; its price is up to 1 GiB that the process keeps. PyTorch has no setting for it, and the
+    environment variables of glibc would have to be set before Python starts. Whoever has set one of
+    those (`MALLOC_..._`) has decided: nothing is changed then, nor without glibc.
     """
     import ctypes
 
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
@@ -101,7 +112,7 @@ def model_bytes(lm: LanguageModel, last: int | None = None) -> int:
 
 
 def forward_bytes(lm: LanguageModel, tokens: int, context: int, isolated: bool = False) -> int:
-    """About what one pass over `tokens` tokens holds at once, beside the weights.
+    """About what one pass over `tokens` tokens holds at once, besides the weights.
 
     The widest moment of a block: the residual stream and its norm, queries, keys, values and the
     attention's output, and the gate, the up-projection and their product.
@@ -125,9 +136,19 @@ def automatic_batch_size(lm: LanguageModel, text: TextConfig) -> int:
     return max(1, min(most, int(_BATCH_SHARE * free / one)))
 
 
+def resolved_text(
+    lm: LanguageModel, text: TextConfig, before: int | None = None, processes: Processes = ALONE
+) -> TextConfig:
+    """The text with a batch size: the one asked for, the one of the run to resume, or what fits."""
+    if text.batch_size:
+        return text
+    fitting = before or automatic_batch_size(lm, text)
+    return replace(text, batch_size=int(min(processes.gather(torch.tensor([fitting])))))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes that training needs beside the language model."""
+    """Bytes that training needs besides the language model."""
 
     saes: int
     """Weights and moments of every SAE."""
@@ -142,8 +163,9 @@ class TrainingMemory:
 
 
 def training_memory(
+    parameters: Sequence[int],
+    widest: int,
     d_model: int,
-    widths: list[int],
     config: TrainConfig,
     device: torch.device,
     *,
@@ -151,20 +173,20 @@ def training_memory(
     row_bytes: int,
     batches_ahead: int,
 ) -> TrainingMemory:
-    """Predict the memory of training SAEs with these numbers of latents (one entry an SAE).
+    """Predict the memory of training SAEs with these numbers of parameters (one entry an SAE).
 
-    `row_bytes` is one row of the buffer, which holds all hook points side by side.
+    `widest` is the largest number of latents, and `row_bytes` one row of the buffer, which holds
+    all hook points side by side.
     """
     # float32 weights, and two moments of theirs.
     each = 4 + 2 * (2 if config.moments == "bfloat16" else 4)
     if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
         each += 2  # the copies that products use
-    parameters = [2 * width * d_model + width + d_model for width in widths]
     # On a CPU a plain step sums each row's gradient and uses it at once.
     plain = config.clip_norm is None and config.micro_batch_tokens is None
     gradient = 0 if device.type == "cpu" and plain else 4 * max(parameters)
     rows = min(config.batch_tokens, _DENSE_ROWS)
-    step = 4 * (2 * rows * max(widths) + 6 * config.batch_tokens * d_model) + gradient
+    step = 4 * (2 * rows * widest + 6 * config.batch_tokens * d_model) + gradient
     batches = (batches_ahead + 2) * config.batch_tokens
     return TrainingMemory(
         saes=sum(parameters) * each,

@@ -15,7 +15,7 @@ _PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among `world` of them. With one process every exchange is a copy."""
 
     rank: int = 0
@@ -80,10 +80,10 @@ class Ranks:
         )
 
 
-ALONE = Ranks()
+ALONE = Processes()
 
 
-def join_ranks(timeout: int) -> Ranks:
+def join_processes(timeout: int) -> Processes:
     """The processes that torchrun started together, connected over gloo; alone without torchrun."""
     if not is_one_of_many():
         return ALONE
@@ -91,7 +91,7 @@ def join_ranks(timeout: int) -> Ranks:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    return Ranks(dist.get_rank(), dist.get_world_size(), timeout)
+    return Processes(dist.get_rank(), dist.get_world_size(), timeout)
 
 
 def is_first() -> bool:

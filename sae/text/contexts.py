@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import TextConfig
-from saesteer.sae.model.language_model import LanguageModel, text_config
-from saesteer.sae.runs.processes import ALONE, Ranks
+from saesteer.sae.model.generation import position_limit
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.runs.processes import ALONE, Processes
 from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
 
 # What is tokenized in one call: less leaves cores idle, more only takes memory.
@@ -359,13 +360,13 @@ class MixedStream:
 class SharedStream:
     """The contexts of one process among several: number i belongs to process i mod world.
 
-    Every process packs all the text, which costs little beside the model, so that the numbers are
-    the same whatever the number of processes.
+    Every process packs all the text, so that the numbers are the same whatever the number of
+    processes; that costs little compared with the model.
     """
 
-    def __init__(self, contexts: ContextStream | MixedStream, ranks: Ranks) -> None:
+    def __init__(self, contexts: ContextStream | MixedStream, processes: Processes) -> None:
         self.contexts = contexts
-        self.ranks = ranks
+        self.processes = processes
         self.prepend_bos = contexts.prepend_bos
         self.identity = contexts.identity
         self.state_dict = contexts.state_dict
@@ -376,8 +377,8 @@ class SharedStream:
 
         The last batch of the text can be empty here and not elsewhere.
         """
-        batch = self.contexts.next_batch(rows * self.ranks.world)
-        return None if batch is None else batch[self.ranks.rank :: self.ranks.world]
+        batch = self.contexts.next_batch(rows * self.processes.world)
+        return None if batch is None else batch[self.processes.rank :: self.processes.world]
 
 
 Contexts = ContextStream | MixedStream | SharedStream
@@ -390,15 +391,15 @@ def open_contexts(
     lm: LanguageModel,
     config: TextConfig,
     replies_file: Path | None = None,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
 ) -> Contexts:
     """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
 
     Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
     model's positions.
     """
-    longest = getattr(text_config(lm.model), "max_position_embeddings", None)
-    if longest and config.context > longest:
+    longest = position_limit(lm)
+    if longest is not None and config.context > longest:
         raise UsageError(
             f"`context` must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )
@@ -415,4 +416,4 @@ def open_contexts(
         # resumed.
         replies = packed(FileCorpus(replies_file.name, [replies_file]), _ENDLESS)
         stream = MixedStream(stream, replies, config.replies_share)
-    return stream if ranks.world == 1 else SharedStream(stream, ranks)
+    return stream if processes.world == 1 else SharedStream(stream, processes)

@@ -54,12 +54,12 @@ def sample_replies(
     if path.exists():
         return path
     chat = lm.has_chat_template
-    done = 0
+    sampled = 0
 
     def on_batch(new_tokens: int) -> None:
-        nonlocal done
-        done += new_tokens
-        progress("replies", min(done, expected), expected, "new tokens")
+        nonlocal sampled
+        sampled += new_tokens
+        progress("replies", min(sampled, expected), expected, "new tokens")
 
     expected = len(prompts) * config.max_new_tokens
     progress("replies", 0, expected, "new tokens")

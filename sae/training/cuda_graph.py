@@ -6,37 +6,55 @@ everything the host decides stands in tensors, so that the recorded step can be 
 recorded again when its shapes change: another batch size, or another length of the dead list.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from saesteer.sae.training.sae_trainer import SAETrainer
-    from saesteer.sae.training.topk import TopKPass
+from saesteer.checkpoints.places import Place
+from saesteer.sae.training.architecture import Pass
 
 # Runs before recording, in which libraries choose their algorithms and Triton compiles.
 _WARM_UPS = 3
 
 
-class GraphedStep:
-    """Records `forward` and `apply` of a trainer, and replays them on new rows."""
+@runtime_checkable
+class Recordable(Protocol):
+    """What a step has to offer; see `SAETrainer`."""
 
-    def __init__(self, trainer: "SAETrainer") -> None:
+    device: torch.device
+
+    def losses(self, rows: Mapping[Place, Tensor]) -> list[Pass]: ...
+
+    def apply(self, passes: list[Pass]) -> None: ...
+
+    def shape_key(self) -> object: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class GraphedStep:
+    """Records `losses` and `apply` of a trainer, and replays them on new rows."""
+
+    def __init__(self, trainer: Recordable) -> None:
         self.trainer = trainer
         self._key: object = None
-        self._rows = torch.empty(0)
-        self._passes: list[TopKPass] = []
+        self._rows: dict[Place, Tensor] = {}
+        self._passes: list[Pass] = []
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def take(self, rows: Float[Tensor, "batch d_model"]) -> "list[TopKPass]":
+    def take(self, rows: Mapping[Place, Tensor]) -> list[Pass]:
         """Set the rows of the next `replay`; the passes returned hold its values after it."""
-        key = (rows.shape, rows.dtype, self.trainer.dead_list_length())
+        shapes = tuple((place, part.shape, part.dtype) for place, part in rows.items())
+        key = (shapes, self.trainer.shape_key())
         if key != self._key:
             self._record(rows)
             self._key = key
-        self._rows.copy_(rows, non_blocking=True)
+        for place, part in rows.items():
+            self._rows[place].copy_(part, non_blocking=True)
         return self._passes
 
     def replay(self) -> None:
@@ -44,20 +62,20 @@ class GraphedStep:
         assert self._graph is not None, "replay follows take"
         self._graph.replay()
 
-    def _record(self, rows: Tensor) -> None:
+    def _record(self, rows: Mapping[Place, Tensor]) -> None:
         trainer = self.trainer
         before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
-        self._rows = rows.clone()
+        self._rows = {place: part.clone() for place, part in rows.items()}
         side = torch.cuda.Stream(trainer.device)
         side.wait_stream(torch.cuda.current_stream(trainer.device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
-                trainer.apply(trainer.forward(self._rows))
+                trainer.apply(trainer.losses(self._rows))
         torch.cuda.current_stream(trainer.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # The harvest's thread goes on launching meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._passes = trainer.forward(self._rows)
+            self._passes = trainer.losses(self._rows)
             trainer.apply(self._passes)
         # Warming up was training: take it back.
         trainer.load_state_dict(before)

@@ -27,9 +27,10 @@ from saesteer.sae.model.hooks import (
     sae_hook_point,
 )
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.runs.memory_use import model_bytes, training_memory
-from saesteer.sae.verbs.harvest import model_facts
+from saesteer.sae.training.architectures import architecture_named
 from saesteer.sae.verbs.metrics import metrics
 
 # Enough text for an SAE's FVU to two digits, in seconds.
@@ -257,9 +258,11 @@ def _predict(
     job = HarvestConfig(layers=(point.layer,), site=point.site, tokens=tokens, text=text)
     plan = predict_harvest(lm, job, progress)
     d_sae, defaults = 8 * lm.d_model, TrainConfig()
+    architecture = architecture_named(defaults.arch).from_config(defaults)[0]
     training = training_memory(
+        [architecture.parameter_count(lm.d_model, lm.d_model, d_sae)],
+        d_sae,
         lm.d_model,
-        [d_sae],
         defaults,
         lm.device,
         buffer_tokens=min(defaults.buffer_tokens, max(1, tokens // 2)),

@@ -19,12 +19,13 @@ from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, open_activations
-from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
-from saesteer.sae.model.hooks import HookPoint, last_block, resolve_site
+from saesteer.sae.config import HarvestConfig, Progress, no_progress
+from saesteer.sae.model.hooks import HookPoint, keep_only_read, resolve_site
 from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
 from saesteer.sae.runs.disk_use import harvest_row_bytes
-from saesteer.sae.runs.memory_use import automatic_batch_size, peak_bytes
-from saesteer.sae.runs.processes import ALONE, Ranks, join_ranks
+from saesteer.sae.runs.facts import as_given, check_same_run, model_facts
+from saesteer.sae.runs.memory_use import peak_bytes, resolved_text
+from saesteer.sae.runs.processes import Processes, join_processes
 from saesteer.sae.runs.stopping import stop_requests
 
 
@@ -70,15 +71,15 @@ def harvest(
     from saesteer.checkpoints.model_files import cache_folder
 
     folder = Path(out).expanduser()
-    ranks = join_ranks(config.rank_timeout)
+    processes = join_processes(config.rank_timeout)
     # One process of torchrun holds the folder for all of them.
-    with contextlib.nullcontext() if ranks.rank else folder_lock(folder):
-        if (resume or not force) and not ranks.rank:
+    with contextlib.nullcontext() if processes.rank else folder_lock(folder):
+        if (resume or not force) and not processes.rank:
             claim_output(folder, resume=resume, force=force, can_resume=True)
         lm = as_language_model(model, device=device, dtype=dtype)
         points = [resolve_site(lm, layer, config.site) for layer in config.layers]
         before = _batch_size_before(folder) if resume else None
-        config = replace(config, text=resolved_text(lm, config.text, before, ranks))
+        config = replace(config, text=resolved_text(lm, config.text, before, processes))
         stream = open_activations(
             lm,
             points,
@@ -86,14 +87,16 @@ def harvest(
             replies=replies,
             replies_folder=replies_folder or cache_folder() / "replies",
             progress=progress,
-            ranks=ranks,
+            processes=processes,
         )
-        ranks.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
-        if not ranks.rank:
+        processes.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
+        if not processes.rank:
             _check_disk(folder, config, lm, len(points))
-        if force and not ranks.rank:  # only now, when model and text were found, may it be emptied
+        if (
+            force and not processes.rank
+        ):  # only now, when model and text were found, may it be emptied
             claim_output(folder, force=True)
-        ranks.wait_for_first()
+        processes.wait_for_first()
         recipe = {
             "model": as_given(lm.name),
             "blocks": lm.blocks_path,
@@ -101,20 +104,13 @@ def harvest(
             "device": str(lm.device),
             "lm_dtype": str(lm.dtype).removeprefix("torch."),
         }
-        job = _Job(folder, config, lm, points, stream, ranks, recipe, progress, warn)
+        job = _Job(folder, config, lm, points, stream, processes, recipe, progress, warn)
         finished = job.open(resume)
         if finished is not None:
             return finished
         if consume_model or not isinstance(model, LanguageModel):
             keep_only_read(lm, points)
         return job.run()
-
-
-def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
-    """Free what a pass up to the last point does not need; the model can do nothing else then."""
-    last = last_block(lm, points)
-    if last is not None:
-        lm.keep_only(last)
 
 
 class _Job:
@@ -127,7 +123,7 @@ class _Job:
         lm: LanguageModel,
         points: Sequence[HookPoint],
         stream: ActivationStream,
-        ranks: Ranks,
+        processes: Processes,
         recipe: Mapping[str, Any],
         progress: Progress,
         warn: Callable[[str], None],
@@ -137,38 +133,41 @@ class _Job:
         self.lm = lm
         self.points = points
         self.stream = stream
-        self.ranks = ranks
+        self.processes = processes
         self.recipe = recipe
         """What a repetition needs besides the config."""
         self.progress = progress
         self.warn = warn
-        self.done = 0
+        self.stored = 0
         """Rows stored by all processes together."""
-        self.waiting = [0] * ranks.world
+        self.waiting = [0] * processes.world
         """Rows of each process since its last shard."""
         self._first: list[ActivationBatch | None] = []
 
     def open(self, resume: bool) -> dict[str, Any] | None:
-        """Start the shards, or go on with those that are there; the manifest when all is done."""
+        """Start the shards, or go on with those that are there.
+
+        Returns the manifest when nothing is left to do, else None.
+        """
         dtype = _stored_dtype(self.config, self.lm)
         layers = [point.layer for point in self.points]
         facts = _facts(self.lm, self.points, self.config, self.stream, self.recipe)
-        part = (self.ranks.rank, self.ranks.world)
+        part = (self.processes.rank, self.processes.world)
         if resume and (self.folder / MANIFEST).exists():
             shared = files.read_json(self.folder / MANIFEST)
             stored = {"layers": layers, "dtype": str(dtype).removeprefix("torch.")}
             check_same_run(shared, {**facts, **stored}, self.folder)
             if shared.get("complete"):
                 return dict(shared)
-            if shared.get("processes", 1) != self.ranks.world:
+            if shared.get("processes", 1) != self.processes.world:
                 raise UserError(
                     f"`resume`: {self.folder} was begun with {shared.get('processes', 1)} "
-                    f"processes, now there are {self.ranks.world}: start as many, or give another "
-                    "`out`"
+                    f"processes, now there are {self.processes.world}: start as many, or give "
+                    "another `out`"
                 )
         if resume and self._everybody((self.folder / part_manifest(part)).exists()):
             self.writer, cursor = ShardWriter.resume(self.folder, part=part)
-            if self.ranks.world > 1:
+            if self.processes.world > 1:
                 cursor = self._common_place(cursor)
             self._continue(cursor)
             return None
@@ -180,25 +179,25 @@ class _Job:
             "d_model": self.lm.d_model,
             "dtype": dtype,
             # Several processes cut their shards together: see _store.
-            "shard_tokens": self.config.shard_tokens if self.ranks.world == 1 else 1 << 60,
+            "shard_tokens": self.config.shard_tokens if self.processes.world == 1 else 1 << 60,
             "shuffle_seed": self.config.text.seed if self.config.shuffle else None,
         }
-        if self.ranks.world > 1 and not self.ranks.rank:
-            # Whoever looks into the folder before the end finds a manifest that is true.
-            ShardWriter(self.folder, facts={**facts, "processes": self.ranks.world}, **options)
-        self.ranks.wait_for_first()
+        if self.processes.world > 1 and not self.processes.rank:
+            # Until the parts are merged, this manifest tells a reader what the folder is.
+            ShardWriter(self.folder, facts={**facts, "processes": self.processes.world}, **options)
+        self.processes.wait_for_first()
         self.writer = ShardWriter(self.folder, facts=facts, part=part, **options)
         return None
 
     def _everybody(self, here: bool) -> bool:
-        return all(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+        return all(bool(answer) for answer in self.processes.gather(torch.tensor([here])))
 
     def _common_place(self, cursor: dict[str, Any]) -> dict[str, Any]:
         """The last place that every process has saved."""
         own = self.writer.rounds("batches")
-        longest = max(int(n) for n in self.ranks.gather(torch.tensor([len(own)])))
+        longest = max(int(n) for n in self.processes.gather(torch.tensor([len(own)])))
         padded = torch.tensor(own + [0] * (longest - len(own)))
-        saved = [set(rounds.tolist()) for rounds in self.ranks.gather(padded)]
+        saved = [set(rounds.tolist()) for rounds in self.processes.gather(padded)]
         common = max(set.intersection(*saved))
         return self.writer.go_back("batches", common) if own[-1] != common else cursor
 
@@ -206,31 +205,31 @@ class _Job:
         """Go on at a cursor; `{}` is the start."""
         if cursor:
             self.stream.load_state_dict(cursor)
-        self.done = int(sum(self.ranks.gather(torch.tensor([self.writer.tokens]))))
+        self.stored = int(sum(self.processes.gather(torch.tensor([self.writer.tokens]))))
 
     def run(self) -> dict[str, Any]:
         """Read, store and finish."""
         total = self.config.tokens
         started = time.monotonic()
-        self.progress("harvest", self.done, total, "tokens")
+        self.progress("harvest", self.stored, total, "tokens")
         with (
             stop_requests() as stop,
             BackgroundWriter(self.writer, self.config.shard_tokens) as writer,
         ):
-            while self.done < total:
+            while self.stored < total:
                 batch = self._first.pop() if self._first else self.stream.next_batch()
                 if batch is None:
                     self.warn(
-                        f"the corpus ended after {self.done} of {total} `tokens`: give more "
+                        f"the corpus ended after {self.stored} of {total} `tokens`: give more "
                         "`data` or `epochs`"
                     )
                     break
                 self._store(writer, batch)
-                self.progress("harvest", self.done, total, "tokens")
-                if self._anybody(stop()) and self.done < total:
+                self.progress("harvest", self.stored, total, "tokens")
+                if self._anybody(stop()) and self.stored < total:
                     writer.checkpoint()
                     raise Interrupted(
-                        f"stopped after {self.done} of {total} tokens, which are in "
+                        f"stopped after {self.stored} of {total} tokens, which are in "
                         f"{self.folder}: run the same command with `resume` to go on"
                     )
             extra = {
@@ -247,11 +246,11 @@ class _Job:
         Rows are counted in the order of the contexts over all processes, so that the same ones are
         stored however many processes there are.
         """
-        rank, world = self.ranks.rank, self.ranks.world
-        left = self.config.tokens - self.done
+        rank, world = self.processes.rank, self.processes.world
+        left = self.config.tokens - self.stored
         before = batch.kept.cumsum(0) - batch.kept
         fresh = (left - before).clamp(min=0).minimum(batch.kept)
-        self.done += int(fresh.sum())
+        self.stored += int(fresh.sum())
         batch = batch.first(int(fresh[rank::world].sum()))
         columns = {"positions": batch.positions, "contexts": batch.contexts}
         cursor = self.stream.state_dict()
@@ -271,24 +270,24 @@ class _Job:
                 writer.flush(cursor)
 
     def _anybody(self, here: bool) -> bool:
-        return any(bool(answer) for answer in self.ranks.gather(torch.tensor([here])))
+        return any(bool(answer) for answer in self.processes.gather(torch.tensor([here])))
 
     def _sum(self, counts: Mapping[str, int]) -> dict[str, int]:
-        gathered = self.ranks.gather(torch.tensor(list(counts.values())))
+        gathered = self.processes.gather(torch.tensor(list(counts.values())))
         return dict(zip(counts, torch.stack(gathered).sum(dim=0).tolist(), strict=True))
 
     def _merged(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         """The manifest of the whole harvest."""
-        if self.ranks.world == 1:
+        if self.processes.world == 1:
             return self.writer.manifest
-        self.ranks.wait_for_first()
-        if not self.ranks.rank:
+        self.processes.wait_for_first()
+        if not self.processes.rank:
             merge_parts(
                 self.folder,
-                self.ranks.world,
+                self.processes.world,
                 {**extra, "shard_tokens": self.config.shard_tokens},
             )
-        self.ranks.wait_for_first()
+        self.processes.wait_for_first()
         return dict(files.read_json(self.folder / MANIFEST))
 
 
@@ -299,31 +298,17 @@ def _stored_dtype(config: HarvestConfig, lm: LanguageModel) -> torch.dtype:
 
 
 def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: int) -> None:
-    """Refuse shards that would not fit; what lies in the folder now stays, or gives its place."""
+    """Refuse shards that would not fit. What the folder holds now is either kept or replaced, so it
+    counts as room."""
     row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
     needed = config.tokens * row * places - folder_bytes(folder)
     need_space(folder, needed, "harvesting writes", "lower `tokens` or give fewer layers")
-
-
-def resolved_text(
-    lm: LanguageModel, text: TextConfig, before: int | None, ranks: Ranks = ALONE
-) -> TextConfig:
-    """The text with a batch size: the one asked for, the one of the run to resume, or what fits."""
-    if text.batch_size:
-        return text
-    fitting = before or automatic_batch_size(lm, text)
-    return replace(text, batch_size=int(min(ranks.gather(torch.tensor([fitting])))))
 
 
 def _batch_size_before(folder: Path) -> int | None:
     with contextlib.suppress(UserError, AttributeError):
         return (files.read_json(folder / MANIFEST).get("config") or {}).get("batch_size")
     return None
-
-
-def as_given(model: str) -> str:
-    """A model's name that means the same from any working folder."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _facts(
@@ -353,47 +338,4 @@ def _facts(
         "versions": versions(),
         "git_revision": git_revision(),
         "machine": machine(),
-    }
-
-
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume a run whose settings, text or model differ from the ones before.
-
-    Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
-    as far as `now` has them. Raises UserError naming the first flag that differs.
-    """
-    old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
-    for key in ("layers", "dtype"):
-        if key in now:
-            old[key], new[key] = before.get(key), plain(now[key])
-    flags = {"layers": "`layer`", "dtype": "`store_dtype`"}
-    for key, value in new.items():
-        if old.get(key) != value:
-            flag = flags.get(key, "--" + key.replace("_", "-"))
-            raise UserError(
-                f"`resume`: {folder} was made with {flag} {old.get(key)}, now it is {value}: give "
-                "the flags of the first run, or another `out`"
-            )
-    first, second = before.get("model") or {}, now["model"]
-    for key in ("hash", "dtype"):
-        if first.get(key) != second.get(key):
-            raise UserError(
-                f"`resume`: {folder} was made with a `model` of {key} {first.get(key)}, now it is "
-                f"{second.get(key)}: give the model of the first run, or another `out`"
-            )
-    if before.get("data") != plain(now["data"]):
-        raise UserError(
-            f"`resume`: {folder} was made from other text or replies than those there now: restore "
-            "them, or give another `out`"
-        )
-
-
-def model_facts(lm: LanguageModel) -> dict[str, Any]:
-    """A model's identity as it is written into manifests, SAEs, plans and runs."""
-    return {
-        "name": lm.name,
-        "hash": lm.fingerprint,
-        "n_layers": lm.n_layers,
-        "d_model": lm.d_model,
-        "dtype": str(lm.dtype).removeprefix("torch."),
     }

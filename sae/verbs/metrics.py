@@ -1,7 +1,7 @@
 """How good an SAE is on held-out text: what it reconstructs, and what that does to the model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.sae.activations.sinks import SinkFilter
+from saesteer.sae.activations.reader import ActivationStream
 from saesteer.sae.config import MetricsConfig, Progress, no_progress
 from saesteer.sae.model.forward_pass import model_inputs
-from saesteer.sae.model.hooks import HookPoint, hooked, run_to, sae_hook_point
+from saesteer.sae.model.hooks import HookPoint, hooked, sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.text.contexts import ContextBatch, open_contexts
-from saesteer.sae.verbs.harvest import model_facts
 
 
 def metrics(
@@ -45,12 +45,13 @@ def metrics(
     - `kl`: KL(plain || spliced) in nats per token.
 
     Text is read as `config.text` says, isolation and template included: give what the SAE was
-    trained with. Rows measured are those with a next token to predict. Attention sinks, special
-    tokens and what else is not kept are left out of every figure and stay as they are in the
-    spliced runs. Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over
-    documents (over contexts, where there are fewer than
-    ten documents). `seen_in_training` says whether the SAE was trained on one of these
-    texts, as far as its file tells (else it is None).
+    trained with. The rows that training would keep (see `SinkFilter`) are replaced in the spliced
+    runs, where all others stay as they are and are left out of every figure; figures are over those
+    that have a next token to predict.
+
+    Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over documents
+    (over contexts, where there are fewer than ten documents). `seen_in_training` says whether the
+    SAE was trained on one of these texts, as far as its file tells (else it is None).
 
     Raises:
         UserError: the SAE does not fit the model, or the text is too short.
@@ -59,86 +60,48 @@ def metrics(
     lm = as_language_model(model, device=device, dtype=dtype)
     sae = (sae if isinstance(sae, SAE) else load_sae(sae)).to(lm.device)
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
-    contexts = open_contexts(lm, config.text)
+    text = replace(config.text, compile=False)
+    stream = ActivationStream(lm, [point], open_contexts(lm, text), text)
     batches: list[ContextBatch] = []
     kept: list[Bool[Tensor, "rows context"]] = []
-    sinks = SinkFilter(config.text.max_norm_ratio)
-    total = Moments(lm.d_model)
-    excluded = {"special": 0, "template": 0, "sinks": 0}
-    isolated = config.text.isolate_documents
+    total = torch.zeros(lm.d_model, dtype=torch.float64)
+    count = 0
     progress("metrics: mean", 0, config.tokens, "tokens")
-    # First pass: which rows count, their mean, and how often each latent fires.
-    while total.count < config.tokens:
-        batch = contexts.next_batch(config.text.batch_size)
-        if batch is None:
+    # First pass: which rows training would keep, and their mean.
+    while count < config.tokens:
+        read = stream.next_batch()
+        if read is None:
             break
-        rows, keep = _read(lm, point, batch, isolated, sinks, excluded)
-        total.add(rows)
-        batches.append(batch)
-        kept.append(keep)
-        progress("metrics: mean", min(total.count, config.tokens), config.tokens, "tokens")
-    if total.count < 2:
-        raise UserError(f"`data` {','.join(config.text.data)} keeps fewer than 2 tokens to measure")
-    mean = (total.sum / total.count).to(lm.device)
+        rows = read.activations[point.key]
+        total += rows.double().sum(dim=0)
+        count += len(rows)
+        batches.append(read.source)
+        kept.append(read.keep)
+        progress("metrics: mean", min(count, config.tokens), config.tokens, "tokens")
+    if count < 2:
+        raise UserError(f"`data` {','.join(text.data)} keeps fewer than 2 tokens to measure")
+    mean = (total / count).to(lm.device)
     tally = _Tally()
     fired = torch.zeros(sae.spec.d_sae, dtype=torch.bool, device=lm.device)
-    done = 0
-    progress("metrics: splice", 0, total.count, "tokens")
+    measured = 0
+    progress("metrics: splice", 0, count, "tokens")
     for batch, keep in _pieces(batches, kept, max(_vocabulary(lm), sae.spec.d_sae)):
-        inputs = model_inputs(lm, batch, isolated)
-        done += _measure(lm, sae, point, batch, inputs, keep.to(lm.device), mean, tally, fired)
-        progress("metrics: splice", done, total.count, "tokens")
-    progress("metrics: splice", total.count, total.count, "tokens")
+        inputs = model_inputs(lm, batch, text.isolate_documents)
+        measured += _measure(lm, sae, point, batch, inputs, keep.to(lm.device), mean, tally, fired)
+        progress("metrics: splice", measured, count, "tokens")
+    progress("metrics: splice", count, count, "tokens")
     return {
         "sae": {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.spec.d_sae},
         "model": model_facts(lm),
         "layer": point.layer,
         "site": point.site,
-        "tokens": done,
+        "tokens": measured,
         "documents": tally.documents,
-        "excluded": excluded,
-        "seen_in_training": _seen_in_training(sae, contexts.identity()),
+        "excluded": stream.excluded,
+        "seen_in_training": _seen_in_training(sae, stream.identity()),
         "dead_fraction": 1 - float(fired.float().mean()),
-        **tally.summary(config.bootstrap, config.text.seed),
+        **tally.summary(config.bootstrap, text.seed),
     }
-
-
-@dataclass
-class Moments:
-    """Count and sum of rows, in float64."""
-
-    d_model: int
-    count: int = 0
-    sum: Float[Tensor, " d_model"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sum = torch.zeros(self.d_model, dtype=torch.float64)
-
-    def add(self, rows: Float[Tensor, "rows d_model"]) -> None:
-        self.count += len(rows)
-        self.sum += rows.double().sum(dim=0).cpu()
-
-
-def _read(
-    lm: LanguageModel,
-    point: HookPoint,
-    batch: ContextBatch,
-    isolated: bool,
-    sinks: SinkFilter,
-    excluded: dict[str, int],
-) -> tuple[Float[Tensor, "kept d_model"], Bool[Tensor, "rows context"]]:
-    """The kept rows of a batch and where they stand."""
-    with torch.inference_mode():
-        h = run_to(lm, [point], **model_inputs(lm, batch, isolated))[point.key]
-        text = batch.keep.to(lm.device)
-        near = sinks.keep({point.key: h[text]})
-        keep = text.clone()
-        keep[text] = near
-        special = torch.isin(batch.token_ids, lm.special_ids)
-        excluded["special"] += int(special.sum())
-        excluded["template"] += int((~batch.keep & ~special).sum())
-        excluded["sinks"] += int((~near).sum())
-        return h[keep], keep.cpu()
 
 
 # Fewer documents than this say little about their spread: contexts are resampled instead.

@@ -4,16 +4,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, plain, read_json, read_jsonl, read_tensors
-from saesteer.sae.config import Progress, TextConfig, TrainConfig, no_progress
+from saesteer.checkpoints.strict_fields import read_fields
+from saesteer.sae.config import Progress, TrainConfig, no_progress
 from saesteer.sae.verbs.reproduce_harvest import (
     compare_shards,
     harvest_config,
     recorded_harvest,
     repeat_harvest,
+    wrong_config,
 )
 
 _TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer", "seconds")
@@ -43,7 +45,7 @@ def reproduce(
     Returns:
         `equal` (every SAE and every metric, to the bit), `saes` (for each: `weights_equal`,
         `max_abs_difference` by tensor, `metrics_equal`, `first_differing_step`, `final` then and
-        now; of a harvest instead `shards`, what `harvest_reproduction.compare_shards` gives) and
+        now; of a harvest instead `shards`, what `compare_shards` gives) and
         `differences` of inputs and environment, each with `what`, `then` and `now`.
 
     Raises:
@@ -74,7 +76,7 @@ def reproduce(
 def _again(
     out: str | Path | None, force: bool, work: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `work` finds in `out`, or in a folder that does not stay."""
+    """What `work` finds in `out`, or in a temporary folder."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saesteer-reproduce-") as place:
             return {**work(Path(place)), "again": None}
@@ -85,7 +87,7 @@ def _again(
 def _reproduce_harvest(
     run: str | Path, then: Mapping[str, Any], place: Path, model: str | None, progress: Progress
 ) -> dict[str, Any]:
-    config = harvest_config(then, str(run), _made)
+    config = harvest_config(then, str(run))
     with _threads(_recorded_threads(then)):
         now = repeat_harvest(then, config, place, model, progress)
     found = compare_shards(Path(run).expanduser(), place)
@@ -99,51 +101,7 @@ def _reproduce_harvest(
 
 def train_config(recorded: Any, where: str) -> TrainConfig:
     """The `TrainConfig` that a `run.json` holds. Raises UserError naming what does not fit."""
-    made: TrainConfig = _made(TrainConfig, recorded, where)
-    return made
-
-
-def _made(kind: Any, recorded: Any, where: str) -> Any:
-    """A config dataclass from its JSON; lists become tuples."""
-    if not isinstance(recorded, dict):
-        raise UserError(f"{where}: the config in run.json is not an object; restore the file")
-    hints = get_type_hints(kind)
-    unknown = sorted(recorded.keys() - hints.keys())
-    if unknown:
-        raise UserError(
-            f"{where}: run.json has the setting {unknown[0]!r}, which this saesteer does not know: "
-            "use the version that made the run"
-        )
-    values = {}
-    for name, value in recorded.items():
-        if hints[name] is TextConfig:
-            value = _made(TextConfig, value, where)
-        values[name] = tuple(value) if isinstance(value, list) else value
-        # JSON may write 10 for 10.0; no setting comes near what a float cannot hold.
-        whole = type(value) is int and abs(value) < 2**53
-        if whole and float in (hints[name], *get_args(hints[name])):
-            values[name] = float(value)
-        if not _fits(values[name], hints[name]):
-            shown = str(recorded[name])[:60]
-            raise UserError(
-                f"{where}: the config in run.json is wrong: {name} is {shown!r}; restore the file"
-            )
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the config in run.json is wrong: {error}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field of a config dataclass names."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is tuple:  # tuple[T, ...]
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if arguments:  # A | B
-        return any(_fits(value, option) for option in arguments)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return read_fields(TrainConfig, recorded, wrong_config(where, "run.json"))
 
 
 def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -241,7 +199,7 @@ def _compare(
 
 
 def _all_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of inputs and environment."""
+    """What differs in inputs and environment."""
     found = []
     for part in ("model", "data", "recipe", "versions", "git_revision", "machine"):
         found += _differences(part, plain(then.get(part)), plain(now.get(part)))

@@ -1,6 +1,6 @@
 """Run a recorded harvest once more and compare its shards."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import read_json
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import MANIFEST, ShardReader
+from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.sae.config import HarvestConfig, Progress, TextConfig
-
-Made = Callable[[Any, Any, str], Any]
 
 
 def recorded_harvest(folder: Path) -> dict[str, Any] | None:
@@ -37,26 +37,26 @@ def recorded_harvest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def harvest_config(manifest: Mapping[str, Any], where: str, made: Made) -> HarvestConfig:
-    """The settings that a manifest holds; `made` builds a config dataclass from its JSON."""
+def wrong_config(where: str, file: str) -> str:
+    """The beginning of an error about the config in a record."""
+    return f"{where}: restore {file}, or use the saesteer that wrote it; its config is wrong"
+
+
+def harvest_config(manifest: Mapping[str, Any], where: str) -> HarvestConfig:
+    """The settings that a manifest holds. Raises UserError naming what does not fit."""
+    wrong = wrong_config(where, MANIFEST)
     recorded = manifest.get("config")
     if not isinstance(recorded, dict):
-        raise UserError(f"{where}: the config in {MANIFEST} is not an object; restore the file")
+        raise UserError(f"{wrong}: it is not an object")
     names = {field.name for field in fields(TextConfig)}
-    text = {key: value for key, value in recorded.items() if key in names}
-    rest = {key: value for key, value in recorded.items() if key not in names}
-    config: HarvestConfig = made(
-        HarvestConfig,
-        {
-            **rest,
-            "text": text,
-            "layers": manifest.get("layers"),
-            "store_dtype": manifest.get("dtype"),
-            "shard_tokens": manifest.get("shard_tokens"),
-        },
-        where,
-    )
-    return config
+    settings = {
+        **{key: value for key, value in recorded.items() if key not in names},
+        "text": {key: value for key, value in recorded.items() if key in names},
+        "layers": manifest.get("layers"),
+        "store_dtype": manifest.get("dtype"),
+        "shard_tokens": manifest.get("shard_tokens"),
+    }
+    return read_fields(HarvestConfig, settings, wrong)
 
 
 def repeat_harvest(
@@ -118,7 +118,7 @@ def compare_shards(then: Path, now: Path) -> dict[str, Any]:
 
 
 def _pieces(
-    one: ShardReader, two: ShardReader, place: tuple[int, str]
+    one: ShardReader, two: ShardReader, place: Place
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """The rows of both side by side, as far as both go, in pieces that lie within one shard."""
     numbers = [0, 0]

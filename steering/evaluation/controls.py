@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.checkpoints.sparse_autoencoder import token_scale
+from saesteer.sae.activations.prompt_reader import PromptReader
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.generation import generate
-from saesteer.sae.model.hooks import HookPoint, resolve_site, run_to
+from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.checks.catalogue import Verdict
+from saesteer.steering.plans.directions import Passage, difference_of_means
 from saesteer.steering.plans.part import weighted_sum
 from saesteer.steering.plans.plan import Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.tasks.task import Placement, Task, compose
 
-_ROWS_AT_ONCE = 16
-_SINK_RATIO = 10.0
 _REPLY_TOKENS = 40
 
 
@@ -137,26 +137,17 @@ def mean_difference_plan(
         for wording in wordings
         for content in plain
     ]
-    if read == "reply":
-        means = []
-        for kind, texts in (("instructed", [text for _, text in pairs]), ("plain", plain)):
+    kinds = []
+    for kind, texts in (("instructed", [text for _, text in pairs]), ("plain", plain)):
+        if read == "reply":
             sources = [content for content, _ in pairs] if kind == "instructed" else None
-            rows = _replies(lm, task, texts, sources, seed, progress, kind)
-            means.append(_mean_residual(lm, point, rows))
-    else:
-        means = []
-        for texts in ([text for _, text in pairs], plain):
+            kinds.append(_replies(lm, task, texts, sources, seed, progress, kind))
+        else:
             prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
-            means.append(_mean_residual(lm, point, [_read_at(p, read) for p in prompts]))
-    direction = means[0] - means[1]
-    unit = (direction / direction.norm().clamp_min(1e-30))[None].float()
+            kinds.append([Passage.last_of(prompt, read) for prompt in prompts])
+    direction = difference_of_means(lm, point, *kinds).vector
+    unit = (direction / direction.norm())[None].float()
     return with_directions(plan, unit, [0], "mean difference", [1.0])
-
-
-def _read_at(prompt: EncodedPrompt, read: str) -> tuple[list[int], int, int]:
-    """Token ids, and the first and one past the last that are read."""
-    end = len(prompt) if read == "template" else prompt.user_span[1]
-    return prompt.token_ids, end - 1, end
 
 
 def _replies(
@@ -167,8 +158,11 @@ def _replies(
     seed: int,
     progress: Progress,
     kind: str,
-) -> list[tuple[list[int], int, int]]:
-    """Prompts with sampled replies; of instructed ones those that pass, or all when none does."""
+) -> list[Passage]:
+    """Prompts with sampled replies, read from the last prompt token on.
+
+    Of instructed ones those that pass the check, or all when none does.
+    """
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
     stage = f"mean difference: {kind} replies"
     progress(stage, 0, len(texts), "replies")
@@ -183,7 +177,11 @@ def _replies(
     )
     progress(stage, len(texts), len(texts), "replies")
     rows = [
-        ([*prompt.token_ids, *reply.token_ids], len(prompt) - 1, len(prompt) + len(reply.token_ids))
+        Passage(
+            [*prompt.token_ids, *reply.token_ids],
+            len(prompt) - 1,
+            len(prompt) + len(reply.token_ids),
+        )
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
     if sources is None:
@@ -194,29 +192,6 @@ def _replies(
         if task.verdict(reply.text, source) is Verdict.PASS
     ]
     return passing or rows
-
-
-def _mean_residual(
-    lm: LanguageModel, point: HookPoint, rows: Sequence[tuple[list[int], int, int]]
-) -> Float[Tensor, " d_model"]:
-    """The mean over every position read, attention sinks apart, in float64."""
-    total = torch.zeros(lm.d_model, dtype=torch.float64)
-    count = 0
-    order = sorted(rows, key=lambda row: len(row[0]))
-    for first in range(0, len(order), _ROWS_AT_ONCE):
-        chunk = order[first : first + _ROWS_AT_ONCE]
-        ids, mask = pad_right(lm, [row[0] for row in chunk])
-        with torch.inference_mode():
-            h = run_to(lm, [point], input_ids=ids, attention_mask=mask)[point.key].float()
-        norms = h.norm(dim=-1)
-        near = norms <= _SINK_RATIO * norms[mask.bool()].median()
-        for place, (_, start, end) in enumerate(chunk):
-            kept = h[place, start:end][near[place, start:end]]
-            total += kept.double().sum(dim=0).cpu()
-            count += len(kept)
-    if not count:
-        raise UserError("only attention sinks would be read for the mean difference")
-    return total / count
 
 
 def logit_bias(lm: LanguageModel, plan: Plan, texts: Sequence[str]) -> Float[Tensor, " vocabulary"]:
@@ -230,14 +205,8 @@ def logit_bias(lm: LanguageModel, plan: Plan, texts: Sequence[str]) -> Float[Ten
     norm = lm.final_norm
     last = resolve_site(lm, lm.n_layers - 1, "resid_post")
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
-    finals = []
-    for first in range(0, len(prompts), _ROWS_AT_ONCE):
-        chunk = prompts[first : first + _ROWS_AT_ONCE]
-        ids, mask = pad_right(lm, [prompt.token_ids for prompt in chunk])
-        with torch.inference_mode():
-            h = run_to(lm, [last], input_ids=ids, attention_mask=mask)[last.key]
-        finals += [h[place, len(prompt) - 1].float() for place, prompt in enumerate(chunk)]
-    h = torch.stack(finals)
+    read = PromptReader(lm, [last]).read([prompt.token_ids for prompt in prompts])
+    h = torch.stack([prompt.rows[last.key][-1] for prompt in read])
     vector = delta_vector(plan).float().to(h.device)
     if plan.unit == "rel":
         vector = vector * h.norm(dim=-1).median()

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.sae.activations.prompt_reader import PromptReader
+from saesteer.sae.activations.sinks import norms_of
 from saesteer.sae.model.generation import generate
 from saesteer.sae.model.hooks import HookPoint, hooked, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
@@ -28,7 +30,6 @@ from saesteer.steering.tasks.task import BUILTIN_FOLDER
 NEUTRAL_FILE = BUILTIN_FOLDER / "neutral.jsonl"
 
 _ROWS_AT_ONCE = 8
-_SINK_RATIO = 10.0
 # The unsteered log-probabilities are kept between plans when they are no more numbers than these.
 _NUMBERS_KEPT = 2**27
 
@@ -98,7 +99,7 @@ class Damage:
 
 
 class NeutralProbe:
-    """Measures plans on neutral questions; the unsteered side is worked out once.
+    """Measures plans on neutral questions; the unsteered model is run once for all of them.
 
     Args:
         questions: by default the built-in ones.
@@ -137,19 +138,21 @@ class NeutralProbe:
         deepest = max(plan.parts, key=lambda part: part.layer)
         point = resolve_site(lm, deepest.layer, deepest.site)
         columns: list[list[float]] = [[], [], [], []]
-        plain_norms: list[Tensor] = []
+        usual_norms: list[Tensor] = []
         edited_norms: list[Tensor] = []
         reports: list[TouchedRow] = []
+        reader = PromptReader(lm, [point])
         for chunk, rows, prompts in self._chunks():
             norms_before: list[Tensor] = []
             plain = self._plain_log_probs(chunk[0], rows, prompts, point, norms_before)
             with steer(lm, plan, prompts=prompts) as report, _norms(point) as after:
                 steered = self._log_probs(rows, prompts)
             before = norms_before[0]
+            # Attention sinks are a hundred times longer than the rest: any length would be usual.
+            usual_norms.append(before[reader.keep(before[None], *pad_right(lm, rows))])
             for place, touched in enumerate(report.rows):
                 at = touched.positions
                 edited_norms.append(after[0][place, at])
-                plain_norms.append(before[place, : len(rows[place])])
                 reports.append(touched)
             for p, q, row, prompt in zip(plain, steered, rows, prompts, strict=True):
                 said = torch.tensor(row[len(prompt) :], device=q.device)[:, None]
@@ -158,16 +161,9 @@ class NeutralProbe:
                 columns[2].append(float((p.argmax(1) == q.argmax(1)).float().mean()))
                 columns[3].append(float((p.gather(1, said) - q.gather(1, said)).mean()))
         kl, reverse, agreement, rise = (sum(column) / len(column) for column in columns)
-        dose, ratio, outside = _norm_figures(plain_norms, edited_norms, reports)
+        dose, ratio, outside = _norm_figures(usual_norms, edited_norms, reports)
         counted = self._flips(plan) if flips else {}
         return Damage(kl, reverse, agreement, rise, dose, ratio, outside, **counted)
-
-    @property
-    def unsteered_right(self) -> int:
-        """Questions that the unsteered model answers right."""
-        self._answer()
-        pairs = zip(self.questions, self._texts, strict=True)
-        return sum(question.is_right(text) for question, text in pairs)
 
     def _flips(self, plan: Plan) -> dict[str, Any]:
         with steer(self.lm, plan, prompts=self._prompts):
@@ -205,7 +201,8 @@ class NeutralProbe:
                 f"{self.lm.name} answers every neutral question with nothing, so damage cannot be "
                 "measured on its answers"
             )
-        order.sort(key=lambda i: len(self._prompts[i]) + len(replies[i]))
+        # The longest first, as a PromptReader has them.
+        order.sort(key=lambda i: -len(self._prompts[i]) - len(replies[i]))
         for first in range(0, len(order), _ROWS_AT_ONCE):
             chunk = order[first : first + _ROWS_AT_ONCE]
             rows = [[*self._prompts[i].token_ids, *replies[i]] for i in chunk]
@@ -252,23 +249,20 @@ def _norms(point: HookPoint) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def read(h: Float[Tensor, "batch seq d_model"]) -> None:
-        seen.append(h.detach().float().norm(dim=-1).cpu())
+        seen.append(norms_of({point.key: h.detach()})[0].cpu())
 
     with hooked(point, read):
         yield seen
 
 
 def _norm_figures(
-    plain: list[Tensor], edited: list[Tensor], reports: list[TouchedRow]
+    usual: list[Tensor], edited: list[Tensor], reports: list[TouchedRow]
 ) -> tuple[float | None, float | None, float | None]:
     """Median relative dose, ratio of median lengths, share outside the unedited middle 98 %."""
     after = torch.cat(edited).double().numpy()
     if not after.size:
         return None, None, None
-    everywhere = torch.cat(plain).double().numpy()
-    # Attention sinks are a hundred times longer than the rest and would make anything normal.
-    usual = everywhere[everywhere <= _SINK_RATIO * np.median(everywhere)]
-    low, high = np.percentile(usual, [1, 99])
+    low, high = np.percentile(torch.cat(usual).double().numpy(), [1, 99])
     outside = float(((after < low) | (after > high)).mean())
     before = torch.cat([row.residual_norms for row in reports]).double().numpy()
     dose = float(np.median(torch.cat([row.relative_doses for row in reports]).double().numpy()))

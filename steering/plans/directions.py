@@ -6,15 +6,17 @@ takes it away, and gates may ask for it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
-from saesteer.sae.model.hooks import resolve_site, run_to
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.activations.prompt_reader import PromptReader
+from saesteer.sae.model.hooks import HookPoint, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
 from saesteer.steering.plans.plan import (
     ModelIdentity,
     Plan,
@@ -26,7 +28,30 @@ from saesteer.steering.plans.plan import (
 READ_AT = ("last", "template")
 """last token of the user's text; last token of the prompt."""
 
-_SINK_RATIO = 10.0
+
+@dataclass(frozen=True)
+class Passage:
+    """The tokens of one text, and which of them are read: [start, end)."""
+
+    token_ids: list[int]
+    start: int
+    end: int
+
+    @classmethod
+    def last_of(cls, prompt: EncodedPrompt, read: str) -> "Passage":
+        """The last token of the user's text, or with `template` of the prompt."""
+        end = len(prompt) if read == "template" else prompt.user_span[1]
+        return cls(prompt.token_ids, end - 1, end)
+
+
+@dataclass(frozen=True, eq=False)
+class MeanDifference:
+    """The mean residual of some passages minus that of others."""
+
+    vector: Float[Tensor, " d_model"]
+    """In float64."""
+    spread: float
+    """Standard deviation of the first kind along it."""
 
 
 def plan_from_directions(
@@ -106,8 +131,8 @@ def mean_difference(
     """A plan for the mean residual of some texts minus that of others (no SAE).
 
     Texts are read at their last token (`read="last"`) or at the last token of the prompt
-    (`"template"`); attention sinks are left out. `sigma` is the standard deviation of the positive
-    texts along the direction.
+    (`"template"`); attention sinks are left out (see `SinkFilter`). `sigma` is the standard
+    deviation of the positive texts along the direction.
 
     Raises:
         UsageError: no texts, an unknown `read`, a layer or site that the model does not have.
@@ -117,50 +142,45 @@ def mean_difference(
     if read not in READ_AT:
         raise UsageError(f"`read` must be one of {', '.join(READ_AT)}, got {read!r}")
     use_chat = lm.has_chat_template if chat is None else chat
-    rows = []
+    point = resolve_site(lm, layer, site)
+    kinds = []
     for name, texts in (("positive", positive), ("negative", negative)):
         if not texts:
             raise UsageError(f"a mean difference needs texts of both kinds, got no {name} ones")
         prompts = [encode_prompt(lm, text, chat=use_chat) for text in texts]
-        rows.append(_residuals(lm, prompts, layer, site, read, batch_size))
-    direction = rows[0].mean(dim=0) - rows[1].mean(dim=0)
-    length = direction.norm()
-    if not float(length) > 0:
-        raise UserError("both kinds of text have the same mean residual: there is no direction")
-    spread = float((rows[0] @ (direction / length)).std(correction=0))
+        kinds.append([Passage.last_of(prompt, read) for prompt in prompts])
+    found = difference_of_means(lm, point, *kinds, batch_size=batch_size)
     return plan_from_directions(
-        lm, direction[None], layer=layer, site=site, source="mean difference", sigma=[spread],
-        method=method, unit=unit, scale=scale, scope=scope, task=task,
+        lm, found.vector[None], layer=layer, site=site, source="mean difference",
+        sigma=[found.spread], method=method, unit=unit, scale=scale, scope=scope, task=task,
     )  # fmt: skip
 
 
-def _residuals(
+def difference_of_means(
     lm: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    layer: int,
-    site: str,
-    read: str,
-    batch_size: int,
-) -> Float[Tensor, "samples d_model"]:
-    """The residual at the token that is read of each prompt, sinks apart, in float64."""
-    point = resolve_site(lm, layer, site)
-    found = []
-    for first in range(0, len(prompts), batch_size):
-        chunk = prompts[first : first + batch_size]
-        ids, mask = pad_right(lm, [prompt.token_ids for prompt in chunk])
-        with torch.inference_mode():
-            h = run_to(lm, [point], input_ids=ids, attention_mask=mask)[point.key].float()
-        norms = h.norm(dim=-1)
-        if not bool(torch.isfinite(norms[mask.bool()]).all()):
-            raise NonFiniteError(
-                f"{lm.name} gave NaN or infinite activations at layer {point.layer}: try `dtype` "
-                "float32"
-            )
-        ends = [len(p) - 1 if read == "template" else p.user_span[1] - 1 for p in chunk]
-        at = torch.arange(len(chunk), device=h.device), torch.tensor(ends, device=h.device)
-        near = norms[at] <= _SINK_RATIO * norms[mask.bool()].median()
-        found.append(h[at][near].double().cpu())
-    rows = torch.cat(found)
-    if not len(rows):
-        raise UserError("only attention sinks would be read for the mean difference")
-    return rows
+    point: HookPoint,
+    positive: Sequence[Passage],
+    negative: Sequence[Passage],
+    *,
+    batch_size: int = 16,
+) -> MeanDifference:
+    """The mean over every position read of one kind minus that of the other, sinks left out.
+
+    Raises UserError when only sinks would be read or both means are the same, NonFiniteError when
+    the model's activations are NaN or infinite.
+    """
+    reader = PromptReader(lm, [point], batch_size=batch_size)
+    rows = []
+    for passages in (positive, negative):
+        kept = []
+        for read in reader.read([passage.token_ids for passage in passages]):
+            here = slice(passages[read.number].start, passages[read.number].end)
+            kept.append(read.rows[point.key][here][read.keep[here]].cpu())
+        rows.append(torch.cat(kept).double())
+        if not len(rows[-1]):
+            raise UserError("only attention sinks would be read for the mean difference")
+    vector = rows[0].mean(dim=0) - rows[1].mean(dim=0)
+    length = vector.norm()
+    if not float(length) > 0:
+        raise UserError("both kinds of text have the same mean residual: there is no direction")
+    return MeanDifference(vector, float((rows[0] @ (vector / length)).std(correction=0)))

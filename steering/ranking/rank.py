@@ -33,7 +33,7 @@ from saesteer.steering.ranking.output_scores import (
     output_scores,
 )
 from saesteer.steering.ranking.pvalues import benjamini_hochberg
-from saesteer.steering.ranking.reading import Reader
+from saesteer.steering.ranking.reading import LatentReader
 from saesteer.steering.ranking.result import STABLE_K as STABLE_K
 from saesteer.steering.ranking.result import Ranking as Ranking
 from saesteer.steering.ranking.samples import Samples, contrasts, read_prompts, read_replies
@@ -110,7 +110,7 @@ def rank(
         raise UserError(f"task {task.name!r} has no contents in its train split to rank with")
     if config.resolved_by == "causal":
         require_check(task)
-    reader = Reader(lm, sae, point, config, progress)
+    reader = LatentReader(lm, sae, point, config, progress)
     read = read_replies if config.read == "reply" else read_prompts
     return _Ranker(reader, task, contents, read(reader, task, contents)).ranking()
 
@@ -118,7 +118,9 @@ def rank(
 class _Ranker:
     """Makes the columns of a ranking, the dear ones only when they are asked for."""
 
-    def __init__(self, reader: Reader, task: Task, contents: list[str], samples: Samples) -> None:
+    def __init__(
+        self, reader: LatentReader, task: Task, contents: list[str], samples: Samples
+    ) -> None:
         self.reader, self.task, self.contents, self.samples = reader, task, contents, samples
         self.config = reader.config
         found = detect(samples.texts)

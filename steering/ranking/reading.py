@@ -1,4 +1,4 @@
-"""Reads latents for a ranking: texts in, activations at the chosen positions out."""
+"""Reading for a ranking: texts in, latent activations at the chosen positions out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import NonFiniteError
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.activations.prompt_reader import PromptReader
 from saesteer.sae.config import Progress
 from saesteer.sae.model.generation import Completion, generate
-from saesteer.sae.model.hooks import HookPoint, run_to
+from saesteer.sae.model.hooks import HookPoint
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
 from saesteer.steering.ranking.config import RankConfig
 from saesteer.steering.tasks.task import Placement, compose
 
@@ -103,19 +103,19 @@ class ControlRates:
 
 
 def counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
-    """Start a stage; the function returned adds to what is done of it, up to the total."""
-    done = 0
+    """Start a stage; the function returned adds to how far it has come, up to the total."""
+    reached = 0
     progress(stage, 0, total, unit)
 
     def add(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        progress(stage, done, total, unit)
+        nonlocal reached
+        reached = min(reached + count, total)
+        progress(stage, reached, total, unit)
 
     return add
 
 
-class Reader:
+class LatentReader:
     """Reads latent activations at chosen positions of encoded texts."""
 
     def __init__(
@@ -132,8 +132,12 @@ class Reader:
         self.config = config
         self.progress = progress
         self.sinks = 0
+        """Attention sinks left out of what samples are read at."""
         self.control = ControlRates(sae.spec.d_sae)
         self.chat = lm.has_chat_template if config.chat is None else config.chat
+        self._residuals = PromptReader(
+            lm, [point], max_norm_ratio=config.max_norm_ratio, batch_size=config.batch_size
+        )
 
     def instructed(self, content: str, wording: str) -> str:
         """A positive sample."""
@@ -143,33 +147,14 @@ class Reader:
         return encode_prompt(self.lm, text, chat=self.chat)
 
     def residuals(
-        self, rows: Sequence[Sequence[int]], count: Callable[[int], None]
+        self, texts: Sequence[Sequence[int]], count: Callable[[int], None]
     ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Bool[Tensor, " tokens"]]]:
         """For each text: its number, its residuals, and which rows are no attention sinks.
 
-        `count` is called with the number of texts of each batch when it has been read.
+        `count` is called with the number of texts of each batch when it has been used up.
         """
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        size = self.config.batch_size
-        for first in range(0, len(order), size):
-            chunk = order[first : first + size]
-            ids, mask = pad_right(self.lm, [rows[i] for i in chunk])
-            with torch.inference_mode():
-                h = run_to(self.lm, [self.point], input_ids=ids, attention_mask=mask)
-            values = h[self.point.key].float()
-            norms = values.norm(dim=-1)
-            real = norms[mask.bool()]
-            if not bool(torch.isfinite(real).all()):
-                raise NonFiniteError(
-                    f"{self.lm.name} gave NaN or infinite activations at layer "
-                    f"{self.point.layer}: try `dtype` float32"
-                )
-            median = real.median()
-            near = norms <= self.config.max_norm_ratio * median
-            for place, i in enumerate(chunk):
-                length = len(rows[i])
-                yield i, values[place, :length], near[place, :length]
-            count(len(chunk))
+        for read in self._residuals.read(texts, count):
+            yield read.number, read.rows[self.point.key], read.keep
 
     def latents(self, z: Float[Tensor, "samples d_model"]) -> Iterator[Float[Tensor, "part d_sae"]]:
         """Latent activations, in parts of bounded size."""
@@ -192,11 +177,11 @@ class Reader:
     def count_control(
         self,
         z: Float[Tensor, "tokens d_model"],
-        near: Bool[Tensor, " tokens"],
+        keep: Bool[Tensor, " tokens"],
         prompt: EncodedPrompt,
     ) -> None:
         """Count where latents fire in a plain text (`z` may go on behind the prompt: its reply)."""
-        other = ~near.cpu()
+        other = ~keep.cpu()
         other[: len(prompt)] |= prompt.template_mask
         other[0] = True
         place = 0
@@ -206,7 +191,7 @@ class Reader:
 
 
 def read_texts(
-    reader: Reader, texts: list[str], instruction: str | None, count: Callable[[int], None]
+    reader: LatentReader, texts: list[str], instruction: str | None, count: Callable[[int], None]
 ) -> Iterator[tuple[int, Float[Tensor, " d_sae"] | None]]:
     """Latents of each text, pooled at the read position, with the text's number; in any order.
 
@@ -214,11 +199,11 @@ def read_texts(
     """
     config = reader.config
     prompts = [reader.encode(text) for text in texts]
-    for i, z, near in reader.residuals([prompt.token_ids for prompt in prompts], count):
+    for i, z, keep in reader.residuals([prompt.token_ids for prompt in prompts], count):
         if instruction is None:
-            reader.count_control(z, near, prompts[i])
+            reader.count_control(z, keep, prompts[i])
         start, end = _span(prompts[i], instruction, config)
-        rows, kept = z[start:end], near[start:end]
+        rows, kept = z[start:end], keep[start:end]
         reader.sinks += int((~kept).sum())
         yield i, reader.pooled(rows[kept], config.pool) if bool(kept.any()) else None
 
@@ -237,7 +222,7 @@ def _span(prompt: EncodedPrompt, instruction: str | None, config: RankConfig) ->
 
 
 def answers(
-    reader: Reader, texts: list[str], stage: str, *, greedy: bool = False
+    reader: LatentReader, texts: list[str], stage: str, *, greedy: bool = False
 ) -> list[tuple[EncodedPrompt, Completion]]:
     """The model's replies to texts, in order."""
     config = reader.config

@@ -11,7 +11,13 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.ranking.detection_scores import NO_VARIANT, Texts, TextsBuilder, to_tensor
 from saesteer.steering.ranking.output_scores import Contrast
-from saesteer.steering.ranking.reading import ActiveMoments, Reader, answers, counter, read_texts
+from saesteer.steering.ranking.reading import (
+    ActiveMoments,
+    LatentReader,
+    answers,
+    counter,
+    read_texts,
+)
 from saesteer.steering.tasks.task import Task
 
 
@@ -32,9 +38,9 @@ class Samples:
     @property
     def rate_difference(self) -> Float[Tensor, " d_sae"]:
         """Firing rate of positives minus that of negatives, rounded once, so that ties hold."""
-        one, nought = self.positive, self.negative
-        crossed = one.on * nought.count - nought.on * one.count
-        return crossed / max(one.count * nought.count, 1)
+        first, second = self.positive, self.negative
+        crossed = first.on * second.count - second.on * first.count
+        return crossed / max(first.count * second.count, 1)
 
     @property
     def mean_difference(self) -> Float[Tensor, " d_sae"]:
@@ -45,7 +51,7 @@ class Samples:
         return self.every_reply if by == "corr" and self.every_reply else self.texts
 
 
-def read_prompts(reader: Reader, task: Task, contents: list[str]) -> Samples:
+def read_prompts(reader: LatentReader, task: Task, contents: list[str]) -> Samples:
     """Samples read at one place each, positives and negatives in pairs."""
     d_sae, variants = reader.sae.spec.d_sae, task.select_variants
     total = len(contents) * (1 + len(variants))
@@ -82,7 +88,7 @@ def read_prompts(reader: Reader, task: Task, contents: list[str]) -> Samples:
     return Samples(texts_that_count, positive, negative, by_variant)
 
 
-def read_replies(reader: Reader, task: Task, contents: list[str]) -> Samples:
+def read_replies(reader: LatentReader, task: Task, contents: list[str]) -> Samples:
     """Samples are the positions of replies that the model itself gives."""
     config, d_sae = reader.config, reader.sae.spec.d_sae
     if task.check_name is None and not config.all_replies:
@@ -118,17 +124,17 @@ def read_replies(reader: Reader, task: Task, contents: list[str]) -> Samples:
     ):
         rows = [prompt.token_ids + reply.token_ids for prompt, reply in pairs]
         count = counter(reader.progress, stage, len(rows), "replies")
-        for i, z, near in reader.residuals(rows, count):
+        for i, z, keep in reader.residuals(rows, count):
             prompt, reply = pairs[i]
             start, with_instruction = len(prompt) - 1, moments is positive
             counts = used[i] if with_instruction else True
-            kept = z[start:][near[start:]]
+            kept = z[start:][keep[start:]]
             if counts:
-                reader.sinks += int((~near[start:]).sum())
+                reader.sinks += int((~keep[start:]).sum())
                 for part in reader.latents(kept):
                     moments.add(part)
             if not with_instruction:
-                reader.count_control(z, near, prompt)
+                reader.count_control(z, keep, prompt)
             if not len(kept):
                 continue
             number, content = instructed[i][:2] if with_instruction else (NO_VARIANT, i)
@@ -151,7 +157,7 @@ def read_replies(reader: Reader, task: Task, contents: list[str]) -> Samples:
     )
 
 
-def contrasts(reader: Reader, task: Task, contents: list[str]) -> list[Contrast]:
+def contrasts(reader: LatentReader, task: Task, contents: list[str]) -> list[Contrast]:
     """Greedy answers to some contents with and without the instruction, for the gradients.
 
     Contents whose instructed answer fails the check are left out, as are those where either answer

@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from saesteer.checkpoints.errors import UserError
 
-SPLITS = ("train", "dev", "test")
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 SPLIT_SHARES = (0.50, 0.12, 0.38)
 """Shares of train, dev and test for contents that name no split (the built-in proportions)."""
 

@@ -1,6 +1,6 @@
 """Instruction tasks: one meaning, many wordings of it, and the contents it is applied to.
 
-A task is a YAML file with the keys of ``TASK_KEYS``; the built-in ones lie in ``builtin/``. What
+A task is a YAML file with the keys of ``_TaskFile``; the built-in ones lie in ``builtin/``. What
 selects latents and what evaluates them never meet: contents carry a split (train, dev, test), and
 wordings carry a use. The ``instruction`` itself and every variant without ``use: evaluate`` serve
 selection (ranking, replies to train on); variants with ``use: evaluate`` are kept for evaluation.
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.steering.checks.catalogue import CHECKS, Verdict, run_check
 from saesteer.steering.evaluation.grading import loose_variants
 from saesteer.steering.tasks.contents import (
     SPLITS,
+    Split,
     inline_rows,
     join_contents,
     normal_form,
@@ -32,9 +34,6 @@ from saesteer.steering.tasks.contents import (
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 DEFAULT_CONTENTS = BUILTIN_FOLDER / "contents.jsonl"
 
-REQUIRED_KEYS = ("name", "instruction", "variants", "check")
-OPTIONAL_KEYS = ("contents", "contents_per_item", "split", "max_new_tokens")
-TASK_KEYS = REQUIRED_KEYS + OPTIONAL_KEYS
 PLAIN = "plain"
 """The task name of contents without an instruction in `reply_prompts`."""
 
@@ -227,111 +226,91 @@ def reply_prompts(
 # --- reading a task file -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _CheckLine:
+    name: str
+    arguments: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _TaskFile:
+    """A task file as it was written."""
+
+    name: str
+    instruction: str
+    variants: tuple[Variant, ...]
+    check: _CheckLine
+    contents: str | tuple[Any, ...] | None = None
+    contents_per_item: int = 1
+    split: tuple[Split, ...] = SPLITS
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        texts = {"name": self.name, "instruction": self.instruction}
+        for number, variant in enumerate(self.variants, 1):
+            texts[f"variants[{number}].text"] = variant.text
+            texts[f"variants[{number}].lang"] = variant.lang
+        for key, text in texts.items():
+            if not text.strip():
+                raise ValueError(f"key {key!r} must be a non-empty text, got {text!r}")
+        if self.name.strip() == PLAIN:
+            raise ValueError(f"key 'name' is {PLAIN!r}, which is reserved; choose another name")
+        seen = {normal_form(self.instruction)}
+        for number, variant in enumerate(self.variants, 1):
+            if normal_form(variant.text) in seen:
+                key = f"variants[{number}].text"
+                raise ValueError(f"key {key!r} repeats an earlier wording: {variant.text!r}")
+            seen.add(normal_form(variant.text))
+        if not self.split:
+            raise ValueError(f"key 'split' must name some of {', '.join(SPLITS)}, got none")
+        for key in ("contents_per_item", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key {key!r} must be at least 1, got {getattr(self, key)}")
+
+
 def _read_task(path: Path) -> Task:
-    raw = _read_yaml(path)
-    unknown = sorted(str(key) for key in raw if key not in TASK_KEYS)
-    if unknown:
-        raise UserError(f"{path}: unknown key {unknown[0]!r}; allowed: {', '.join(TASK_KEYS)}")
-    for key in REQUIRED_KEYS:
-        if key not in raw:
-            raise UserError(
-                f"{path}: key {key!r} is missing; a task needs {', '.join(REQUIRED_KEYS)}"
-            )
-    name = _text(path, "name", raw["name"])
-    if name == PLAIN:
-        raise UserError(f"{path}: key 'name' is {PLAIN!r}, which is reserved; choose another name")
-    instruction = _text(path, "instruction", raw["instruction"])
-    variants = _variants(path, instruction, raw["variants"])
-    check_name, check_arguments = _check(path, raw["check"])
-    names = raw.get("split", list(SPLITS))
-    if not isinstance(names, list) or not names or any(name not in SPLITS for name in names):
-        raise UserError(
-            f"{path}: key 'split' must be a list of some of {', '.join(SPLITS)}, got {names!r}"
-        )
-    splits = tuple(split for split in SPLITS if split in names)
-    given = raw.get("contents")
-    if isinstance(given, list):
-        contents = split_rows(f"{path}: contents", inline_rows(path, given), splits, 0)
-    elif given is None:
+    read = read_fields(_TaskFile, _read_yaml(path), str(path))
+    splits = tuple(split for split in SPLITS if split in read.split)
+    if isinstance(read.contents, tuple):
+        rows = inline_rows(path, read.contents)
+        contents = split_rows(f"{path}: contents", rows, splits, 0)
+    elif read.contents is None:
         contents = read_contents(DEFAULT_CONTENTS, splits, 0, flag="contents")
     else:
-        named = path.parent / _text(path, "contents", given)
+        named = path.parent / read.contents.strip()
         contents = read_contents(named, splits, 0, flag=f"contents of {path}")
-    per_item = _count(path, "contents_per_item", raw.get("contents_per_item", 1))
     return Task(
-        name=name,
-        instruction=instruction,
-        variants=variants,
-        contents=join_contents(path, contents, per_item),
-        check_name=check_name,
-        check_arguments=check_arguments,
-        max_new_tokens=_count(path, "max_new_tokens", raw.get("max_new_tokens", 64)),
+        name=read.name.strip(),
+        instruction=read.instruction.strip(),
+        variants=tuple(Variant(v.text.strip(), v.lang.strip(), v.use) for v in read.variants),
+        contents=join_contents(path, contents, read.contents_per_item),
+        check_name=read.check.name,
+        check_arguments=_check_arguments(path, read.check),
+        max_new_tokens=read.max_new_tokens,
     )
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
+def _read_yaml(path: Path) -> object:
     import yaml
 
     from saesteer.checkpoints.yaml_text import parse_yaml
 
     text = read_text(path, "`task`")
     try:
-        raw = parse_yaml(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{path}: not valid YAML{where}; see the keys of a task file") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a task file is a mapping with the keys {', '.join(TASK_KEYS)}")
-    return raw
 
 
-def _text(path: Path, key: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{path}: key {key!r} must be a non-empty text, got {value!r}")
-    return value.strip()
-
-
-def _count(path: Path, key: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: key {key!r} must be a whole number from 1, got {value!r}")
-    return value
-
-
-def _variants(path: Path, instruction: str, raw: object) -> tuple[Variant, ...]:
-    if not isinstance(raw, list):
-        raise UserError(f"{path}: key 'variants' must be a list of {{text, lang, use}}")
-    variants: list[Variant] = []
-    seen = {normal_form(instruction)}
-    for number, item in enumerate(raw, 1):
-        where = f"variants[{number}]"
-        if not isinstance(item, dict) or "text" not in item:
-            raise UserError(f"{path}: key '{where}' must be a mapping with text, lang and use")
-        unknown = sorted(str(key) for key in item if key not in ("text", "lang", "use"))
-        if unknown:
-            raise UserError(f"{path}: unknown key '{where}.{unknown[0]}'; allowed: text, lang, use")
-        text = _text(path, f"{where}.text", item["text"])
-        lang = _text(path, f"{where}.lang", item.get("lang", "en"))
-        use = item.get("use", "select")
-        if use not in ("select", "evaluate"):
-            raise UserError(f"{path}: key '{where}.use' must be select or evaluate, got {use!r}")
-        if normal_form(text) in seen:
-            raise UserError(f"{path}: key '{where}.text' repeats an earlier wording: {text!r}")
-        seen.add(normal_form(text))
-        variants.append(Variant(text, lang, use))
-    return tuple(variants)
-
-
-def _check(path: Path, raw: object) -> tuple[str, dict[str, Any]]:
-    if not isinstance(raw, dict) or not set(raw) <= {"name", "arguments"} or "name" not in raw:
-        raise UserError(f"{path}: key 'check' must be a mapping with name and arguments")
-    name, arguments = raw["name"], raw.get("arguments") or {}
-    if not isinstance(name, str) or name not in CHECKS:
+def _check_arguments(path: Path, check: _CheckLine) -> dict[str, Any]:
+    """The arguments of a check that fit it."""
+    name, arguments = check.name, check.arguments or {}
+    if name not in CHECKS:
         raise UserError(
             f"{path}: key 'check.name' is {name!r}; the checks are {', '.join(sorted(CHECKS))}"
         )
-    if not isinstance(arguments, dict):
-        raise UserError(f"{path}: key 'check.arguments' must be a mapping, got {arguments!r}")
     try:
         inspect.signature(CHECKS[name]).bind("", "", **arguments)
         run_check(name, "", "", **arguments)  # a wrong value is refused now, not after generating
@@ -339,4 +318,4 @@ def _check(path: Path, raw: object) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: key 'check.arguments' does not fit {name!r}: {error}") from None
     except UsageError as error:
         raise UserError(f"{path}: key 'check.arguments': {error}") from None
-    return name, arguments
+    return arguments

@@ -2,7 +2,6 @@
 
 import errno
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def test_add_does_not_wait_for_the_disk_but_memory_is_bounded(
     original = Draft.__enter__
 
     def slow(draft: Draft) -> Draft:
-        go.wait(10)
+        go.wait()
         return original(draft)
 
     inner = writer_for(tmp_path)
@@ -62,18 +61,27 @@ def test_add_does_not_wait_for_the_disk_but_memory_is_bounded(
         add(writer, 0, 10)  # fills a shard: the disk is busy from here on
         add(writer, 10, 10)
         added: list[int] = []
+        held_up = threading.Event()
+        wait = writer._changed.wait
+
+        def seen_to_wait() -> bool:
+            if threading.current_thread() is thread:
+                held_up.set()
+            return wait()
 
         def more() -> None:
             for start in (20, 30, 40):
                 add(writer, start, 10)
                 added.append(start)
+            held_up.set()  # it never was, which the test below sees
 
         thread = threading.Thread(target=more)
+        monkeypatch.setattr(writer._changed, "wait", seen_to_wait)
         thread.start()
-        time.sleep(0.05)
+        held_up.wait()
         assert len(added) < 3, "a disk that stands still holds up the one who adds"
         go.set()
-        thread.join(10)
+        thread.join()
         writer.close()
     assert ids_in(tmp_path) == list(range(50))
 

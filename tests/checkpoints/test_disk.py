@@ -20,11 +20,16 @@ def test_a_run_that_would_fill_the_disk_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is refused for what is not known."""
+    asked: list[object] = []
+
     def refuse(path: object) -> None:
+        asked.append(path)
         raise OSError
 
     monkeypatch.setattr(shutil, "disk_usage", refuse)
     need_space(tmp_path, 10**18, "training writes", "lower `d_sae`")
+    assert asked == [tmp_path]
 
 
 def test_bytes_below_a_folder(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_refused_write_leaves_the_old_file(tmp_path: Path, writer: Any) -> Non
     with pytest.raises(UserError) as error, small_files_only(1 << 16):
         writer(path)
     assert f"no space left while writing {path}" in one_line(error)
-    assert "--resume" in one_line(error)
+    assert "`resume`" in one_line(error)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 
@@ -243,8 +243,8 @@ class TestClaimOutput:
         with pytest.raises(UsageError) as error:
             files.claim_output(tmp_path)
         text = one_line(error)
-        assert f"--out {tmp_path} exists" in text and "--force" in text
-        assert "--resume" not in text
+        assert f"`out` {tmp_path} exists" in text and "`force`" in text
+        assert "`resume`" not in text
 
     def test_resume_is_advised_where_there_is_one(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")
@@ -254,7 +254,7 @@ class TestClaimOutput:
     def test_the_flag_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text("{}")
         with pytest.raises(UsageError, match="`report`"):
-            files.claim_output(tmp_path, flag="--report")
+            files.claim_output(tmp_path, flag="`report`")
 
     def test_resume_keeps_what_is_there(self, tmp_path: Path) -> None:
         (tmp_path / "anything").touch()

@@ -267,7 +267,7 @@ def test_disk_full_while_writing_a_shard(
         with pytest.raises(UserError) as error:
             harvest(writer, 10, [10])
         text = str(error.value)
-        assert "no space left while writing" in text and "--resume" in text and "\n" not in text
+        assert "no space left while writing" in text and "`resume`" in text and "\n" not in text
         assert (sorted(tmp_path.rglob("*")), (tmp_path / "manifest.json").read_bytes()) == before
     monkeypatch.undo()
     assert writer.tokens == 20  # nothing was dropped: with space again, the writer goes on

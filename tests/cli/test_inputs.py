@@ -72,9 +72,10 @@ def claim(out: Path | None, *, force: bool = False, resume: bool = False) -> Nam
     return Namespace(out=None if out is None else str(out), force=force, resume=resume)
 
 
-def test_no_out_is_no_folder() -> None:
+def test_no_out_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with reserved(claim(None)):
-        pass
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

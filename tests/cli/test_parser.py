@@ -212,13 +212,6 @@ def test_defaults_of_rank_are_those_of_its_config() -> None:
         assert all(word in (stated or "") for word in words)
 
 
-def test_default_model_is_the_built_in_one() -> None:
-    from saesteer.checkpoints.model_files import DEFAULT_MODEL as ours
-    from saesteer.cli.flags import DEFAULT_MODEL
-
-    assert DEFAULT_MODEL == ours
-
-
 def test_a_parser_needs_no_verb_of_ours() -> None:
     parser = VerbParser("own", "Does nothing.", "saesteer own")
     parser.add_argument("--config")

@@ -79,7 +79,10 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--activations", "a", "--compile"], "--compile needs --model"),
         (["--activations", "a", "--isolate-documents"], "--isolate-documents needs --model"),
         (["--model", "a"], "--layer is missing"),
-        (["--model", "a", "--layer", "1", "--arch", "relu"], "--arch must be topk, got 'relu'"),
+        (
+            ["--model", "a", "--layer", "1", "--arch", "relu"],
+            "--arch must be one of topk, abstopk, got 'relu'",
+        ),
         (
             ["--activations", "a", "--d-sae", "16", "--k", "32"],
             "--d-sae must be at least --k (32), got 16",
@@ -145,11 +148,11 @@ def test_existing_folder(cli: Cli, acts: Path, sae: Path, tmp_path: Path) -> Non
 def test_non_finite_loss_keeps_the_last_good_state(
     cli: Cli, acts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saesteer.sae.verbs.train import sae_trainer as trainer
+    from saesteer.sae.training.architectures.topk import TopK
 
     out = tmp_path / "sae"
     words = ("train", "--activations", acts, "--layer", 1, *SMALL, "-o", out, "-q")
-    loss = trainer.topk_pass
+    loss = TopK.loss
     calls = 0
 
     def broken(*args: object, **options: object) -> object:
@@ -157,11 +160,11 @@ def test_non_finite_loss_keeps_the_last_good_state(
         calls += 1
         found = loss(*args, **options)
         if calls == 8:
-            found.total = found.total * torch.nan
+            found.loss = found.loss * torch.nan
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "topk_pass", broken)
+        patch.setattr(TopK, "loss", broken)
         line = cli(*words).error(1)
     assert "is not finite at step 7" in line
     assert "--lr" in line

@@ -1,10 +1,11 @@
 """Compile every Triton kernel for sm_90 without a GPU. Run by test_triton.py in its own process.
 
 The interpreter accepts code that the compiler rejects, and says nothing about registers. Prints one
-line per kernel and exits with 1 if one spills registers to memory, takes so much shared memory that
-two programs do not fit on a multiprocessor, or does without the hardware that copies tiles.
+line per kernel and exits with 1 if one spills registers to memory or takes so much shared memory
+that two programs do not fit on a multiprocessor.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aot_fused_steer as fused_steer
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -22,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from saesteer.kernels import (
     adam_rows,
+    auxk,
     decode_mse,
     gather_dot,
     sparse_decode,
@@ -29,25 +30,22 @@ from saesteer.kernels import (
     topk_encode,
 )
 
-MODULES = (adam_rows, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
-MODULES += fused_steer.MODULES
+MODULES = (adam_rows, auxk, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
 
 POINTERS = {
-    "*i64": "latent_indices indices order starts chunk_latents partial_latents chunk_counts "
-    "chunk_ends partial_ends",
+    "*i64": "latent_indices indices order starts row_starts examples owners counts",
     "*i32": "group_keys group_ids",
-    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums partial_grads "
-    "partial_sums exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums "
+    "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
     "*bf16": "shadows",
     "*fp64": "schedule",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
-TYPES |= {name: kind for kind, names in fused_steer.TYPES.items() for name in names.split()}
 TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
 
-UNHINTED = ("k", "n_chosen", *fused_steer.UNHINTED)
+UNHINTED = ("k", "n_chosen", "batch", "n_entries")
 
 MOST_SHARED = 113 * 1024
 """Bytes of shared memory with which two programs fit on one multiprocessor."""
@@ -55,31 +53,37 @@ MOST_SHARED = 113 * 1024
 
 def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
     """Kernel, warps, compile-time values, and the types of its matrices."""
-    for matrix in ("*fp32", "*bf16"):
-        block = {"BLOCK_K": 8, "ACC": tl.float32}
-        for bias in (True, False):
-            decode = {**block, "BLOCK_D": 512, "HAS_BIAS": bias}
-            yield sparse_decode.sparse_decode_kernel, 4, decode, {"W_dec": matrix}
-        fused = {**block, "BLOCK_K": 4, "BLOCK_D": 512}
-        yield decode_mse.decode_mse_kernel, 4, fused, {"W_dec": matrix}
-        dots = {**block, "BLOCK_D": 256}
-        yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix}
-        sums = {"CHUNK": 64, "BLOCK_N": 8, "BLOCK_D": 512, "ACC": tl.float32}
-        yield sparse_row_grads.row_grads_kernel, 4, sums, {"rows": matrix}
-    partials = {"BLOCK_D": 512, "ACC": tl.float32}
-    yield sparse_row_grads.add_partials_kernel, 4, partials, {}
+    for matrix, size in (("*fp32", 4), ("*bf16", 2)):
+        for module, kernel, types in (
+            (sparse_decode, sparse_decode.sparse_decode_kernel, {"W_dec": matrix}),
+            (decode_mse, decode_mse.decode_mse_kernel, {"W_dec": matrix, "target": matrix}),
+            (sparse_row_grads, sparse_row_grads.row_grads_kernel, {"rows": matrix}),
+        ):
+            for tile, ragged in itertools.product(module.TILES, (False, True)):
+                if ragged and (tile != module.TILES[0] or module is sparse_row_grads):
+                    continue
+                columns, warps = tile.fit(4096, size)
+                how = {"ROWS": tile.rows, "BLOCK_D": columns, "STAGES": tile.stages}
+                how |= {"ACC": tl.float32, "RAGGED": ragged, "HAS_BIAS": not ragged, "CHUNK": 64}
+                yield kernel, warps, how, types
+        for ragged in (False, True):
+            dots = {"BLOCK_K": 8, "BLOCK_D": 256, "ACC": tl.float32, "RAGGED": ragged}
+            yield gather_dot.gather_dot_kernel, 4, dots, {"matrix": matrix, "vectors": matrix}
+    chunks = {"CHUNK": 64, "BLOCK_D": 512, "ACC": tl.float32}
+    yield sparse_row_grads.add_chunks_kernel, 1, chunks, {}
     yield topk_encode.group_max_kernel, 4, {"GROUP": 32, "BLOCK_G": 128, **KEYS}, {}
     for keys, warps in ((512, 4), (topk_encode.MAX_CANDIDATES, 8)):
         yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
         latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
         yield topk_encode.select_latents_kernel, warps, latents, {}
+    for width in (2048, auxk.WIDEST):
+        yield auxk.keep_largest_kernel, max(4, width // 1024), {"BLOCK": width, **KEYS}, {}
     plain = dict.fromkeys(("SCALED", "SHADOW", "RANDOM"), False)
     half = {"exp_avgs": "*bf16", "exp_avg_sqs": "*bf16"}
     for flags, types in ((plain, {}), (dict.fromkeys(plain, True), half)):
         yield adam_rows.adam_kernel, 4, {"BLOCK": 1024, **flags}, types
         for width, warps in ((1024, 4), (adam_rows.MAX_WIDTH, 8)):
             yield adam_rows.adam_unit_rows_kernel, warps, {"BLOCK": width, **flags}, types
-    yield from fused_steer.variants()
 
 
 def compile_kernel(
@@ -150,9 +154,6 @@ def main() -> int:
         wrong |= bool(facts) and not facts.endswith(" 0 bytes spilled")
         shared = compiled.metadata.shared
         wrong |= shared > MOST_SHARED
-        if any(kind.startswith("tensordesc") for kind in types.values()):
-            # Descriptors are read by the hardware that copies tiles, not element by element.
-            wrong |= "cp.async.bulk.tensor" not in compiled.asm["ptx"]
         print(
             f"{kernel.__name__}: {warps} warps, {shared} bytes shared, {facts or 'not assembled'}"
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saesteer.kernels import auxk as module
 from saesteer.kernels.auxk import auxk_op, auxk_reference, keep_largest_
 from saesteer.kernels.ops import auxk
 
@@ -47,6 +48,49 @@ def test_loss_and_every_gradient(
         rest = dense.clone()
         rest[ids] = 0
         assert not rest.any(), "only the given latents have a gradient"
+
+
+def compare_bfloat16(device: str) -> None:
+    """Loss and gradients from bfloat16 operands beside the reference in float64."""
+    problems = problem(64, 96, 200, 80, torch.bfloat16)
+    *inputs, ids = (t.to(device) for t in problems)
+    x, residual, *parameters = (t.double() for t in inputs)
+    wide = [t.requires_grad_() for t in parameters]
+    expected = auxk_reference(x, residual, *wide, ids, 16)
+    found = auxk(*inputs, ids, 16)
+    assert all(t.dtype == torch.float32 for t in found)
+    grads = [g[ids] for g in torch.autograd.grad(expected, wide)]
+    for ours, dense in zip(found, (expected.detach(), *grads), strict=True):
+        # Activations and errors are rounded to bfloat16, each by 2**-9 at most: a sum of them is
+        # off by as much of its largest terms.
+        assert (ours - dense).abs().max() <= 2**-7 * dense.abs().max()
+
+
+def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does with bfloat16 operands, in a product that a CPU has."""
+
+    def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(module, "_product_dtype", lambda dtype, *operands: torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", product)
+    compare_bfloat16("cpu")
+
+
+@pytest.mark.gpu
+def test_bfloat16_products_on_the_gpu() -> None:
+    compare_bfloat16("cuda")
+
+
+def test_fillers_take_no_part() -> None:
+    x, residual, *parameters, ids = problem(9, 5, 30, 12)
+    few = auxk(x, residual, *parameters, ids[:7], 4)
+    filled = auxk(x, residual, *parameters, ids, 4, torch.arange(12) >= 7)
+    torch.testing.assert_close(filled[0], few[0])
+    for with_fillers, without in zip(filled[1:], few[1:], strict=True):
+        torch.testing.assert_close(with_fillers[:7], without)
+        assert not with_fillers[7:].any()
 
 
 def test_gradcheck() -> None:

@@ -1,6 +1,7 @@
 """The Triton kernels: in the interpreter, compiled on a GPU, and compiled ahead of time.
 
-Each in a process of its own: Triton reads TRITON_INTERPRET once, when a kernel is defined.
+Each in a process of its own: Triton reads TRITON_INTERPRET once, when a kernel is defined. The slow
+suite also compiles them with an older Triton, which it fetches.
 """
 
 import os
@@ -39,7 +40,7 @@ def run_suite(**variables: str) -> None:
     suites = [str(path) for path in sorted(HERE.glob("triton_suite*.py"))]
     out = run(["-m", "pytest", *suites, "-q", "-p", "no:cacheprovider"], **variables)
     passed = re.search(r"(\d+) passed", out)
-    assert passed and int(passed.group(1)) > 150, out
+    assert passed and int(passed.group(1)) > 100, out
 
 
 def test_in_the_interpreter() -> None:
@@ -94,6 +95,7 @@ def older_triton() -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_with_an_older_triton(older_triton: Path, tmp_path: Path) -> None:
     out = run(
         [str(HERE / "aot_compile.py")],

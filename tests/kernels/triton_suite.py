@@ -4,6 +4,7 @@ With ``TRITON_INTERPRET=1`` the kernels run on the CPU, one program after the ot
 each and slower for long ones: the problems are tiny. Without it they are compiled and run on CUDA.
 """
 
+import itertools
 import math
 import os
 
@@ -13,10 +14,17 @@ from torch import Tensor
 
 os.environ["SAESTEER_KERNELS"] = "triton"
 
-from saesteer.kernels import adam_rows, ops, sparse_decode, sparse_row_grads, topk_encode
+from saesteer.kernels import (
+    adam_rows,
+    auxk,
+    decode_mse,
+    ops,
+    sparse_decode,
+    sparse_row_grads,
+    topk_encode,
+)
 from saesteer.kernels import gather_dot as dots
 from saesteer.kernels.adam_rows import adam_rows_reference, adam_rows_torch, adam_schedule
-from saesteer.kernels.decode_mse import decode_mse_reference
 from saesteer.kernels.dispatch import INTERPRETED
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_reference
 
@@ -79,8 +87,8 @@ def test_linear_ops(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.d
     order = sparse_row_grads.sort_indices(indices, d_sae)
     sums = sparse_row_grads.sparse_row_grads_triton(weights, rows, order)
     expected = sparse_row_grads.sparse_row_grads_reference(wide[0], indices, wide[1], d_sae)
-    for got, want in zip(sums, expected, strict=False):
-        torch.testing.assert_close(got.double(), want, **CLOSE)
+    for got, want in zip(sums, expected, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), **CLOSE)
     again = sparse_row_grads.sparse_row_grads_triton(weights, rows, order)
     assert all(torch.equal(a, b) for a, b in zip(sums, again, strict=True))
 
@@ -129,6 +137,16 @@ def test_selection_on_ties_and_odd_values(values: list[float], d_sae: int, k: in
     assert torch.equal(acts, clean.gather(1, expected).relu())
 
 
+@pytest.mark.parametrize("values", ODD, ids=str)
+@pytest.mark.parametrize(("width", "k"), [(7, 3), (300, 20), (5, 1)])
+def test_the_largest_are_kept(values: list[float], width: int, k: int) -> None:
+    pre_acts = torch.tensor(values, device=DEVICE)[integers(len(values), 2, width)]
+    clean = torch.where(pre_acts > 0, pre_acts, 0)
+    first = torch.sort(clean, dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(clean).scatter(1, first, clean.gather(1, first))
+    assert torch.equal(auxk.keep_largest_(pre_acts, k), expected)
+
+
 def test_strided_inputs() -> None:
     weights, rows, matrix = normal(5, 4), normal(5, 18, seed=1), normal(9, 18, seed=2)
     indices = integers(9, 5, 4)
@@ -166,7 +184,7 @@ def test_addresses_beyond_32_bits() -> None:
     torch.testing.assert_close(
         dots.gather_dot_triton(far, far, indices)[:, 0], (both * both.flip(0)).sum(1)
     )
-    grads, _ = sparse_row_grads.sparse_row_grads_triton(weights, far, order)
+    grads, _, _ = sparse_row_grads.sparse_row_grads_triton(weights, far, order)
     assert torch.equal(grads, both.flip(0))
 
 
@@ -189,7 +207,9 @@ def test_decode_mse(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.d
     operands = [acts, indices, normal(d_sae, d_model, seed=1, dtype=dtype)]
     operands += [normal(d_model, seed=2, dtype=dtype), normal(batch, d_model, seed=3, dtype=dtype)]
     wide = [t if t.dtype == torch.int64 else t.double() for t in operands]
-    for ours, dense in zip(ops.decode_mse(*operands), decode_mse_reference(*wide), strict=True):
+    for ours, dense in zip(
+        ops.decode_mse(*operands), decode_mse.decode_mse_reference(*wide), strict=True
+    ):
         assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         # Sums of up to 1000 squares of size 30.
         torch.testing.assert_close(ours.double(), dense, rtol=1e-5, atol=1e-3)
@@ -199,13 +219,62 @@ def test_decode_mse(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.d
 @pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), SHAPES + WIDE)
 def test_pair_grads(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.dtype) -> None:
     operands = [normal(batch, k).relu(), normal(batch, d_model, seed=1, dtype=dtype)]
-    operands += [normal(batch, k, seed=2), normal(batch, d_model, seed=3, dtype=dtype)]
+    # The second matrix may have another width.
+    operands += [normal(batch, k, seed=2), normal(batch, d_model // 2 + 1, seed=3, dtype=dtype)]
     indices = integers(d_sae, batch, k)
     wide = sparse_pair_grads_reference(*(t.double() for t in operands), indices, d_sae)
     found = ops.sparse_pair_grads(*operands, indices, d_sae)
     for ours, dense in zip(found[:3], wide[:3], strict=True):
         torch.testing.assert_close(ours.double(), dense, rtol=1e-4, atol=1e-3)
     assert torch.equal(found[3], wide[3])
+
+
+LENGTHS = [[3, 0, 7, 1], [0, 0], [], [40], [0, 130, 5]]
+"""Entries of each example. Of 130 entries on 2 latents each has more than CHUNK."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_ragged(lengths: list[int], dtype: torch.dtype) -> None:
+    batch, d_model, n_entries = len(lengths), 41, sum(lengths)
+    d_sae = 2 if n_entries > 100 else 9
+    row_starts = torch.tensor([0, *itertools.accumulate(lengths)], device=DEVICE)
+    acts, indices = normal(n_entries), integers(d_sae, n_entries)
+    acts[::3] = 0
+    W, bias = normal(d_sae, d_model, seed=1, dtype=dtype), normal(d_model, seed=2, dtype=dtype)
+    target = normal(batch, d_model, seed=3, dtype=dtype)
+    wide = [t.double() for t in (acts, W, bias, target)]
+
+    decoded = sparse_decode.sparse_decode_triton(acts, indices, W, bias, row_starts)
+    expected = sparse_decode.sparse_decode_reference(wide[0], indices, *wide[1:3], row_starts)
+    torch.testing.assert_close(decoded.double(), expected, **CLOSE)
+
+    dotted = dots.gather_dot_triton(target, W, indices, row_starts)
+    expected = dots.gather_dot_reference(wide[3], wide[1], indices, row_starts)
+    torch.testing.assert_close(dotted.double(), expected, **CLOSE)
+
+    found = decode_mse.decode_mse_triton(acts, indices, W, bias, target, row_starts)
+    dense = decode_mse.decode_mse_reference(wide[0], indices, *wide[1:], row_starts)
+    for ours, theirs in zip(found, dense, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
+
+    operands, other = (acts, target, acts.square(), normal(batch, 20, seed=4)), wide[0].square()
+    sums = ops.sparse_pair_grads(*operands, indices, d_sae, row_starts=row_starts)
+    dense_sums = sparse_pair_grads_reference(
+        wide[0], wide[3], other, operands[3].double(), indices, d_sae, row_starts
+    )
+    for ours, theirs in zip(sums, dense_sums, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), **CLOSE)
+
+
+@pytest.mark.parametrize("candidate", range(1, 4))
+def test_every_tile_that_may_be_chosen(candidate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sparse_decode, decode_mse, sparse_row_grads):
+        assert len(module.TILES) == 4
+        monkeypatch.setattr(module, "TILES", module.TILES[candidate:])
+    test_linear_ops(2, 700, 12, 12, torch.bfloat16)
+    test_decode_mse(2, 700, 12, 12, torch.bfloat16)
+    test_pair_grads(20, 7, 2, 8, torch.float32)
 
 
 @pytest.mark.parametrize("unit_rows", [False, True])

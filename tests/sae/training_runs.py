@@ -41,18 +41,35 @@ def sparse_data(tokens: int, seed: int) -> Tensor:
     return 30 * rows + 200 * torch.randn(D_MODEL, generator=rng)
 
 
-def write_shards(folder: Path, layers: tuple[int, ...] = (1, 5), site: str = "resid_post") -> Path:
+def whole_numbers(tokens: int, seed: int) -> Tensor:
+    """The like of `sparse_data` in small whole numbers: the same bytes on every CPU."""
+    rng = torch.Generator().manual_seed(seed)
+    directions = torch.randint(-4, 5, (32, D_MODEL), generator=rng)
+    chosen = torch.randint(0, 32, (tokens, 3), generator=rng)
+    amounts = torch.randint(8, 17, (tokens, 3), generator=rng)
+    rows = (directions[chosen] * amounts[:, :, None]).sum(dim=1)
+    return (rows + torch.randint(-200, 201, (D_MODEL,), generator=rng)).float()
+
+
+def write_shards(
+    folder: Path,
+    layers: tuple[int, ...] = (1, 5),
+    site: str = "resid_post",
+    *,
+    shard_tokens: int = 1000,
+    make_rows: Callable[[int, int], Tensor] = sparse_data,
+) -> Path:
     """Two layers of different data in a few shards."""
     writer = ShardWriter(
         folder, layers=layers, sites=[site], d_model=D_MODEL, dtype=torch.float32,
-        shard_tokens=1000,
+        shard_tokens=shard_tokens,
         facts={
             "model": {"name": "made-up", "hash": "0123456789abcdef", "n_layers": 8},
             "hf_hook_names": [f"model.layers.{layer}" for layer in layers],
             "config": {"context": 77}, "prepend_bos": True, "data": [{"name": "t", "sha256": "5"}],
         },
     )  # fmt: skip
-    data = {(layer, site): sparse_data(TOKENS, layer) for layer in layers}
+    data = {(layer, site): make_rows(TOKENS, layer) for layer in layers}
     for at in range(0, TOKENS, 256):
         rows = {place: values[at : at + 256] for place, values in data.items()}
         writer.add(rows, torch.arange(256))

@@ -15,7 +15,7 @@ import torch
 
 from saesteer.checkpoints import formats
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.sae_file import load_sae
+from saesteer.checkpoints.sae_file import load_sae, save_sae
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 from .conftest import D_MODEL, D_OUT, D_SAE, activations, difference, make
@@ -91,7 +91,11 @@ def dictionary_learning(folder: Path) -> Theirs:
 
 def saesteer(folder: Path) -> Theirs:
     loaded = load_sae(folder)
-    return loaded.encode, loaded.reconstruct, loaded.save
+
+    def save(target: Path) -> None:
+        save_sae(target, loaded.spec, **loaded.tensors())
+
+    return loaded.encode, loaded.reconstruct, save
 
 
 LOADERS: dict[str, Callable[[Path], Theirs]] = {

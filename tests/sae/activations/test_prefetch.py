@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.sae.activations import prefetch as producer_module
+from saesteer.sae.activations import prefetch as prefetch_module
 from saesteer.sae.activations.batches import BatchStream
-from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Producer
+from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
 
 CPU = torch.device("cpu")
 
@@ -46,9 +47,9 @@ def stream(source: Numbers, tokens: int = 400) -> BatchStream:
     )
 
 
-def all_of(producer: Producer, pause: float = 0.0) -> list[Tensor]:
+def all_of(prefetch: Prefetch, pause: float = 0.0) -> list[Tensor]:
     batches = []
-    while (batch := producer.next_batch()) is not None:
+    while (batch := prefetch.next_batch()) is not None:
         batches.append(batch)
         time.sleep(pause)
     return batches
@@ -62,57 +63,67 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def test_timing_changes_no_batch(slow_source: float, slow_trainer: float) -> None:
     expected = list(iter(stream(Numbers()).next_batch, None))
     source = Numbers(before=lambda at: time.sleep(slow_source))
-    with Producer(stream(source), CPU) as producer:
-        assert same(all_of(producer, slow_trainer), expected)
-        assert producer.next_batch() is None, "and it stays at the end"
+    with Prefetch(stream(source), CPU) as prefetch:
+        assert same(all_of(prefetch, slow_trainer), expected)
+        assert prefetch.next_batch() is None, "and it stays at the end"
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 39])
 def test_a_state_holds_what_was_made_ahead(stop_after: int) -> None:
     expected = list(iter(stream(Numbers()).next_batch, None))
-    with Producer(stream(Numbers()), CPU) as producer:
-        first = [producer.next_batch() for _ in range(stop_after)]
-        time.sleep(0.01)  # let it run ahead
-        with producer.paused() as (tensors, meta):
+    with Prefetch(stream(Numbers()), CPU) as prefetch:
+        first = [prefetch.next_batch() for _ in range(stop_after)]
+        while prefetch.ahead < min(BATCHES_AHEAD, 40 - stop_after):
+            time.sleep(0.001)
+        with prefetch.paused() as (tensors, meta):
             saved = {name: tensor.clone() for name, tensor in tensors.items()}
-        rest = all_of(producer)
+        rest = all_of(prefetch)
     assert same([*first, *rest], expected), "being paused changes nothing"  # type: ignore[list-item]
     again = stream(Numbers())
     again.load_state_dict(saved, meta)
-    with Producer(again, CPU) as producer:
-        assert same(all_of(producer), expected[stop_after:])
+    with Prefetch(again, CPU) as prefetch:
+        assert same(all_of(prefetch), expected[stop_after:])
 
 
 def test_a_batch_put_back_is_the_next_one() -> None:
     expected = list(iter(stream(Numbers()).next_batch, None))
-    with Producer(stream(Numbers()), CPU) as producer:
-        batch = producer.next_batch()
+    with Prefetch(stream(Numbers()), CPU) as prefetch:
+        batch = prefetch.next_batch()
         assert batch is not None
-        producer.put_back(batch)
-        with producer.paused() as (tensors, _):
+        prefetch.put_back(batch)
+        with prefetch.paused() as (tensors, _):
             assert torch.equal(tensors["pending"][:10], expected[0])
-        assert same(all_of(producer), expected)
+        assert same(all_of(prefetch), expected)
 
 
 def test_it_never_runs_further_ahead_than_it_says() -> None:
     source = Numbers()
-    with Producer(stream(source, tokens=100_000), CPU) as producer:
-        while producer.take_stall() == 0.0:  # until it waits
+    with Prefetch(stream(source, tokens=100_000), CPU) as prefetch:
+        while prefetch.take_stall() == 0.0:  # until it waits
             time.sleep(0.001)
         seen = source.at
         time.sleep(0.02)
         # The buffer, the batches that may wait, and less than a chunk and a batch on the way.
         assert source.at == seen <= 40 + 10 * BATCHES_AHEAD + 17
-        producer.next_batch()
+        prefetch.next_batch()
 
 
-def test_who_waits_is_measured() -> None:
-    with Producer(stream(Numbers(), tokens=100_000), CPU) as producer:
-        producer.next_batch()
-        time.sleep(0.05)
-        stalled = producer.take_stall()
-        assert 0.02 < stalled < 1.0, "the source is instant: it waited nearly all the time"
-        assert producer.take_stall() < stalled
+def test_who_waits_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the test moves."""
+    now = 100.0
+    monkeypatch.setattr(prefetch_module, "time", SimpleNamespace(monotonic=lambda: now))
+    with Prefetch(stream(Numbers(), tokens=100_000), CPU) as prefetch:
+        for seconds in (2.5, 4.0):
+            while prefetch._stalled_since is None:  # until it has made all that may wait
+                time.sleep(0.001)
+            assert prefetch.take_stall() == 0.0
+            now += seconds
+            assert prefetch.take_stall() == seconds and prefetch.take_stall() == 0.0
+            now += 1
+            prefetch.next_batch()
+            while prefetch.ahead < BATCHES_AHEAD:
+                time.sleep(0.001)
+            assert prefetch.take_stall() == 1.0, "until the trainer took one"
 
 
 def test_an_error_comes_after_the_batches_before_it() -> None:
@@ -121,44 +132,51 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
             raise UserError("the network is gone")
 
     made = []
-    with Producer(stream(Numbers(before=before)), CPU) as producer:
+    with Prefetch(stream(Numbers(before=before)), CPU) as prefetch:
         with pytest.raises(UserError, match="the network is gone"):
             while True:
-                made.append(producer.next_batch())
+                made.append(prefetch.next_batch())
         # 203 rows came in; the buffer holds 40 of them.
         assert len(made) == 16
         with pytest.raises(UserError, match="the network is gone"):
-            producer.next_batch()
-        with producer.paused() as (_, meta):
+            prefetch.next_batch()
+        with prefetch.paused() as (_, meta):
             assert meta["drawn"] == 203
 
 
 def test_a_source_that_runs_dry() -> None:
-    with Producer(stream(Numbers(total=123)), CPU) as producer:
+    with Prefetch(stream(Numbers(total=123)), CPU) as prefetch:
         with pytest.raises(UserError, match="the corpus ended after 123 of 400 `tokens`"):
-            all_of(producer)
+            all_of(prefetch)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_trainer_that_fails_ends_the_thread(error: type[BaseException]) -> None:
     with pytest.raises(error):
-        with Producer(stream(Numbers()), CPU) as producer:
-            producer.next_batch()
+        with Prefetch(stream(Numbers()), CPU) as prefetch:
+            prefetch.next_batch()
             raise error
-    assert not producer._thread.is_alive()
+    assert not prefetch._thread.is_alive()
 
 
 def test_a_source_that_hangs_does_not_hang_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producer_module, "_LAST_PASS_SECONDS", 0.05)
-    forever = threading.Event()
-    with Producer(stream(Numbers(before=lambda at: forever.wait() if at > 100 else None)), CPU):
-        time.sleep(0.01)
-    assert not forever.is_set()
+    monkeypatch.setattr(prefetch_module, "_LAST_PASS_SECONDS", 0.05)
+    forever, hanging = threading.Event(), threading.Event()
+
+    def before(at: int) -> None:
+        if at > 100:
+            hanging.set()
+            forever.wait()
+
+    with Prefetch(stream(Numbers(before=before)), CPU) as prefetch:
+        while not hanging.is_set():
+            prefetch.next_batch()
+    assert not forever.is_set(), "the end did not wait for the source"
     forever.set()
 
 
 def test_the_end_of_training_leaves_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
-    with Producer(stream(Numbers()), CPU) as producer:
-        all_of(producer)
+    with Prefetch(stream(Numbers()), CPU) as prefetch:
+        all_of(prefetch)
     assert threading.active_count() == before

@@ -12,7 +12,7 @@ import torch
 from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.sae.activations.reader import ActivationStream, open_activations
 from saesteer.sae.config import TextConfig
-from saesteer.sae.model.forward_pass import Forward
+from saesteer.sae.model.forward_pass import ForwardPass
 from saesteer.sae.model.hooks import resolve_site, run_to
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import open_contexts
@@ -174,7 +174,7 @@ def test_passes_begun_ahead_change_nothing(shared_lm: Shared, tmp_path: Path) ->
 
     def read(ahead: bool, state: dict[str, Any] | None = None) -> tuple[list[Any], list[Any]]:
         stream = stream_of(lm, text)
-        stream.keeps_busy = ahead
+        stream.reads_ahead = ahead
         if state is not None:
             stream.next_batch()  # what was begun after it must not come after the state
             stream.load_state_dict(state)
@@ -198,22 +198,22 @@ def test_a_pass_is_begun_before_the_last_one_is_asked_for(
     shared_lm: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, order = shared_lm(), []
-    begin, norms = Forward.begin, Forward.norms
+    begin, norms = ForwardPass.begin, ForwardPass.norms
 
-    def spied_begin(*args: Any) -> Forward:
+    def spied_begin(*args: Any) -> ForwardPass:
         order.append("begin")
         return begin(*args)
 
-    def spied_norms(self: Forward) -> torch.Tensor:
+    def spied_norms(self: ForwardPass) -> torch.Tensor:
         order.append("norms")
         return norms(self)
 
-    monkeypatch.setattr(Forward, "begin", spied_begin)
-    monkeypatch.setattr(Forward, "norms", spied_norms)
+    monkeypatch.setattr(ForwardPass, "begin", spied_begin)
+    monkeypatch.setattr(ForwardPass, "norms", spied_norms)
     for ahead, expected in ((False, ["begin", "norms"] * 2),
                             (True, ["begin", "begin", "norms", "begin", "norms"])):  # fmt: skip
         stream = stream_of(lm, TEXT)
-        stream.keeps_busy = ahead
+        stream.reads_ahead = ahead
         order.clear()
         stream.next_batch()
         stream.next_batch()
@@ -235,7 +235,7 @@ def test_a_batch_that_is_not_finite_is_read_again(fresh_lm: Shared, ahead: bool)
     stream = stream_of(lm, TEXT)
     stream.next_batch()
     stream.next_batch()
-    stream.keeps_busy = ahead
+    stream.reads_ahead = ahead
     before, good = stream.state_dict(), weight[new].clone()
     with torch.no_grad():
         weight[new] = torch.nan
@@ -257,7 +257,7 @@ def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
     *whole, third = [stream.next_batch() for _ in range(3)]
     stream = open_activations(lm, [resolve_site(lm, 1)], TEXT, replies_folder=tmp_path)
-    stream.keeps_busy = ahead
+    stream.reads_ahead = ahead
     original, calls = stream.contexts.next_batch, 0
 
     def breaks(rows: int) -> Any:
@@ -285,17 +285,17 @@ def test_an_error_of_text_read_ahead_belongs_to_the_next_batch(
 def test_a_batch_whose_pass_failed_is_not_skipped(
     shared_lm: Shared, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    stream, begin, passes = stream_of(shared_lm(), TEXT), Forward.begin, 0
-    stream.keeps_busy = ahead
+    stream, begin, passes = stream_of(shared_lm(), TEXT), ForwardPass.begin, 0
+    stream.reads_ahead = ahead
 
-    def fails_once(*arguments: Any) -> Forward:
+    def fails_once(*arguments: Any) -> ForwardPass:
         nonlocal passes
         passes += 1
         if passes == 2:
             raise torch.OutOfMemoryError("no room for this pass")
         return begin(*arguments)
 
-    monkeypatch.setattr(Forward, "begin", fails_once)
+    monkeypatch.setattr(ForwardPass, "begin", fails_once)
     assert stream.next_batch() is not None
     with pytest.raises(torch.OutOfMemoryError):
         stream.next_batch()
@@ -308,7 +308,7 @@ def test_a_batch_that_fails_late_counts_once(
 ) -> None:
     """Its medians are in the running sums by then."""
     lm = shared_lm()
-    undisturbed, stream, rows, calls = stream_of(lm, TEXT), stream_of(lm, TEXT), Forward.rows, 0
+    undisturbed, stream, rows, calls = stream_of(lm, TEXT), stream_of(lm, TEXT), ForwardPass.rows, 0
 
     def fails_once(*arguments: Any) -> Any:
         nonlocal calls
@@ -318,7 +318,7 @@ def test_a_batch_that_fails_late_counts_once(
         return rows(*arguments)
 
     assert undisturbed.next_batch() is not None and undisturbed.next_batch() is not None
-    monkeypatch.setattr(Forward, "rows", fails_once)
+    monkeypatch.setattr(ForwardPass, "rows", fails_once)
     assert stream.next_batch() is not None
     with pytest.raises(torch.OutOfMemoryError):
         stream.next_batch()

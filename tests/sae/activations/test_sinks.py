@@ -67,6 +67,18 @@ def test_contexts_are_judged_by_themselves_and_those_before() -> None:
     assert other.blocks == 2
 
 
+def test_medians_may_be_taken_over_part_of_what_is_judged() -> None:
+    norms = torch.tensor([[[50.0, 0.0], [50.0, 2.0], [50.0, 6.0]]])
+    text = torch.tensor([[True, False], [True, True], [True, True]])
+    usual = torch.tensor([[False, False], [False, True], [False, True]])
+    sinks = SinkFilter(10.0)
+    # Nothing known, a limit of 20, a limit of 40.
+    assert sinks.keep_contexts(norms, text, PLACES[:1], usual=usual).tolist() == [
+        [True, False], [False, True], [False, True]
+    ]  # fmt: skip
+    assert sinks.blocks == 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_name_their_place(value: float) -> None:
     rows: dict[Any, Tensor] = {place: torch.ones(4, 3) for place in PLACES}

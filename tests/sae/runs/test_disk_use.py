@@ -9,6 +9,7 @@ from saesteer.checkpoints.disk import folder_bytes
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
+from saesteer.sae.training.architectures.topk import TopK
 from saesteer.sae.verbs.train import train
 
 
@@ -35,6 +36,7 @@ def test_a_run_writes_what_was_predicted(tmp_path: Path) -> None:
 
     train(tmp_path / "sae", config, activations=tmp_path / "acts", device="cpu", progress=look)
     footprint = train_footprint(
+        [TopK(4).parameter_count(d_model, d_model, d_sae) for d_sae in (256, 512)] * 2,
         [256, 512, 256, 512], d_model, buffer_tokens=4096, batch_tokens=64, width=2 * d_model,
         element_bytes=2, keep=3,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
-from saesteer.sae.model.forward_pass import Forward
+from saesteer.sae.model.forward_pass import ForwardPass
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs import harvest_prediction as prediction
 from saesteer.sae.runs.harvest_prediction import predict_harvest
@@ -75,13 +75,13 @@ def test_what_is_compiled_is_timed_compiled(
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     lm, passes = fresh_lm(), []
-    begin = Forward.begin
+    begin = ForwardPass.begin
 
-    def spied(*arguments: Any) -> Forward:
+    def spied(*arguments: Any) -> ForwardPass:
         passes.append("forward" in vars(lm.blocks[0]))
         return begin(*arguments)
 
-    monkeypatch.setattr(Forward, "begin", spied)
+    monkeypatch.setattr(ForwardPass, "begin", spied)
     for compiled in (False, True):
         passes.clear()
         text = replace(CONFIG.text, compile=compiled)

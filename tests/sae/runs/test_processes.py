@@ -14,7 +14,7 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.files import read_json
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import HarvestConfig, TextConfig
-from saesteer.sae.runs.processes import ALONE, Ranks, join_ranks
+from saesteer.sae.runs.processes import ALONE, Processes, join_processes
 from saesteer.sae.verbs.harvest import harvest
 
 TEXT = TextConfig(context=24, batch_size=4, seed=5, max_norm_ratio=1.2)
@@ -96,7 +96,7 @@ def test_two_processes_store_what_one_does_also_after_one_of_them_died(
     out = tmp_path / "two"
     (status, said), (killed, _) = run_two(model, out, CONFIG, die_at=1500)
     assert (status, killed) == (1, -9), said
-    assert "process 0 of 2 lost another one" in said and "--resume" in said
+    assert "process 0 of 2 lost another one" in said and "`resume`" in said
     begun = read_json(out / "manifest.json")
     assert begun["complete"] is False and begun["processes"] == 2
     with pytest.raises(UserError, match="was begun with 2 processes, now there are 1"):
@@ -124,7 +124,7 @@ def test_alone_an_exchange_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     ALONE.same("text", "a")
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")  # of some scheduler: without a rank it is not torchrun
-    assert join_ranks(60) == ALONE
+    assert join_processes(60) == ALONE
 
 
 def test_interleaving_is_the_order_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,17 +132,17 @@ def test_interleaving_is_the_order_of_the_corpus(monkeypatch: pytest.MonkeyPatch
     everybody = [torch.tensor([0, 2, 4]), torch.tensor([1, 3])]
     padded = [torch.tensor([0, 2, 4, -1]), torch.tensor([1, 3, -1, -1])]
 
-    def gather(self: Ranks, values: Any) -> list[Any]:
+    def gather(self: Processes, values: Any) -> list[Any]:
         assert torch.equal(values, padded[self.rank])
         return padded
 
-    monkeypatch.setattr(Ranks, "gather", gather)
+    monkeypatch.setattr(Processes, "gather", gather)
     for rank, own in enumerate(everybody):
-        found = Ranks(rank, 2).interleave(own, 4, -1)
+        found = Processes(rank, 2).interleave(own, 4, -1)
         assert found.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
 def test_processes_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value + 1])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value + 1])
     with pytest.raises(UserError, match="processes of torchrun see different text"):
-        Ranks(0, 2).same("text", "a")
+        Processes(0, 2).same("text", "a")

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -79,8 +78,17 @@ def test_who_does_not_leave_in_time_is_interrupted(number: signal.Signals) -> No
         os.close(_writing)
 
 
-def test_who_leaves_in_time_is_not() -> None:
-    with stop_requests(grace_seconds=0.05) as stop:
+def test_who_leaves_in_time_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers: list[threading.Timer] = []
+    original = threading.Timer.start
+
+    def start(timer: threading.Timer) -> None:
+        timers.append(timer)
+        original(timer)
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    with stop_requests() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop()
-    time.sleep(0.2)
+        assert stop() and not timers[0].finished.is_set()
+    timers[0].join()
+    assert len(timers) == 1 and timers[0].finished.is_set(), "and it ended without a signal"

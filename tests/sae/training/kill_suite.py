@@ -1,6 +1,6 @@
 """Kill a run at random instants until it is done; compare it with one left in peace.
 
-    python tests/sae/kill_suite.py FOLDER shards|live|gloo SOURCE --kills 20 --seed 1
+    python tests/sae/training/kill_suite.py FOLDER shards|live|gloo SOURCE --kills 20 --seed 1
 
 `shards` and `live` train in one process; `gloo` harvests with two, of which one or both are killed.
 Children are forked from this process, which has imported everything and computed nothing, so that
@@ -9,6 +9,7 @@ a leg starts within milliseconds and many fit into a minute. The last line on st
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -42,6 +43,8 @@ LIVE = replace(
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
 )  # fmt: skip
 
+PARTNER_SECONDS = 5.0
+"""How long a process may take to notice that the other one was killed."""
 
 HARVEST = HarvestConfig(
     layers=(1, 2), tokens=24_000, shard_tokens=700, keep_positions=True, shuffle=True,
@@ -80,11 +83,28 @@ def fork_two(work: Callable[[], object]) -> list[int]:
 
 
 def finished(pids: Sequence[int]) -> bool:
-    """Whether the children ended by themselves. Raises when one failed while none was killed."""
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    if -signal.SIGKILL in codes:
-        return False  # the other one says that it lost its partner
-    if any(codes):
+    """Whether the children ended by themselves. Raises when one failed while none was killed.
+
+    One that lost its partner says so and ends. Where it does not notice soon (two that die while
+    they look for each other), it is killed as well, as torchrun would.
+    """
+    codes: dict[int, int] = {}
+    give_up = math.inf
+    while len(codes) < len(pids):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] == -signal.SIGKILL:
+                give_up = min(give_up, time.monotonic() + PARTNER_SECONDS)
+        elif time.monotonic() > give_up:
+            for left in set(pids) - codes.keys():
+                os.kill(left, signal.SIGKILL)
+            give_up = math.inf
+        else:
+            time.sleep(0.002)
+    if -signal.SIGKILL in codes.values():
+        return False
+    if any(codes.values()):
         sys.exit("a leg failed")
     return True
 

@@ -1,7 +1,8 @@
 """A run killed at random instants and resumed ends in the bits of one that was left in peace.
 
-Training from shards and live, and a harvest by two processes. The default suite kills three times
-each; the slow one twenty. A failure names its seed.
+Training from shards and live, and a harvest by two processes. The default suite kills twice each,
+with the same pauses at every run; the slow one twenty times, by a new seed. A failure names its
+seed.
 """
 
 import json
@@ -34,10 +35,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_suite(folder: Path, mode: str, source: Path, *options: object) -> dict[str, Any]:
-    seed = os.environ.get("KILL_SEED") or str(int.from_bytes(os.urandom(3), "big"))
+def kill_suite(
+    folder: Path, mode: str, source: Path, *options: object, seed: int
+) -> dict[str, Any]:
+    seed = int(os.environ.get("KILL_SEED", seed))
     done = subprocess.run(
-        [sys.executable, "-P", str(SUITE), str(folder), mode, str(source), "--seed", seed,
+        [sys.executable, "-P", str(SUITE), str(folder), mode, str(source), "--seed", str(seed),
          *map(str, options)],
         capture_output=True, text=True,
         # Forked children must not inherit a pool of threads.
@@ -50,12 +53,12 @@ def kill_suite(folder: Path, mode: str, source: Path, *options: object) -> dict[
 
 
 @pytest.mark.parametrize("mode", ["shards", "live", "gloo"])
-def test_three_kills(
+def test_two_kills(
     mode: str, shards: Path, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = shards if mode == "shards" else tiny_model_dir("llama")
-    report = kill_suite(tmp_path, mode, source, "--kills", 3, "--share", 0.3)
-    assert report["kills"] == 3 and report["things_compared"] > 10
+    report = kill_suite(tmp_path, mode, source, "--kills", 2, "--share", 0.3, seed=1)
+    assert report["kills"] == 2 and report["things_compared"] > 10
 
 
 @pytest.mark.slow
@@ -64,7 +67,8 @@ def test_twenty_kills(
     mode: str, shards: Path, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = shards if mode == "shards" else tiny_model_dir("llama")
-    report = kill_suite(tmp_path, mode, source, "--kills", 20)
+    seed = int.from_bytes(os.urandom(3), "big")
+    report = kill_suite(tmp_path, mode, source, "--kills", 20, seed=seed)
     assert report["kills"] >= 20
     # Kills fell before the first state, and at many different places after it.
     assert len(set(report["saved_at_kills"])) > 5

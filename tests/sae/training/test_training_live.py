@@ -91,16 +91,16 @@ def test_memory_is_said_first_and_refused(
 def test_an_automatic_batch_size_is_kept_on_resume(
     shared_lm: Shared, stop_at: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saesteer.sae.verbs import harvest as harvester
+    from saesteer.sae.runs import memory_use
 
     config = replace(LIVE, text=replace(LIVE.text, batch_size=0))
-    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 3)
+    monkeypatch.setattr(memory_use, "automatic_batch_size", lambda lm, text: 3)
     train(tmp_path / "whole", config, model=shared_lm(), device="cpu")
     with pytest.raises(Interrupted):
         train(tmp_path / "out", config, model=shared_lm(), device="cpu",
               progress=stop_at("train", 300))  # fmt: skip
     # Less is free now: the size stays the one that the run began with.
-    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 7)
+    monkeypatch.setattr(memory_use, "automatic_batch_size", lambda lm, text: 7)
     (run, _) = train(tmp_path / "out", config, model=shared_lm(), device="cpu", resume=True)
     assert run["config"]["text"]["batch_size"] == 3
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

@@ -13,6 +13,7 @@ from saesteer.checkpoints.run_state import has_state, load_state
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.training import sae_trainer as trainer_module
+from saesteer.sae.training.architectures.topk import TopK
 from saesteer.sae.verbs.train import train
 
 from ..training_runs import (
@@ -32,7 +33,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(
 ) -> None:
     config = replace(CONFIG, init_seed=(0, 1), layers=(1,))
     train(tmp_path / "whole", config, activations=shards, device="cpu")
-    original = trainer_module.topk_pass
+    original = TopK.loss
     calls = 0
 
     def poisoned(*args: Any, **options: Any) -> Any:
@@ -40,12 +41,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(
         calls += 1
         loss = original(*args, **options)
         if calls == 2 * 11 + 2:  # the second SAE, at the twelfth step
-            loss.total = loss.total * torch.nan
+            loss.loss = loss.loss * torch.nan
         return loss
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "topk_pass", poisoned)
+        patch.setattr(TopK, "loss", poisoned)
         with pytest.raises(
             NonFiniteError,
             match="the loss of layer-1_dsae-48_k-4_seed-1 .* at step 11: the last state",
@@ -76,7 +77,7 @@ def test_a_step_that_a_gpu_left_out_is_never_saved(shards: Path, tmp_path: Path)
     def fails(stage: str, done: int, total: int, note: str) -> None:
         # Between two log lines (every other step), just before a periodic save.
         if stage == "train" and done == 64 * 75:
-            made[0]._failed.fill_(True)
+            made[0].optimiser.failed.fill_(True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module.SAETrainer, "__init__", remember)

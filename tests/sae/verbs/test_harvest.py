@@ -419,13 +419,13 @@ def test_streams_resume_at_any_batch(shared_lm: Shared, tmp_path: Path) -> None:
 def test_an_automatic_batch_size_is_kept_on_resume(
     shared_lm: Shared, stop_at: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saesteer.sae.verbs import harvest as harvester
+    from saesteer.sae.runs import memory_use
 
     lm, config = shared_lm(), replace(CONFIG, text=replace(TEXT, batch_size=0))
-    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 3)
+    monkeypatch.setattr(memory_use, "automatic_batch_size", lambda lm, text: 3)
     with pytest.raises(Interrupted):
         harvest(lm, tmp_path / "out", config, progress=stop_at("harvest", 100))
-    monkeypatch.setattr(harvester, "automatic_batch_size", lambda lm, text: 9)
+    monkeypatch.setattr(memory_use, "automatic_batch_size", lambda lm, text: 9)
     found = harvest(lm, tmp_path / "out", config, resume=True)
     assert found["config"]["batch_size"] == 3
     harvest(lm, tmp_path / "whole", replace(config, text=replace(TEXT, batch_size=3)))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, SAESpec, save_sae
+from saesteer.sae.activations.reader import ActivationStream
 from saesteer.sae.config import MetricsConfig, TextConfig
+from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch, open_contexts
 from saesteer.sae.verbs import metrics as measurement
@@ -267,6 +269,23 @@ def test_sinks_and_special_tokens_stay_as_they_are(fresh_lm: Shared) -> None:
     with_sinks = metrics(sae, lm, replace(CONFIG, text=replace(TEXT, max_norm_ratio=1e9)))
     assert with_sinks["excluded"]["sinks"] == 0
     assert abs(with_sinks["fvu"]["value"] - found["fvu"]["value"]) > 0.05
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_rows_that_training_keeps_are_measured(shared_lm: Shared, batch_size: int) -> None:
+    lm, sae = shared_lm(), rough(shared_lm())
+    # A ratio at which the running median decides about many rows.
+    text = replace(TEXT, batch_size=batch_size, max_norm_ratio=1.2)
+    stream = ActivationStream(lm, [resolve_site(lm, 1)], open_contexts(lm, text), text)
+    rows = scored = 0
+    while rows < 400:
+        batch = stream.next_batch()
+        assert batch is not None
+        rows += len(batch.token_ids)
+        scored += int((batch.positions < text.context - 1).sum())
+    found = metrics(sae, lm, replace(CONFIG, text=text))
+    assert found["excluded"] == stream.excluded and found["excluded"]["sinks"] > 50
+    assert found["tokens"] == scored
 
 
 def test_an_sae_of_centered_activations(shared_lm: Shared) -> None:

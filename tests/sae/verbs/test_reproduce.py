@@ -133,9 +133,15 @@ def test_what_cannot_be_repeated(run: Path, tmp_path: Path) -> None:
         ({**record, "verb": "rank"}, "run of 'rank'"),
         ({**record, "complete": False}, "was not finished"),
         ({**record, "recipe": None}, "names no recipe"),
-        ({**record, "config": {**record["config"], "zap": 1}}, "setting 'zap'"),
-        ({**record, "config": {**record["config"], "k": "x"}}, "config in run.json is wrong"),
-        ({**record, "config": {**record["config"], "text": 3}}, "config in run.json is not"),
+        (
+            {**record, "config": {**record["config"], "zap": 1}},
+            "saesteer that wrote it.*: unknown key 'zap'",
+        ),
+        (
+            {**record, "config": {**record["config"], "k": "x"}},
+            "restore run.json.*'k' must be a list",
+        ),
+        ({**record, "config": {**record["config"], "text": 3}}, "key 'text' must be a mapping"),
         ([], "only those of train"),
     ]
     for content, message in cases:

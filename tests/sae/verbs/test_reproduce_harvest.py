@@ -89,9 +89,15 @@ def test_harvests_that_are_not_repeated(lm: LanguageModel, tmp_path: Path) -> No
         ({"recipe": None}, "names no recipe"),
         ({"processes": 2}, "written by 2 processes"),
         ({"config": 3}, "is not an object"),
-        ({"config": {**manifest["config"], "surprise": 1}}, "'surprise'"),
-        ({"config": {**manifest["config"], "context": "x"}}, "context is 'x'"),
-        ({"layers": "x"}, "layers is 'x'"),
+        (
+            {"config": {**manifest["config"], "surprise": 1}},
+            "restore manifest.json.*'surprise'",
+        ),
+        (
+            {"config": {**manifest["config"], "context": "x"}},
+            "'text.context' must be a whole",
+        ),
+        ({"layers": "x"}, "key 'layers' must be a list, got 'x'"),
     ):
         write_json(path, {**manifest, **changes})
         with pytest.raises(UserError, match=words) as error:

@@ -94,6 +94,17 @@ def test_a_dose_beyond_every_norm_is_noticed(lm: LanguageModel) -> None:
     assert huge.outside_norms == 1.0
 
 
+def test_sinks_do_not_make_any_length_usual(lm: LanguageModel) -> None:
+    """Every third question is one token, a sink: among so many it would be in the middle 98 %."""
+    lm.tokenizer.chat_template = None
+    (sink,) = lm.tokenizer("H")["input_ids"]
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[sink] *= 300
+    questions = [Question(text, ("it",)) for text in ("H", "What is it", "Where is it")]
+    probe = NeutralProbe(lm, questions * 4, max_new_tokens=2)
+    assert (probe.measure(plan_for(lm, 20.0)).outside_norms or 0) == 1.0
+
+
 def test_flips_are_counted_against_the_unsteered_answers(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +120,6 @@ def test_flips_are_counted_against_the_unsteered_answers(
     row = probe.measure(plan_for(lm, 1.0), flips=True).row()
     assert (row["right_before"], row["right_to_wrong"], row["wrong_to_right"]) == (2, 1, 1)
     assert row["side_effect_ratio"] == 0.5 and row["questions"] == 3
-    assert probe.unsteered_right == 2
 
 
 def test_a_scope_that_questions_do_not_have_is_an_error(lm: LanguageModel) -> None:

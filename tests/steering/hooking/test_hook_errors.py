@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import save_sae
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.hooking.hook import steer
@@ -79,12 +80,13 @@ def test_reading_a_topk_sae_needs_the_sae_that_the_plan_was_made_from(
 ) -> None:
     sae = make_sae(lm, "topk")
     folder = tmp_path / "sae"
-    sha256 = sae.save(folder)
+    sha256 = save_sae(folder, sae.spec, **sae.tensors())
     plan = ranked_plan(
         lm, dataclasses.replace(sae, source=str(folder), sha256=sha256), method="set"
     )
     check_against_reference(lm, sae, plan, prompts_of(lm))
-    make_sae(lm, "topk", seed=5).save(folder)
+    other = make_sae(lm, "topk", seed=5)
+    save_sae(folder, other.spec, **other.tensors())
     with pytest.raises(UserError, match="is not the one the plan was made from"):
         with steer(lm, plan):
             pass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae
+from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.controls import random_plan, with_directions
 from saesteer.steering.exchange.conversion import plan_vector
@@ -59,7 +59,7 @@ def make_sae(folder: Path, norm: str, architecture: str = "standard", **changes:
         W_dec = W_dec / W_dec.norm(dim=1, keepdim=True)
         W_enc, b_enc = W_dec.T.contiguous(), torch.zeros(D_SAE)
     sae = SAE(spec=spec, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=noise(WIDTH), **more)
-    sae.save(folder)
+    save_sae(folder, sae.spec, **sae.tensors())
     return load_sae(folder)
 
 

@@ -9,11 +9,14 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.hooks import capture, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
+from saesteer.steering.evaluation.controls import mean_difference_plan
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import with_gate
 from saesteer.steering.plans.directions import mean_difference, plan_from_directions
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import load_plan, save_plan
+
+from ..small_plans import CONTENTS, TASK, small_plan
 
 POSITIVE, NEGATIVE = ["a name is bound", "yield it twice"], ["the tuple", "objects are", "one"]
 
@@ -47,6 +50,28 @@ def test_the_mean_difference_is_added_as_it_is(read: str, lm: LanguageModel) -> 
     # Float32 rows of a padded batch against single ones.
     torch.testing.assert_close(after - before, means[0] - means[1], rtol=1e-4, atol=1e-4)
     assert plan.sae.source == "mean difference"
+
+
+def test_one_mean_difference_serves_plans_and_controls(lm: LanguageModel) -> None:
+    plan = small_plan(lm, (7,))
+    control = mean_difference_plan(lm, plan, TASK)
+    texts = [f"{text}\n{TASK.instruction}" for text in CONTENTS]
+    found = mean_difference(lm, texts, CONTENTS, layer=plan.layer)
+    assert torch.equal(control.directions, found.directions)
+
+
+def test_sinks_are_left_out_of_short_texts_whatever_the_batch_size(lm: LanguageModel) -> None:
+    lm.tokenizer.chat_template = None
+    (sink,) = lm.tokenizer("H")["input_ids"]
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[sink] *= 300
+    texts = ["the end", "a", "H", "of one"]
+    wanted = mean_difference(lm, ["it is so"], [t for t in texts if t != "H"], layer=1)
+    for batch_size in (1, 2, 16):
+        found = mean_difference(lm, ["it is so"], texts, layer=1, batch_size=batch_size)
+        # A padded batch is summed in another order.
+        torch.testing.assert_close(found.directions, wanted.directions, rtol=1e-4, atol=1e-5)
+        assert found.latents[0].mu == pytest.approx(wanted.latents[0].mu, rel=1e-4)
 
 
 def test_directions_take_every_method(lm: LanguageModel, tmp_path: Path) -> None:

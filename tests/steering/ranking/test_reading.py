@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.sae_file import SAE, save_sae
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.ranking import reading as reading_module
 from saesteer.steering.ranking.rank import RankConfig, rank
@@ -96,7 +96,7 @@ def test_names_and_paths_are_opened(
     lm: LanguageModel, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     sae = random_sae()
-    sae.save(tmp_path / "sae")
+    save_sae(tmp_path / "sae", sae.spec, **sae.tensors())
     config = RankConfig(contents=1)
     found = rank(str(tiny_model_dir("llama")), str(tmp_path / "sae"), "french", config)
     wanted = rank(lm, sae, "french", config)

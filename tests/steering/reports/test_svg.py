@@ -70,7 +70,9 @@ def test_lines_join_the_points_of_a_series_in_order_of_dose() -> None:
 
 @pytest.mark.parametrize("x", [0.0, 1e-6, 3.2, 250.0])
 def test_one_point_is_enough(x: float) -> None:
-    ET.fromstring(scatter([Point(x, 0.2, "a")], "s", x_label="x", y_label="y"))
+    svg = ET.fromstring(scatter([Point(x, 0.2, "a")], "s", x_label="x", y_label="y"))
+    assert "nan" not in ET.tostring(svg, encoding="unicode").lower()
+    assert [title.text for title in svg.iter(f"{NS}title")], "the point is drawn"
 
 
 def test_heat_map_shows_every_figure() -> None:

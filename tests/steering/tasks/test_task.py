@@ -108,9 +108,9 @@ def test_contents_per_item_joins_neighbours(tmp_path: Path) -> None:
         ({"check": "absent"}, "key 'check' is missing"),
         ({"instruction": "  "}, "key 'instruction' must be a non-empty text"),
         ({"name": "plain"}, "reserved"),
-        ({"name": 3}, "key 'name' must be a non-empty text, got 3"),
+        ({"name": 3}, "key 'name' must be a text, got 3"),
         ({"variants": "Use capitals."}, "key 'variants' must be a list"),
-        ({"variants": [{"lang": "en"}]}, "key 'variants[1]'"),
+        ({"variants": [{"lang": "en"}]}, "key 'variants[1].text' is missing"),
         ({"variants": [{"text": "x", "language": "en"}]}, "'variants[1].language'"),
         ({"variants": [{"text": "x", "use": "test"}]}, "'variants[1].use' must be select or"),
         ({"variants": [{"text": "write it in CAPITALS"}]}, "repeats an earlier wording"),
@@ -119,9 +119,12 @@ def test_contents_per_item_joins_neighbours(tmp_path: Path) -> None:
         ({"check": {"name": "uppercase", "arguments": {"a": 1}}}, "key 'check.arguments'"),
         ({"check": {"name": "language", "arguments": {"lang": "xx"}}}, "unknown language 'xx'"),
         ({"check": {"name": "bullets", "arguments": {"minimum": 0}}}, "minimum must be"),
-        ({"max_new_tokens": 0}, "key 'max_new_tokens' must be a whole number from 1, got 0"),
+        ({"max_new_tokens": True}, "key 'max_new_tokens' must be a whole number, got True"),
+        ({"split": []}, "key 'split' must name some of train, dev, test, got none"),
+        ({"check": {"arguments": {}}}, "key 'check.name' is missing"),
+        ({"max_new_tokens": 0}, "key 'max_new_tokens' must be at least 1, got 0"),
         ({"contents_per_item": 2}, "key 'contents_per_item' is 2, but split 'dev' has 1"),
-        ({"split": ["train", "final"]}, "key 'split' must be a list of some of train, dev, test"),
+        ({"split": ["train", "final"]}, "key 'split[2]' must be train, dev or test, got 'final'"),
         ({"contents": "none.jsonl"}, "no such file"),
         ({"contents": [{"text": "A.", "split": "final"}]}, "split 'final' is not one of"),
         ({"contents": [{"sentence": "A."}]}, "the field 'text' is missing"),
@@ -153,7 +156,7 @@ def test_faults_are_named_with_file_and_key(
     ("written", "said"),
     [
         (b"name: [", "not valid YAML"),
-        (b"- a\n- b\n", "a task file is a mapping"),
+        (b"- a\n- b\n", "the content must be a mapping with name, instruction"),
         (b"name: \xff\xfe", "is not UTF-8"),
         (b"name: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
@@ -170,7 +173,7 @@ def test_an_unknown_name_lists_the_built_in_ones() -> None:
     with pytest.raises(UsageError) as error:
         load_task("frensh")
     message = _message(error)
-    assert "'frensh'" in message and "--task" in message
+    assert "'frensh'" in message and "`task`" in message
     assert all(name in message for name in builtin_tasks())
 
 

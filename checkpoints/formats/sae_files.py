@@ -18,7 +18,7 @@ _NAMES = {kind: name for name, kind in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Place:
+class SAEFiles:
     """A folder with an SAE in it, and which file of it holds the weights."""
 
     folder: Path
@@ -49,7 +49,7 @@ class Place:
 
 
 def finish(
-    place: Place,
+    place: SAEFiles,
     name: str,
     spec: SAESpec,
     tensors: Mapping[str, Tensor],
@@ -73,7 +73,7 @@ def finish(
     return sae.check(f"`sae` {place.source}")
 
 
-def spec_or_error(place: Place, **fields: Any) -> SAESpec:
+def spec_or_error(place: SAEFiles, **fields: Any) -> SAESpec:
     """`SAESpec(**fields)`; values that cannot be raise a UserError that names the source."""
     try:
         return SAESpec(**fields)
@@ -81,7 +81,7 @@ def spec_or_error(place: Place, **fields: Any) -> SAESpec:
         raise UserError(f"`sae` {place.source}: its config is wrong: {error}") from error
 
 
-def matrix(place: Place, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+def matrix(place: SAEFiles, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """The shape of a float matrix of at least one row and column."""
     tensor = tensors[name]
     if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
@@ -93,7 +93,7 @@ def matrix(place: Place, tensors: Mapping[str, Tensor], name: str) -> tuple[int,
 
 
 def exactly(
-    place: Place,
+    place: SAEFiles,
     tensors: Mapping[str, Any],
     needed: Iterable[str],
     optional: Iterable[str] = (),
@@ -110,7 +110,7 @@ def exactly(
         )
 
 
-def all_float(place: Place, tensors: Mapping[str, Tensor]) -> None:
+def all_float(place: SAEFiles, tensors: Mapping[str, Tensor]) -> None:
     """Raise UserError for a tensor that is not of one of our float dtypes."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
@@ -125,7 +125,7 @@ def dtype_name(tensor: Tensor) -> str:
     return _NAMES.get(tensor.dtype, "float32")
 
 
-def number(place: Place, config: Mapping[str, Any], key: str) -> float:
+def number(place: SAEFiles, config: Mapping[str, Any], key: str) -> float:
     """A finite number > 0 of a config."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
@@ -139,7 +139,7 @@ def text(config: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def scalar(place: Place, tensors: Mapping[str, Tensor], name: str) -> float:
+def scalar(place: SAEFiles, tensors: Mapping[str, Tensor], name: str) -> float:
     """The one finite number in a tensor."""
     tensor = tensors[name]
     if tensor.numel() != 1 or not bool(torch.isfinite(tensor).all()):

@@ -1,0 +1,97 @@
+"""The active latents of a batch: a rectangle, or ragged rows end to end.
+
+A rectangle is ``[batch, k]``, k latents for every example. Ragged entries are one list
+``[entries]``, with ``row_starts`` ``[batch + 1]`` (int64): example b owns the entries
+``row_starts[b]:row_starts[b + 1]``, and may own none. Flattened, a rectangle is the ragged list
+whose rows are all of length k.
+"""
+
+import torch
+from torch import Tensor
+
+
+def check_entries(indices: Tensor, d_sae: int, row_starts: Tensor | None) -> None:
+    """Refuse wrong values on the CPU, where looking costs microseconds.
+
+    Not done on other devices: it would make the host wait for them.
+
+    Raises:
+        IndexError: an index is outside 0..d_sae-1.
+        ValueError: row_starts do not cut the entries into rows.
+    """
+    check_row_starts(indices, row_starts)
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= d_sae:
+        raise IndexError(
+            f"latent_indices must be in 0..{d_sae - 1} (d_sae), got {low if low < 0 else high}"
+        )
+
+
+def check_row_starts(indices: Tensor, row_starts: Tensor | None) -> None:
+    """The part of `check_entries` that is about row_starts."""
+    if row_starts is None or row_starts.device.type != "cpu":
+        return
+    first, last, n_entries = int(row_starts[0]), int(row_starts[-1]), indices.numel()
+    if first != 0 or last != n_entries:
+        raise ValueError(
+            f"`row_starts` must begin with 0 and end with {n_entries} (the number of entries), "
+            f"got {first} and {last}"
+        )
+    if bool((row_starts.diff() < 0).any()):
+        place = int((row_starts.diff() < 0).nonzero()[0])
+        raise ValueError(
+            f"`row_starts` must not fall, got {int(row_starts[place])} before "
+            f"{int(row_starts[place + 1])} at {place}"
+        )
+
+
+def batch_of(indices: Tensor, row_starts: Tensor | None) -> int | torch.SymInt:
+    """Number of examples."""
+    return indices.shape[0] if row_starts is None else row_starts.shape[0] - 1
+
+
+def mean_length(indices: Tensor, row_starts: Tensor | None) -> float:
+    """Entries per example: k, or the average."""
+    if row_starts is None:
+        return float(indices.shape[1])
+    return len(indices) / max(1, len(row_starts) - 1)
+
+
+def row_starts_of(indices: Tensor, row_starts: Tensor | None) -> Tensor:
+    """Row starts of either form, [batch + 1] int64."""
+    if row_starts is not None:
+        return row_starts
+    batch, k = indices.shape
+    return torch.arange(batch + 1, device=indices.device) * k
+
+
+def examples_of(n_entries: int, row_starts: Tensor) -> Tensor:
+    """Example of each ragged entry, [entries] int64."""
+    examples = torch.arange(len(row_starts) - 1, device=row_starts.device)
+    # The length is given because asking for it would make the host wait for the device.
+    return examples.repeat_interleave(row_starts.diff(), output_size=n_entries)
+
+
+def per_entry(values: Tensor, indices: Tensor, row_starts: Tensor | None) -> Tensor:
+    """``values`` [batch] as a factor of the entries: [batch, 1], or [entries]."""
+    if row_starts is None:
+        return values[:, None]
+    return values[examples_of(len(indices), row_starts)]
+
+
+def to_dense(values: Tensor, indices: Tensor, d_sae: int, row_starts: Tensor | None) -> Tensor:
+    """Entries as a dense [batch, d_sae]; repeated latents are added. Differentiable in values."""
+    dense = values.new_zeros((batch_of(indices, row_starts), d_sae))
+    if row_starts is None:
+        return dense.scatter_add(1, indices, values)
+    flat = examples_of(len(indices), row_starts) * d_sae + indices
+    return dense.view(-1).scatter_add(0, flat, values).view(dense.shape)
+
+
+def from_dense(dense: Tensor, indices: Tensor, row_starts: Tensor | None) -> Tensor:
+    """The entries' values out of a dense [batch, d_sae]. Differentiable."""
+    if row_starts is None:
+        return dense.gather(1, indices)
+    return dense[examples_of(len(indices), row_starts), indices]

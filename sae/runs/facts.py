@@ -1,0 +1,57 @@
+"""Facts about a run, of its model and text, which tell whether a later run is the same one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import plain
+from saesteer.sae.model.language_model import LanguageModel
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume a run whose settings, text or model differ from the ones before.
+
+    Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
+    as far as `now` has them. Raises UserError naming the first setting that differs.
+    """
+    old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
+    for key in ("layers", "dtype"):
+        if key in now:
+            old[key], new[key] = before.get(key), plain(now[key])
+    named = {"layers": "`layer`", "dtype": "`store_dtype`"}
+    for key, value in new.items():
+        if old.get(key) != value:
+            name = named.get(key, f"`{key}`")
+            raise UserError(
+                f"`resume`: {folder} was made with {name} {old.get(key)}, now it is {value}: give "
+                "what the first run was given, or another `out`"
+            )
+    first, second = before.get("model") or {}, now["model"]
+    for key in ("hash", "dtype"):
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"`resume`: {folder} was made with a `model` of {key} {first.get(key)}, now it is "
+                f"{second.get(key)}: give the model of the first run, or another `out`"
+            )
+    if before.get("data") != plain(now["data"]):
+        raise UserError(
+            f"`resume`: {folder} was made from other text or replies than those there now: restore "
+            "them, or give another `out`"
+        )
+
+
+def model_facts(lm: LanguageModel) -> dict[str, Any]:
+    """A model's identity as it is written into manifests, SAEs, plans and runs."""
+    return {
+        "name": lm.name,
+        "hash": lm.fingerprint,
+        "n_layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
+
+
+def as_given(model: str) -> str:
+    """A model's name that means the same from any working folder."""
+    return str(Path(model).absolute()) if Path(model).exists() else model

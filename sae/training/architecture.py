@@ -1,0 +1,211 @@
+"""The seam between the trainer and the kinds of SAE that it trains.
+
+An architecture is one file in `architectures/`: a frozen dataclass of its own settings that says
+which parameters it has, how they start, what one pass over a batch gives (the loss, and what the
+gradients are made of), and what the finished SAE is called. The trainer knows parameters, passes
+and counts of firings; it knows neither k nor any other setting.
+
+Legend of dimensions: B batch, I d_in, O d_out (both d_model for an SAE, which writes what it reads;
+the sums over its places for a crosscoder), F d_sae, E entries: the pairs of an example and a latent
+that take part. Both matrices are kept latent-major: `W_enc_rows [F, I]`, `W_dec [F, O]`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.folds import fold_centred_scale
+from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
+from saesteer.sae.config import TrainConfig
+from saesteer.sae.training.input_scale import InputScale
+
+Parameters = dict[str, Tensor]
+"""What the optimiser moves, in the units of x~, by name."""
+
+ENTRY_PARAMETERS = ("W_enc_rows", "W_dec", "b_enc")
+"""Parameters whose gradients are sums over entries: `Pass.encoder`, `Pass.decoder`, and the sum of
+the encoder's weights. Those of all others stand in `Pass.dense`."""
+
+
+@dataclass(frozen=True)
+class DeadList:
+    """The dead latents of a step."""
+
+    ids: Int[Tensor, " dead"]
+    is_filler: Bool[Tensor, " dead"] | None = None
+    """Entries of `ids` that only fill a list of fixed length; None where there are none."""
+
+
+@dataclass(frozen=True)
+class EntrySum:
+    """The gradient of a matrix: its row f is `Pass.factor` times the sum, over the entries of
+    latent f, of the entry's weight times the row of the entry's example."""
+
+    weights: Float[Tensor, "batch k"] | Float[Tensor, " entries"]
+    rows: Float[Tensor, "batch width"]
+
+
+@dataclass(frozen=True)
+class CompactGradients:
+    """Further gradients, of a few latents only and whole: those of an auxiliary loss."""
+
+    ids: Int[Tensor, " few"]
+    W_enc_rows: Float[Tensor, "few d_in"]
+    b_enc: Float[Tensor, " few"]
+    W_dec: Float[Tensor, "few d_out"]
+
+
+@dataclass
+class Pass:
+    """A batch, or a part of one, through an SAE: its loss, and what the gradients are made of.
+
+    FVU is squared_error / squared_deviation.
+    """
+
+    loss: Float[Tensor, ""]
+    """Mean over the rows of the pass."""
+    squared_error: Float[Tensor, ""]
+    squared_deviation: Float[Tensor, ""]
+    """Sum of |target - mean target|^2."""
+    examples: int
+    latent_acts: Float[Tensor, "batch k"] | Float[Tensor, " entries"]
+    """A latent fired in an entry whose activation is not 0."""
+    latent_indices: Int[Tensor, "batch k"] | Int[Tensor, " entries"]
+    order: LatentOrder
+    """The entries grouped by latent."""
+    decoder: EntrySum
+    """Its weights are `latent_acts`."""
+    encoder: EntrySum
+    """Its weights are the derivatives by the pre-activations."""
+    factor: float
+    """What both sums are multiplied with."""
+    row_starts: Int[Tensor, " starts"] | None = None
+    """Where examples have different numbers of entries: those of example b are entries
+    row_starts[b]:row_starts[b + 1]. None for a rectangle `[batch, k]`."""
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    """Whole gradients of other parameters, and further parts of those of `ENTRY_PARAMETERS`."""
+    compact: CompactGradients | None = None
+
+    @property
+    def only_entries(self) -> bool:
+        """Whether both matrices can be moved row by row, without a gradient of their size."""
+        return not self.dense.keys() & set(ENTRY_PARAMETERS)
+
+
+class Architecture(ABC):
+    """One kind of SAE with its settings; subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    """What `arch` calls it."""
+    unit_rows: ClassVar[frozenset[str]] = frozenset({"W_dec"})
+    """Matrices whose rows keep length 1."""
+    canonical_names: ClassVar[Mapping[str, str]] = {
+        "W_enc_rows": "W_enc",
+        "b_enc": "b_enc",
+        "W_dec": "W_dec",
+        "b_dec": "b_dec",
+    }
+    """The name in an SAE's file of each parameter that is written there; `W_enc` is transposed."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: TrainConfig) -> Sequence["Architecture"]:
+        """One architecture for each combination of its settings in `config`.
+
+        Raises UsageError for settings that it does not take.
+        """
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Its own settings, for `run.json`: plain values by name."""
+
+    @property
+    def label(self) -> str:
+        """Its settings as a part of a folder's name."""
+        return "_".join(f"{name}-{value}" for name, value in self.settings.items())
+
+    @property
+    def uses_dead(self) -> bool:
+        """Whether `loss` wants to know which latents are dead."""
+        return False
+
+    def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
+        """Raise UsageError where the settings do not fit this number of latents."""
+
+    def shapes(self, d_in: int, d_out: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        return {
+            "W_enc_rows": (d_sae, d_in),
+            "W_dec": (d_sae, d_out),
+            "b_enc": (d_sae,),
+            "b_dec": (d_out,),
+        }
+
+    def parameter_count(self, d_in: int, d_out: int, d_sae: int) -> int:
+        """How many numbers the optimiser moves."""
+        return sum(math.prod(shape) for shape in self.shapes(d_in, d_out, d_sae).values())
+
+    @abstractmethod
+    def initialise(
+        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+    ) -> Parameters:
+        """Parameters to start from, of the shapes that `shapes` gives."""
+
+    @abstractmethod
+    def loss(
+        self,
+        parameters: Parameters,
+        x: Float[Tensor, "batch d_in"],
+        target: Float[Tensor, "batch d_out"],
+        dead: DeadList | None,
+    ) -> Pass:
+        """Reconstruct `target` from `x`, both in the units of x~.
+
+        Matrices and `x` may be in bfloat16. Nothing may wait for the device.
+        """
+
+    def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most move freely)
+        """Put back, in place, what a step may have moved out of its range."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """The fields of an `SAESpec` that say what it computes, such as architecture and k."""
+
+    def canonical(
+        self, parameters: Parameters, read: Sequence[InputScale], write: Sequence[InputScale]
+    ) -> dict[str, Float[Tensor, "..."]]:
+        """The same SAE on raw activations, latents in units of the (first) place it reads."""
+        named = {ours: parameters[name] for name, ours in self.canonical_names.items()}
+        return fold_centred_scale(
+            named, [(s.mean, s.factor) for s in read], [(s.mean, s.factor) for s in write]
+        )
+
+
+@torch.no_grad()
+def gradients(done: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor, " d_sae"]]:
+    """Gradients of `loss` by every parameter, and how often each latent fired.
+
+    With matrices of the parameters' size: for clipping and accumulation. The trainer's fast path
+    steps from the entries themselves.
+    """
+    decoder, encoder = done.decoder, done.encoder
+    W_dec, W_enc, b_enc, counts = sparse_pair_grads(
+        decoder.weights, decoder.rows, encoder.weights, encoder.rows,
+        done.latent_indices, d_sae, done.order, row_starts=done.row_starts,
+    )  # fmt: skip
+    grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
+    for grad in grads.values():
+        grad.mul_(done.factor)
+    for name, part in done.dense.items():
+        grads[name] = grads[name] + part if name in grads else part
+    if done.compact is not None:
+        for name in ENTRY_PARAMETERS:
+            grads[name][done.compact.ids] += getattr(done.compact, name)
+    return grads, counts

@@ -1,0 +1,168 @@
+"""Adam on the parameters of one SAE: moments, learning rate, and the two ways to move.
+
+Where no gradient has to be known as a whole, each row of a matrix is moved as soon as its gradient
+is summed from its entries; for clipping, accumulation and on a GPU whole gradients are made first.
+"""
+
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saesteer.kernels.ops import adam_rows_, adam_schedule, adam_sparse_rows_
+from saesteer.sae.config import TrainConfig
+from saesteer.sae.training.architecture import Architecture, Parameters, Pass, gradients
+
+_BETAS = (0.9, 0.999)
+# With the loss of order 1 the gradients of single rows are tiny: Gao et al. use this epsilon.
+_EPS = 6.25e-10
+
+
+class Optimiser:
+    """Moves parameters in place. All that changes from step to step stands in tensors."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        parameters: Parameters,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.architecture = architecture
+        self.parameters = parameters
+        self.config = config
+        self.device = device
+        moments = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
+        self.exp_avg: Parameters = {}
+        self.exp_avg_sq: Parameters = {}
+        for name, parameter in parameters.items():
+            # A vector is too small to be worth rounding.
+            dtype = moments if parameter.dim() == 2 else torch.float32
+            self.exp_avg[name] = torch.zeros_like(parameter, dtype=dtype)
+            self.exp_avg_sq[name] = torch.zeros_like(parameter, dtype=dtype)
+        self.copies = self._make_copies()
+        """bfloat16 copies of the matrices, for the products; empty with float32 products."""
+        # A rate of 0 until the first step: recording a step takes some with what stands here.
+        self._schedule = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=device)
+        """Set on the device once a loss is not finite; from then on no step moves anything."""
+
+    def _make_copies(self) -> Parameters:
+        products = self.config.dtype
+        if products == "auto":
+            products = "bfloat16" if self.device.type == "cuda" else "float32"
+        if products == "float32":
+            return {}
+        return {name: p.bfloat16() for name, p in self.parameters.items() if p.dim() == 2}
+
+    @property
+    def in_products(self) -> Parameters:
+        """The parameters as products use them."""
+        return {**self.parameters, **self.copies}
+
+    def refresh_copies(self) -> None:
+        """After parameters were set from outside."""
+        for name, copy in self.copies.items():
+            copy.copy_(self.parameters[name])
+
+    def set_step(self, step: int, lr: float) -> None:
+        """Tell the device the number of the coming step, from 1, and its rate."""
+        for at, value in enumerate(adam_schedule(step, lr, *_BETAS)):
+            self._schedule[at] = value
+
+    def move(self, passes: list[Pass]) -> Int[Tensor, " d_sae"]:
+        """One step along the gradients of the passes; returns how often each latent fired."""
+        if self._row_by_row(passes):
+            counts = self._move_from_entries(passes[0])
+        else:
+            counts = self._move_along_gradients(passes)
+        self.architecture.after_step(self.parameters)
+        return counts
+
+    def _row_by_row(self, passes: list[Pass]) -> bool:
+        """Whether no gradient has to be known as a whole before the parameters move."""
+        config = self.config
+        plain = self.device.type == "cpu" and config.clip_norm is None
+        plain = plain and not self.copies and config.moments == "float32"
+        return plain and len(passes) == 1 and passes[0].only_entries
+
+    def _move_from_entries(self, done: Pass) -> Int[Tensor, " d_sae"]:
+        """Each row's gradient is summed and used at once."""
+        more = done.compact
+        beta1, beta2 = _BETAS
+        step = partial(
+            adam_sparse_rows_, latent_indices=done.latent_indices, order=done.order,
+            row_starts=done.row_starts,
+            factor=done.factor, extra_ids=None if more is None else more.ids,
+            schedule=self._schedule, beta1=beta1, beta2=beta2, eps=_EPS,
+        )  # fmt: skip
+        unit_rows = self.architecture.unit_rows
+        _, counts = step(
+            *self._state("W_dec"), weights=done.decoder.weights, rows=done.decoder.rows,
+            unit_rows="W_dec" in unit_rows, extra=None if more is None else more.W_dec,
+        )  # fmt: skip
+        b_enc, _ = step(
+            *self._state("W_enc_rows"), weights=done.encoder.weights, rows=done.encoder.rows,
+            unit_rows="W_enc_rows" in unit_rows, extra=None if more is None else more.W_enc_rows,
+        )  # fmt: skip
+        if more is not None:
+            b_enc[more.ids] += more.b_enc
+        for name, grad in {"b_enc": b_enc, **done.dense}.items():
+            self._adam(name, grad)
+        return counts
+
+    def _move_along_gradients(self, passes: list[Pass]) -> Int[Tensor, " d_sae"]:
+        """Sum the gradients of all passes, clip them, step."""
+        rows = sum(done.examples for done in passes)
+        d_sae = len(self.parameters["W_dec"])
+        grads: dict[str, Tensor] = {}
+        counts = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
+        for done in passes:
+            # Each pass is a mean over its own rows.
+            share = done.examples / rows
+            own, fired = gradients(done, d_sae)
+            counts += fired
+            for name, grad in own.items():
+                if name in grads:
+                    grads[name].add_(grad, alpha=share)
+                else:
+                    grads[name] = grad.mul_(share) if share < 1 else grad
+        loss = torch.stack([done.loss for done in passes]).sum()
+        self.failed |= ~torch.isfinite(loss)
+        scale = torch.ones_like(loss)
+        if self.config.clip_norm is not None:
+            norm = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]).norm()
+            scale = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = scale.masked_fill(self.failed, torch.nan)  # NaN: the step is left out
+        for name, grad in grads.items():
+            self._adam(name, grad, scale)
+        return counts
+
+    def _state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.parameters[name], self.exp_avg[name], self.exp_avg_sq[name]
+
+    def _adam(self, name: str, grad: Tensor, scale: Tensor | None = None) -> None:
+        param, exp_avg, exp_avg_sq = self._state(name)
+        beta1, beta2 = _BETAS
+        adam_rows_(
+            param, grad, exp_avg, exp_avg_sq, schedule=self._schedule, beta1=beta1, beta2=beta2,
+            eps=_EPS, unit_rows=name in self.architecture.unit_rows, grad_scale=scale,
+            shadow=self.copies.get(name),
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and moments; they share memory with what is moved."""
+        groups = {
+            "param": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq
+        }  # fmt: skip
+        return {
+            f"{group}.{name}": tensor
+            for group, tensors in groups.items()
+            for name, tensor in tensors.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+        self.refresh_copies()

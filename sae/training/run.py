@@ -1,0 +1,265 @@
+"""A training run: batches in, steps taken, states saved, SAEs out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saesteer.checkpoints.disk import folder_bytes, need_space
+from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UserError
+from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.run_state import has_state, restoring
+from saesteer.checkpoints.state_saver import StateSaver
+from saesteer.sae.activations.batches import ActivationSource, BatchStream
+from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
+from saesteer.sae.config import Progress, TrainConfig
+from saesteer.sae.runs.disk_use import train_footprint
+from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
+from saesteer.sae.runs.stopping import stop_requests
+from saesteer.sae.training.input_scale import InputScale, PlacedRows
+from saesteer.sae.training.run_files import RunFiles
+from saesteer.sae.training.sae_trainer import SAETrainer, Variant
+from saesteer.sae.training.saved_state import restore, state_of
+from saesteer.sae.training.stopwatch import Stopwatch
+
+_LOGS_PER_RUN = 100
+# Rows that mean and scale are measured on; more would not change the third digit.
+_SCALE_ROWS = 32_768
+
+
+class TrainingRun:
+    """Several SAEs trained on one stream of batches. Read `fit`, then `train_step`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        variants: list[Variant],
+        source: ActivationSource,
+        facts: dict[str, Any],
+        d_model: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        """`facts`: what the run is recorded with; `dtype`: of the rows in the shuffle buffer."""
+        self.folder = folder
+        self.config = config
+        self.variants = variants
+        self.facts = facts
+        self.d_model = d_model
+        self.device = device
+        self.progress = progress
+        self.source = source
+        self.dtype = dtype
+        self.files = RunFiles(folder, variants, config, facts)
+        self.columns = PlacedRows.columns_of(source.places, d_model)
+        self.batches = BatchStream(
+            source,
+            d_model,
+            tokens=config.tokens,
+            batch_tokens=config.batch_tokens,
+            buffer_tokens=config.buffer_tokens,
+            dtype=dtype,
+            seed=config.seed,
+            filling=lambda done, total: progress("fill buffer", done, total, "tokens"),
+        )
+        self.trainers: list[SAETrainer] = []
+        self.saver = StateSaver(folder, keep=config.keep_states)
+        self.step = 0
+        self.seconds = 0.0
+        self.last: list[dict[str, Any]] = [{} for _ in variants]
+        """The latest log line of each SAE."""
+        self._due = False
+
+    # --- before ---
+
+    def parameter_counts(self) -> list[int]:
+        """Numbers that the optimiser moves, of each SAE."""
+        return [
+            variant.architecture.parameter_count(
+                self.d_model * len(variant.reads),
+                self.d_model * len(variant.writes),
+                variant.d_sae,
+            )
+            for variant in self.variants
+        ]
+
+    def check_memory(self) -> str:
+        """What training will take, in one line. Raises UserError when that is not there."""
+        need = training_memory(
+            self.parameter_counts(),
+            max(variant.d_sae for variant in self.variants),
+            self.d_model,
+            self.config,
+            self.device,
+            buffer_tokens=self.batches.buffer_tokens,
+            row_bytes=self.d_model * len(self.source.places) * self.dtype.itemsize,
+            batches_ahead=BATCHES_AHEAD,
+        )
+        count = len(self.variants)
+        refuse_what_cannot_fit(need, count, self.device)
+        return (
+            f"memory: {gigabytes(need.buffer)} for a shuffle buffer of "
+            f"{self.batches.buffer_tokens:,} tokens, {gigabytes(need.saes + need.step)} for "
+            f"{count} SAE{'s' if count > 1 else ''}"
+        )
+
+    def check_disk(self) -> None:
+        """Refuse a run whose files would not fit; those there now give their place."""
+        rows = self.batches.buffer.rows
+        footprint = train_footprint(
+            self.parameter_counts(),
+            [variant.d_sae for variant in self.variants],
+            self.d_model,
+            buffer_tokens=len(rows),
+            batch_tokens=self.config.batch_tokens,
+            width=rows.shape[1],
+            element_bytes=rows.element_size(),
+            keep=self.config.keep_states,
+        )
+        needed = footprint.total_bytes - folder_bytes(self.folder)
+        todo = "lower `buffer_tokens`, `d_sae` or `keep_states`"
+        need_space(self.folder, needed, "training writes", todo)
+
+    def begin(self) -> None:
+        """Fill the buffer, measure the scales, start the SAEs and their records."""
+        sample = PlacedRows(self.batches.fill()[:_SCALE_ROWS], self.columns)
+        self.make_trainers({place: InputScale.of(sample.at(place)) for place in self.columns})
+        self.files.begin()
+
+    def make_trainers(self, scales: dict[Place, InputScale]) -> None:
+        """One trainer per variant."""
+        self.trainers = [
+            SAETrainer(variant, self.config, scales, self.device) for variant in self.variants
+        ]
+        self.files.make_folders()
+
+    def resume(self) -> None:
+        """Go on from the saved state where there is one."""
+        if has_state(self.folder):
+            with restoring(self.folder):
+                restore(self)
+
+    # --- the loop ---
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the end and write the SAEs; returns their `run.json`."""
+        if not self.trainers:
+            self.begin()
+        steps = self.config.steps
+        log_every = max(1, steps // _LOGS_PER_RUN)
+        with (
+            stop_requests() as stop,
+            self.saver,
+            Prefetch(self.batches, self.device) as self.prefetch,
+        ):
+            watch = Stopwatch(self.prefetch)
+            self.show()
+            while self.step < steps:
+                batch = self.next_batch()
+                watch.got_batch()
+                self.train_step(batch)
+                self.step += 1
+                watch.stepped(self.config.batch_tokens)
+                if self.step % log_every == 0 or self.step == steps:
+                    self.log(watch)
+                self.show()
+                if stop() and self.step < steps:
+                    self.stop()
+                self.save_when_due()
+            self.save()
+            return self.finish()
+
+    def next_batch(self) -> Float[Tensor, "batch width"]:
+        """The next batch. Saves the state and raises UserError when the text has ended."""
+        try:
+            batch = self.prefetch.next_batch()
+        except UserError as error:
+            # Most often the corpus has ended: hours of training need not be lost with it.
+            self.save(now=True)
+            raise type(error)(
+                f"{error}; the state is in {self.folder}: `resume` goes on from step "
+                f"{self.step}, with more `epochs` too"
+            ) from error
+        assert batch is not None, "the stream holds exactly `steps` batches"
+        return batch
+
+    def train_step(self, batch: Float[Tensor, "batch width"]) -> None:
+        """One step of every SAE. Nothing has moved when NonFiniteError is raised."""
+        rows = PlacedRows(batch, self.columns)
+        try:
+            losses = [trainer.forward(rows) for trainer in self.trainers]
+        except NonFiniteError:
+            # With the batch back, the state is the one before it.
+            self.prefetch.put_back(batch)
+            self.save(now=True)
+            raise
+        for trainer, passes in zip(self.trainers, losses, strict=True):
+            trainer.step(passes)
+
+    # --- what is told and kept ---
+
+    def log(self, watch: Stopwatch) -> None:
+        """One line per SAE in its metrics.jsonl."""
+        tokens = self.step * self.config.batch_tokens
+        speed = watch.take()
+        self.seconds += speed.pop("seconds")
+        for i, trainer in enumerate(self.trainers):
+            self.last[i] = {"step": self.step, "tokens": tokens, **trainer.take_log(), **speed}
+            self.files.log(trainer.variant, self.last[i])
+
+    def show(self) -> None:
+        """Tell the progress how far training is, with the FVU of the latest log line."""
+        last = self.last[0]
+        note = f"tokens, FVU {last['fvu']:.3f}" if last else "tokens"
+        tokens = self.step * self.config.batch_tokens
+        self.progress("train", tokens, self.batches.total, note)
+
+    def stop(self) -> None:
+        """Save, and raise Interrupted."""
+        self.save(now=True)
+        raise Interrupted(
+            f"stopped at step {self.step} of {self.config.steps}; the state is in {self.folder}: "
+            "run the same command with `resume` to go on"
+        )
+
+    def save_when_due(self) -> None:
+        """Save every `checkpoint_every` tokens, once the last state is written."""
+        every = max(1, self.config.checkpoint_every // self.config.batch_tokens)
+        self._due = self._due or self.step % every == 0
+        if self._due and self.step < self.config.steps and self.saver.ready():
+            self.save()
+            self._due = False
+
+    def save(self, *, now: bool = False) -> None:
+        """Save all that `resume` needs, beside the training unless `now`.
+
+        Raises NonFiniteError, and leaves the state before, when a GPU has left out a step.
+        """
+        for trainer in self.trainers:
+            trainer.check_finite()
+        with self.prefetch.paused() as (tensors, stream):
+            state, meta, logs = state_of(self, tensors, stream)
+            known = [last["fvu"] for last in self.last if last]
+            score = sum(known) / len(known) if known else None
+            write = self.saver.save_now if now else self.saver.save
+            write(state, meta, score=score, first=logs)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Write each SAE with its run.json."""
+        # Meanwhile the last state is written; only a run that can be resumed calls itself complete.
+        hashes = [t.save(self.files.place_of(t.variant), self.facts) for t in self.trainers]
+        self.saver.wait()
+        return self.files.finish(
+            self.trainers,
+            hashes,
+            self.last,
+            {
+                "excluded": self.source.excluded,
+                "seconds": round(self.seconds, 3),
+                "seconds_blocked_in_saving": round(self.saver.blocked_seconds, 3),
+            },
+        )

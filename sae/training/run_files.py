@@ -1,0 +1,108 @@
+"""What a training run leaves in its folder beside its state: logs and records of each SAE."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saesteer.checkpoints.files import append_jsonl, plain, write_json, writing
+from saesteer.checkpoints.provenance import git_revision, machine, versions
+from saesteer.sae.config import TrainConfig
+from saesteer.sae.training.sae_trainer import SAETrainer, Variant
+
+
+class RunFiles:
+    """The folders of a run's SAEs: the run's own for one, folders in it for several."""
+
+    def __init__(
+        self,
+        folder: Path,
+        variants: Sequence[Variant],
+        config: TrainConfig,
+        facts: dict[str, Any],
+    ) -> None:
+        self.folder = folder
+        self.variants = variants
+        self.config = config
+        self.facts = facts
+
+    def place_of(self, variant: Variant) -> Path:
+        return self.folder if len(self.variants) == 1 else self.folder / variant.folder
+
+    def metrics_of(self, variant: Variant) -> Path:
+        """The log of an SAE; made when it is not there."""
+        path = self.place_of(variant) / "metrics.jsonl"
+        path.touch()
+        return path
+
+    def make_folders(self) -> None:
+        for variant in self.variants:
+            with writing(self.place_of(variant)):
+                self.place_of(variant).mkdir(exist_ok=True)
+
+    def begin(self) -> None:
+        """Empty logs, and records that say whose folders these are.
+
+        A run that is stopped before it ends is recognised by its record as one of ours, and `force`
+        may replace it.
+        """
+        for variant in self.variants:
+            self.metrics_of(variant).write_text("")
+            started = {
+                "schema_version": 1,
+                "verb": "train",
+                "complete": False,
+                "config": asdict(self.config),
+                "model": self.facts["model"],
+                "data": self.facts["data"],
+            }
+            write_json(self.place_of(variant) / "run.json", started)
+
+    def log(self, variant: Variant, row: dict[str, Any]) -> None:
+        append_jsonl(self.place_of(variant) / "metrics.jsonl", row)
+
+    def finish(
+        self,
+        trainers: Sequence[SAETrainer],
+        hashes: Sequence[str],
+        last: Sequence[dict[str, Any]],
+        run: dict[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Write the final `run.json` of each SAE; returns them, with their folders.
+
+        Args:
+            hashes: SHA-256 of the weights of each.
+            last: the last log line of each.
+            run: what is the same for all: rows left out, seconds.
+        """
+        results = []
+        for trainer, row, sha256 in zip(trainers, last, hashes, strict=True):
+            folder = self.place_of(trainer.variant)
+            layer, site = trainer.variant.reads[0]
+            record = {
+                "schema_version": 1,
+                "verb": "train",
+                "complete": True,
+                "sae": {
+                    "layer": layer,
+                    "site": site,
+                    "d_model": trainer.d_in,
+                    "d_sae": trainer.variant.d_sae,
+                    **trainer.architecture.settings,
+                    "init_seed": trainer.variant.init_seed,
+                    "peak_lr": trainer.peak_lr,
+                    "sha256": sha256,
+                },
+                "config": plain(asdict(self.config)),
+                "recipe": self.facts["recipe"],
+                "model": self.facts["model"],
+                "data": self.facts["data"],
+                "final": row,
+                **run,
+                "versions": versions(),
+                "git_revision": git_revision(),
+                "machine": machine(),
+            }
+            write_json(folder / "run.json", record)
+            results.append({"folder": str(folder), **record})
+        return results

@@ -48,7 +48,8 @@ from saesteer.steering.evaluation.damage import neutral_questions
 from saesteer.steering.hooking.arrangement import ByRow, Plans
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import with_gate
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 PLAIN = "unsteered"
 

@@ -256,7 +256,7 @@ def _check_task_flags(args: Namespace) -> None:
 def _plan_settings(args: Namespace) -> dict[str, Any]:
     """Settings of the plan, refused now rather than after the ranking."""
     from saesteer.steering.hooking.scope import parse_scope
-    from saesteer.steering.plans.plan import METHODS, UNITS
+    from saesteer.steering.plans.methods import METHODS, UNITS
 
     for flag, value, allowed in (
         ("--method", args.method, METHODS),

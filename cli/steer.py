@@ -1,7 +1,6 @@
 """`saesteer steer`: texts in, steered texts out."""
 
 import argparse
-import dataclasses
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +269,7 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.model.hooks import sae_hook_point
     from saesteer.steering import load_plan, plan_from_latents, with_gate
-    from saesteer.steering.plans.plan import parse_latents
+    from saesteer.steering.plans.from_sae import parse_latents
 
     changes = {
         name: value
@@ -278,8 +277,8 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
         if (value := getattr(args, name)) is not None
     }
     if args.plan is not None:
-        plan = dataclasses.replace(load_plan(args.plan), **changes)
-        if plan.scale == 0:
+        plan = load_plan(args.plan).with_changes(**changes)
+        if plan.is_off:
             raise UsageError(
                 f"--plan {args.plan} has scale 0 and would steer nothing: give another --scale"
             )
@@ -332,6 +331,11 @@ def _generation(args: Namespace) -> dict[str, Any]:
         "exclude_special": args.exclude_special,
         "force": args.force,
     }
+
+
+def _said(plan: "Plan", name: str) -> str:
+    """What the parts of a plan say under one name."""
+    return " and ".join(dict.fromkeys(str(getattr(part, name)) for part in plan.parts))
 
 
 def _add_other_ways(
@@ -422,13 +426,13 @@ def _generate(
         if plan is None or answer.tokens_touched:
             continue
         if answer.tokens_gated_off:
-            report.warn(f"--gate {plan.gate!r} stayed closed for prompt {number_}")
+            report.warn(f"--gate {_said(plan, 'gate')} stayed closed for prompt {number_}")
         else:
-            report.warn(f"--scope {plan.scope} touched no token of prompt {number_}")
+            report.warn(f"--scope {_said(plan, 'scope')} touched no token of prompt {number_}")
     touched = sum(answer.tokens_touched for answer in answers)
     if plan is not None and touched and not any(answer.tokens_changed for answer in answers):
         report.warn(
-            f"--method {plan.method} changed none of the {touched} tokens it touched (every "
-            "relative dose is 0): choose another --method, or other latents"
+            f"--method {_said(plan, 'method')} changed none of the {touched} tokens it touched "
+            "(every relative dose is 0): choose another --method, or other latents"
         )
     return rows

@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from saesteer.steering.ifeval.benchmark import load_ifeval as load_ifeval
     from saesteer.steering.plans.directions import mean_difference as mean_difference
     from saesteer.steering.plans.directions import plan_from_directions as plan_from_directions
+    from saesteer.steering.plans.from_sae import plan_from_latents as plan_from_latents
     from saesteer.steering.plans.plan import Plan as Plan
     from saesteer.steering.plans.plan import PlannedLatent as PlannedLatent
-    from saesteer.steering.plans.plan import plan_from_latents as plan_from_latents
+    from saesteer.steering.plans.plan import PlanPart as PlanPart
     from saesteer.steering.plans.plan_file import load_plan as load_plan
     from saesteer.steering.plans.plan_file import save_plan as save_plan
     from saesteer.steering.ranking.rank import RankConfig as RankConfig
@@ -117,7 +118,8 @@ _HOME = {
     "Plan": "plans.plan",
     "PlannedLatent": "plans.plan",
     "load_plan": "plans.plan_file",
-    "plan_from_latents": "plans.plan",
+    "PlanPart": "plans.plan",
+    "plan_from_latents": "plans.from_sae",
     "save_plan": "plans.plan_file",
     "RankConfig": "ranking.rank",
     "lens_tokens": "ranking.rank",

@@ -91,7 +91,7 @@ class Experiment:
         elif name == "beta":
             plan = self.plan(sae, k)
             for beta in BETAS:
-                changed = dataclasses.replace(plan, beta=beta)
+                changed = plan.with_changes(beta=beta)
                 yield ArmSpec(f"beta {beta:g}", "steered", plan=changed)
         elif name == "variants":
             alone = dataclasses.replace(

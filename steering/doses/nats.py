@@ -14,11 +14,8 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.doses.sweep import Budget
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe, Question
-from saesteer.steering.plans.methods import ADDING_METHODS
+from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import Plan
-
-SCALED_METHODS = (*ADDING_METHODS, "min")
-"""Methods that do nothing at scale 0 and more at every larger one."""
 
 _DOUBLINGS = 12
 _BISECTIONS = 20
@@ -83,10 +80,11 @@ def dose_plan(
             mean nothing.
         UserError: no scale reaches the target, or the cost jumps over it; a plan for another model.
     """
-    if plan.method not in SCALED_METHODS:
+    growing = [name for name, method in METHODS.items() if method.grows]
+    if plan.method not in growing:
         raise UsageError(
-            f"`dose` needs an edit that grows with its scale: `method` {', '.join(SCALED_METHODS)},"
-            f" got {plan.method}"
+            f"`dose` needs an edit that grows with its scale: `method` {', '.join(growing)}, got "
+            f"{plan.method}"
         )
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance must be in (0, 1), got {tolerance}")
@@ -97,7 +95,7 @@ def dose_plan(
     search = _Search(probe, plan, target, progress)
     scale, damage = search.run(tolerance)
     found = Dose(
-        replace(plan, scale=scale),
+        plan.with_changes(scale=scale),
         target,
         target.spent(damage),
         damage,
@@ -106,7 +104,7 @@ def dose_plan(
         texts is None,
     )
     metrics = {**plan.metrics, "dose": found.facts()}
-    return replace(found, plan=replace(found.plan, metrics=metrics))
+    return replace(found, plan=found.plan.with_changes(metrics=metrics))
 
 
 class _Search:
@@ -154,7 +152,7 @@ class _Search:
     def _measure(self, size: float) -> Damage:
         self._progress("find the dose", len(self.trials), len(self.trials) + 1, "scales")
         scale = self._sign * size
-        damage = self._probe.measure(replace(self._plan, scale=scale))
+        damage = self._probe.measure(self._plan.with_changes(scale=scale))
         self.trials.append((scale, self._target.spent(damage)))
         self._progress("find the dose", len(self.trials), len(self.trials), "scales")
         return damage

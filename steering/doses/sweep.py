@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Grid:
         held = len(plan.latents)
         ks = [k for k in self.k if k <= held] or [held]
         return [
-            replace(plan.top(k), scale=scale, scope=scope, beta=beta)
+            plan.top(k).with_changes(scale=scale, scope=scope, beta=beta)
             for k, beta, scale, scope in product(
                 ks, self.beta or (plan.beta,), self.scale, self.scope
             )
@@ -166,7 +166,7 @@ class Sweep:
             "delta_ce": None if chosen.damage is None else chosen.damage.delta_ce,
             "budget": None if self.budget is None else f"{self.budget.kind}={self.budget.limit:g}",
         }
-        return replace(chosen.plan, metrics={**chosen.plan.metrics, "sweep": facts})
+        return chosen.plan.with_changes(metrics={**chosen.plan.metrics, "sweep": facts})
 
     def document(self) -> dict[str, Any]:
         """Everything, JSON-ready."""

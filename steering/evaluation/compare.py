@@ -23,7 +23,6 @@ from saesteer.steering.evaluation.arms import (
     run_arms,
 )
 from saesteer.steering.evaluation.controls import (
-    delta_vector,
     logit_bias,
     mean_difference_plan,
     random_plan,
@@ -32,6 +31,7 @@ from saesteer.steering.evaluation.damage import Damage, NeutralProbe
 from saesteer.steering.evaluation.fluency import Fluency, cross_entropies, fluency
 from saesteer.steering.evaluation.grading import Grade
 from saesteer.steering.evaluation.intervals import holm, paired_difference, sign_test
+from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 
@@ -304,27 +304,32 @@ def _fluency(
     return found
 
 
+def _part_row(part: PlanPart) -> dict[str, Any]:
+    fixed = part.does.adds_fixed_vector
+    return {
+        "layer": part.layer,
+        "site": part.site,
+        "latents": list(part.ids),
+        "lens": [list(latent.lens) for latent in part.latents],
+        "k": len(part.latents),
+        "method": part.method,
+        "unit": part.unit,
+        "scale": part.scale,
+        "beta": part.beta,
+        "scope": part.scope,
+        "delta_norm": float(part.added_vector().norm()) if fixed else None,
+        "sae": dataclasses.asdict(part.sae),
+    }
+
+
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """Everything measured for one task, JSON-ready, without the answers."""
     config = comparison.config
     plans = {}
     for name, plan in comparison.plans.items():
-        length = float(delta_vector(plan).norm()) if plan.method == "add" else None
-        plans[name] = {
-            "layer": plan.layer,
-            "site": plan.site,
-            "latents": [latent.id for latent in plan.latents],
-            "lens": [list(latent.lens) for latent in plan.latents],
-            "k": len(plan.latents),
-            "method": plan.method,
-            "unit": plan.unit,
-            "scale": plan.scale,
-            "beta": plan.beta,
-            "scope": plan.scope,
-            "delta_norm": length,
-            "sae": dataclasses.asdict(plan.sae),
-            "metrics": dict(plan.metrics),
-        }
+        rows = [_part_row(part) for part in plan.parts]
+        facts = rows[0] if len(rows) == 1 else {"parts": rows}
+        plans[name] = {**facts, "metrics": dict(plan.metrics)}
     return {
         "task": {
             "name": comparison.task.name,

@@ -5,7 +5,6 @@
 - the constant logit bias that the edit would be if it reached the unembedding unchanged.
 """
 
-import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.plans.directions import Passage, difference_of_means
+from saesteer.steering.plans.part import weighted_sum
 from saesteer.steering.plans.plan import Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.tasks.task import Placement, Task, compose
 
@@ -36,15 +36,13 @@ def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
 
     Raises UsageError for a plan that does not add the same vector everywhere.
     """
-    if plan.method != "add":
+    part = plan.part
+    if not part.does.adds_fixed_vector:
         raise UsageError(
             f"the controls random, meandiff and logit-bias are edits of the same ||delta||, which "
-            f"`method` {plan.method} does not fix: leave them out of `controls`"
+            f"`method` {part.method} does not fix: leave them out of `controls`"
         )
-    vector = torch.tensor(plan.doses(), dtype=torch.float64) @ plan.directions.double()
-    if plan.unit == "rel":
-        vector = vector * (plan.scale / vector.norm())
-    return vector
+    return part.added_vector()
 
 
 def with_directions(
@@ -61,13 +59,12 @@ def with_directions(
         weights: dose of each direction, before the sum is scaled to the plan's ||delta||.
     """
     length = float(delta_vector(plan).norm())
-    total = torch.tensor(weights, dtype=torch.float64) @ directions.double()
+    total = weighted_sum(weights, directions)
     if not float(total.norm()) > 0:
         raise UserError(f"the directions of {source} cancel out, so there is nothing to add")
     relative = plan.unit == "rel"
     factor = 1.0 if relative else length / float(total.norm())
-    return dataclasses.replace(
-        plan,
+    return plan.with_changes(
         sae=plan.sae
         if source == plan.sae.source
         # Lengths stay in the same unit, also where that is each token's own.

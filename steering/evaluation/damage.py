@@ -133,7 +133,10 @@ class NeutralProbe:
         Raises UserError for a scope that a question has no position of (such as
         `after-instruction`).
         """
-        lm, point = self.lm, resolve_site(self.lm, plan.layer, plan.site)
+        lm = self.lm
+        # Norms are compared behind the last edit.
+        deepest = max(plan.parts, key=lambda part: part.layer)
+        point = resolve_site(lm, deepest.layer, deepest.site)
         columns: list[list[float]] = [[], [], [], []]
         usual_norms: list[Tensor] = []
         edited_norms: list[Tensor] = []

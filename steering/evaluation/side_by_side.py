@@ -9,6 +9,7 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.controls import mean_difference_plan
 from saesteer.steering.hooking.generation import SteeredText, generate_steered
+from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import load_plan
 from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
@@ -68,7 +69,7 @@ def generate_beside(
 
 
 def _adding(plan: Plan | None) -> Plan:
-    if plan is None or plan.method != "add":
+    if plan is None or not METHODS[plan.method].adds_fixed_vector:
         raise UsageError(
             "`ways` meandiff adds a vector of the plan's own length: it needs a plan of method "
             f"add, got {'none' if plan is None else plan.method}"

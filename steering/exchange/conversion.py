@@ -1,10 +1,10 @@
 """Steering plans in the files of other tools, and their vectors as plans.
 
-All of them add a fixed vector at every position of a text, so only plans that come down to that can
-be exported; the rest are refused with the reason.
+All of them add one fixed vector a block at every position of a text, so only plans whose parts come
+down to that can be exported; the rest are refused with the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.exchange import lm_eval_files
 from saesteer.steering.exchange.gguf_vectors import read_control_vectors, write_control_vectors
 from saesteer.steering.exchange.lm_eval_files import SteeredBlock
+from saesteer.steering.plans.methods import METHODS
+from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import save_plan
 
@@ -36,51 +38,88 @@ _EVERYWHERE = (
 
 
 def plan_vector(plan: Plan) -> Float[Tensor, " d_model"]:
-    """sum_j alpha_j d_j of a plan that adds a fixed vector, in float32.
+    """sum_j alpha_j d_j of a plan of one part that adds a fixed vector, in float32.
 
     Raises UserError for any other method, unit, gate or schedule.
     """
-    gate, schedule = getattr(plan, "gate", ""), getattr(plan, "schedule", "constant")
-    for wrong, what in (
-        (plan.method != "add", f"method {plan.method}, which depends on the activation"),
-        (plan.unit == "rel", "unit rel, whose vector grows with the activation"),
-        (plan.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
-        (bool(gate), f"the gate {gate!r}"),
-        (schedule != "constant", f"the schedule {schedule!r}"),
-    ):
-        if wrong:
-            raise UserError(
-                f"the plan has {what}, and the file can only add one vector: make a plan with "
-                "`method` add `unit` raw"
-            )
-    doses = torch.tensor(plan.doses(), dtype=torch.float64)
-    return (doses @ plan.directions.double()).float()
+    return _vector(plan.part, "the plan").float()
 
 
-def check_export(plan: Plan, format: str, as_scope: str | None = None) -> None:
+def check_export(
+    plan: Plan, format: str, as_scope: str | None = None, hookpoint: str | None = None
+) -> None:
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
         raise UsageError(f"`format` must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
-    if plan.scope != "all" and as_scope != "all":
+    acting: dict[int, list[str]] = {}
+    for name, part in _named(plan):
+        _check_part(name, part, format, as_scope)
+        acting.setdefault(_place(part, format), []).append(name)
+    for block, names in acting.items():
+        added = all(part.does.adds for part in plan.parts)
+        if len(names) > 1 and not added:
+            raise UserError(
+                f"{' and '.join(names)} of the plan act on the output of block {block}, and "
+                f"{format} holds one action a block unless all only add: choose one with plan.only"
+            )
+    if hookpoint is not None and len(acting) > 1:
         raise UsageError(
-            f"the plan's scope is {plan.scope} and {format} steers every position: add `as_scope` "
+            f"`hookpoint` {hookpoint} names one block and the plan acts on the blocks "
+            f"{', '.join(map(str, sorted(acting)))}: leave it out"
+        )
+
+
+def _named(plan: Plan) -> Iterator[tuple[str, PlanPart]]:
+    """The parts, with what an error calls each."""
+    for number, part in enumerate(plan.parts):
+        yield "the plan" if len(plan.parts) == 1 else f"part {number}", part
+
+
+def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
+    if part.scope != "all" and as_scope != "all":
+        raise UsageError(
+            f"{name}'s scope is {part.scope} and {format} steers every position: add `as_scope` "
             "all to export it as that, or change the plan's scope"
         )
-    if format == "lm-eval-csv":
-        lm_eval_files.source_of_clamp(plan)
-        return
-    if format != "lm-eval" or not lm_eval_files.clamps_exactly(plan):
-        plan_vector(plan)
-    if plan.site not in ("resid_post", "resid_pre"):
+    if format not in part.does.exports:
+        held = [method for method, does in METHODS.items() if format in does.exports]
         raise UserError(
-            f"the plan steers {plan.site}, and {format} adds to the output of a block: only "
+            f"{name} has method {part.method}, which {format} cannot hold; it holds "
+            f"{', '.join(held)}: make a plan with one of these"
+        )
+    if format == "lm-eval-csv":
+        lm_eval_files.source_of_clamp(part, name)
+        return
+    if not (format == "lm-eval" and lm_eval_files.clamps_exactly(part)):
+        _vector(part, name)
+    if part.site not in ("resid_post", "resid_pre"):
+        raise UserError(
+            f"{name} steers {part.site}, and {format} adds to the output of a block: only "
             "resid_post and resid_pre are that"
         )
-    if _block(plan) < 0 or (format == "gguf" and _block(plan) == 0):
+    block = _place(part, format)
+    if block < 0 or (format == "gguf" and block == 0):
         raise UserError(
-            f"{format} has no place for a vector at {plan.site} of layer {plan.layer}: choose a "
+            f"{format} has no place for a vector at {part.site} of layer {part.layer}: choose a "
             "plan of a later layer"
         )
+
+
+def _vector(part: PlanPart, name: str) -> Float[Tensor, " d_model"]:
+    """The one vector that a part adds everywhere, in float64."""
+    for wrong, what in (
+        (not part.does.adds_fixed_vector, f"method {part.method}, which does more than add"),
+        (part.unit == "rel", "unit rel, whose vector grows with the activation"),
+        (part.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
+        (bool(part.gate), f"the gate {part.gate!r}"),
+        (part.schedule != "constant", f"the schedule {part.schedule!r}"),
+    ):
+        if wrong:
+            raise UserError(
+                f"{name} has {what}, and the file can only add one vector: make a plan with "
+                "`method` add `unit` raw"
+            )
+    return part.added_vector()
 
 
 def export_plan(
@@ -91,37 +130,57 @@ def export_plan(
     as_scope: str | None = None,
     hookpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Write a plan's vector into a folder; returns `files` and `notes` on what changes.
+    """Write a plan's vectors into a folder; returns `files` and `notes` on what changes.
 
-    `as_scope` "all" lets a plan of a narrower scope pass. `hookpoint` is lm-eval's name of the
-    block, `layers.L` by default. Raises UserError for what the format cannot say.
+    Parts that add at one block become one vector there. `as_scope` "all" lets a plan of a narrower
+    scope pass. `hookpoint` is lm-eval's name of the block, `layers.L` by default. Raises UserError
+    for what the format cannot hold.
     """
-    check_export(plan, format, as_scope)
-    notes = [_EVERYWHERE]
-    if plan.scope != "all":
-        notes.insert(0, f"the plan's scope {plan.scope} is lost")
+    check_export(plan, format, as_scope, hookpoint)
+    notes = [
+        f"{name}'s scope {part.scope} is lost" for name, part in _named(plan) if part.scope != "all"
+    ]
+    notes.append(_EVERYWHERE)
     path = folder / EXPORTS[format]
     folder.mkdir(parents=True, exist_ok=True)
-    block = _block(plan)
-    hookpoint = hookpoint or f"layers.{plan.layer if format == 'lm-eval-csv' else block}"
+    by_block: dict[int, list[PlanPart]] = {}
+    for part in plan.parts:
+        by_block.setdefault(_place(part, format), []).append(part)
+    points = {block: hookpoint or f"layers.{block}" for block in by_block}
     if format == "gguf":
-        write_control_vectors(path, {block: plan_vector(plan)}, plan.model.name)
+        vectors = {block: _summed(parts) for block, parts in by_block.items()}
+        write_control_vectors(path, vectors, plan.model.name)
     elif format == "steering-vectors":
         facts = {"layer_type": "decoder_block", "model": plan.model.name, "hash": plan.model.hash}
-        files.write_tensors(path, {f"layer.{block}": plan_vector(plan)}, facts)
+        named = {f"layer.{block}": _summed(parts) for block, parts in by_block.items()}
+        files.write_tensors(path, named, facts)
         notes.append(
             "load it with safetensors and SteeringVector({N: tensor}, 'decoder_block'), N the "
             "number in layer.N"
         )
     elif format == "lm-eval":
-        clamps = lm_eval_files.clamps_exactly(plan)
-        vector = None if clamps else plan_vector(plan)
-        lm_eval_files.write_dict(path, hookpoint, plan, vector)
-        notes.append(f"the hook point is {hookpoint}, a module of the base model: check it there")
+        rows = {
+            points[block]: lm_eval_files.clamped_row(parts[0])
+            if lm_eval_files.clamps_exactly(parts[0])
+            else lm_eval_files.added_row(_summed(parts))
+            for block, parts in by_block.items()
+        }
+        lm_eval_files.write_dict(path, rows)
+        what = (
+            f"hook point is {points.popitem()[1]}, a module"
+            if len(points) == 1
+            else f"hook points are {', '.join(points.values())}, modules"
+        )
+        notes.append(f"the {what} of the base model: check it there")
     else:
-        notes.append(lm_eval_files.write_csv(path, hookpoint, plan))
+        clamped = {points[block]: part for block, (part,) in by_block.items()}
+        notes += lm_eval_files.write_csv(path, clamped, plan.task)
     notes.append("latents, scores and the task are not written: keep the plan")
     return {"files": [str(path)], "notes": notes}
+
+
+def _summed(parts: list[PlanPart]) -> Float[Tensor, " d_model"]:
+    return torch.stack([part.added_vector() for part in parts]).sum(dim=0).float()
 
 
 def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
@@ -168,8 +227,11 @@ def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[st
 def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
     model = ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model)
     common: dict[str, Any] = {
-        "model": model, "site": "resid_post", "layer": row.block, "scope": "all",
-    }  # fmt: skip
+        "model": model,
+        "site": "resid_post",
+        "layer": row.block,
+        "scope": "all",
+    }
     if row.action == "add":
         return Plan(
             sae=SAEIdentity(row.source or source, "", "vector"),
@@ -236,9 +298,10 @@ def _lm_eval(file: Path, rows: list[SteeredBlock]) -> tuple[list[SteeredBlock], 
     return rows, [f"block {row.block}: {row.action}, read as the block's output" for row in rows]
 
 
-def _block(plan: Plan) -> int:
-    """The block whose output the plan's site is."""
-    return plan.layer if plan.site == "resid_post" else plan.layer - 1
+def _place(part: PlanPart, format: str) -> int:
+    """The block whose output the part's site is; a CSV names the part's own layer."""
+    inside = part.site == "resid_post" or format == "lm-eval-csv"
+    return part.layer if inside else part.layer - 1
 
 
 def _numbered(path: Path, content: Mapping[Any, Any]) -> dict[int, Tensor]:

@@ -21,13 +21,19 @@ from saesteer.checkpoints import files, safe_reading
 from saesteer.checkpoints.durable import write_by
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import load_sae
-from saesteer.steering.plans.plan import Plan
+from saesteer.steering.plans.part import PlanPart
+from saesteer.steering.plans.plan import TaskIdentity
 
 COLUMNS = (
     "loader", "action", "sparse_model", "hookpoint", "feature_index", "steering_coefficient",
     "head_index", "sae_id", "description",
 )  # fmt: skip
 _MOST_ROWS = 1000
+_SAME_CLAMP = "the clamp is of the projection on the direction, as in the plan"
+_OTHER_CLAMP = (
+    "lm-eval's clamp sets the projection of x - b_dec on the direction, not the latent's "
+    "activation: the two agree only where the latent's encoder is its direction"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,75 +131,91 @@ def _csv_row(path: Path, row: Mapping[str, Any]) -> SteeredBlock:
     return _checked(path, found, cells.get("head_index") or None)
 
 
-def write_dict(path: Path, hookpoint: str, plan: Plan, vector: Tensor | None) -> None:
-    """A `.pt` dict that adds `vector`, or clamps the plan's one direction when that is None."""
-    row: dict[str, Any] = {"head_index": None, "bias": None}
-    if vector is not None:
-        row |= {"action": "add", "steering_vector": vector, "steering_coefficient": 1.0}
-    else:
-        direction = plan.directions[0].float()
-        row |= {
-            "action": "clamp",
-            "steering_vector": direction.clone(),
-            "steering_coefficient": plan.doses()[0],
-        }
-        if plan.method == "set" and plan.b_enc is not None and bool(plan.b_enc != 0):
-            # Its part along the direction is all that a clamp sees of a bias.
-            row["bias"] = -float(plan.b_enc[0]) * direction / direction.norm().square()
-    write_by(path, lambda temporary: torch.save({hookpoint: row}, temporary))
+def added_row(vector: Float[Tensor, " d_model"]) -> dict[str, Any]:
+    """What a `.pt` dict says of a block to which a vector is added."""
+    return {
+        "head_index": None,
+        "bias": None,
+        "action": "add",
+        "steering_vector": vector,
+        "steering_coefficient": 1.0,
+    }
 
 
-def clamps_exactly(plan: Plan) -> bool:
-    """Whether lm-eval's clamp does what the plan does: one linear latent set, or projected out."""
-    if len(plan.latents) != 1 or plan.gate or plan.schedule != "constant":
+def clamped_row(part: PlanPart) -> dict[str, Any]:
+    """What it says of a block where the part's one direction is clamped."""
+    direction = part.directions[0].float()
+    bias = None
+    if part.does.reads_latents and part.b_enc is not None and bool(part.b_enc != 0):
+        # Its part along the direction is all that a clamp sees of a bias.
+        bias = -float(part.b_enc[0]) * direction / direction.norm().square()
+    return {
+        "head_index": None,
+        "bias": bias,
+        "action": "clamp",
+        "steering_vector": direction.clone(),
+        "steering_coefficient": part.doses()[0],
+    }
+
+
+def write_dict(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """A `.pt` dict of rows by their hook points."""
+    write_by(path, lambda temporary: torch.save(dict(rows), temporary))
+
+
+def clamps_exactly(part: PlanPart) -> bool:
+    """Whether lm-eval's clamp does what the part does: one linear latent set, or projected out."""
+    exports = "lm-eval" in part.does.exports and not part.does.adds
+    if not exports or len(part.latents) != 1 or part.gate or part.schedule != "constant":
         return False
-    if plan.method == "project":
+    if not part.does.reads_latents:
         return True
-    direction = plan.directions[0].float()
+    direction = part.directions[0].float()
     return (
-        plan.method == "set"
-        and plan.sae.architecture == "linear"
-        and plan.W_enc is not None
-        and torch.equal(plan.W_enc[:, 0], direction)
+        part.sae.architecture == "linear"
+        and part.W_enc is not None
+        and torch.equal(part.W_enc[:, 0], direction)
         # A length of 1, as far as float32 can say.
         and abs(float(direction.norm()) - 1) < 1e-5
     )
 
 
-def source_of_clamp(plan: Plan) -> tuple[str, str]:
-    """RELEASE and ID of the SAE of a plan that clamps one latent; UserError for any other."""
-    release, colon, sae_id = plan.sae.source.partition(":")
-    local = Path(plan.sae.source).exists()
+def source_of_clamp(part: PlanPart, name: str) -> tuple[str, str]:
+    """RELEASE and ID of the SAE of a part that sets one latent; UserError for any other.
+
+    `name` is what the error calls the part.
+    """
+    source = part.sae.source
+    release, colon, sae_id = source.partition(":")
     for wrong, what in (
-        (plan.method != "set", f"has method {plan.method}: the CSV's clamps are method set"),
-        (len(plan.latents) != 1, "has several latents: lm-eval keeps one a site, the last"),
-        (bool(plan.gate), f"has the gate {plan.gate!r}"),
-        (plan.schedule != "constant", f"has the schedule {plan.schedule!r}"),
-        (not colon or local, f"comes from {plan.sae.source}, not from RELEASE:ID of sae_lens"),
+        (len(part.latents) != 1, "has several latents: lm-eval keeps one a site, the last"),
+        (bool(part.gate), f"has the gate {part.gate!r}"),
+        (part.schedule != "constant", f"has the schedule {part.schedule!r}"),
+        (
+            not colon or Path(source).exists(),
+            f"comes from {source}, not from RELEASE:ID of sae_lens",
+        ),
     ):
         if wrong:
-            raise UserError(f"the plan {what}, so it cannot be lm-eval's CSV: use `format` lm-eval")
+            raise UserError(f"{name} {what}, so it cannot be lm-eval's CSV: use `format` lm-eval")
     return release, sae_id
 
 
-def write_csv(path: Path, hookpoint: str, plan: Plan) -> str:
-    """A CSV with one clamped latent; returns what has to be known of it."""
-    release, sae_id = source_of_clamp(plan)
+def write_csv(path: Path, parts: Mapping[str, PlanPart], task: TaskIdentity | None) -> list[str]:
+    """A CSV with one clamped latent at each hook point; returns what has to be known of it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    latent, value = plan.latents[0], plan.doses()[0]
-    label = json.dumps({"task": plan.task.name if plan.task else "", "lens": latent.lens[:3]})
-    writer.writerow(
-        ["sae_lens", "clamp", release, hookpoint, latent.id, repr(value), "", sae_id, label]
-    )
+    for hookpoint, part in parts.items():
+        release, sae_id = source_of_clamp(part, hookpoint)
+        latent, value = part.latents[0], part.doses()[0]
+        label = json.dumps({"task": task.name if task else "", "lens": latent.lens[:3]})
+        writer.writerow(
+            ["sae_lens", "clamp", release, hookpoint, latent.id, repr(value), "", sae_id, label]
+        )
     files.write_text(path, text.getvalue())
-    if clamps_exactly(plan):
-        return "the clamp is of the projection on the direction, as in the plan"
-    return (
-        "lm-eval's clamp sets the projection of x - b_dec on the direction, not the latent's "
-        "activation: the two agree only where the latent's encoder is its direction"
-    )
+    notes = [_SAME_CLAMP if clamps_exactly(part) else _OTHER_CLAMP for part in parts.values()]
+    return list(dict.fromkeys(notes))
 
 
 def _text(path: Path) -> str:

@@ -1,14 +1,14 @@
-"""Which plans steer which rows: one plan for all, several in turn, one for each row."""
+"""Which parts of which plans steer which rows: one plan for all, several in turn, one per row."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.steering.plans.methods import ADDING_METHODS
-from saesteer.steering.plans.plan import Plan
+from saesteer.steering.plans.part import PlanPart
+from saesteer.steering.plans.plan import Plan, TaskIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
 OnePlan = Plan | str | Path
@@ -19,8 +19,8 @@ class ByRow:
     """A plan for each row of a batch, None for rows that are left alone.
 
     The rows are those of the prompts, before beams and returned sequences multiply them. Plans
-    that add a vector by the same method, unit and schedule at the same place cost no more together
-    than one.
+    whose parts add a vector by the same method, unit and schedule at the same place cost no more
+    together than one.
     """
 
     plans: Sequence[OnePlan | None]
@@ -34,24 +34,31 @@ Plans = OnePlan | ByRow | Sequence[OnePlan | ByRow]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Plans that one hook makes: one plan, or adding plans of different rows."""
+    """Parts that one hook makes: one part, or adding parts of different rows' plans."""
 
-    plans: tuple[Plan, ...]
-    row_plan: tuple[int, ...] | None = None
-    """For each row of `ByRow.plans`, the place in `plans` or -1; None: every row has plan 0."""
+    parts: tuple[PlanPart, ...]
+    tasks: tuple[TaskIdentity | None, ...]
+    """Of the plan of each part."""
+    row_part: tuple[int, ...] | None = None
+    """For each row of `ByRow.plans`, the place in `parts` or -1; None: every row has part 0."""
     rows: Callable[[int], Sequence[int]] | None = None
 
-    def plans_of(self, call: int, count: int) -> list[int]:
-        """The place in `plans` of each of a call's rows, -1 where another or no plan is meant.
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is edited; parts that are off have a group of their own."""
+        return self.parts[0].scale == 0
+
+    def parts_of(self, call: int, count: int) -> list[int]:
+        """The place in `parts` of each of a call's rows, -1 where another or no part is meant.
 
         Raises UsageError when there are not as many plans as rows.
         """
-        if self.row_plan is None:
+        if self.row_part is None:
             return [0] * count
         if self.rows is None:
-            chosen = list(self.row_plan)
+            chosen = list(self.row_part)
         else:
-            chosen = [self.row_plan[i] for i in self.rows(call)]
+            chosen = [self.row_part[i] for i in self.rows(call)]
         if len(chosen) != count:
             raise UsageError(
                 f"ByRow has plans for {len(chosen)} rows and the model was given {count} prompts: "
@@ -60,56 +67,81 @@ class Group:
         return chosen
 
 
-def arrange(plans: Plans, changes: Mapping[str, Any]) -> list[list[Group]]:
+@dataclass(frozen=True, eq=False)
+class Arranged:
+    """What one of the plans given, or one ByRow, comes to."""
+
+    plans: tuple[Plan, ...]
+    groups: tuple[Group, ...]
+    """In the order in which they edit; for a plan, a group for each of its parts."""
+    by_row: bool
+
+
+def arrange(plans: Plans, changes: Mapping[str, Any]) -> list[Arranged]:
     """The groups of hooks that each of the plans given asks for, in their order.
 
-    `changes` replaces fields of every plan. Raises UsageError when there is no plan.
+    `changes` replaces fields of every plan, see `Plan.with_changes`. Raises UsageError when there
+    is no plan.
     """
     many = [plans] if isinstance(plans, Plan | str | Path | ByRow) else list(plans)
     if not many:
         raise UsageError("steer was given an empty list of plans: give at least one")
-    return [_groups(one, changes) for one in many]
+    return [
+        _by_row(one, changes) if isinstance(one, ByRow) else _one(_opened(one, changes))
+        for one in many
+    ]
 
 
-def _groups(one: OnePlan | ByRow, changes: Mapping[str, Any]) -> list[Group]:
-    if not isinstance(one, ByRow):
-        return [Group((_changed(one, changes),))]
+def _one(plan: Plan) -> Arranged:
+    groups = tuple(Group((part,), (plan.task,)) for part in plan.parts)
+    return Arranged((plan,), groups, by_row=False)
+
+
+def _by_row(rows: ByRow, changes: Mapping[str, Any]) -> Arranged:
     # A plan that several rows share is one plan.
     distinct: dict[Any, int] = {}
     opened: list[Plan] = []
     places: list[int] = []
-    for plan in one.plans:
+    for plan in rows.plans:
         if plan is None:
             places.append(-1)
             continue
         key = id(plan) if isinstance(plan, Plan) else str(plan)
         if key not in distinct:
             distinct[key] = len(opened)
-            opened.append(_changed(plan, changes))
+            opened.append(_opened(plan, changes))
         places.append(distinct[key])
     if not opened:
         raise UsageError("ByRow has no plan for any row: give at least one")
-    groups: dict[Any, list[int]] = {}
-    for i, plan in enumerate(opened):
-        groups.setdefault(_kind(plan, i), []).append(i)
-    return [
-        Group(
-            tuple(opened[i] for i in members),
-            tuple(members.index(i) if i in members else -1 for i in places),
-            one.rows,
-        )
-        for members in groups.values()
-    ]
+    groups: list[Group] = []
+    # First parts before second ones, so that each plan's own parts keep their order.
+    for number in range(max(len(plan.parts) for plan in opened)):
+        alone = count()
+        alike: dict[Any, list[int]] = {}
+        for i, plan in enumerate(opened):
+            if number < len(plan.parts):
+                kind = _kind(plan.parts[number]) or (next(alone),)
+                alike.setdefault(kind, []).append(i)
+        groups += [
+            Group(
+                tuple(opened[i].parts[number] for i in members),
+                tuple(opened[i].task for i in members),
+                tuple(members.index(i) if i in members else -1 for i in places),
+                rows.rows,
+            )
+            for members in alike.values()
+        ]
+    return Arranged(tuple(opened), tuple(groups), by_row=True)
 
 
-def _kind(plan: Plan, number: int) -> tuple[Any, ...]:
-    """Plans of one kind share a hook."""
-    if plan.method in ADDING_METHODS and not plan.gate and plan.scale != 0:
-        scaled = plan.sae.normalize_activations
-        return plan.layer, plan.site, plan.method, plan.unit == "rel", plan.schedule, scaled
-    return (number,)
+def _kind(part: PlanPart) -> tuple[Any, ...] | None:
+    """Parts of one kind share a hook; None is a part that shares none."""
+    if part.does.adds and not part.gate and part.scale != 0:
+        scaled = part.sae.normalize_activations
+        return part.layer, part.site, part.method, part.unit == "rel", part.schedule, scaled
+    return None
 
 
-def _changed(plan: OnePlan, changes: Mapping[str, Any]) -> Plan:
+def _opened(plan: OnePlan, changes: Mapping[str, Any]) -> Plan:
     plan = plan if isinstance(plan, Plan) else load_plan(plan)
-    return dataclasses.replace(plan, **changes) if changes else plan
+    return plan.with_changes(**changes) if changes else plan

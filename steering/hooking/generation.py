@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
 from saesteer.steering.hooking.arrangement import ByRow, Plans
 from saesteer.steering.hooking.hook import SteerReport, median, steer
+from saesteer.steering.hooking.latent_values import SAEs
 from saesteer.steering.plans.plan import Plan
 
 
@@ -32,7 +32,8 @@ class SteeredText:
     relative_dose: float | None = None
     """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
     tokens_gated_off: int = 0
-    """Positions in the scope where the gate was closed, the end of the text not minded."""
+    """Positions in the scope where the gate was closed; those after the end of the text, which
+    other rows of the batch still ran, count too."""
     tokens_changed: int = 0
     """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
 
@@ -56,7 +57,7 @@ def generate_steered(
     exclude_special: bool = False,
     schedule: str | None = None,
     instructions: Sequence[str] | None = None,
-    sae: SAE | None = None,
+    sae: SAEs = None,
     force: bool = False,
     baseline: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -102,8 +103,8 @@ def generate_steered(
     if plan is None:
         assert plain is not None
         return [
-            SteeredText(text, done.text, done.token_ids, done.text if baseline else None)
-            for text, done in zip(texts, plain, strict=True)
+            SteeredText(text, said.text, said.token_ids, said.text if baseline else None)
+            for text, said in zip(texts, plain, strict=True)
         ]
 
     def in_batches(one: Any) -> Any:
@@ -139,15 +140,15 @@ def generate_steered(
     return [
         SteeredText(
             prompt=texts[i],
-            completion=done.text,
-            token_ids=done.token_ids,
+            completion=said.text,
+            token_ids=said.token_ids,
             baseline=None if plain is None else plain[i].text,
             tokens_touched=touched[i][0],
             relative_dose=touched[i][1],
             tokens_changed=touched[i][2],
             tokens_gated_off=touched[i][3],
         )
-        for i, done in enumerate(completions)
+        for i, said in enumerate(completions)
     ]
 
 

@@ -4,6 +4,7 @@ Adding alpha d_j raises latent j by alpha only where its encoder column has the 
 no other latent of the plan overlaps with it, and the activation function lets it through.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,15 @@ from saesteer.sae.model.generation import generate
 from saesteer.sae.model.hooks import hooked, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
-from saesteer.steering.hooking.edits import new_values
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.hooking.latent_values import edit_reader, matching_sae, readable
+from saesteer.steering.hooking.latent_values import (
+    SAEs,
+    edit_reader,
+    given_sae,
+    matching_sae,
+    readable,
+)
+from saesteer.steering.plans.part import PlanPart, weighted_sum
 from saesteer.steering.plans.plan import Plan
 
 
@@ -36,6 +43,8 @@ class LatentChange:
     on_before: float
     """Share of those tokens where the latent is on (not 0)."""
     on_after: float
+    part: int = 0
+    """Which part of the plan it belongs to."""
 
     @property
     def measured(self) -> float:
@@ -53,7 +62,7 @@ def read_back(
     plan: Plan,
     texts: Sequence[str],
     *,
-    sae: SAE | None = None,
+    sae: SAEs = None,
     max_new_tokens: int = 16,
     batch_size: int = 16,
     chat: bool | None = None,
@@ -61,58 +70,83 @@ def read_back(
 ) -> list[LatentChange]:
     """Generate under a plan and encode every residual that it changed, before and after.
 
-    Raises what `steer` raises, and UserError when the latents of the plan can only be read with
-    its SAE and that cannot be had.
+    The latents of all parts, in their order. Raises what `steer` raises, and UserError when the
+    latents of a part can only be read with its SAE and that cannot be had.
     """
     if not texts:
         raise UsageError("there is no text to read latents on: give at least one")
-    if sae is not None or not readable(plan):
-        sae = matching_sae(plan, sae, force)
-    reader, point = edit_reader(plan, sae), resolve_site(lm, plan.layer, plan.site)
     prompts = [
         encode_prompt(lm, text, chat=lm.has_chat_template if chat is None else chat)
         for text in texts
     ]
-    came: list[Tensor] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-
-    def compare(h: Float[Tensor, "batch seq d_model"]) -> None:
-        before = came.pop()
-        changed = (h != before).any(dim=-1)
-        pairs.append((before[changed].float(), h[changed].float()))
-
-    with (
-        hooked(point, lambda h: came.append(h)),
-        steer(lm, plan, prompts=prompts, sae=sae, force=force),
-        hooked(point, compare),
-    ):
+    measured = []
+    with contextlib.ExitStack() as stack:
+        # Nested contexts edit in the order of the parts, with a look before and after each.
+        for number in range(len(plan.parts)):
+            around = _Around(lm, plan, number, sae, force)
+            measured.append(around)
+            stack.enter_context(hooked(around.point, around.keep))
+            stack.enter_context(
+                steer(lm, plan.only(number), prompts=prompts, sae=around.sae, force=force)
+            )
+            stack.enter_context(hooked(around.point, around.compare))
         generate(lm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    h, moved = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    before, after = reader.read(h).double().cpu(), reader.read(moved).double().cpu()
-    asked = _asked(plan, h, before)
-    return [
-        LatentChange(
-            latent.id, _mean(before[:, i]), _mean(after[:, i]),
-            None if asked is None else _mean(asked[:, i]), len(h),
-            _mean((before[:, i] != 0).double()), _mean((after[:, i] != 0).double()),
-        )
-        for i, latent in enumerate(plan.latents)
-    ]  # fmt: skip
+    return [change for around in measured for change in around.changes()]
+
+
+class _Around:
+    """The residuals that one part changes, as they come and as they leave."""
+
+    def __init__(self, lm: LanguageModel, plan: Plan, number: int, saes: SAEs, force: bool) -> None:
+        self._part, self._number = plan.parts[number], number
+        self.sae: SAE | None = given_sae(self._part, saes)
+        if self.sae is not None or not readable(self._part):
+            self.sae = matching_sae(self._part, self.sae, force)
+        self.point = resolve_site(lm, self._part.layer, self._part.site)
+        self._came: list[Tensor] = []
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, h: Float[Tensor, "batch seq d_model"]) -> None:
+        self._came.append(h)
+
+    def compare(self, h: Float[Tensor, "batch seq d_model"]) -> None:
+        before = self._came.pop()
+        changed = (h != before).any(dim=-1)
+        self._pairs.append((before[changed].float(), h[changed].float()))
+
+    def changes(self) -> list[LatentChange]:
+        reader = edit_reader(self._part, self.sae)
+        h, moved = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
+        before, after = reader.read(h).double().cpu(), reader.read(moved).double().cpu()
+        asked = _asked(self._part, h, before)
+        return [
+            LatentChange(
+                latent.id,
+                _mean(before[:, i]),
+                _mean(after[:, i]),
+                None if asked is None else _mean(asked[:, i]),
+                len(h),
+                _mean((before[:, i] != 0).double()),
+                _mean((after[:, i] != 0).double()),
+                self._number,
+            )
+            for i, latent in enumerate(self._part.latents)
+        ]
 
 
 def _asked(
-    plan: Plan, h: Float[Tensor, "tokens d_model"], now: Float[Tensor, "tokens n"]
+    part: PlanPart, h: Float[Tensor, "tokens d_model"], now: Float[Tensor, "tokens n"]
 ) -> Float[Tensor, "tokens n"] | None:
     """a' - a of each latent at full weight."""
-    if plan.method == "project":
+    dose = torch.tensor(part.doses(), dtype=torch.float64)
+    if part.does.new_value is not None:
+        return part.does.new_value(now, dose) - now
+    if not part.does.adds:
         return None
-    dose = torch.tensor(plan.doses(), dtype=torch.float64)
-    if plan.method not in ("add", "add-keep-norm"):
-        return new_values(plan.method, now, dose) - now
-    if plan.unit == "rel":
-        length = (dose @ plan.directions.double()).norm()
+    if part.unit == "rel":
+        length = weighted_sum(part.doses(), part.directions).norm()
         norms: Tensor = h.double().cpu().norm(dim=1, keepdim=True)
-        asked: Tensor = norms * (dose * plan.scale / length)
+        asked: Tensor = norms * (dose * part.scale / length)
         return asked
     return dose.expand_as(now)
 

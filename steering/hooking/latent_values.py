@@ -5,7 +5,7 @@ O(k d) a token. A TopK latent also has to be among the k largest of all, which t
 encoder, and so the SAE itself.
 """
 
-import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,11 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.checkpoints.sparse_autoencoder import token_divisor
 from saesteer.steering.hooking.gates import parse_gate
-from saesteer.steering.plans.plan import Plan, encoder_columns
+from saesteer.steering.plans.from_sae import encoder_columns
+from saesteer.steering.plans.part import PlanPart
+from saesteer.steering.plans.plan import Plan
 
-# Dense latents of so many numbers at most exist at a time (64 MiB in float32).
+# At most this many numbers of dense latents exist at a time (64 MiB in float32).
 _ENCODE_NUMBERS = 2**24
 
 
@@ -81,28 +83,30 @@ def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Ten
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def needs_sae(plan: Plan) -> bool:
-    """Whether the plan can only be run with its SAE at hand."""
-    return (plan.reads_latents and _edit_columns(plan) is None) or (
-        plan.gate != "" and _gate_columns(plan) is None
+def needs_sae(part: PlanPart) -> bool:
+    """Whether the part can only be run with its SAE at hand."""
+    return (part.does.reads_latents and _edit_columns(part) is None) or (
+        part.gate != "" and _gate_columns(part) is None
     )
 
 
-def readable(plan: Plan) -> bool:
-    """Whether the plan holds what reading its own latents takes."""
-    return _edit_columns(plan) is not None
+def readable(part: PlanPart) -> bool:
+    """Whether the part holds what reading its own latents takes."""
+    return _edit_columns(part) is not None
 
 
-def with_gate(plan: Plan, gate: str, sae: SAE | None = None) -> Plan:
-    """The plan with another gate ("" for none).
+def with_gate(plan: Plan, gate: str, sae: SAE | None = None, *, part: int | None = None) -> Plan:
+    """The plan with another gate ("" for none), in the part of that number where it has several.
 
     Encoder columns of the gate's latents are copied out of `sae`, so that the plan needs it no
     more; not for topk SAEs. Raises UsageError for a gate that is not in the gates' language.
     """
+    if part is None:
+        part = plan.parts.index(plan.part)
     ids = parse_gate(gate).ids if gate else ()
     columns = {} if sae is None or not ids else encoder_columns(sae, ids)
-    return dataclasses.replace(
-        plan,
+    return plan.with_changes(
+        part=part,
         gate=gate,
         gate_ids=ids if columns else (),
         gate_W_enc=columns.get("W_enc"),
@@ -111,82 +115,95 @@ def with_gate(plan: Plan, gate: str, sae: SAE | None = None) -> Plan:
     )
 
 
-def _edit_columns(plan: Plan) -> dict[str, Tensor] | None:
-    """The plan's own encoder columns, where it holds what reading them takes."""
-    return _complete(plan, plan.W_enc, plan.b_enc, plan.threshold)
+def _edit_columns(part: PlanPart) -> dict[str, Tensor] | None:
+    """The part's own encoder columns, where it holds what reading them takes."""
+    return _complete(part, part.W_enc, part.b_enc, part.threshold)
 
 
-def _gate_columns(plan: Plan) -> dict[str, Tensor] | None:
-    """The columns of the gate's latents: kept for it, or those of the plan's own latents."""
-    if plan.gate_ids:
-        return _complete(plan, plan.gate_W_enc, plan.gate_b_enc, plan.gate_threshold)
-    own = _edit_columns(plan)
-    ids = plan.parsed_gate.ids
-    if own is None or not set(ids) <= set(plan.ids):
+def _gate_columns(part: PlanPart) -> dict[str, Tensor] | None:
+    """The columns of the gate's latents: kept for it, or those of the part's own latents."""
+    if part.gate_ids:
+        return _complete(part, part.gate_W_enc, part.gate_b_enc, part.gate_threshold)
+    own = _edit_columns(part)
+    ids = part.parsed_gate.ids
+    if own is None or not set(ids) <= set(part.ids):
         return None
-    places = [plan.ids.index(i) for i in ids]
+    places = [part.ids.index(i) for i in ids]
     return {name: tensor[..., places] for name, tensor in own.items()}
 
 
 def _complete(
-    plan: Plan, W_enc: Tensor | None, b_enc: Tensor | None, threshold: Tensor | None
+    part: PlanPart, W_enc: Tensor | None, b_enc: Tensor | None, threshold: Tensor | None
 ) -> dict[str, Tensor] | None:
-    if plan.sae.architecture == "topk" or W_enc is None or b_enc is None:
+    if part.sae.architecture == "topk" or W_enc is None or b_enc is None:
         return None
     if threshold is None:
-        jumps = plan.sae.architecture == "jumprelu"
+        jumps = part.sae.architecture == "jumprelu"
         return None if jumps else {"W_enc": W_enc, "b_enc": b_enc}
     return {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
 
 
-def edit_reader(plan: Plan, sae: SAE | None) -> LatentReader:
-    """Reads the plan's own latents; with an SAE by that SAE, else by what the plan holds."""
-    return _reader(plan, plan.ids, _edit_columns(plan), sae)
+def edit_reader(part: PlanPart, sae: SAE | None) -> LatentReader:
+    """Reads the part's own latents; with an SAE by that SAE, else by what the part holds."""
+    return _reader(part, part.ids, _edit_columns(part), sae)
 
 
-def gate_reader(plan: Plan, sae: SAE | None) -> LatentReader:
-    """Reads the latents of the plan's gate, likewise."""
-    return _reader(plan, plan.parsed_gate.ids, _gate_columns(plan), sae)
+def gate_reader(part: PlanPart, sae: SAE | None) -> LatentReader:
+    """Reads the latents of the part's gate, likewise."""
+    return _reader(part, part.parsed_gate.ids, _gate_columns(part), sae)
 
 
 def _reader(
-    plan: Plan, ids: tuple[int, ...], columns: dict[str, Tensor] | None, sae: SAE | None
+    part: PlanPart, ids: tuple[int, ...], columns: dict[str, Tensor] | None, sae: SAE | None
 ) -> LatentReader:
     if sae is not None:
         columns = encoder_columns(sae, ids)
         return LatentReader(
-            ids, columns, None if columns else sae,
+            ids,
+            columns,
+            None if columns else sae,
             normalization=sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
-        )  # fmt: skip
+        )
     assert columns is not None, "matching_sae comes first"
-    linear = plan.sae.architecture == "linear"
-    return LatentReader(ids, columns, None, linear, plan.sae.normalize_activations)
+    linear = part.sae.architecture == "linear"
+    return LatentReader(ids, columns, None, linear, part.sae.normalize_activations)
 
 
-def matching_sae(plan: Plan, sae: SAE | None, force: bool) -> SAE:
-    """The SAE that the plan was made from: the one given, or the one at the plan's source.
+SAEs = SAE | Sequence[SAE] | None
+"""The SAE of every part, or several of which each part takes its own."""
+
+
+def given_sae(part: PlanPart, saes: SAEs) -> SAE | None:
+    """The SAE among those given that is to be the part's; of several, the one of its weights."""
+    if saes is None or isinstance(saes, SAE):
+        return saes
+    return next((sae for sae in saes if sae.sha256 == part.sae.sha256), None)
+
+
+def matching_sae(part: PlanPart, sae: SAE | None, force: bool) -> SAE:
+    """The SAE that the part was made from: the one given, or the one at the part's source.
 
     Raises UserError when it cannot be opened, has other weights (unless `force`) or does not fit.
     """
-    reason = f"`method` {plan.method}" if plan.reads_latents else "`gate`"
+    reason = f"`method` {part.method}" if part.does.reads_latents else "`gate`"
     if sae is None:
         try:
-            sae = load_sae(plan.sae.source)
+            sae = load_sae(part.sae.source)
         except UserError as error:
-            what = "a TopK SAE" if plan.sae.architecture == "topk" else "this plan"
+            what = "a TopK SAE" if part.sae.architecture == "topk" else "this plan"
             raise UserError(
                 f"{reason} with {what} needs the SAE itself, and the plan's "
                 f"could not be opened ({error}): give `sae`"
             ) from error
-    if sae.sha256 != plan.sae.sha256 and not force:
+    if sae.sha256 != part.sae.sha256 and not force:
         raise UserError(
-            f"`sae` {sae.source} is not the one the plan was made from ({plan.sae.source}): its "
-            "weights differ; give that SAE, or `force`"
+            f"`sae` {sae.source} is not the one the plan was made from ({part.sae.source}): its "
+            "weights differ; give that SAE (of several, a list), or `force`"
         )
-    gated = plan.parsed_gate.ids if plan.gate else ()
-    if sae.spec.d_model != plan.model.d_model or sae.spec.d_sae <= max((*plan.ids, *gated)):
+    gated = part.parsed_gate.ids if part.gate else ()
+    if sae.spec.d_model != part.directions.shape[1] or sae.spec.d_sae <= max((*part.ids, *gated)):
         raise UserError(
             f"`sae` {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
-            f"which does not fit the plan: give {plan.sae.source}"
+            f"which does not fit the plan: give {part.sae.source}"
         )
     return sae

@@ -54,7 +54,7 @@ class PositionTracker:
         self._drafting = False
         self._inside_outer = False
         self.on_reorder: list[Callable[[Tensor], None]] = []
-        """Told the old row of every row when beams are reordered."""
+        """Called with the former row of each row when beams are reordered."""
         self._tapped_cache: Any = None
 
     @contextlib.contextmanager
@@ -123,7 +123,7 @@ class PositionTracker:
         )
 
     def _check_whole(self, length: int) -> None:
-        """Without a cache every pass holds the whole row; a shorter one has a cache unseen."""
+        """Raise UserError for a pass without a cache that does not hold the whole row."""
         assert self._call is not None
         if length < self._call.real.shape[1]:
             raise UserError(

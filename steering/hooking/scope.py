@@ -247,15 +247,6 @@ class Rows:
         return inside
 
 
-def scope_mask(
-    p: Int[Tensor, "batch seq"],
-    rows: Sequence[RowInfo],
-    real: Bool[Tensor, "batch seq"] | None = None,
-) -> Bool[Tensor, "batch seq"]:
-    """Which of the tokens at positions `p` the rows cover; see `Rows.mask`."""
-    return Rows.stack(rows, p.device).mask(p, real)
-
-
 def _instruction_end(prompt: EncodedPrompt, instructions: Sequence[str]) -> int:
     """The first token after the instruction that ends last in the prompt."""
     wanted = [text.strip() for text in instructions if text.strip()]

@@ -50,14 +50,15 @@ class TouchedRow:
 class SteerReport:
     """What `steer` did so far; a position that passes again (no cache, drafts) counts once.
 
-    Where several plans edit one position it counts once too, with the norms of the edit that is
-    longest for its residual. `parts` has a report for each plan.
+    Where several plans or parts edit one position it counts once too, with the norms of the edit
+    that is longest for its residual.
     """
 
     passes: int = 0
     """Forward passes of the model inside the context."""
     parts: tuple["SteerReport", ...] = ()
-    """With several plans: what each did, in their order."""
+    """What each of several plans did, in their order; of one plan, each of several parts. Of a
+    `ByRow`, the parts that act alike share one."""
     _records: list["Record"] = field(default_factory=list)
 
     @property
@@ -102,13 +103,13 @@ class SteerReport:
         return [leaf for part in self.parts for leaf in part._leaves()] if self.parts else [self]
 
 
-# So many columns of passes behind the prompts are kept as they came before they are put in place.
+# At most this many columns of passes behind the prompts wait to be written into the record.
 _LOGGED_COLUMNS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class _Logged:
-    """What one pass behind the prompts did, all its positions being covered."""
+    """What a pass did whose positions all lie behind their prompts and are covered."""
 
     after: int
     touched: Bool[Tensor, "batch seq"] | None
@@ -143,9 +144,9 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
-        """Keep what a pass did whose every position is behind its prompt and covered.
+        """Note what a pass did whose positions all lie behind their prompts and are covered.
 
-        Putting it in place waits until somebody looks.
+        It is written into its place when the record is read.
         """
         self._log.append(_Logged(after, touched, residual, delta))
         self._logged += residual.shape[1]
@@ -198,9 +199,11 @@ class Record:
         # What is not covered is written too: another beam may have been here.
         nothing = torch.nan
         self._scatter(
-            column, tokens.columns + 1,
-            residual.masked_fill(~covered, nothing), torch.where(touched, delta, nothing),
-        )  # fmt: skip
+            column,
+            tokens.columns + 1,
+            residual.masked_fill(~covered, nothing),
+            torch.where(touched, delta, nothing),
+        )
 
     def _scatter(
         self,

@@ -1,134 +1,67 @@
-"""The methods and dose units of a plan: what each needs, what it means, what contradicts itself."""
+"""What a plan can do to its latents: one row for each method, and the units of doses.
 
-import math
-from typing import TYPE_CHECKING
+A new method is a row here and, where it neither adds a vector nor rewrites latents, an edit in
+`hooking.edits`.
+"""
 
-from saesteer.checkpoints.errors import UsageError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
-if TYPE_CHECKING:
-    from saesteer.steering.plans.plan import Plan, PlannedLatent
-
-METHODS = ("add", "add-keep-norm", "set", "min", "max", "scale", "ablate", "project")
-"""add alpha; add alpha and rescale to the former length; set to v; at least v; at most v; times a
-factor; 0; remove the direction."""
-
-ADDING_METHODS = ("add", "add-keep-norm")
-"""Methods that add the same vector everywhere (before the rescaling of add-keep-norm)."""
-
-READING_METHODS = ("set", "min", "max", "scale", "ablate")
-"""Methods whose edit depends on the latent's present value."""
-
-NO_DOSE = ("ablate", "project")
-"""Methods without a dose."""
+import torch
+from torch import Tensor
 
 UNITS = ("raw", "sigma", "max", "rel")
 """The value itself; times sigma; times the largest activation seen; share of ||h||."""
 
-
-def doses(plan: "Plan") -> list[float]:
-    """One number per latent, in the order of `plan.latents`.
-
-    Adding methods: alpha_j, in the SAE file's units (with unit `rel`: the latents' weights, before
-    the sum is rescaled to the relative dose). set, min, max: the value v. scale: the factor. ablate
-    and project have none and give 0.
-
-    alpha_j = scale * (mu_j + beta * sigma_j), or scale * value_j; units `sigma` and `max` multiply
-    the value (1 where there is none) by sigma_j or by the largest activation seen.
-
-    Raises UsageError when a latent lacks the statistic that this needs.
-    """
-    if plan.method in NO_DOSE:
-        return [0.0] * len(plan.latents)
-    return [_dose(plan, latent) for latent in plan.latents]
+_LATENT_UNITS = ("raw", "sigma", "max")
 
 
-def _dose(plan: "Plan", latent: "PlannedLatent") -> float:
-    factor = 1.0 if plan.unit == "rel" else plan.scale
-    if plan.unit in ("sigma", "max"):
-        given = 1.0 if latent.value is None else latent.value
-        return factor * given * _statistic(latent, plan.unit, f"`unit` {plan.unit}")
-    if plan.method == "scale":
-        return factor * (1.0 if latent.value is None else latent.value)
-    if latent.value is not None:
-        return factor * latent.value
-    dose = _statistic(latent, "mu", f"`method` {plan.method} without values")
-    if plan.beta != 0:
-        dose += plan.beta * _statistic(latent, "sigma", f"`beta` {plan.beta:g}")
-    return factor * dose
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What one method does, needs and fits into."""
+
+    adds: bool = False
+    """Adds the same vector sum_j alpha_j d_j everywhere (with unit `rel`: per unit of ||h||)."""
+    keeps_norm: bool = False
+    """Brings the residual back to its former length after adding."""
+    new_value: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The new values of latents, from the present ones `[tokens, n]` and the doses `[n]`; None
+    where the edit does not depend on them."""
+    takes_dose: bool = True
+    is_factor: bool = False
+    """The dose is a factor, 1 where none is given, and has no unit."""
+    units: tuple[str, ...] = _LATENT_UNITS
+    grows: bool = False
+    """Does nothing at scale 0 and more at every larger scale."""
+    exports: tuple[str, ...] = ()
+    """Formats of `exchange` that can hold it, under conditions that are checked there."""
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the edit depends on the present values of the latents."""
+        return self.new_value is not None
+
+    @property
+    def adds_fixed_vector(self) -> bool:
+        """Whether the residual moves by the added vector itself, so that ||delta|| is known."""
+        return self.adds and not self.keeps_norm
 
 
-def _statistic(latent: "PlannedLatent", name: str, reason: str) -> float:
-    number = getattr(latent, name)
-    if number is None:
-        raise UsageError(
-            f"{reason} needs the {name} of latent {latent.id}, which this plan does not hold: "
-            "give values with `latents` ID:VALUE and `unit` raw, or use a plan made by rank"
-        )
-    return float(number)
-
-
-def check_dose(plan: "Plan") -> None:
-    """Reject methods, units and doses that mean nothing. Raises UsageError, naming the flag."""
-    if plan.method not in METHODS:
-        raise UsageError(f"`method` must be one of {', '.join(METHODS)}, got {plan.method!r}")
-    if plan.unit not in UNITS:
-        raise UsageError(f"`unit` must be one of {', '.join(UNITS)}, got {plan.unit!r}")
-    for flag, number in (("`scale`", plan.scale), ("`beta`", plan.beta)):
-        if not math.isfinite(number):
-            raise UsageError(f"{flag} must be a finite number, got {number}")
-    for latent in plan.latents:
-        for name in ("mu", "sigma", "max", "value", "score"):
-            number = getattr(latent, name)
-            if number is not None and not math.isfinite(number):
-                raise UsageError(f"{name} of latent {latent.id} must be finite, got {number}")
-    by_hand = [latent.value is not None for latent in plan.latents]
-    if any(by_hand) and not all(by_hand):
-        raise UsageError("either every latent has a value (`latents` ID:VALUE) or none has")
-    if plan.method in NO_DOSE:
-        _check_no_dose(plan, any(by_hand))
-        return
-    _check_combination(plan, any(by_hand))
-    found = doses(plan)
-    if plan.scale == 0:
-        return
-    if plan.method in ADDING_METHODS and not any(found):
-        change = "the values in `latents`, or `scale`" if any(by_hand) else "`beta`"
-        raise UsageError(f"every dose is 0, so nothing would be added: change {change}")
-    if plan.method == "scale" and all(dose == 1 for dose in found):
-        raise UsageError(
-            "`method` scale by a factor of 1 changes nothing: give factors with `latents` "
-            "ID:FACTOR or one with `scale`"
-        )
-
-
-def _check_combination(plan: "Plan", by_hand: bool) -> None:
-    if plan.unit == "rel" and plan.method not in ADDING_METHODS:
-        raise UsageError(
-            f"`unit` rel is for `method` add and add-keep-norm alone, got `method` {plan.method}: "
-            "use raw, sigma or max"
-        )
-    if plan.method == "scale" and plan.unit != "raw":
-        raise UsageError(f"`method` scale takes a factor, so `unit` must be raw: {plan.unit!r}")
-    if plan.beta != 0 and by_hand:
-        raise UsageError(
-            f"`beta` {plan.beta:g} needs latents with mu and sigma, and these have values "
-            "given by hand: leave `beta` out and use `scale`"
-        )
-    if plan.beta != 0 and (plan.unit in ("sigma", "max") or plan.method == "scale"):
-        raise UsageError(
-            f"`beta` {plan.beta:g} has no meaning with `unit` {plan.unit} and `method` "
-            f"{plan.method}: leave it out and use `scale`"
-        )
-
-
-def _check_no_dose(plan: "Plan", by_hand: bool) -> None:
-    wrong = {
-        "values in `latents` (write ID alone)": by_hand,
-        f"`beta` {plan.beta:g}": plan.beta != 0,
-        f"`unit` {plan.unit}": plan.unit != "raw",
-        # 0 is the off switch of every method.
-        f"`scale` {plan.scale:g}": plan.scale not in (0, 1),
-    }
-    for what, given in wrong.items():
-        if given:
-            raise UsageError(f"`method` {plan.method} takes no dose: leave out {what}")
+METHODS: Mapping[str, Method] = MappingProxyType({
+    # h + sum_j alpha_j d_j.
+    "add": Method(
+        adds=True, units=UNITS, grows=True, exports=("gguf", "steering-vectors", "lm-eval")
+    ),
+    "add-keep-norm": Method(adds=True, keeps_norm=True, units=UNITS, grows=True),
+    # a' = v; at least v; at most v; v a; 0.
+    "set": Method(new_value=lambda now, v: v.expand_as(now), exports=("lm-eval", "lm-eval-csv")),
+    "min": Method(new_value=torch.maximum, grows=True),
+    "max": Method(new_value=torch.minimum),
+    "scale": Method(new_value=torch.mul, is_factor=True, units=("raw",)),
+    "ablate": Method(
+        new_value=lambda now, v: torch.zeros_like(now), takes_dose=False, units=("raw",)
+    ),
+    # h without its part in the span of the directions.
+    "project": Method(takes_dose=False, units=("raw",), exports=("lm-eval",)),
+})  # fmt: skip

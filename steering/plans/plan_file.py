@@ -1,12 +1,16 @@
-"""Plans on disk: `plan.yaml` beside `plan.safetensors`.
+"""Plans on disk: `plan.yaml` and `plan.safetensors` in one folder.
 
 The first is everything a person may read or edit, the second the decoder rows, and the encoder
 columns of SAEs whose latents can be read one by one.
+
+A plan of one part is written as schema 1, with the part's fields at the top; a plan of several
+parts as schema 2, with a list `parts`, each of which names its `tensors` in the second file.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,11 @@ from torch import Tensor
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.checkpoints.yaml_text import parse_yaml
 from saesteer.steering.hooking.gates import parse_gate
+from saesteer.steering.plans.part import TENSORS, PlanPart
 from saesteer.steering.plans.plan import (
-    SCHEMA_VERSION,
     ModelIdentity,
     Plan,
     PlannedLatent,
@@ -37,29 +42,24 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    names = [f"part{number}" if len(plan.parts) > 1 else "" for number in range(len(plan.parts))]
+    rows = [_part_row(part, name) for part, name in zip(plan.parts, names, strict=True)]
     document = {
-        "schema_version": plan.schema_version,
+        "schema_version": 1 if len(rows) == 1 else 2,
         "model": dataclasses.asdict(plan.model),
-        "sae": _sae_row(plan.sae),
-        "site": plan.site,
-        "layer": plan.layer,
-        "latents": [_latent_row(latent) for latent in plan.latents],
-        "method": plan.method,
-        "unit": plan.unit,
-        "scale": plan.scale,
-        "beta": plan.beta,
-        "scope": plan.scope,
-        # What a plan does not use is left out, so that its file stays as it was before these were.
-        **({} if plan.schedule == "constant" else {"schedule": plan.schedule}),
-        **({"gate": plan.gate} if plan.gate else {}),
+        **(rows[0] if len(rows) == 1 else {"parts": rows}),
         "task": None if plan.task is None else _task_row(plan.task),
         "metrics": plan.metrics,
     }
-    # The ids tie the two files together, so that latents may be deleted from plan.yaml by hand.
-    ids = {"ids": json.dumps(plan.ids)}
-    if plan.gate_ids:
-        ids["gate_ids"] = json.dumps(plan.gate_ids)
-    files.write_tensors(folder / _TENSORS, plan.tensors(), ids)
+    tensors, metadata = {}, {}
+    for part, name in zip(plan.parts, names, strict=True):
+        prefix = name and f"{name}."
+        tensors.update({f"{prefix}{key}": tensor for key, tensor in part.tensors().items()})
+        # The ids tie the two files together: latents may be deleted from plan.yaml by hand.
+        metadata[f"{prefix}ids"] = json.dumps(part.ids)
+        if part.gate_ids:
+            metadata[f"{prefix}gate_ids"] = json.dumps(part.gate_ids)
+    files.write_tensors(folder / _TENSORS, tensors, metadata)
     text = yaml.safe_dump(files.plain(document), sort_keys=False, allow_unicode=True, width=100)
     files.write_text(folder / _YAML, text)
     return folder / _YAML
@@ -68,25 +68,38 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
 def load_plan(path: str | Path) -> Plan:
     """Read a plan: the folder that holds it, or its `plan.yaml`.
 
-    Raises a one-line UserError, naming `--plan`, for a file that is missing, cut short, has unknown
+    Raises a one-line UserError, naming `plan`, for a file that is missing, cut short, has unknown
     or missing keys, or values that cannot be.
     """
     given = Path(path).expanduser()
     file = given / _YAML if given.is_dir() else given
     try:
         document = _read_yaml(file)
-        tensors = _read_plan_tensors(file.with_name(_TENSORS))
-        return _plan_from(document, *tensors)
+        return _plan_from(document, _read_plan_tensors(file.with_name(_TENSORS)))
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
         raise kind(f"`plan` {path}: {error}") from error
 
 
-def _sae_row(sae: SAEIdentity) -> dict[str, Any]:
-    row = dataclasses.asdict(sae)
-    if not sae.scales_tokens:
-        del row["normalize_activations"]
-    return row
+def _part_row(part: PlanPart, tensors: str) -> dict[str, Any]:
+    """What the file says of one part; what a part does not use is left out, as older files do."""
+    sae = dataclasses.asdict(part.sae)
+    if not part.sae.scales_tokens:
+        del sae["normalize_activations"]
+    return {
+        **({"tensors": tensors} if tensors else {}),
+        "sae": sae,
+        "site": part.site,
+        "layer": part.layer,
+        "latents": [_latent_row(latent) for latent in part.latents],
+        "method": part.method,
+        "unit": part.unit,
+        "scale": part.scale,
+        "beta": part.beta,
+        "scope": part.scope,
+        **({} if part.schedule == "constant" else {"schedule": part.schedule}),
+        **({"gate": part.gate} if part.gate else {}),
+    }
 
 
 def _task_row(task: TaskIdentity) -> dict[str, Any]:
@@ -99,9 +112,10 @@ def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
     """What the file says of one latent; what was never measured is left out."""
     row = dataclasses.asdict(latent)
     return {
-        key: value for key, value in row.items()
+        key: value
+        for key, value in row.items()
         if value is not None or key in ("score", "mu", "sigma")
-    }  # fmt: skip
+    }
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -121,142 +135,174 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return document
 
 
-def _read_plan_tensors(file: Path) -> tuple[dict[str, Tensor], list[int], list[int]]:
-    """The tensors, the latents they are of, and those of the gate."""
-    tensors = files.read_tensors(file)
-    ids: list[int] = []
-    gate_ids: list[int] = []
-    try:
-        metadata = files.read_header(file)["metadata"]
-        ids, gate_ids = json.loads(metadata["ids"]), json.loads(metadata.get("gate_ids", "[]"))
-        whole = all(
-            isinstance(them, list) and all(isinstance(i, int) for i in them)
-            for them in (ids, gate_ids)
-        )
-    except (KeyError, ValueError):
-        whole = False
-    unknown = tensors.keys() - {
-        "directions", "W_enc", "b_enc", "threshold", "gate_W_enc", "gate_b_enc", "gate_threshold"
-    }  # fmt: skip
-    directions = tensors.get("directions")
-    rows = len(directions) if directions is not None and directions.dim() == 2 else -1
-    floats = all(tensor.is_floating_point() for tensor in tensors.values())
-    if not whole or unknown or rows != len(ids) or not floats:
-        raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
-    # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
-    return {name: tensor.clone() for name, tensor in tensors.items()}, ids, gate_ids
+@dataclass(frozen=True, kw_only=True)
+class _PartRow:
+    """The keys of a part in plan.yaml."""
+
+    sae: SAEIdentity
+    site: str
+    layer: int
+    latents: tuple[PlannedLatent, ...]
+    method: str
+    unit: str
+    scale: float
+    beta: float
+    scope: str
+    schedule: str | None = None
+    gate: str | None = None
 
 
-def _plan_from(
-    document: dict[str, Any], tensors: dict[str, Tensor], ids: list[int], gate_ids: list[int]
-) -> Plan:
-    if document.get("schema_version") != SCHEMA_VERSION:
+@dataclass(frozen=True, kw_only=True)
+class _NamedPartRow(_PartRow):
+    """A part of several."""
+
+    tensors: str
+    """What the names of its tensors begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """The keys of plan.yaml that are not those of a part."""
+
+    schema_version: int
+    model: ModelIdentity
+    task: TaskIdentity | None = None
+    metrics: Mapping[str, Any] | None = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schema1(_About, _PartRow):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schema2(_About):
+    parts: tuple[_NamedPartRow, ...]
+
+
+@dataclass(frozen=True)
+class _PartTensors:
+    """The tensors of a part, the latents they are of, and those of its gate."""
+
+    tensors: Mapping[str, Tensor]
+    ids: list[int]
+    gate_ids: list[int]
+
+
+def _plan_from(document: dict[str, Any], tensors: Mapping[str, _PartTensors]) -> Plan:
+    version = document.get("schema_version")
+    rows: list[tuple[_PartRow, str]]
+    about: _About
+    if version == 1 and not isinstance(version, bool):
+        about = one = read_fields(_Schema1, document, _YAML)
+        rows = [(one, "")]
+    elif version == 2:
+        about = many = read_fields(_Schema2, document, _YAML)
+        rows = [(row, row.tensors) for row in many.parts]
+    else:
         raise UserError(
-            f"schema_version is {_shown(document.get('schema_version'))} and this saesteer reads "
-            f"{SCHEMA_VERSION}: make the plan again"
+            f"schema_version is {_shown(version)} and this saesteer reads 1 and 2: make the plan "
+            "again"
         )
-    top = _fields("plan", document, {
-        "schema_version": int, "model": dict, "sae": dict, "site": str, "layer": int,
-        "latents": list, "method": str, "unit": str, "scale": float, "beta": float, "scope": str,
-    }, {"task": dict, "metrics": dict, "schedule": str, "gate": str})  # fmt: skip
-    model = _fields("model", top["model"], {
-        "name": str, "hash": str, "n_layers": int, "d_model": int,
-    })  # fmt: skip
-    sae = _fields(
-        "sae", top["sae"], {"source": str, "sha256": str},
-        {"architecture": str, "k": int, "normalize_activations": str},
-    )  # fmt: skip
-    latents = tuple(_latent_from(row, i) for i, row in enumerate(top["latents"]))
-    places = {latent: place for place, latent in enumerate(ids)}
-    absent = [latent.id for latent in latents if latent.id not in places]
+    if not rows:
+        raise UserError(f"{_YAML} holds no part: restore it or make the plan again")
+    for _, name in rows:
+        if name not in tensors:
+            what = f" {name!r}" if name else ""
+            raise UserError(
+                f"{_TENSORS} does not hold the tensors{what} of {_YAML}: make the plan again "
+                "(parts can be deleted by hand, not added)"
+            )
+    return Plan(
+        model=about.model,
+        parts=[_part_from(row, tensors[name]) for row, name in rows],
+        task=about.task,
+        metrics=about.metrics,
+    )
+
+
+def _part_from(row: _PartRow, own: _PartTensors) -> PlanPart:
+    places = {latent: place for place, latent in enumerate(own.ids)}
+    absent = [latent.id for latent in row.latents if latent.id not in places]
     if absent:
         raise UserError(
             f"latent {absent[0]} is in {_YAML} and not in {_TENSORS}: make the plan again "
             "(latents can be deleted by hand, not added)"
         )
-    whole = Plan(
-        model=ModelIdentity(**model),
-        sae=SAEIdentity(**{key: value for key, value in sae.items() if value is not None}),
-        site=top["site"],
-        layer=top["layer"],
-        latents=tuple(PlannedLatent(id=i, value=1.0) for i in ids),
-        metrics=top["metrics"] or {},
-        task=_task_from(top["task"]) if top["task"] else None,
-        directions=tensors["directions"],
-        W_enc=tensors.get("W_enc"),
-        b_enc=tensors.get("b_enc"),
-        threshold=tensors.get("threshold"),
-    )
-    kept = whole.select([places[latent.id] for latent in latents])
-    gate = top["gate"] or ""
+    picked = [places[latent.id] for latent in row.latents]
+    tensors: dict[str, Any] = {
+        # The latents are the last axis of all but the directions.
+        name: tensor[picked] if name == "directions" else tensor[..., picked]
+        for name, tensor in own.tensors.items()
+        if not name.startswith("gate_")
+    }
+    gate = row.gate or ""
     # A gate that was changed by hand leaves its columns behind; the SAE is read instead.
-    gated = bool(gate) and parse_gate(gate).ids == tuple(gate_ids)
-    return dataclasses.replace(
-        kept, latents=latents, method=top["method"], unit=top["unit"], scale=top["scale"],
-        beta=top["beta"], scope=top["scope"], schedule=top["schedule"] or "constant", gate=gate,
-        gate_ids=tuple(gate_ids) if gated else (),
-        gate_W_enc=tensors.get("gate_W_enc") if gated else None,
-        gate_b_enc=tensors.get("gate_b_enc") if gated else None,
-        gate_threshold=tensors.get("gate_threshold") if gated else None,
-    )  # fmt: skip
+    if gate and own.gate_ids and parse_gate(gate).ids == tuple(own.gate_ids):
+        tensors |= {n: tensor for n, tensor in own.tensors.items() if n.startswith("gate_")}
+        tensors["gate_ids"] = tuple(own.gate_ids)
+    return PlanPart(
+        sae=row.sae,
+        site=row.site,
+        layer=row.layer,
+        latents=row.latents,
+        method=row.method,
+        unit=row.unit,
+        scale=row.scale,
+        beta=row.beta,
+        scope=row.scope,
+        schedule=row.schedule or "constant",
+        gate=gate,
+        **tensors,
+    )
 
 
-def _task_from(row: Any) -> TaskIdentity:
-    values = _fields("task", row, {"name": str, "hash": str}, {"instructions": list})
-    texts = values["instructions"] or []
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"task.instructions must be a list of texts, got {_shown(texts)}")
-    return TaskIdentity(**{**values, "instructions": tuple(texts)})
+def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
+    """The tensors by the name of their part, which is empty for a plan of one part."""
+    # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
+    tensors = {name: tensor.clone() for name, tensor in files.read_tensors(file).items()}
+    found: dict[str, _PartTensors] = {}
+    try:
+        metadata = files.read_header(file)["metadata"]
+        for key, tensor in tensors.items():
+            part, dot, name = key.rpartition(".")
+            if part not in found:
+                ids = json.loads(metadata[f"{part}{dot}ids"])
+                gate_ids = json.loads(metadata.get(f"{part}{dot}gate_ids", "[]"))
+                found[part] = _PartTensors({}, ids, gate_ids)
+            found[part] = dataclasses.replace(
+                found[part], tensors={**found[part].tensors, name: tensor}
+            )
+        whole = bool(found) and all(_is_whole(part) for part in found.values())
+    except (KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
+    return found
 
 
-def _latent_from(row: Any, number: int) -> PlannedLatent:
-    where = f"latents[{number}]"
-    numbers = {"score": float, "mu": float, "sigma": float, "value": float, "max": float}
-    values = _fields(where, row, {"id": int}, {**numbers, "lens": list})
-    lens = values["lens"] or []
-    if not all(isinstance(token, str) for token in lens):
-        raise UserError(f"{where}.lens must be a list of texts, got {_shown(lens)}")
-    return PlannedLatent(**{**values, "lens": tuple(lens)})
-
-
-def _fields(
-    where: str,
-    mapping: Any,
-    required: Mapping[str, type],
-    optional: Mapping[str, type] | None = None,
-) -> dict[str, Any]:
-    """The values of a mapping, each of its type; an optional one may be missing or null."""
-    optional = optional or {}
-    if not isinstance(mapping, dict):
-        raise UserError(f"{where} must be a mapping of keys, got {_shown(mapping)}")
-    unknown = sorted(str(key) for key in mapping.keys() - required.keys() - optional.keys())
-    if unknown:
-        allowed = ", ".join([*required, *optional])
-        raise UserError(f"{where} has an unknown key {_shown(unknown[0])}; allowed are {allowed}")
-    missing = [key for key in required if mapping.get(key) is None]
-    if missing:
-        raise UserError(f"{where} lacks the key {missing[0]!r}: restore it or make the plan again")
-    values: dict[str, Any] = {}
-    for key, kind in {**required, **optional}.items():
-        value = mapping.get(key)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value) if abs(value) < 2**53 else value
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise UserError(f"{where}.{key} must be {_WORDS[kind]}, got {_shown(value)}")
-        values[key] = value
-    return values
+def _is_whole(part: _PartTensors) -> bool:
+    """Whether a part's tensors are known, of floats, and as many as its latents."""
+    rows, n = part.tensors.get("directions"), len(part.ids) if isinstance(part.ids, list) else -1
+    return (
+        all(
+            isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+            for ids in (part.ids, part.gate_ids)
+        )
+        and not part.tensors.keys() - set(TENSORS)
+        and all(tensor.is_floating_point() for tensor in part.tensors.values())
+        and rows is not None
+        and rows.dim() == 2
+        and len(rows) == n
+        and all(
+            part.tensors[name].shape[-1:] == (n,)
+            for name in ("W_enc", "b_enc", "threshold")
+            if name in part.tensors
+        )
+    )
 
 
 def _shown(value: Any) -> str:
     """A value in an error message, cut where it grows long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-_WORDS: Mapping[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a mapping",
-}

@@ -12,7 +12,8 @@ from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.evaluation.grading import is_degenerate
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import generate_steered
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 from saesteer.steering.ranking.config import RankConfig
 from saesteer.steering.tasks.task import Task
 

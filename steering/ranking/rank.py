@@ -11,7 +11,8 @@ from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.hooks import sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
-from saesteer.steering.plans.plan import Plan, PlannedLatent, TaskIdentity, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent, TaskIdentity
 from saesteer.steering.ranking.causal import (
     CausalTrial,
     causal_scores,

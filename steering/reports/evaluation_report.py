@@ -187,6 +187,11 @@ def _in_short(task: Mapping[str, Any]) -> list[str]:
 
 
 def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
+    parts = [_part_words(part) for part in plan.get("parts", [plan])]
+    return f"<b>{escape(name)}</b>: {'; '.join(parts)}"
+
+
+def _part_words(plan: Mapping[str, Any]) -> str:
     length = "" if plan["delta_norm"] is None else f", ‖delta‖ {plan['delta_norm']:.4g}"
     if plan["unit"] == "rel":
         length = f", ‖delta‖ = {plan['scale']:g} ‖h‖"
@@ -198,7 +203,7 @@ def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
         for i, lens in zip(plan["latents"][:30], says, strict=False)
     ]
     return (
-        f"<b>{escape(name)}</b>: layer {plan['layer']} ({escape(plan['site'])}), {plan['k']} "
+        f"layer {plan['layer']} ({escape(plan['site'])}), {plan['k']} "
         f"latent{'' if plan['k'] == 1 else 's'}: {', '.join(latents)}; {escape(plan['method'])}, "
         f"scale {plan['scale']:g}, beta {plan['beta']:g}, scope {escape(plan['scope'])}{length}"
     )

@@ -187,7 +187,7 @@ def test_help_of_rank_states_what_its_config_takes() -> None:
     from dataclasses import fields
 
     from saesteer.steering.hooking.scope import SCOPES
-    from saesteer.steering.plans.plan import METHODS, UNITS
+    from saesteer.steering.plans.methods import METHODS, UNITS
     from saesteer.steering.ranking.config import FILTERS, READS, SCORES, RankConfig
 
     flags = make_parser("rank").flags()

@@ -283,3 +283,20 @@ def test_explain_shows_asked_and_measured_changes(cli: Cli, plan: Path, sae: Pat
         _, before, after, _, measured, *_ = line.split()
         assert float(after) - float(before) == pytest.approx(float(measured), abs=2e-3)
     assert "leave --json out" in cli(*words, "--explain", "--json").error(2)
+
+
+def test_a_plan_of_several_parts(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    from saesteer.steering import load_plan, save_plan
+
+    one = load_plan(plan)
+    later = one.with_changes(layer=2, scope="generated", scale=0.5)
+    save_plan(one.with_changes(parts=(*one.parts, *later.parts)), tmp_path / "both")
+    words = ("steer", "--plan", tmp_path / "both", "-p", "Hello", *SMALL)
+    (row,) = rows_of(cli(*words, "--json").out)
+    (alone,) = rows_of(cli("steer", "--plan", plan, "-p", "Hello", "--json", *SMALL).out)
+    assert row["tokens_touched"] == alone["tokens_touched"]
+    assert row["completion"] != alone["completion"]
+    refused = cli(*words, "--scale", 2)
+    assert refused.status == 2
+    assert "--scale is not the same in all parts of this plan" in refused.err
+    assert cli(*words, "--method", "add-keep-norm").status == 0

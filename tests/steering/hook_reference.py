@@ -11,7 +11,8 @@ from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_left
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 from .whole_row import CLOSE, LAYER, STEPS, moved
 

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.steering.plans.plan import (
-    Plan,
-    PlannedLatent,
-    make_plan,
-)
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 
 def make_sae(

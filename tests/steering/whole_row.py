@@ -4,6 +4,7 @@ Everything is written from the words that define it, and nothing of the hook is 
 `generate` in some way under `steer` and scores every sequence it returns by this reference.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_left
 from saesteer.steering.hooking.gates import Above, Every, Gate, Node, Not
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 LAYER, STEPS = 1, 5
 INSTRUCTION = "Use it"
@@ -39,7 +41,12 @@ Rule = Callable[[Tensor, int], Tensor]
 
 
 def make_sae(
-    lm: LanguageModel, architecture: str = "standard", *, seed: int = 0, **fields: Any
+    lm: LanguageModel,
+    architecture: str = "standard",
+    *,
+    seed: int = 0,
+    layer: int = LAYER,
+    **fields: Any,
 ) -> SAE:
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,7 +60,7 @@ def make_sae(
             d_model=d_model,
             d_sae=d_sae,
             k=6 if architecture == "topk" else None,
-            hook_name=f"blocks.{LAYER}.hook_resid_post",
+            hook_name=f"blocks.{layer}.hook_resid_post",
             **fields,
         ),
         W_enc=noise(d_model, d_sae) / d_model**0.5,
@@ -82,16 +89,27 @@ def prompts_of(lm: LanguageModel) -> list[EncodedPrompt]:
 # the reference
 
 
-def reference(lm: LanguageModel, tokens: Sequence[int], P: int, rules: Sequence[Rule]) -> Tensor:
-    """Logits of one whole unpadded row without a cache, with each rule's difference added."""
+def reference(
+    lm: LanguageModel, tokens: Sequence[int], P: int, rules: Sequence[Rule | tuple[int, Rule]]
+) -> Tensor:
+    """Logits of one whole unpadded row without a cache, with each rule's difference added.
 
-    def edit(h: Tensor) -> Tensor:
-        for rule in rules:
-            h = (h.float() + rule(h[0].float(), P)[None]).to(h.dtype)
-        return h
+    A rule acts at `LAYER`, or at the layer that comes with it.
+    """
+    at = [rule if isinstance(rule, tuple) else (LAYER, rule) for rule in rules]
+
+    def edit(layer: int) -> Callable[[Tensor], Tensor]:
+        def edited(h: Tensor) -> Tensor:
+            for rule in [rule for where, rule in at if where == layer]:
+                h = (h.float() + rule(h[0].float(), P)[None]).to(h.dtype)
+            return h
+
+        return edited
 
     ids = torch.tensor([list(tokens)])
-    with torch.no_grad(), hooked(resolve_site(lm, LAYER), edit):
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for layer in {where for where, _ in at}:
+            stack.enter_context(hooked(resolve_site(lm, layer), edit(layer)))
         logits: Tensor = lm.model(input_ids=ids, use_cache=False).logits
     return logits[0].float()
 
@@ -269,7 +287,7 @@ def options_of(lm: LanguageModel, run: str) -> dict[str, Any]:
 def check(
     lm: LanguageModel,
     plans: Any,
-    rules: Callable[[int, list[int]], Sequence[Rule]],
+    rules: Callable[[int, list[int]], Sequence[Rule | tuple[int, Rule]]],
     run: str,
     close: dict[str, float] = CLOSE,
     **more: Any,

@@ -19,6 +19,7 @@ from saesteer.steering.evaluation.compare import (
 from saesteer.steering.evaluation.damage import NeutralProbe, Question
 from saesteer.steering.evaluation.grading import Grade
 from saesteer.steering.plans.plan import Plan
+from saesteer.steering.reports.evaluation_report import _plan_line
 from saesteer.steering.tasks.task import Task
 
 from ..small_plans import CONTENTS, TASK, small_plan, small_sae
@@ -174,3 +175,19 @@ def test_two_plans_are_tested_against_their_own_controls() -> None:
         ("one", "unsteered"), ("one", "random (one)"),
         ("two", "unsteered"), ("two", "random (two)"),
     ]  # fmt: skip
+
+
+def test_a_plan_of_several_parts_is_an_arm_like_any_other(lm: LanguageModel, plan: Plan) -> None:
+    second = small_plan(lm, (1,), scope="generated").part
+    deeper = dataclasses.replace(second, layer=2, scale=0.5)
+    both = plan.with_changes(parts=(plan.part, deeper))
+    config = dataclasses.replace(GREEDY, controls=())
+    found = compare(lm, TASK, {"two": both}, config)
+    assert found.damage["two"].relative_dose and found.damage["two"].kl > 0
+    document = comparison_document(found)
+    json.dumps(document, allow_nan=False)
+    rows = document["plans"]["two"]["parts"]
+    assert [(row["layer"], row["scope"]) for row in rows] == [(1, "generation"), (2, "generated")]
+    assert rows[1]["delta_norm"] == pytest.approx(float(deeper.added_vector().norm()))
+    line = _plan_line("two", document["plans"]["two"])
+    assert "layer 1 (resid_post)" in line and "layer 2 (resid_post)" in line

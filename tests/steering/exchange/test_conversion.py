@@ -132,7 +132,7 @@ def test_a_clamp_for_lm_eval(tmp_path: Path) -> None:
         ("gguf", {"layer": 0}, "no place for a vector at resid_post of layer 0"),
         ("lm-eval", {"layer": 0, "site": "resid_pre"}, "no place"),
         ("gguf", {"site": "mlp_out"}, "steers mlp_out"),
-        ("gguf", {"method": "set"}, "method set, which depends on the activation"),
+        ("gguf", {"method": "set"}, "method set, which gguf cannot hold; it holds add"),
         ("steering-vectors", {"unit": "rel"}, "unit rel"),
         ("lm-eval-csv", {}, "has method add"),
         ("lm-eval-csv", {"method": "set"}, "several latents"),
@@ -152,6 +152,69 @@ def test_as_scope_says_what_changes(tmp_path: Path) -> None:
     assert report["notes"][0] == "the plan's scope generation is lost"
     with pytest.raises(UsageError):
         export_plan(make_plan(scope="generation"), tmp_path, "gguf", as_scope="prompt")
+
+
+def parts(*changes: dict[str, Any]) -> Plan:
+    """A plan of one part for each of the changes."""
+    made = [make_plan(**change) for change in changes]
+    return made[0].with_changes(parts=tuple(plan.part for plan in made))
+
+
+@pytest.mark.parametrize("format", ["gguf", "steering-vectors", "lm-eval"])
+def test_parts_that_add_are_one_vector_a_block(tmp_path: Path, format: str) -> None:
+    # The input of block 3 is the output of block 2.
+    plan = parts({"layer": 1}, {"layer": 2}, {"layer": 3, "site": "resid_pre", "scale": 0.5})
+    report = export_plan(plan, tmp_path, format)
+    vectors, _ = read_vectors(tmp_path)
+    one = plan_vector(plan.only(0))
+    assert sorted(vectors) == [1, 2] and torch.equal(vectors[1], one)
+    # A sum of three float32 terms in another order.
+    torch.testing.assert_close(vectors[2], 1.25 * one)
+    assert any("every position" in note for note in report["notes"])
+
+
+def test_clamps_of_several_blocks_for_lm_eval(tmp_path: Path) -> None:
+    clamp = {
+        "method": "set", "latents": (PlannedLatent(id=7, value=4.0),), "scale": 1.0,
+        "directions": torch.ones(1, WIDTH),
+    }  # fmt: skip
+    plan = parts({**clamp, "layer": 1}, {**clamp, "layer": 3})
+    export_plan(plan, tmp_path, "lm-eval-csv")
+    rows = list(csv.DictReader((tmp_path / "lm_eval.csv").open()))
+    assert [row["hookpoint"] for row in rows] == ["layers.1", "layers.3"]
+    with pytest.raises(UserError, match="part 0 and part 1 of the plan act on .* block 1, and lm-"):
+        export_plan(parts({**clamp, "layer": 1}, {**clamp, "layer": 1}), tmp_path, "lm-eval-csv")
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "words"),
+    [
+        ("gguf", {"scope": "prompt"}, "^part 1's scope is prompt and gguf steers every position"),
+        ("gguf", {"method": "min"}, "^part 1 has method min, which gguf cannot hold; it holds add"),
+        ("lm-eval", {"method": "min"}, "^part 1 has method min, .* it holds add, set, project"),
+        ("lm-eval", {"schedule": "first:3"}, "^part 1 has the schedule 'first:3'"),
+        ("steering-vectors", {"gate": "7 > 1"}, "^part 1 has the gate '7 > 1'"),
+        ("lm-eval-csv", {}, "^part 0 has method add, which lm-eval-csv cannot hold; it holds set"),
+    ],
+)
+def test_a_part_that_a_format_cannot_hold_is_named(
+    tmp_path: Path, format: str, change: dict[str, Any], words: str
+) -> None:
+    plan = parts({"layer": 1}, {"layer": 3, **change})
+    with pytest.raises(UserError, match=words) as error:
+        export_plan(plan, tmp_path / "a", format)
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
+
+
+def test_a_hook_point_names_one_block(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`hookpoint` h.1 names one block and .* blocks 1, 3"):
+        export_plan(parts({"layer": 1}, {"layer": 3}), tmp_path, "lm-eval", hookpoint="h.1")
+
+
+def test_scopes_that_are_lost_are_noted_for_each_part(tmp_path: Path) -> None:
+    plan = parts({"layer": 1, "scope": "prompt"}, {"layer": 3, "scope": "generated"})
+    notes = export_plan(plan, tmp_path, "gguf", as_scope="all")["notes"]
+    assert notes[:2] == ["part 0's scope prompt is lost", "part 1's scope generated is lost"]
 
 
 def test_several_layers(tmp_path: Path, lm: LanguageModel) -> None:

@@ -22,7 +22,7 @@ from saesteer.steering.exchange.conversion import (
     plan_vector,
     read_vectors,
 )
-from saesteer.steering.hooking.edits import make_edit
+from saesteer.steering.hooking.edits import Spots, make_edit
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
@@ -55,8 +55,7 @@ def theirs_clamp(x: Tensor, vector: Tensor, value: float, bias: Tensor | None) -
 
 
 def ours(plan: Plan, x: Tensor) -> Tensor:
-    edit = make_edit([plan])
-    return x + edit.delta(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    return x + make_edit(plan.parts).delta(x, Spots())
 
 
 def residuals() -> Tensor:
@@ -73,10 +72,10 @@ def test_a_clamp_of_the_csv_does_what_lm_eval_does(
     tmp_path: Path, lm: LanguageModel, sae: dict[str, Tensor]
 ) -> None:
     path = write(tmp_path, f"sparsify,clamp,{tmp_path / 'saes'},layers.1,5,2.5,,,a word")
-    done = import_vectors(path, lm, tmp_path / "plan")
+    report = import_vectors(path, lm, tmp_path / "plan")
     plan = load_plan(tmp_path / "plan")
     assert plan.layer == 1 and plan.method == "set" and plan.ids == (5,) and plan.doses() == [2.5]
-    assert any("block 1: clamp" in note for note in done["notes"])
+    assert any("block 1: clamp" in note for note in report["notes"])
     expected = theirs_clamp(residuals(), sae["W_dec"][5], 2.5, sae["b_dec"])
     # One float32 projection taken in another order.
     assert torch.allclose(ours(plan, residuals()), expected, atol=1e-4)

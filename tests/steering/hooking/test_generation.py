@@ -15,7 +15,8 @@ from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText, generate_steered
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import Plan, plan_from_latents
+from saesteer.steering.plans.from_sae import plan_from_latents
+from saesteer.steering.plans.plan import Plan
 
 TEXTS = [
     "Statements end at the newline, which is a token of its own.",
@@ -76,19 +77,19 @@ def test_a_batch_says_what_single_prompts_say(
     texts = TEXTS
     if scope == "generated":  # a text that ends at once has no generated token to touch
         kept = generate_steered(lm, texts, plan, max_new_tokens=8, scope=scope)
-        texts = [done.prompt for done in kept if done.tokens_touched]
+        texts = [answer.prompt for answer in kept if answer.tokens_touched]
         assert 0 < len(texts) < len(TEXTS)
     found = generate_steered(lm, texts, plan, max_new_tokens=8, batch_size=batch_size, scope=scope)
     wanted = one_by_one(lm, plan, texts, scope=scope)
-    assert [done.prompt for done in found] == texts
+    assert [answer.prompt for answer in found] == texts
     assert len({len(tokens) for tokens, _, _ in wanted}) > 1  # some end early, some do not
-    for done, (tokens, touched, dose) in zip(found, wanted, strict=True):
-        assert done.token_ids == tokens
-        assert done.completion == lm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        assert done.tokens_touched == touched
+    for answer, (tokens, touched, dose) in zip(found, wanted, strict=True):
+        assert answer.token_ids == tokens
+        assert answer.completion == lm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert answer.tokens_touched == touched
         # Norms of batched and single passes differ by float32 rounding.
-        assert done.relative_dose == pytest.approx(dose, rel=1e-4)
-        assert done.baseline is None
+        assert answer.relative_dose == pytest.approx(dose, rel=1e-4)
+        assert answer.baseline is None
 
 
 def test_the_baseline_is_what_the_model_says_unsteered(lm: LanguageModel, plan: Plan) -> None:
@@ -97,10 +98,10 @@ def test_the_baseline_is_what_the_model_says_unsteered(lm: LanguageModel, plan: 
         lm, TEXTS, plan, max_new_tokens=8, baseline=True, progress=seen.append, batch_size=2
     )
     plain = generate_steered(lm, TEXTS, None, max_new_tokens=8)
-    assert [done.baseline for done in steered] == [done.completion for done in plain]
-    assert [done.completion for done in steered] != [done.completion for done in plain]
+    assert [answer.baseline for answer in steered] == [answer.completion for answer in plain]
+    assert [answer.completion for answer in steered] != [answer.completion for answer in plain]
     assert plain[0] == SteeredText(TEXTS[0], plain[0].completion, plain[0].token_ids)
-    assert sum(seen) == sum(len(done.token_ids) for done in [*steered, *plain])
+    assert sum(seen) == sum(len(answer.token_ids) for answer in [*steered, *plain])
 
 
 def test_scale_0_says_what_the_model_says(lm: LanguageModel, plan: Plan) -> None:
@@ -114,7 +115,7 @@ def test_sampling_is_seeded_and_steering_keeps_the_draws(lm: LanguageModel, plan
     assert first == generate_steered(lm, TEXTS, plan, seed=1, baseline=True, **options)
     assert first != generate_steered(lm, TEXTS, plan, seed=2, baseline=True, **options)
     plain = generate_steered(lm, TEXTS, None, seed=1, **options)
-    assert [done.baseline for done in first] == [done.completion for done in plain]
+    assert [answer.baseline for answer in first] == [answer.completion for answer in plain]
 
 
 def test_chat_follows_the_tokenizer_and_can_be_switched_off(lm: LanguageModel, plan: Plan) -> None:

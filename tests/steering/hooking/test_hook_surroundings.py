@@ -98,17 +98,17 @@ def test_in_bfloat16_each_edit_is_that_of_the_residual_that_arrived(
         pads, P = width - len(prompt), len(prompt)
         tokens = output[row, pads:-1].tolist()
         rule = rule_of(lm, plan, sae, prompt, tokens)
-        arrived, done = torch.zeros(pads + len(tokens), lm.d_model), 0
+        arrived, reached = torch.zeros(pads + len(tokens), lm.d_model), 0
         for came, left in zip(before, after, strict=True):
             assert came.dtype == left.dtype == torch.bfloat16
-            start = 0 if run == "no cache" else done
-            done = start + came.shape[1]
-            arrived[start:done] = came[row].float()
-            wanted = arrived[:done].clone()
-            wanted[pads:] += rule(arrived[pads:done], P)
+            start = 0 if run == "no cache" else reached
+            reached = start + came.shape[1]
+            arrived[start:reached] = came[row].float()
+            wanted = arrived[:reached].clone()
+            wanted[pads:] += rule(arrived[pads:reached], P)
             # Both round one float32 sum, added in another order: one bfloat16 step at most.
             torch.testing.assert_close(left[row], wanted[start:].bfloat16(), rtol=2**-7, atol=1e-5)
-        assert done == pads + len(tokens)
+        assert reached == pads + len(tokens)
 
 
 # ---------------------------------------------------------------------------------------------

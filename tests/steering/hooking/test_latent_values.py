@@ -10,7 +10,8 @@ from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import edit_reader, gate_reader, needs_sae, with_gate
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 
 pytestmark = pytest.mark.usefixtures("endless")
 
@@ -69,14 +70,14 @@ def test_readers_give_what_the_sae_encodes(
     assert bool((wanted[:, list(IDS)] != 0).any()) and bool((wanted[:, list(IDS)] == 0).any())
     plan = with_gate(plan_of(lm, sae, method="set"), "20 > 1 & 5 > 0.5", sae)
     alone = architecture in ("standard", "jumprelu")
-    assert needs_sae(plan) != alone
+    assert needs_sae(plan.part) != alone
     # Columns by themselves and the whole encoder differ by float32 rounding.
     for given in [sae, *([None] if alone else [])]:
-        found = edit_reader(plan, given).read(h)
+        found = edit_reader(plan.part, given).read(h)
         torch.testing.assert_close(found, wanted[:, list(IDS)], rtol=1e-5, atol=1e-5)
-        found = gate_reader(plan, given).read(h)
+        found = gate_reader(plan.part, given).read(h)
         torch.testing.assert_close(found, wanted[:, [20, 5]], rtol=1e-5, atol=1e-5)
-    assert edit_reader(plan, sae).read(h[:0]).shape == (0, len(IDS))
+    assert edit_reader(plan.part, sae).read(h[:0]).shape == (0, len(IDS))
 
 
 def test_a_positive_latent_that_is_not_among_the_k_largest_is_off(lm: LanguageModel) -> None:
@@ -84,7 +85,7 @@ def test_a_positive_latent_that_is_not_among_the_k_largest_is_off(lm: LanguageMo
     h = torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
     q, acts = sae.pre_acts(h)[:, list(IDS)], sae.encode(h)[:, list(IDS)]
     assert bool(((q > 0) & (acts == 0)).any())
-    assert torch.equal(edit_reader(plan_of(lm, sae, method="set"), sae).read(h), acts)
+    assert torch.equal(edit_reader(plan_of(lm, sae, method="set").part, sae).read(h), acts)
 
 
 @pytest.mark.parametrize("value", [2.0, 0.0, -1.0])
@@ -98,7 +99,7 @@ def test_ties_at_the_last_place_go_to_the_lowest_index(value: float, lm: Languag
     h = torch.randn(5, 32)
     wanted = [[max(value, 0.0), 0.0, 0.0, 0.0]] * 5  # 3 and 5 take the two places
     assert sae.encode(h)[:, list(IDS)].tolist() == wanted
-    assert edit_reader(plan_of(lm, sae, method="set"), sae).read(h).tolist() == wanted
+    assert edit_reader(plan_of(lm, sae, method="set").part, sae).read(h).tolist() == wanted
 
 
 def test_nan_in_a_residual_is_read_as_the_sae_reads_it(lm: LanguageModel) -> None:
@@ -107,7 +108,7 @@ def test_nan_in_a_residual_is_read_as_the_sae_reads_it(lm: LanguageModel) -> Non
     sae.b_enc[2] = torch.nan
     wanted = sae.encode(h)[:, list(IDS)]
     assert bool((wanted != 0).any())
-    assert torch.equal(edit_reader(plan_of(lm, sae, method="set"), sae).read(h), wanted)
+    assert torch.equal(edit_reader(plan_of(lm, sae, method="set").part, sae).read(h), wanted)
 
 
 @pytest.mark.parametrize("method", ["set", "min", "scale", "ablate"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import wrap_model
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
-from saesteer.steering.hooking.scope import NO_END, RowInfo, Rows, parse_scope, scope_mask
+from saesteer.steering.hooking.scope import NO_END, RowInfo, Rows, parse_scope
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_bad_scope_is_a_usage_error(text: str, message: str) -> None:
 def test_each_scope_covers_the_positions_of_its_definition(
     text: str, length: int, positions: list[int]
 ) -> None:
-    mask = scope_mask(torch.arange(8)[None], [parse_scope(text).row(length)])
+    mask = Rows.stack([parse_scope(text).row(length)]).mask(torch.arange(8)[None])
     assert mask[0].nonzero().flatten().tolist() == positions
 
 
@@ -81,7 +81,7 @@ def test_rows_keep_their_own_positions_whatever_the_padding() -> None:
     real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
     p = real.cumsum(dim=1) - 1
     rows = [parse_scope("last-prompt").row(length) for length in (2, 4, 2)]
-    mask = scope_mask(p, rows, real)
+    mask = Rows.stack(rows).mask(p, real)
     assert mask.nonzero().tolist() == [[0, 3], [1, 3], [2, 1]]
 
 
@@ -131,13 +131,13 @@ def test_prompt_and_all_leave_out_the_template_and_the_first_token(
     p = torch.arange(len(prompt) + 2)[None]
     generated = [len(prompt), len(prompt) + 1]
     for text, after in (("prompt", []), ("all", generated)):
-        mask = scope_mask(p, [parse_scope(text).row(len(prompt), prompt)])
+        mask = Rows.stack([parse_scope(text).row(len(prompt), prompt)]).mask(p)
         assert mask[0].nonzero().flatten().tolist() == [*range(first, last), *after]
     plain = prompt_of("names are bound", chat=False)
-    mask = scope_mask(p, [parse_scope("prompt").row(len(plain), plain)])
+    mask = Rows.stack([parse_scope("prompt").row(len(plain), plain)]).mask(p)
     assert mask[0].nonzero().flatten().tolist() == list(range(1, len(plain)))
     kept = parse_scope("prompt", include_first=True).row(len(plain), plain)
-    mask = scope_mask(p, [kept])
+    mask = Rows.stack([kept]).mask(p)
     assert mask[0].nonzero().flatten().tolist() == list(range(len(plain)))
 
 

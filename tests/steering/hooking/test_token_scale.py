@@ -16,10 +16,11 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.controls import random_plan, with_directions
 from saesteer.steering.exchange.conversion import plan_vector
 from saesteer.steering.hooking.arrangement import ByRow
-from saesteer.steering.hooking.edits import make_edit
+from saesteer.steering.hooking.edits import Spots, make_edit
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import needs_sae, with_gate
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 
 WIDTH, D_SAE = 32, 24
@@ -95,7 +96,7 @@ def plan_of(lm: LanguageModel, sae: SAE, method: str, **changes: Any) -> Plan:
 
 
 def edited(plan: Plan, x: Tensor, sae: SAE | None = None) -> Tensor:
-    return x + make_edit([plan], sae).delta(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    return x + make_edit(plan.parts, sae).delta(x, Spots())
 
 
 @pytest.mark.parametrize("method", VALUES)
@@ -124,7 +125,7 @@ def test_latents_that_stand_alone_need_no_sae(tmp_path: Path, lm: LanguageModel,
     with_sae = edited(plan, x, sae)
     shutil.rmtree(tmp_path / "sae")
     alone = load_plan(tmp_path / "plan")
-    assert not needs_sae(alone) and alone.sae.normalize_activations == norm
+    assert not needs_sae(alone.part) and alone.sae.normalize_activations == norm
     assert torch.allclose(edited(alone, x), with_sae, rtol=1e-4, atol=1e-4)
     ids = torch.arange(5, 14)[None]
     with torch.no_grad(), steer(lm, alone) as report:

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
-from saesteer.steering.plans.plan import (
+from saesteer.steering.exchange.conversion import EXPORTS
+from saesteer.steering.hooking.latent_values import with_gate
+from saesteer.steering.plans.from_sae import (
     encoder_columns,
     make_plan,
     parse_latents,
     plan_from_latents,
 )
+from saesteer.steering.plans.methods import METHODS, UNITS
+from saesteer.steering.plans.plan import Plan
 
 from ..ranked_plans import LATENTS, make_sae, ranked
 
@@ -229,7 +233,7 @@ def test_the_first_latents_of_a_plan(lm: LanguageModel) -> None:
     assert other.ids == (2,)
     for smaller, i in ((one, 9), (other, 2)):
         assert torch.equal(smaller.directions, sae.W_dec[[i]])
-        assert torch.equal(smaller.tensors()["W_enc"], sae.W_enc[:, [i]])
+        assert torch.equal(smaller.part.tensors()["W_enc"], sae.W_enc[:, [i]])
         assert sae.threshold is not None and smaller.threshold is not None
         assert torch.equal(smaller.threshold, sae.threshold[[i]])
     with pytest.raises(UsageError, match=r"`top` must be in 1..2 for this plan, got 3"):
@@ -267,7 +271,6 @@ def test_a_plan_knows_its_model(lm: LanguageModel, tiny_lm: Callable[..., tuple[
         ({"latents": (LATENTS[0], LATENTS[0])}, "latent 9 is in the plan twice"),
         ({"latents": LATENTS[:1]}, r"directions has shape \[2, 32\]"),
         ({"directions": torch.full((2, 32), torch.nan)}, "directions holds NaN"),
-        ({"schema_version": 2}, "schema_version is 2"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(
@@ -275,3 +278,87 @@ def test_a_plan_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(ranked(lm), **change)
+
+
+def several(lm: LanguageModel) -> Plan:
+    """Two parts that agree on their method and site alone."""
+    one = ranked(lm)
+    other = one.with_changes(layer=3, scope="generated", scale=0.5, metrics={"n": 1})
+    return one.with_changes(parts=(*one.parts, *other.parts))
+
+
+def test_a_plan_of_one_part_is_changed_like_its_part(lm: LanguageModel) -> None:
+    plan = ranked(lm, metrics={"n": 3})
+    changed = plan.with_changes(scale=2.0, scope="all", metrics={"n": 4})
+    assert (changed.scale, changed.scope, changed.metrics) == (2.0, "all", {"n": 4})
+    assert (plan.scale, plan.metrics) == (1.0, {"n": 3}) and changed.model == plan.model
+    assert dataclasses.replace(plan, scale=2.0).doses() == changed.doses() == [4.0, 2.0]
+    assert changed.part.directions is plan.directions
+    with pytest.raises(UsageError, match="`scale` must be a finite number"):
+        plan.with_changes(scale=float("nan"))
+    with pytest.raises(TypeError, match="strength"):
+        plan.with_changes(strength=2.0)
+
+
+def test_what_the_parts_of_a_plan_agree_on_is_the_plans_own(lm: LanguageModel) -> None:
+    plan = several(lm)
+    assert (plan.method, plan.site, plan.sae.source) == ("add", "resid_post", "folder")
+    assert [part.layer for part in plan.with_changes(method="min").parts] == [1, 3]
+    assert not plan.is_off and plan.with_changes(scale=0.0).is_off
+    for name in ("layer", "scope", "scale", "directions"):
+        with pytest.raises(UsageError) as caught:
+            getattr(plan, name)
+        message = str(caught.value)
+        assert message.startswith(f"`{name}` is not the same in all parts") and "\n" not in message
+        assert "part 0 (layer 1, generation), part 1 (layer 3, generated)" in message
+    with pytest.raises(UsageError, match="`scale` is not the same"):
+        plan.with_changes(scale=2.0)
+    with pytest.raises(UsageError, match="`scale` is not the same"):
+        dataclasses.replace(plan, scale=2.0)
+
+
+def test_one_of_several_parts_is_changed_by_its_number(lm: LanguageModel) -> None:
+    plan = several(lm)
+    changed = plan.with_changes(part=1, scale=3.0, metrics={"n": 2})
+    assert [part.scale for part in changed.parts] == [1.0, 3.0] and changed.metrics == {"n": 2}
+    assert changed.parts[0] is plan.parts[0]
+    assert plan.only(1).doses() == [1.0, 0.5] and plan.only(1).layer == 3
+
+
+def test_a_call_for_one_part_names_the_parts(lm: LanguageModel) -> None:
+    for call in (Plan.doses, lambda plan: plan.top(1), lambda plan: with_gate(plan, "9 > 1")):
+        with pytest.raises(UsageError, match=r"has part 0 \(layer 1, generation\), part 1 .*only"):
+            call(several(lm))
+    gated = with_gate(several(lm), "9 > 1", part=1)
+    assert [part.gate for part in gated.parts] == ["", "9 > 1"]
+
+
+def test_every_part_has_to_fit_the_model(lm: LanguageModel) -> None:
+    with pytest.raises(UsageError, match=r"layer must be in 0..3 for tiny, got 7"):
+        several(lm).with_changes(part=1, layer=7)
+    plan = several(lm)
+    shallow = plan.with_changes(model=dataclasses.replace(plan.model, n_layers=9), part=1, layer=8)
+    with pytest.raises(UserError, match="steers layer 8 of tiny"):
+        shallow.check_model(lm, force=True)
+
+
+def test_the_vector_that_is_added(lm: LanguageModel) -> None:
+    plan = ranked(lm, beta=1.0)
+    doses = torch.tensor(plan.doses(), dtype=torch.float64)
+    wanted = sum(dose * row.double() for dose, row in zip(doses, plan.directions, strict=True))
+    torch.testing.assert_close(plan.part.added_vector(), wanted)
+    relative = plan.with_changes(unit="rel", scale=-0.3).part.added_vector()
+    torch.testing.assert_close(relative, wanted / wanted.norm() * -0.3)
+    assert not plan.with_changes(scale=0.0).part.added_vector().any()
+    opposite = torch.stack([plan.directions[0], -plan.directions[0] * (doses[0] / doses[1])])
+    with pytest.raises(UsageError, match="cancel out"):
+        plan.with_changes(directions=opposite).part.added_vector()
+
+
+def test_the_table_of_methods_agrees_with_itself() -> None:
+    for name, method in METHODS.items():
+        assert not (method.adds and method.reads_latents), name
+        assert method.adds or not method.keeps_norm, name
+        assert method.adds == ("rel" in method.units), name
+        assert set(method.units) <= set(UNITS) and set(method.exports) <= set(EXPORTS), name
+        assert method.takes_dose or (method.units == ("raw",) and not method.grows), name

@@ -11,10 +11,9 @@ import yaml
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.steering.plans.plan import (
-    TaskIdentity,
-    plan_from_latents,
-)
+from saesteer.steering.hooking.latent_values import with_gate
+from saesteer.steering.plans.from_sae import plan_from_latents
+from saesteer.steering.plans.plan import Plan, PlanPart, TaskIdentity
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 
 from ..ranked_plans import make_sae, ranked
@@ -43,10 +42,10 @@ def test_a_plan_reads_back_as_it_was_written(
         read = load_plan(path)
         for field in FIELDS:
             assert getattr(read, field) == getattr(plan, field), field
-        assert read.tensors().keys() == plan.tensors().keys()
-        for name, tensor in plan.tensors().items():
-            assert torch.equal(read.tensors()[name], tensor)
-            assert read.tensors()[name].dtype == tensor.dtype
+        assert read.part.tensors().keys() == plan.part.tensors().keys()
+        for name, tensor in plan.part.tensors().items():
+            assert torch.equal(read.part.tensors()[name], tensor)
+            assert read.part.tensors()[name].dtype == tensor.dtype
 
 
 def test_plan_yaml_has_the_keys_that_other_tools_rely_on(lm: LanguageModel, tmp_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_the_wordings_of_a_task_are_optional(lm: LanguageModel, tmp_path: Path) 
     document = yaml.safe_load(file.read_text(encoding="utf-8"))
     document["task"]["instructions"] = [1]
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
-    with pytest.raises(UserError, match="task.instructions must be a list of texts, got"):
+    with pytest.raises(UserError, match=r"key 'task.instructions\[1\]' must be a text, got 1"):
         load_plan(file)
 
 
@@ -121,20 +120,20 @@ def _set(document: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("strength", 3, "plan has an unknown key 'strength'; allowed are schema_version, model"),
-        ("model.width", 3, "model has an unknown key 'width'"),
-        ("latents.0.bias", 3, r"latents\[0\] has an unknown key 'bias'"),
-        ("layer", ..., "plan lacks the key 'layer'"),
-        ("model.hash", ..., "model lacks the key 'hash'"),
-        ("latents.1.id", ..., r"latents\[1\] lacks the key 'id'"),
+        ("strength", 3, "unknown key 'strength'; allowed: .*schema_version, model"),
+        ("model.width", 3, "unknown key 'model.width'"),
+        ("latents.0.bias", 3, r"unknown key 'latents\[1\].bias'"),
+        ("layer", ..., "key 'layer' is missing"),
+        ("model.hash", ..., "key 'model.hash' is missing"),
+        ("latents.1.id", ..., r"key 'latents\[2\].id' is missing"),
         ("schema_version", 99, "schema_version is 99 and this saesteer reads 1"),
-        ("layer", "two", "plan.layer must be a whole number, got 'two'"),
-        ("layer", True, "plan.layer must be a whole number, got True"),
-        ("scale", "big", "plan.scale must be a number, got 'big'"),
-        ("latents", {}, r"plan.latents must be a list"),
+        ("layer", "two", "key 'layer' must be a whole number, got 'two'"),
+        ("layer", True, "key 'layer' must be a whole number, got True"),
+        ("scale", "big", "key 'scale' must be a number, got 'big'"),
+        ("latents", {}, r"key 'latents' must be a list"),
         ("latents", [], "needs at least one latent"),
-        ("latents.0", 9, r"latents\[0\] must be a mapping"),
-        ("latents.0.lens", [1], r"latents\[0\].lens must be a list of texts"),
+        ("latents.0", 9, r"key 'latents\[1\]' must be a mapping"),
+        ("latents.0.lens", [1], r"key 'latents\[1\].lens\[1\]' must be a text"),
         ("latents.0.mu", float("nan"), "mu of latent 9 must be finite"),
         ("latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
         ("model.d_model", 16, r"directions has shape \[2, 32\]"),
@@ -194,3 +193,79 @@ def test_a_tensor_file_of_something_else_is_refused(lm: LanguageModel, tmp_path:
         write_tensors(file, tensors, metadata)
         with pytest.raises(UserError, match="^`plan` .*is not the tensor file of a plan"):
             load_plan(tmp_path)
+
+
+def of_parts(lm: LanguageModel) -> Plan:
+    """Two parts of two SAEs at two layers, the second gated and with latents of the same ids."""
+    first = ranked(lm, sae=make_sae("jumprelu"), method="set", scope="prompt")
+    other = make_sae("standard", hook="blocks.3.hook_resid_post")
+    second = with_gate(ranked(lm, sae=other, scale=0.5, schedule="linear:4"), "2 > 1", other)
+    return Plan(
+        model=first.model, parts=(*first.parts, *second.parts), metrics={"n": 3},
+        task=TaskIdentity("french", "0123", ("In French",)),
+    )  # fmt: skip
+
+
+def assert_same_part(read: PlanPart, wanted: PlanPart) -> None:
+    for field in dataclasses.fields(PlanPart):
+        found, meant = getattr(read, field.name), getattr(wanted, field.name)
+        if isinstance(meant, torch.Tensor):
+            assert torch.equal(found, meant) and found.dtype == meant.dtype, field.name
+        else:
+            assert found == meant, field.name
+
+
+def test_a_plan_of_several_parts_reads_back(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = of_parts(lm)
+    file = save_plan(plan, tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert list(document) == ["schema_version", "model", "parts", "task", "metrics"]
+    assert document["schema_version"] == 2
+    assert [row["tensors"] for row in document["parts"]] == ["part0", "part1"]
+    read = load_plan(file)
+    assert (read.model, read.task, read.metrics) == (plan.model, plan.task, plan.metrics)
+    for found, wanted in zip(read.parts, plan.parts, strict=True):
+        assert_same_part(found, wanted)
+    save_plan(read.only(1), tmp_path)
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["schema_version"] == 1
+    assert_same_part(load_plan(file).part, plan.parts[1])
+
+
+def test_parts_may_be_deleted_and_moved_by_hand(lm: LanguageModel, tmp_path: Path) -> None:
+    plan = of_parts(lm)
+    file = save_plan(plan, tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    document["parts"].reverse()
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    for found, wanted in zip(load_plan(file).parts, plan.parts[::-1], strict=True):
+        assert_same_part(found, wanted)
+    del document["parts"][1]
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    assert_same_part(load_plan(file).part, plan.parts[1])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("parts", [], "holds no part"),
+        ("parts", ..., "key 'parts' is missing"),
+        ("layer", 2, "unknown key 'layer'"),
+        ("parts.1.strength", 3, r"unknown key 'parts\[2\].strength'"),
+        ("parts.0.tensors", ..., r"key 'parts\[1\].tensors' is missing"),
+        ("parts.0.tensors", "part7", "does not hold the tensors 'part7'"),
+        ("parts.1.latents.0.id", 5, "latent 5 is in plan.yaml and not in plan.safetensors"),
+        ("parts.1.layer", 7, r"layer must be in 0..3"),
+        ("parts.1.scope", "here", "`scope` must be one of"),
+        ("schema_version", 1, "unknown key 'parts'"),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_part_is_refused(
+    path: str, value: Any, message: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    file = save_plan(of_parts(lm), tmp_path)
+    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _set(document, path, value)
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^`plan` .*{message}") as caught:
+        load_plan(file)
+    assert "\n" not in str(caught.value)

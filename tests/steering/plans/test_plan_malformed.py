@@ -16,7 +16,8 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.files import read_header, read_tensors, write_tensors
 from saesteer.cli.__main__ import make_parser
 from saesteer.sae.model.language_model import wrap_model
-from saesteer.steering.plans.plan import PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import PlannedLatent
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 from saesteer.steering.tasks.task import load_task
 

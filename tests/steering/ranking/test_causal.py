@@ -15,7 +15,8 @@ from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.evaluation.grading import is_degenerate
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText, generate_steered
-from saesteer.steering.plans.plan import Plan, PlannedLatent, make_plan
+from saesteer.steering.plans.from_sae import make_plan
+from saesteer.steering.plans.plan import Plan, PlannedLatent
 from saesteer.steering.ranking import causal as rerank_module
 from saesteer.steering.ranking.causal import CausalTrial, causal_scores, causal_trials
 from saesteer.steering.ranking.rank import RankConfig, plan_from_ranking, rank

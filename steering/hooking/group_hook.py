@@ -1,0 +1,268 @@
+"""One hook on the residual stream: it edits what passes by the parts of one group."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UserError
+from saesteer.sae.model.hooks import HookPoint, resolve_site
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.hooking.arrangement import Group
+from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.gates import GateState
+from saesteer.steering.hooking.latent_values import (
+    SAEs,
+    gate_reader,
+    given_sae,
+    matching_sae,
+    needs_sae,
+)
+from saesteer.steering.hooking.passes import Call, PassTokens
+from saesteer.steering.hooking.positions import PositionTracker
+from saesteer.steering.hooking.scope import NO_END, NOWHERE, RowInfo, Rows, parse_scope
+from saesteer.steering.hooking.scope_arguments import ScopeArguments
+from saesteer.steering.hooking.touched import Record, SteerReport
+from saesteer.steering.plans.schedules import parse_schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CallRows:
+    """What the parts and prompts say of the rows of a pass, one entry for each row."""
+
+    covered: Rows
+    prompt: Rows | None
+    """The prompt's own tokens, for gates that are decided on it."""
+    prompt_lengths: Int[Tensor, " batch"]
+    part_of_row: Int[Tensor, " batch"] | None
+    behind: "_Behind"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Behind:
+    """Where the scopes lie behind the prompts, as plain numbers: asking waits for no device.
+
+    Column n behind its prompt has position length + n in each row, and scopes are intervals.
+    """
+
+    some_until: int
+    """From this column on no row is covered: scopes that reach behind a prompt begin in it."""
+    all_until: int
+    """Up to this column every row is covered."""
+
+    @classmethod
+    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_Behind":
+        ends = call.lengths
+        pairs = list(zip(covered, ends, strict=True))
+        some_until = max(row.stop - end for row, end in pairs)
+        exact = call.prompt_lengths == ends and all(
+            not row.excluded or row.excluded[-1] < end for row, end in pairs
+        )
+        if not exact or any(row.start > end for row, end in pairs):
+            return cls(NO_END, 0)
+        return cls(some_until, min(row.stop - end for row, end in pairs))
+
+
+class GroupHook:
+    """Edits what passes the hook point by one group of parts, and writes down what it did."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        group: Group,
+        arguments: ScopeArguments,
+        tracker: PositionTracker,
+        report: SteerReport,
+        saes: SAEs,
+        force: bool,
+    ) -> None:
+        first = group.parts[0]
+        self.point: HookPoint = resolve_site(lm, first.layer, first.site)
+        self._group, self._tracker, self._report = group, tracker, report
+        self._scopes = [
+            arguments.resolve(lm, part.scope, task)
+            for part, task in zip(group.parts, group.tasks, strict=True)
+        ]
+        self._schedule = parse_schedule(first.schedule)
+        self._d_model = lm.d_model
+        sae = given_sae(first, saes)
+        if sae is None and needs_sae(first):
+            saes = sae = matching_sae(first, None, force)
+        self._edit = make_edit(group.parts, saes, force)
+        self._gate = first.parsed_gate if first.gate else None
+        if self._gate is not None:
+            if sae is not None:
+                sae = matching_sae(first, sae, force)
+            self._gate_reader = gate_reader(first, sae)
+            self._gate_prompt = parse_scope("prompt") if self._gate.on_prompt else None
+            self._states: dict[int, GateState] = {}
+        leaves_out = [scope.leaves_out_special for scope in self._scopes]
+        self._special = lm.special_ids if any(leaves_out) else None
+        self._all_leave_out = all(leaves_out)
+        self._rows: dict[int, _CallRows] = {}
+        self._rows_call: Call | None = None
+        tracker.on_reorder.append(self._reorder)
+
+    def __call__(self, h: Tensor) -> Tensor | None:
+        tokens = self._tracker.current
+        if tokens is None:
+            return None  # a block that is run by itself is in no row
+        self._report.passes = self._tracker.passes
+        if h.shape != (tokens.batch, tokens.length, self._d_model):
+            raise UserError(
+                f"`site` {self.point.site} ({self.point.module_path}) carries a tensor of shape "
+                f"{list(h.shape)}, not [batch, tokens, {self._d_model}]: choose a site on the "
+                "residual stream, such as resid_post"
+            )
+        rows = self._call_rows(tokens)
+        if tokens.after is not None:
+            if tokens.after >= rows.behind.some_until:
+                return None
+            if self._special is None and tokens.after + tokens.length <= rows.behind.all_until:
+                if self._schedule.is_constant or tokens.length == 1:
+                    return self._behind(h, tokens, rows)
+        covered = self._mask(tokens, rows)
+        weight = None
+        if not self._schedule.is_constant:
+            steps = (tokens.p - (rows.prompt_lengths[:, None] - 1)).clamp(min=0)
+            weight = self._schedule.weights(steps)
+            covered = covered & (weight != 0)
+            weight = weight.to(h.device)
+        covered = covered.to(h.device)
+        wide = h.float()
+        touched = covered
+        if self._gate is not None:
+            touched = covered & self._open(wide, tokens, rows).to(h.device)
+        delta = self._edit.delta(wide, self._spots(h, tokens, rows, touched, weight))
+        self._write(tokens, covered, touched, wide, delta)
+        # Untouched positions keep their very bits: `where`, not a product with the mask.
+        return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
+
+    def _behind(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
+        """The same for a pass behind the prompts that is covered in every row: decoding.
+
+        Nothing here waits for a device, nor builds a mask where none is needed.
+        """
+        assert tokens.after is not None
+        weight = None
+        if not self._schedule.is_constant:
+            weight = self._schedule.weight(tokens.after + 1)
+            if weight == 0:
+                return None
+        wide = h.float()
+        touched = None
+        if self._gate is not None:
+            touched = self._open(wide, tokens, rows).to(h.device)
+        norms = wide.detach().norm(dim=-1)
+        record = self._record(tokens, h.device)
+        if touched is not None and h.device.type == "cpu" and not touched.any():
+            record.log(tokens.after, touched, norms, norms[:1, :1])
+            return None
+        delta = self._edit.delta(wide, self._spots(h, tokens, rows, None, weight))
+        record.log(tokens.after, touched, norms, delta.detach().norm(dim=-1))
+        moved = (wide + delta).to(h.dtype)
+        return moved if touched is None else torch.where(touched[..., None], moved, h)
+
+    def _spots(
+        self,
+        h: Tensor,
+        tokens: PassTokens,
+        rows: _CallRows,
+        touched: Bool[Tensor, "batch seq"] | None,
+        weight: Float[Tensor, "batch seq"] | float | None,
+    ) -> Spots:
+        part_of_row = None if rows.part_of_row is None else rows.part_of_row.to(h.device)
+        return Spots(touched, weight, part_of_row, tokens, rows.prompt_lengths)
+
+    def _call_rows(self, tokens: PassTokens) -> _CallRows:
+        """The rows of the present call, once for each number of rows per prompt."""
+        call, device = tokens.call, tokens.device
+        if self._rows_call is not call:
+            self._rows, self._rows_call = {}, call
+        factor = call.factor(tokens.batch)
+        if factor not in self._rows:
+            pairs = list(zip(call.prompt_lengths, call.prompts, strict=True))
+            chosen = self._group.parts_of(call.number, len(pairs))
+            covered = [
+                NOWHERE if i < 0 else self._scopes[i].row(length, prompt)
+                for i, (length, prompt) in zip(chosen, pairs, strict=True)
+            ]
+            on_prompt = None
+            if self._gate is not None and self._gate_prompt is not None:
+                where = [self._gate_prompt.row(length, prompt) for length, prompt in pairs]
+                on_prompt = Rows.stack(where, device).expand(factor)
+            self._rows[factor] = _CallRows(
+                covered=Rows.stack(covered, device).expand(factor),
+                prompt=on_prompt,
+                prompt_lengths=_expanded(call.prompt_lengths, factor, device),
+                part_of_row=(
+                    _expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
+                ),
+                behind=_Behind.of(call, covered),
+            )
+        return self._rows[factor]
+
+    def _mask(self, tokens: PassTokens, rows: _CallRows) -> Bool[Tensor, "batch seq"]:
+        p = tokens.p
+        mask = rows.covered.mask(p, tokens.real)
+        if self._special is not None and tokens.ids is not None:
+            self._special = self._special.to(tokens.ids.device)
+            special = torch.isin(tokens.ids, self._special)
+            if self._scopes[0].include_first:
+                special = special & (p != 0)
+            if not self._all_leave_out and rows.part_of_row is not None:
+                leaves_out = torch.tensor(
+                    [scope.leaves_out_special for scope in self._scopes], device=p.device
+                )
+                special = special & leaves_out[rows.part_of_row.clamp(min=0)][:, None]
+            mask = mask & ~special
+        return mask
+
+    def _open(
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
+    ) -> Bool[Tensor, "batch seq"]:
+        """Where the gate is open, by the residual as it arrives."""
+        assert self._gate is not None
+        if self._gate.on_prompt and tokens.after is not None:
+            decided = self._states[tokens.call.number].decided(tokens.batch)
+            return decided[:, None].expand(tokens.batch, tokens.length)
+        acts = self._gate_reader.read(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        state = self._states.setdefault(tokens.call.number, GateState(self._gate))
+        nowhere = torch.zeros_like(tokens.real)
+        on_prompt = nowhere if rows.prompt is None else rows.prompt.mask(tokens.p, tokens.real)
+        return state.open(
+            acts.to(tokens.device),
+            tokens.p,
+            tokens.real,
+            on_prompt,
+            rows.prompt_lengths,
+            tokens.columns,
+        )
+
+    def _write(
+        self, tokens: PassTokens, covered: Tensor, touched: Tensor, h: Tensor, delta: Tensor
+    ) -> None:
+        norms = delta.detach().norm(dim=-1)
+        record = self._record(tokens, h.device)
+        record.write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
+
+    def _record(self, tokens: PassTokens, device: torch.device) -> Record:
+        """The record of the present call; one that ended before its first pass has one too."""
+        records, calls = self._report._records, self._tracker.calls
+        while len(records) <= tokens.call.number:
+            records.append(Record.empty(calls[len(records)], device))
+        return records[tokens.call.number]
+
+    def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Beams moved: what was remembered and written of a row moves with it."""
+        if self._report._records:
+            self._report._records[-1].reorder(rows)
+        if self._gate is not None and self._states:
+            self._states[max(self._states)].reorder(rows)
+
+
+def _expanded(values: Sequence[int], factor: int, device: torch.device) -> Int[Tensor, " batch"]:
+    """One number per row of a pass, every prompt's `factor` times."""
+    return torch.tensor(list(values), dtype=torch.int64, device=device).repeat_interleave(factor)

@@ -1,0 +1,182 @@
+"""Plans for latents of an SAE: what steering with them takes is copied out of it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.model.hooks import sae_hook_point
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.plans.methods import METHODS
+from saesteer.steering.plans.plan import (
+    ModelIdentity,
+    Plan,
+    PlannedLatent,
+    SAEIdentity,
+    TaskIdentity,
+)
+
+
+def make_plan(
+    lm: LanguageModel,
+    sae: SAE,
+    latents: Sequence[PlannedLatent],
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    beta: float = 0.0,
+    scope: str = "generation",
+    schedule: str = "constant",
+    task: TaskIdentity | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan for latents of an SAE; the directions and encoder columns are copied out of it.
+
+    `layer` and `site` are needed only where the SAE does not say what it reads (negative layers
+    count from the end).
+
+    Raises:
+        UsageError: a latent that the SAE does not have, a layer or site that contradicts it.
+        UserError: an SAE for another width or for a deeper model.
+    """
+    # Whether the weights are those that the SAE was trained on is for the caller to ask.
+    point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
+    if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
+        raise UserError(
+            f"`sae` {sae.source} scales each token by its length without its mean, which a plan "
+            "cannot say: choose another SAE"
+        )
+    for latent in latents:
+        if not 0 <= latent.id < sae.spec.d_sae:
+            raise UsageError(
+                f"latent {latent.id} is out of range: the SAE {sae.source} has "
+                f"{sae.spec.d_sae} latents, 0..{sae.spec.d_sae - 1}"
+            )
+    ids = [latent.id for latent in latents]
+    columns = encoder_columns(sae, ids)
+    return Plan(
+        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
+        sae=SAEIdentity(
+            _lasting(sae.source),
+            sae.sha256,
+            sae.spec.architecture,
+            sae.spec.k,
+            sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
+        ),
+        site=point.site,
+        layer=point.layer,
+        latents=tuple(latents),
+        directions=sae.W_dec[ids].detach().cpu().clone(),
+        method=method,
+        unit=unit,
+        scale=scale,
+        beta=beta,
+        scope=scope,
+        schedule=schedule,
+        task=task,
+        metrics=dict(metrics or {}),
+        W_enc=columns.get("W_enc"),
+        b_enc=columns.get("b_enc"),
+        threshold=columns.get("threshold"),
+    )
+
+
+def _lasting(source: str) -> str:
+    """A local folder by its absolute path, so that the plan finds it from any folder."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if source and folder.is_dir() else source
+
+
+def plan_from_latents(
+    lm: LanguageModel,
+    sae: SAE,
+    layer: int | None,
+    values: Mapping[int, float | None],
+    *,
+    site: str | None = None,
+    method: str = "add",
+    unit: str = "raw",
+    scale: float = 1.0,
+    beta: float = 0.0,
+    scope: str = "generation",
+    schedule: str = "constant",
+) -> Plan:
+    """A plan for latents chosen by number (`--latents`), with the values given for them.
+
+    Raises what `make_plan` raises, and UsageError for a missing value or a `beta` that is not 0.
+    """
+    if not values:
+        raise UsageError("`latents` is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
+    missing = [i for i, value in values.items() if value is None]
+    if missing and method in METHODS and METHODS[method].takes_dose:
+        raise UsageError(
+            f"`latents` {missing[0]} has no value and `method` {method} needs one: write "
+            f"{missing[0]}:VALUE"
+        )
+    latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
+    return make_plan(
+        lm,
+        sae,
+        latents,
+        layer=layer,
+        site=site,
+        method=method,
+        unit=unit,
+        scale=scale,
+        beta=beta,
+        scope=scope,
+        schedule=schedule,
+    )
+
+
+def parse_latents(text: str) -> dict[int, float | None]:
+    """Parse `--latents`: `9143:1.2,412:0.8`, or ids alone for methods without a value.
+
+    Raises UsageError for anything else.
+    """
+    values: dict[int, float | None] = {}
+    for part in (piece.strip() for piece in text.split(",")):
+        number, colon, value = part.partition(":")
+        try:
+            if not re.fullmatch(r"\d+", number.strip()):
+                raise ValueError
+            latent, chosen = int(number), float(value) if colon else None
+        except ValueError:
+            raise UsageError(
+                f"`latents` must be ID:VALUE,ID:VALUE (such as 9143:1.2,412:0.8) or ID,ID for "
+                f"ablate and project, got {part!r} in {text!r}"
+            ) from None
+        if latent in values:
+            raise UsageError(f"`latents` names latent {latent} twice: name each latent once")
+        values[latent] = chosen
+    return values
+
+
+def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
+    """The encoder of chosen latents, in float32 and free of b_dec: W_enc, b_enc, threshold.
+
+    Whatever is subtracted from the input is folded in: (x - b_dec) W + b = x W + (b - b_dec W), and
+    the same for a token's own mean, which is linear in x. Empty where a latent's value depends on
+    more than its column: on all the others (topk), or on a gate. Where the SAE normalises tokens,
+    x W is to be divided by `token_divisor` before the bias comes in.
+    """
+    if not sae.spec.reads_alone:
+        return {}
+    picked = list(ids)
+    columns = sae.W_enc[:, picked].detach().cpu().float()
+    bias = sae.b_enc[picked].detach().cpu().float()
+    if sae.spec.apply_b_dec_to_input:
+        bias = bias - sae.b_dec.detach().cpu().float() @ columns
+    if sae.spec.centers_input or sae.spec.normalize_activations == "layer_norm":
+        columns = columns - columns.mean(dim=0, keepdim=True)
+    tensors = {"W_enc": columns.contiguous(), "b_enc": bias}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold[picked].detach().cpu().float()
+    return tensors

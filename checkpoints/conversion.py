@@ -19,9 +19,9 @@ from torch import Tensor
 from saesteer.checkpoints import files, folds, formats
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.model_files import quiet
-from saesteer.checkpoints.releases import SAELensMissing, import_sae_lens
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.sae_spec import DTYPES
+from saesteer.checkpoints.saelens_releases import SAELensMissing, import_sae_lens
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 RANDOM_ROWS = 256

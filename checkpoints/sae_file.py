@@ -14,8 +14,8 @@ from torch import Tensor
 from saesteer.checkpoints import hub, sae_folder
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.formats import saelens
-from saesteer.checkpoints.releases import load_release
 from saesteer.checkpoints.sae_spec import SAESpec, hook_name_for
+from saesteer.checkpoints.saelens_releases import load_release
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 __all__ = ["SAE", "SAESpec", "hook_name_for", "load_sae", "save_sae"]

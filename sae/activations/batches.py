@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.reader import ActivationStream
 from saesteer.sae.activations.shuffle_buffer import ShuffleBuffer
@@ -22,7 +23,7 @@ _CHUNK_ROWS = 8192
 class ActivationSource(Protocol):
     """Rows of activations, those of several hook points side by side, in a seeded order."""
 
-    places: list[tuple[int, str]]
+    places: list[Place]
 
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
         """The next rows, or None when there are no more."""
@@ -69,7 +70,7 @@ class ShardSource:
     def __init__(
         self,
         reader: ShardReader,
-        places: Sequence[tuple[int, str]],
+        places: Sequence[Place],
         max_norm_ratio: float,
         seed: int,
     ) -> None:

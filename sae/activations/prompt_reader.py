@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.sinks import MAX_NORM_RATIO, NotFinite, SinkFilter
 from saesteer.sae.model.forward_pass import ForwardPass
 from saesteer.sae.model.hooks import HookPoint
@@ -21,7 +22,7 @@ class PromptRows:
 
     number: int
     """Which of the prompts this is."""
-    rows: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
+    rows: dict[Place, Float[Tensor, "tokens d_model"]]
     """By `HookPoint.key`, in float32, where the model computed them."""
     keep: Bool[Tensor, " tokens"]
     """False for attention sinks; on the CPU."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.sinks import NotFinite, SinkFilter
 from saesteer.sae.config import Progress, TextConfig, no_progress
 from saesteer.sae.model.compiled_blocks import CompiledBlocks
@@ -28,7 +29,7 @@ class ActivationBatch:
     """Kept activations of one forward pass, by `HookPoint.key`, and the tokens they stand on; all
     of it on the CPU."""
 
-    activations: dict[tuple[int, str], Float[Tensor, "tokens d_model"]]
+    activations: dict[Place, Float[Tensor, "tokens d_model"]]
     token_ids: Int[Tensor, " tokens"]
     positions: Int[Tensor, " tokens"]
     """0-based places in the context."""

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
 
@@ -42,7 +43,7 @@ class HookPoint:
         return f"blocks.{self.layer}.hook_{self.site}" if self.site in SITES else self.module_path
 
     @property
-    def key(self) -> tuple[int, str]:
+    def key(self) -> Place:
         return self.layer, self.site
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.prompt_reader import PromptReader
 from saesteer.sae.activations.sinks import norms_of
 from saesteer.sae.model.generation import generate
@@ -125,7 +126,7 @@ class NeutralProbe:
         self._replies: list[list[int]] | None = None
         self._texts: list[str] = []
         self._plain: dict[int, Tensor] = {}
-        self._plain_norms: dict[tuple[int, tuple[int, str]], Tensor] = {}
+        self._plain_norms: dict[tuple[int, Place], Tensor] = {}
 
     def measure(self, plan: Plan, *, flips: bool = False) -> Damage:
         """What a plan does to the answers; with `flips`, also how many of its own are wrong.

@@ -193,7 +193,7 @@ def _plan_from(document: dict[str, Any], tensors: Mapping[str, _PartTensors]) ->
     version = document.get("schema_version")
     rows: list[tuple[_PartRow, str]]
     about: _About
-    if version == 1 and not isinstance(version, bool):
+    if version == 1:
         about = one = read_fields(_Schema1, document, _YAML)
         rows = [(one, "")]
     elif version == 2:

@@ -162,8 +162,9 @@ def decode_mse_triton(
     tile = TILES[0]
     block_d, warps = tile.fit(d_model, W_dec.element_size())
     blocks = triton.cdiv(d_model, block_d)
-    squared_error = error.new_empty((blocks, batch))
-    act_grads = error.new_empty((blocks, *latent_indices.shape))
+    parts = (blocks,) if blocks > 1 else ()
+    squared_error = error.new_empty((*parts, batch))
+    act_grads = error.new_empty((*parts, *latent_indices.shape))
     latent_indices = latent_indices.contiguous()
     decode_mse_kernel[(batch, blocks)](
         latent_acts.contiguous(),
@@ -188,9 +189,9 @@ def decode_mse_triton(
         ACC=tl.float64 if dtype == torch.float64 else tl.float32,
         num_warps=warps,
     )
-    if blocks == 1:
-        return squared_error[0], error, act_grads[0]
-    return squared_error.sum(0), error, act_grads.sum(0)
+    if parts:
+        squared_error, act_grads = squared_error.sum(0), act_grads.sum(0)
+    return squared_error, error, act_grads
 
 
 def decode_mse_native(

@@ -20,12 +20,12 @@ def check_slots(indices: Tensor, row_starts: Tensor | None) -> int:
         raise TypeError(f"latent_indices must be int64 or int32, got {indices.dtype}")
     if row_starts is None:
         if indices.dim() == 1:
-            raise ValueError("latent_indices with one axis [entries] need `row_starts`")
+            raise ValueError("`latent_indices` with one axis [entries] need `row_starts`")
         check_matrix("latent_indices", indices, "batch, k")
         return indices.shape[0]
     if indices.dim() != 1:
         raise ValueError(
-            "latent_indices must have one axis [entries] with `row_starts`, "
+            "`latent_indices` must have one axis [entries] with `row_starts`, "
             f"got {list(indices.shape)}"
         )
     if row_starts.dtype != torch.int64:

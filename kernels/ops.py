@@ -129,9 +129,9 @@ def _check_order(order: LatentOrder | None, latent_indices: Tensor, d_sae: int) 
     check("order.order", order.order, (latent_indices.numel(),), "entries")
     check("order.starts", order.starts, (d_sae + 1,), "d_sae + 1")
     if latent_indices.dim() == 2 and order.examples is not None:
-        raise ValueError("`order` was sorted with row_starts, but latent_indices are [batch, k]")
+        raise ValueError("`order` was sorted with `row_starts`, `latent_indices` are [batch, k]")
     if latent_indices.dim() == 1 and order.examples is None:
-        raise ValueError("`order` was sorted without row_starts, but latent_indices are [entries]")
+        raise ValueError("`order` was sorted without `row_starts`, `latent_indices` are [entries]")
     if order.examples is not None:
         check("order.examples", order.examples, (latent_indices.numel(),), "entries")
 

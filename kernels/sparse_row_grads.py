@@ -28,7 +28,7 @@ CHUNK = 64
 """Most entries that one Triton program adds up. A latent with more is split into chunks, and a
 second kernel adds their sums in order: a latent that always fires would hold up all others."""
 
-TILES = (Tile(8, 2048, 4), Tile(8, 512, 1), Tile(16, 1024, 2), Tile(4, 2048, 4))
+TILES = (Tile(8, 2048, 4), Tile(8, 512, 1), Tile(8, 1024, 2), Tile(4, 2048, 4))
 """The first is used; the others wait for a GPU to judge (`benchmarks/kernel_tiles.py`)."""
 
 
@@ -125,6 +125,9 @@ if TRITON_INSTALLED:
         grads,
         sums,
         counts,
+        later_grads,
+        later_sums,
+        later_counts,
         d_sae,
         d_model,
         stride_rows,
@@ -171,10 +174,15 @@ if TRITON_INSTALLED:
             acc += tl.sum(weight[:, None] * row, axis=0)
             total += weight
             hits += (weight != 0).to(tl.int32)
-        tl.store(grads + slot * d_model + cols, acc, mask=col_ok)
-        if tl.program_id(1) == 0:
-            tl.store(sums + slot, tl.sum(total, axis=0))
-            tl.store(counts + slot, tl.sum(hits, axis=0).to(tl.int64))
+        first_tile = tl.program_id(1) == 0
+        if extra < 0:
+            tl.store(grads + slot * d_model + cols, acc, mask=col_ok)
+            tl.store(sums + slot, tl.sum(total, axis=0), mask=first_tile)
+            tl.store(counts + slot, tl.sum(hits, axis=0).to(tl.int64), mask=first_tile)
+        else:
+            tl.store(later_grads + extra * d_model + cols, acc, mask=col_ok)
+            tl.store(later_sums + extra, tl.sum(total, axis=0), mask=first_tile)
+            tl.store(later_counts + extra, tl.sum(hits, axis=0).to(tl.int64), mask=first_tile)
 
     @triton.jit
     @no_type_check
@@ -184,7 +192,9 @@ if TRITON_INSTALLED:
         grads,
         sums,
         counts,
-        d_sae,
+        later_grads,
+        later_sums,
+        later_counts,
         d_model,
         CHUNK: tl.constexpr,
         BLOCK_D: tl.constexpr,
@@ -206,10 +216,10 @@ if TRITON_INSTALLED:
         total = tl.load(sums + latent + one)
         hits = tl.load(counts + latent + one)
         for later in range(0, (stop - start - 1) // CHUNK):
-            slot = d_sae + extra + later
-            acc += tl.load(grads + slot * d_model + cols, mask=col_ok, other=0.0)
-            total += tl.load(sums + slot + one)
-            hits += tl.load(counts + slot + one)
+            at = extra + later
+            acc += tl.load(later_grads + at * d_model + cols, mask=col_ok, other=0.0)
+            total += tl.load(later_sums + at + one)
+            hits += tl.load(later_counts + at + one)
         tl.store(at_first, acc, mask=col_ok)
         if tl.program_id(1) == 0:
             tl.store(sums + latent + one, total)
@@ -241,26 +251,31 @@ def sparse_row_grads_triton(
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     weights, rows = weights.contiguous(), unit_stride(rows)
     work = work or work_list(weights, order)
-    slots = d_sae + len(work.owners)
-    grads = rows.new_empty((slots, d_model), dtype=dtype)
-    sums = rows.new_empty((slots,), dtype=dtype)
-    counts = rows.new_empty((slots,), dtype=torch.int64)
+    n_later = len(work.owners)
+    # First chunks are written to the result at once, later ones beside it.
+    found, later = (
+        (
+            rows.new_empty((length, d_model), dtype=dtype),
+            rows.new_empty((length,), dtype=dtype),
+            rows.new_empty((length,), dtype=torch.int64),
+        )
+        for length in (d_sae, n_later)
+    )
     if d_sae == 0:
-        return grads, sums, counts
+        return found
 
     tile = TILES[0]
     block_d, warps = tile.fit(max(1, d_model), rows.element_size())
     d_tiles = triton.cdiv(max(1, d_model), block_d)  # one also where only sums are wanted
-    row_grads_kernel[(slots, d_tiles)](
+    row_grads_kernel[(d_sae + n_later, d_tiles)](
         weights,
         rows,
         order.order,
         work.examples,
         order.starts,
         work.owners,
-        grads,
-        sums,
-        counts,
+        *found,
+        *later,
         d_sae,
         d_model,
         rows.stride(0),
@@ -271,21 +286,19 @@ def sparse_row_grads_triton(
         ACC=acc,
         num_warps=warps,
     )
-    if slots > d_sae:
-        add_chunks_kernel[(slots - d_sae, d_tiles)](
+    if n_later:
+        add_chunks_kernel[(n_later, d_tiles)](
             order.starts,
             work.owners,
-            grads,
-            sums,
-            counts,
-            d_sae,
+            *found,
+            *later,
             d_model,
             CHUNK=CHUNK,
             BLOCK_D=block_d,
             ACC=acc,
             num_warps=warps,
         )
-    return grads[:d_sae], sums[:d_sae], counts[:d_sae]
+    return found
 
 
 def sum_rows(weights: Tensor, rows: Tensor, order: LatentOrder) -> tuple[Tensor, Tensor, Tensor]:

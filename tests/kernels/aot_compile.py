@@ -33,9 +33,10 @@ from saesteer.kernels import (
 MODULES = (adam_rows, auxk, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
 
 POINTERS = {
-    "*i64": "latent_indices indices order starts row_starts examples owners counts",
+    "*i64": "latent_indices indices order starts row_starts examples owners counts later_counts",
     "*i32": "group_keys group_ids",
-    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums "
+    "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums later_grads "
+    "later_sums "
     "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
     "*bf16": "shadows",
     "*fp64": "schedule",

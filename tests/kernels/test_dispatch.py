@@ -84,6 +84,23 @@ def test_tiles_pad_little(d_model: int, widest: int, block: int) -> None:
     assert dispatch.column_block(d_model, widest) == block
 
 
+@pytest.mark.parametrize(
+    ("tile", "d_model", "element_bytes", "columns", "warps"),
+    [
+        (dispatch.Tile(8, 512, 1), 4096, 2, 256, 1),
+        (dispatch.Tile(8, 512, 1), 4096, 4, 128, 1),
+        (dispatch.Tile(8, 2048, 4), 4096, 2, 1024, 4),
+        (dispatch.Tile(8, 2048, 4), 576, 2, 256, 1),  # of 3 x 256 a quarter lies idle
+        (dispatch.Tile(8, 2048, 4), 41, 2, 64, 1),
+        (dispatch.Tile(8, 512, 1), 1, 8, 16, 1),
+    ],
+)
+def test_a_tile_fits_the_width(
+    tile: dispatch.Tile, d_model: int, element_bytes: int, columns: int, warps: int
+) -> None:
+    assert tile.fit(d_model, element_bytes) == (columns, warps)
+
+
 WITHOUT_TRITON = """
 import os, pkgutil, sys, warnings
 

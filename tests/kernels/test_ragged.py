@@ -316,11 +316,11 @@ def test_an_index_out_of_range_is_an_error() -> None:
 def test_an_order_of_the_other_form_is_an_error() -> None:
     p = Problem([2, 2, 2], torch.float32)
     ragged = sort_indices(p.indices, p.d_sae, p.row_starts)
-    with pytest.raises(ValueError, match="sorted without row_starts"):
+    with pytest.raises(ValueError, match="sorted without `row_starts`"):
         sparse_row_grads(
             p.acts, p.indices, p.target, p.d_sae, LatentOrder(*ragged[:2]), p.row_starts
         )
-    with pytest.raises(ValueError, match="sorted with row_starts"):
+    with pytest.raises(ValueError, match="sorted with `row_starts`"):
         sparse_row_grads(p.acts.view(3, 2), p.indices.view(3, 2), p.target, p.d_sae, ragged)
     with pytest.raises(TypeError, match="`row_starts` must be int64, got torch.int32"):
         sparse_decode(p.acts, p.indices, p.W, None, p.row_starts.int())

@@ -211,6 +211,7 @@ def test_decode_mse(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.d
         ops.decode_mse(*operands), decode_mse.decode_mse_reference(*wide), strict=True
     ):
         assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert ours._base is None, "a view of a larger result may not be changed in place"
         # Sums of up to 1000 squares of size 30.
         torch.testing.assert_close(ours.double(), dense, rtol=1e-5, atol=1e-3)
 
@@ -225,6 +226,7 @@ def test_pair_grads(batch: int, d_model: int, d_sae: int, k: int, dtype: torch.d
     wide = sparse_pair_grads_reference(*(t.double() for t in operands), indices, d_sae)
     found = ops.sparse_pair_grads(*operands, indices, d_sae)
     for ours, dense in zip(found[:3], wide[:3], strict=True):
+        assert ours._base is None, "a view of a larger result may not be changed in place"
         torch.testing.assert_close(ours.double(), dense, rtol=1e-4, atol=1e-3)
     assert torch.equal(found[3], wide[3])
 

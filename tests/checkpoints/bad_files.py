@@ -388,5 +388,5 @@ def refusal(path: Path) -> str:
     # In kilobytes on Linux; a peak that was reached before cannot grow, and passes.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < BYTES >> 10
     text = str(error.value)
-    assert "\n" not in text and "--sae" in text and len(text) < 1000
+    assert "\n" not in text and "`sae`" in text and len(text) < 1000
     return text

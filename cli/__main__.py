@@ -18,7 +18,7 @@ VERBS = {
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes: success against damage, the best plan",
-    "evaluate": "success, fluency and damage of a plan beside every control, as a report",
+    "evaluate": "success, fluency and damage of a plan against every control, as a report",
     "convert": "an SAE or a plan in another tool's format, with a report of what differs",
     "doctor": "prove that hooks read and write where they say, and predict what a job costs",
     "push": "share an SAE with a generated card, on the Hub or in a folder",

@@ -38,7 +38,7 @@ def add_flags(parser: VerbParser) -> None:
         "--beside",
         action=Repeated,
         metavar="WAY",
-        help="answer in another way too and show it beside: the path of a plan, meandiff (the mean "
+        help="answer in another way too and show both: the path of a plan, meandiff (the mean "
         "difference of the plan's task at the same length), prompt (its instruction, unsteered) or "
         "prompt:TEXT; repeatable",
     )
@@ -255,7 +255,7 @@ def _check_flags(args: Namespace) -> None:
     if args.scale == 0:
         raise UsageError(
             "--scale 0 would steer nothing: leave out the plan and give --baseline for the "
-            "unsteered text, or give --baseline beside another --scale"
+            "unsteered text, or give --baseline with another --scale"
         )
 
 

@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     found = {**facts(device, shape), "rounds": args.rounds}
     columns = dict(COLUMNS)
     if device.type == "cuda":
-        found["peak_gb"] = max((row.get("peak_gb", 0.0) for row in rows), default=0.0)
+        found["peak_gb"] = round(max((row.get("peak_gb", 0.0) for row in rows), default=0.0), 2)
         given = columns.pop("given")
         columns |= {**COLUMNS_OF_CUDA, "given": given}
     deliver(args, device, found, rows, columns)

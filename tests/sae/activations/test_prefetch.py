@@ -173,7 +173,7 @@ def test_a_source_that_hangs_does_not_hang_the_end(monkeypatch: pytest.MonkeyPat
             prefetch.next_batch()
     assert not forever.is_set(), "the end did not wait for the source"
     forever.set()
-    producer._thread.join()
+    prefetch._thread.join()
 
 
 def test_the_end_of_training_leaves_no_thread(tmp_path: Path) -> None:

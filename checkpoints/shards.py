@@ -121,9 +121,14 @@ class ShardReader:
         ]
         if len(fitting) != 1:
             problem = "has more than one matching" if fitting else "has no matching"
+            asked = [
+                f"`{name}` {value}"
+                for name, value in (("layer", layer), ("site", site))
+                if value is not None
+            ]
             raise UserError(
                 f"{self._what} {problem} layer and site (layers {self.layers}, sites {self.sites}; "
-                f"asked: `layer` {layer}, `site` {site}): give `layer` and `site` from these"
+                f"asked: {' and '.join(asked) or 'neither'}): give `layer` and `site` from these"
             )
         return fitting[0]
 

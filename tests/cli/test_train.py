@@ -110,7 +110,7 @@ def test_shards_that_cannot_be_used(cli: Cli, acts: Path, tmp_path: Path) -> Non
     line = fails(cli, 1, tmp_path, "--activations", tmp_path / "none")
     assert f"--activations {tmp_path / 'none'}" in line
     line = fails(cli, 1, tmp_path, "--activations", acts, "--layer", 2)
-    assert "does not have the asked layer" in line
+    assert "has no matching layer and site" in line and "asked: --layer 2)" in line
     broken = tmp_path / "broken"
     for file in acts.rglob("*"):
         if file.is_file():

@@ -113,8 +113,11 @@ def test_states_that_are_refused(shards: Path, tmp_path: Path) -> None:
         ({"saes": None}, "does not say what its SAEs are"),
         ({"scales": [0.0]}, "input scale is 0.0"),
         ({"saes": {name: {**meta["saes"][name], "d_sae": 47}}}, "does not fit its spec"),
-        ({"saes": {name: {**meta["saes"][name], "metadata": 3}}}, "wrong 'metadata'"),
-        ({"saes": {name: {**meta["saes"][name], "surprise": 3}}}, "wrong 'surprise'"),
+        (
+            {"saes": {name: {**meta["saes"][name], "metadata": 3}}},
+            "key 'metadata' must be a mapping",
+        ),
+        ({"saes": {name: {**meta["saes"][name], "surprise": 3}}}, "'surprise'"),
     ):
         run_state.save_state(out, tensors, {**meta, **changes})
         with pytest.raises(UserError, match=error):

@@ -1,4 +1,4 @@
-"""The command lines in README.md and in the help run, on a tiny model and in small sizes."""
+"""The command lines in README.md and in the help run; what the pages name exists."""
 
 import json
 import re
@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from saesteer.checkpoints import SAE
 from saesteer.cli.__main__ import VERBS, _help, main
 
 pytestmark = pytest.mark.usefixtures("short_dry_run")
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 # What makes a line small enough for a tiny random model; the verb's other flags stay.
 SMALLER = {
@@ -134,3 +142,66 @@ def test_help_examples_ask_for_no_more_than_the_built_in_corpus_has() -> None:
         assert int(flags["--tokens"]) <= corpus * int(flags.get("--epochs", 1)), words
         checked.append(words[0])
     assert set(checked) == {"harvest", "train"}
+
+
+def named_in(page: Path) -> list[str]:
+    """What stands between backticks in the prose of a page."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", page.read_text())
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in slugs(file), f"{page.name} links to {target}#{anchor}"
+    tops = "|".join(path.name for path in ROOT.iterdir() if path.is_dir())
+    paths = [name for name in named_in(page) if re.fullmatch(rf"(?:{tops})/[\w./-]*", name)]
+    # `checkpoints/` is also a folder of Llama Scope's files.
+    missing = {name for name in paths if not (ROOT / name).exists()}
+    assert missing <= {"checkpoints/final.safetensors"}, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_names_and_flags_exist(page: Path) -> None:
+    text = page.read_text()
+    calls = re.findall(r"\b(sae|steering|checkpoints)((?:\.[A-Za-z]\w*)+)\(", text)
+    calls += [
+        (found[1], found[2])
+        for name in named_in(page)
+        if (found := re.match(r"(?:saesteer\.)?(steering|checkpoints)((?:\.[A-Za-z_]\w*)+)", name))
+    ]
+    for room, names in calls:
+        if room == "sae" and hasattr(SAE, names.split(".")[1]):
+            continue  # a variable of that name
+        value: object = import_module(f"saesteer.{room}")
+        for name in names.split(".")[1:]:
+            if not hasattr(value, name):
+                import_module(f"{value.__name__}.{name}")  # type: ignore[attr-defined]
+            value = getattr(value, name)
+    sources = [*(ROOT / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    ours = "".join(source.read_text() for source in [*sources, ROOT / "tests" / "conftest.py"])
+    # Of mypy, pytest, pip and torchrun.
+    others = {"--strict", "--pdb", "--no-deps", "--nproc-per-node"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others
+    assert {flag for flag in flags if f'"{flag}"' not in ours} == set()
+
+
+def test_the_way_of_a_token_names_functions_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## One token")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d+\. `(\S+\.py)`(.*)$", text, flags=re.M)
+    assert len(steps) == 15
+    for path, does in steps:
+        file = ROOT / ("" if path.startswith("kernels/") else "sae") / path
+        for name in re.findall(r"`([\w.]+)`", does):
+            for part in name.split("."):
+                defined = rf"^ *(?:def|class) {part}\b"
+                assert re.search(defined, file.read_text(), flags=re.M), f"{path}: {name}"

@@ -372,9 +372,18 @@ def adam_rows_op(
     run = adam_rows_triton if fits else adam_rows_torch
     with torch.cuda.device_of(param):  # Triton launches on the current device
         run(
-            param, grad, exp_avg, exp_avg_sq, shadow, schedule, grad_scale,
-            beta1, beta2, eps, unit_rows,
-        )  # fmt: skip
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            shadow,
+            schedule,
+            grad_scale,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+        )
 
 
 @adam_rows_op.register_fake

@@ -88,14 +88,31 @@ def adam_sparse_rows_native(
     rate, root, _ = schedule.tolist()
     number = np.float32
     run_parts(
-        adam_sparse_rows, _balanced(order.starts, parts_of(weights.numel() + d_sae, 256)),
-        param.detach().numpy(), exp_avg.numpy(), exp_avg_sq.numpy(),
-        weights.contiguous().view(-1).numpy(), rows.contiguous().numpy(),
-        order.order.numpy(), order.starts.numpy(), ragged, examples.numpy(), k, number(factor),
-        number(rate), number(1 - beta1), number(beta2), number(1 - beta2), number(root),
-        number(eps), unit_rows,
-        extra.contiguous().numpy(), extra_at.numpy(), sums.numpy(), counts.numpy(),
-    )  # fmt: skip
+        adam_sparse_rows,
+        _balanced(order.starts, parts_of(weights.numel() + d_sae, 256)),
+        param.detach().numpy(),
+        exp_avg.numpy(),
+        exp_avg_sq.numpy(),
+        weights.contiguous().view(-1).numpy(),
+        rows.contiguous().numpy(),
+        order.order.numpy(),
+        order.starts.numpy(),
+        ragged,
+        examples.numpy(),
+        k,
+        number(factor),
+        number(rate),
+        number(1 - beta1),
+        number(beta2),
+        number(1 - beta2),
+        number(root),
+        number(eps),
+        unit_rows,
+        extra.contiguous().numpy(),
+        extra_at.numpy(),
+        sums.numpy(),
+        counts.numpy(),
+    )
     return sums, counts
 
 
@@ -126,9 +143,19 @@ def adam_sparse_rows_op(
     run = adam_sparse_rows_native if native else adam_sparse_rows_torch
     with torch.cuda.device_of(param):
         return run(
-            *state, weights, rows, LatentOrder(order, starts, examples),
-            factor, schedule, beta1, beta2, eps, unit_rows, extra, extra_ids,
-        )  # fmt: skip
+            *state,
+            weights,
+            rows,
+            LatentOrder(order, starts, examples),
+            factor,
+            schedule,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+            extra,
+            extra_ids,
+        )
 
 
 @adam_sparse_rows_op.register_fake

@@ -110,9 +110,18 @@ def adam_sparse_rows(
             square, along = _along(grad, param[f])
             alive = square > 0
         square = _adam(
-            param[f], grad, along, exp_avg[f], exp_avg_sq[f],
-            rate, decay1, beta2, decay2, root, eps,
-        )  # fmt: skip
+            param[f],
+            grad,
+            along,
+            exp_avg[f],
+            exp_avg_sq[f],
+            rate,
+            decay1,
+            beta2,
+            decay2,
+            root,
+            eps,
+        )
         if unit_rows:
             if alive and square > 0:
                 _scale(param[f], np.float32(1) / np.sqrt(square))

@@ -15,6 +15,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import gather_dot_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     Tile,
@@ -32,10 +33,9 @@ from saesteer.kernels.entries import (
     row_starts_of,
     to_dense,
 )
-from saesteer.kernels.gather_dot import gather_dot_op, gather_dot_torch
+from saesteer.kernels.gather_dot import gather_dot_torch
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
 from saesteer.kernels.sparse_decode import sparse_decode_torch
-from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -210,13 +210,16 @@ def decode_mse_native(
     error = target.new_empty((batch, d_model))
     act_grads = target.new_empty(latent_indices.shape)
     run_parts(
-        decode_mse_rows, even_bounds(batch, parts_of(batch, 8)),
+        decode_mse_rows,
+        even_bounds(batch, parts_of(batch, 8)),
         latent_acts.reshape(-1).contiguous().numpy(),
         latent_indices.to(torch.int64).reshape(-1).contiguous().numpy(),
         row_starts_of(latent_indices, row_starts).contiguous().numpy(),
         *(t.contiguous().numpy() for t in (W_dec, b_dec, target)),
-        squared_error.numpy(), error.numpy(), act_grads.view(-1).numpy(),
-    )  # fmt: skip
+        squared_error.numpy(),
+        error.numpy(),
+        act_grads.view(-1).numpy(),
+    )
     return squared_error, error, act_grads
 
 

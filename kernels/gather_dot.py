@@ -9,7 +9,7 @@ few chosen latents. The gathered rows [batch, k, d_model] are never stored.
 
 import warnings
 from functools import cache
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -159,28 +159,3 @@ def gather_dot_op(
 @gather_dot_op.register_fake
 def _(vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None) -> Tensor:
     return vectors.new_empty(indices.shape, dtype=accumulator_dtype(vectors, matrix))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_dots: Tensor) -> tuple[Any, ...]:
-    # Imported here: decode, gather-dot and row sums are one another's derivatives.
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-    from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
-
-    vectors, matrix, indices, row_starts = ctx.saved_tensors
-    grad_vectors = grad_matrix = None
-    if ctx.needs_input_grad[0]:
-        grad_vectors = sparse_decode_op(grad_dots, indices, matrix, None, row_starts)
-        grad_vectors = grad_vectors.to(vectors.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_matrix, _, _ = sparse_row_grads_op(
-            grad_dots, indices, vectors, matrix.shape[0], row_starts
-        )
-        grad_matrix = grad_matrix.to(matrix.dtype)
-    return grad_vectors, grad_matrix, None, None
-
-
-gather_dot_op.register_autograd(_backward, setup_context=_setup_context)

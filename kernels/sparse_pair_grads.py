@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op
 from saesteer.kernels.dispatch import accumulator_dtype, use_triton
 from saesteer.kernels.entries import check_entries
 from saesteer.kernels.sparse_row_grads import (
@@ -111,9 +112,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, up_a: Tensor, up_b: Tensor, up_sums: Tensor, up_counts: Any) -> Any:
-    from saesteer.kernels.gather_dot import gather_dot_op
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-
     weights_a, rows_a, weights_b, rows_b, indices, row_starts = ctx.saved_tensors
     needed = ctx.needs_input_grad
     grad_weights_a = grad_rows_a = grad_weights_b = grad_rows_b = None

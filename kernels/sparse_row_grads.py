@@ -9,7 +9,7 @@ are sorted by latent once and each latent's run is summed in order, so no [batch
 tensor exists, no atomic addition is used and the result is the same bit for bit at every call.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -359,27 +359,3 @@ def _(
         rows.new_empty((d_sae,), dtype=dtype),
         rows.new_empty((d_sae,), dtype=torch.int64),
     )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    weights, indices, rows, _, row_starts, *_ = inputs
-    ctx.save_for_backward(weights, indices, rows, row_starts)
-
-
-def _backward(ctx: Any, grad_grads: Tensor, grad_sums: Tensor, grad_counts: Any) -> tuple[Any, ...]:
-    # Imported here: decode, gather-dot and row sums are one another's derivatives.
-    from saesteer.kernels.gather_dot import gather_dot_op
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-
-    weights, indices, rows, row_starts = ctx.saved_tensors
-    grad_weights = grad_rows = None
-    if ctx.needs_input_grad[0]:
-        grad_weights = gather_dot_op(rows, grad_grads, indices, row_starts) + grad_sums[indices]
-        grad_weights = grad_weights.to(weights.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_rows = sparse_decode_op(weights, indices, grad_grads, None, row_starts)
-        grad_rows = grad_rows.to(rows.dtype)
-    return grad_weights, None, grad_rows, None, None, None, None, None
-
-
-sparse_row_grads_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,10 +14,9 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
-from saesteer.kernels.sparse_decode import sparse_decode_op
-from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 CPU_CHUNK_BYTES = 20 * 2**20
 """Dense pre-activations made at a time on a CPU. They stay in the last-level cache until they are
@@ -178,9 +177,15 @@ def _encode_rows(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[
         pre_acts = buffer[: part.stop - first]
         torch.mm(x[part], W_enc_rows.t(), out=pre_acts)
         run_parts(
-            select_rows, even_bounds(len(pre_acts), parts_of(len(pre_acts), 8)),
-            pre_acts.numpy(), b_enc.numpy(), k, span, acts[part].numpy(), indices[part].numpy(),
-        )  # fmt: skip
+            select_rows,
+            even_bounds(len(pre_acts), parts_of(len(pre_acts), 8)),
+            pre_acts.numpy(),
+            b_enc.numpy(),
+            k,
+            span,
+            acts[part].numpy(),
+            indices[part].numpy(),
+        )
     return acts, indices
 
 
@@ -223,11 +228,21 @@ def _encode_certain(
         product = buffer[: part.stop - first]
         torch.mm(x_near[part], W_near.t(), out=product)
         run_parts(
-            select_certain_rows, even_bounds(len(product), parts_of(len(product), 8)),
-            product.view(torch.uint16).numpy(), x[part].numpy(), x_sizes[part],
-            W_enc_rows.numpy(), unsure, b_enc.numpy(), k, span, 8 * k,
-            acts[part].numpy(), indices[part].numpy(), undecided[part].numpy(),
-        )  # fmt: skip
+            select_certain_rows,
+            even_bounds(len(product), parts_of(len(product), 8)),
+            product.view(torch.uint16).numpy(),
+            x[part].numpy(),
+            x_sizes[part],
+            W_enc_rows.numpy(),
+            unsure,
+            b_enc.numpy(),
+            k,
+            span,
+            8 * k,
+            acts[part].numpy(),
+            indices[part].numpy(),
+            undecided[part].numpy(),
+        )
     return undecided.nonzero()[:, 0]
 
 

@@ -363,11 +363,16 @@ def save(
     """The summary and the page: of this run, and of earlier ones what this one does not replace."""
     absent = {
         name: {
-            "part": name, "seconds": 0.0, "peak_gb": None, "status": "left out",
-            "result": f"left out: {why}", "device": "", "revision": "",
+            "part": name,
+            "seconds": 0.0,
+            "peak_gb": None,
+            "status": "left out",
+            "result": f"left out: {why}",
+            "device": "",
+            "revision": "",
         }
         for name, why in left_out.items()
-    }  # fmt: skip
+    }
     ran = {outcome.part.name: outcome.row() for outcome in outcomes}
     known = absent | earlier(args, where) | ran
     rows = [known[part.name] for part in PARTS if part.name in known]

@@ -99,9 +99,14 @@ class Bench:
     def batches(self, compiled: bool = False) -> BatchStream:
         source = LiveSource(self.stream(compiled))
         return BatchStream(
-            source, self.lm.d_model, tokens=10**9, batch_tokens=BATCH_TOKENS,
-            buffer_tokens=4 * BATCH_TOKENS, dtype=self.lm.dtype, seed=0,
-        )  # fmt: skip
+            source,
+            self.lm.d_model,
+            tokens=10**9,
+            batch_tokens=BATCH_TOKENS,
+            buffer_tokens=4 * BATCH_TOKENS,
+            dtype=self.lm.dtype,
+            seed=0,
+        )
 
 
 def open_corpus_texts() -> list[str]:
@@ -137,10 +142,14 @@ def bare(bench: Bench) -> Round:
 def to_shards(bench: Bench, compiled: bool = False) -> Round:
     stream = bench.stream(compiled)
     writer = ShardWriter(
-        bench.folder / f"shards-{compiled}", layers=[bench.layer], sites=["resid_post"],
-        d_model=bench.lm.d_model, dtype=bench.lm.dtype, facts={"model": bench.lm.name},
+        bench.folder / f"shards-{compiled}",
+        layers=[bench.layer],
+        sites=["resid_post"],
+        d_model=bench.lm.d_model,
+        dtype=bench.lm.dtype,
+        facts={"model": bench.lm.name},
         shard_tokens=SHARD_TOKENS,
-    )  # fmt: skip
+    )
     background = BackgroundWriter(writer, SHARD_TOKENS)
 
     def run() -> int:

@@ -28,10 +28,20 @@ COMMON = ("--layer", "1", "--context", "64", "--batch-size", "8", "--epochs", "5
 WORDS = {
     "harvest": ("--shard-tokens", "4096", "--keep-positions", "--shuffle"),
     "train": (
-        "--d-sae", "256", "--k", "8", "--batch-tokens", "256", "--buffer-tokens", "8192",
-        "--checkpoint-every", "8192", "--init-seed", "0,1",
+        "--d-sae",
+        "256",
+        "--k",
+        "8",
+        "--batch-tokens",
+        "256",
+        "--buffer-tokens",
+        "8192",
+        "--checkpoint-every",
+        "8192",
+        "--init-seed",
+        "0,1",
     ),
-}  # fmt: skip
+}
 TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer")
 
 

@@ -42,8 +42,10 @@ def watch(verb: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     words = [verb, "--model", args.model, "--layer", str(args.layer), "--tokens", str(args.tokens)]
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "saesteer.cli", *words, *WORDS[verb], "-o", str(out)],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     wait_for_work(child, verb)
     drain = threading.Thread(target=child.communicate)
     drain.start()

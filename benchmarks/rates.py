@@ -85,8 +85,11 @@ def about(device: torch.device) -> dict[str, Any]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         said = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
-            capture_output=True, text=True, check=True, timeout=20,
-        ).stdout  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout
         found |= dict(zip(query.split(","), map(str.strip, said.split(",")), strict=True))
     return found
 

@@ -37,9 +37,14 @@ class WaitingSaver(StateSaver):
 
 def write_activations(folder: Path) -> Path:
     writer = ShardWriter(
-        folder, layers=[0], sites=["resid_post"], d_model=D_MODEL, dtype=torch.bfloat16,
-        shard_tokens=16_384, facts={"model": "random"},
-    )  # fmt: skip
+        folder,
+        layers=[0],
+        sites=["resid_post"],
+        d_model=D_MODEL,
+        dtype=torch.bfloat16,
+        shard_tokens=16_384,
+        facts={"model": "random"},
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(0, ROWS, 8192):
         rows = torch.randn(8192, D_MODEL, generator=generator)
@@ -83,9 +88,11 @@ def main() -> None:
         place = Path(name)
         activations = write_activations(place / "acts")
         train(place / "warm", replace(default, tokens=8192), activations=activations, device="cpu")
-        print(f"d_model {D_MODEL}, d_sae 4608, k 32, {args.tokens:,} tokens, "
-              f"torch {torch.__version__}, threads {torch.get_num_threads()}, "
-              f"{platform.machine()}, {os.cpu_count()} cores")  # fmt: skip
+        print(
+            f"d_model {D_MODEL}, d_sae 4608, k 32, {args.tokens:,} tokens, "
+            f"torch {torch.__version__}, threads {torch.get_num_threads()}, "
+            f"{platform.machine()}, {os.cpu_count()} cores"
+        )
         print(f"{'':34s} saves    blocked    share       tokens/s")
         measure("default settings", place / "default", activations, default, StateSaver)
         measure("a state every 10 steps", place / "often", activations, often, StateSaver)

@@ -75,13 +75,20 @@ class Bench:
             W_dec /= W_dec.norm(dim=1, keepdim=True)
             spec = SAESpec(
                 architecture=architecture,  # type: ignore[arg-type]
-                d_model=d_model, d_sae=self.d_sae, k=32 if architecture == "topk" else None,
+                d_model=d_model,
+                d_sae=self.d_sae,
+                k=32 if architecture == "topk" else None,
                 hook_name=f"blocks.{self.layer}.hook_resid_post",
-            )  # fmt: skip
+            )
             self.saes[architecture] = SAE(
-                spec=spec, W_enc=W_dec.T.contiguous(), b_enc=torch.zeros(self.d_sae), W_dec=W_dec,
-                b_dec=torch.zeros(d_model), source="random", sha256=architecture,
-            ).to(self.lm.device)  # fmt: skip
+                spec=spec,
+                W_enc=W_dec.T.contiguous(),
+                b_enc=torch.zeros(self.d_sae),
+                W_dec=W_dec,
+                b_dec=torch.zeros(d_model),
+                source="random",
+                sha256=architecture,
+            ).to(self.lm.device)
         return self.saes[architecture]
 
     def plan(self, k: int, architecture: str = "standard", **fields: Any) -> Plan:
@@ -268,9 +275,11 @@ def bench_of(
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template).token_ids for text in texts]
     ids, mask = pad_left(lm, prompts)
     options = {
-        "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
+        "max_new_tokens": args.tokens,
+        "min_new_tokens": args.tokens,
+        "do_sample": False,
         "pad_token_id": lm.pad_id,
-    }  # fmt: skip
+    }
     if args.compiled:
         options["cache_implementation"] = "static"
     return Bench(lm, layer, ids, mask, options, args.d_sae or 8 * lm.d_model, HookClock(), saes)
@@ -298,10 +307,14 @@ def main(argv: list[str] | None = None) -> None:
         found = rows_of(names, ready, missing, timings, hooks, args.tokens)
         rows += [{**row, "batch": batch} for row in found]
     shape = {
-        "model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "layer": bench.layer,
-        "d_sae": bench.d_sae, "batch": args.batch, "prompt": bench.ids.shape[1],
+        "model": lm.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "layer": bench.layer,
+        "d_sae": bench.d_sae,
+        "batch": args.batch,
+        "prompt": bench.ids.shape[1],
         "tokens": args.tokens,
-    }  # fmt: skip
+    }
     if args.compiled:
         shape["generation"] = "static cache" + (", compiled" if device.type == "cuda" else "")
     columns = dict(COLUMNS)

@@ -176,21 +176,36 @@ def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
     lines = [f"## `{_text(sae_id)}`", ""]
     facts = [
         ("model", _model(model)),
-        ("reads", " = ".join(f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name")
-                             if entry.get(key))),
+        (
+            "reads",
+            " = ".join(
+                f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name") if entry.get(key)
+            ),
+        ),
         ("architecture", _text(entry.get("architecture") or "")),
         ("text", _sources(entry.get("text"))),
-        ("context", f"{_count(entry.get('context_size'))} tokens"
-                    if entry.get("context_size") else ""),
-        ("seeds", ", ".join(f"{name} {value}" for name, value in seeds.items()
-                            if value is not None)),
+        (
+            "context",
+            f"{_count(entry.get('context_size'))} tokens" if entry.get("context_size") else "",
+        ),
+        (
+            "seeds",
+            ", ".join(f"{name} {value}" for name, value in seeds.items() if value is not None),
+        ),
         ("weights", f"SHA-256 `{_text(entry.get('sha256'))}`"),
-        ("made with", ", ".join(f"{_text(name)} {_text(version)}" for name, version
-                                in _dict(entry.get("versions")).items()
-                                if version and name in ("saesteer", "torch", "transformers"))),
-        ("source revision", f"`{_text(entry['git_revision'])}`" if entry.get("git_revision")
-                            else ""),
-    ]  # fmt: skip
+        (
+            "made with",
+            ", ".join(
+                f"{_text(name)} {_text(version)}"
+                for name, version in _dict(entry.get("versions")).items()
+                if version and name in ("saesteer", "torch", "transformers")
+            ),
+        ),
+        (
+            "source revision",
+            f"`{_text(entry['git_revision'])}`" if entry.get("git_revision") else "",
+        ),
+    ]
     lines += [f"- {name}: {value}" for name, value in facts if value]
     held_out = _dict(entry.get("held_out"))
     if held_out:

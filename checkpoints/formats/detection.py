@@ -23,9 +23,13 @@ from saesteer.checkpoints.safe_reading import TensorInfo
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 # Files that lie next to an SAE but are not one.
 _COMPANIONS = {
-    "sparsity.safetensors", "activation_whitening.safetensors",
-    "activations_store_state.safetensors", "trainer_state.pt", "plan.safetensors", "state.pt",
-}  # fmt: skip
+    "sparsity.safetensors",
+    "activation_whitening.safetensors",
+    "activations_store_state.safetensors",
+    "trainer_state.pt",
+    "plan.safetensors",
+    "state.pt",
+}
 _COMPANION_STARTS = ("optimizer", "lr_scheduler", "rank_", "state-", "shard-", "model")
 _LLAMA_WEIGHTS = "checkpoints/final.safetensors"
 _MOST_NAMES = 10_000

@@ -42,20 +42,32 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "AutoEncoder": (*_LINEAR, "bias"),
     "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
     "GatedAutoEncoder": (
-        "encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"
+        "encoder.weight",
+        "decoder.weight",
+        "decoder_bias",
+        "r_mag",
+        "gate_bias",
+        "mag_bias",
     ),
     "JumpReluAutoEncoder": _JUMPRELU,
     "AutoEncoderTopK": (*_LINEAR, "b_dec", "k", "threshold"),
     "BatchTopKSAE": (*_LINEAR, "b_dec", "k", "threshold"),
     "MatryoshkaBatchTopKSAE": (*_JUMPRELU, "k", "group_sizes"),
-}  # fmt: skip
+}
 """The tensors of each `dict_class`."""
 
 # What a training run scales when it saves, and `backup_steps` does not.
 _BIASES = (
-    "encoder.bias", "bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias", "b_dec",
-    "b_enc", "threshold",
-)  # fmt: skip
+    "encoder.bias",
+    "bias",
+    "decoder.bias",
+    "decoder_bias",
+    "gate_bias",
+    "mag_bias",
+    "b_dec",
+    "b_enc",
+    "threshold",
+)
 
 _OUR_CLASS = {
     "standard": "AutoEncoder",

@@ -27,10 +27,18 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 CFG = "config.json"
 
 _NAMES = {
-    "w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec",
-    "w_e": "W_enc", "w_d": "W_dec", "b_e": "b_enc", "b_d": "b_dec", "threshold": "threshold",
-    "scaling_factor": "scaling_factor", "affine_skip_connection": "W_skip",
-}  # fmt: skip
+    "w_enc": "W_enc",
+    "w_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+    "w_e": "W_enc",
+    "w_d": "W_dec",
+    "b_e": "b_enc",
+    "b_d": "b_dec",
+    "threshold": "threshold",
+    "scaling_factor": "scaling_factor",
+    "affine_skip_connection": "W_skip",
+}
 _NEEDED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
@@ -131,9 +139,11 @@ def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
         raise UserError(f"`sae` {place.source} has architecture {architecture!r}, not jump_relu")
     layer, metadata = _layer(where), dict[str, Any](prepend_bos=True, context_size=1024)
     kinds = {
-        "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z",
+        "resid_post": "hook_resid_post",
+        "mlp_out": "hook_mlp_out",
+        "attn_out": "attn.hook_z",
         "transcoder": "hook_mlp_in",
-    }  # fmt: skip
+    }
     kind = next((kind for kind in kinds if kind in where), None)
     hook = f"blocks.{layer}.{kinds[kind]}" if kind and layer is not None else ""
     if kind == "transcoder" and layer is not None:

@@ -31,9 +31,17 @@ CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 
 SAELENS_ARCHITECTURES = (
-    "standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit",
-    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
-)  # fmt: skip
+    "standard",
+    "gated",
+    "jumprelu",
+    "topk",
+    "abstopk",
+    "matching_pursuit",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
 """What `sae_lens.SAE.load_from_disk` opens and this package computes."""
 
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
@@ -45,12 +53,24 @@ _REFUSED = {
 
 # The top-level keys of a file from before version 6 that SAELens keeps as metadata.
 _OLD_METADATA = (
-    "model_name", "hook_name", "model_class_name", "hook_head_index",
-    "model_from_pretrained_kwargs", "prepend_bos", "exclude_special_tokens", "neuronpedia_id",
-    "context_size", "seqpos_slice", "dataset_path", "sae_lens_version",
-    "sae_lens_training_version", "hook_name_out", "hook_head_index_out", "hf_hook_name",
+    "model_name",
+    "hook_name",
+    "model_class_name",
+    "hook_head_index",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "neuronpedia_id",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+    "sae_lens_version",
+    "sae_lens_training_version",
+    "hook_name_out",
+    "hook_head_index_out",
+    "hf_hook_name",
     "hf_hook_name_out",
-)  # fmt: skip
+)
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",

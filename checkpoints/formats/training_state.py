@@ -92,9 +92,12 @@ def read(name: str, place: SAEFiles) -> SAE:
     )
     step = meta.get("step")
     sae = SAE(
-        spec=spec, **folded, source=place.source, format=name,
+        spec=spec,
+        **folded,
+        source=place.source,
+        format=name,
         notes=(f"the state of step {step} of its training", "folded the input's scale and mean"),
-    )  # fmt: skip
+    )
     sae.check(f"`sae` {place.source}")
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 

@@ -356,8 +356,11 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {
-        "dtype": dtype, "local_files_only": offline, "output_loading_info": True, **placed
-    }  # fmt: skip
+        "dtype": dtype,
+        "local_files_only": offline,
+        "output_loading_info": True,
+        **placed,
+    }
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:

@@ -53,10 +53,14 @@ def predict_harvest(
     with tempfile.TemporaryDirectory(prefix="saesteer-") as scratch:
         # Writing takes a share of the cores and of the disk: it belongs to what is timed.
         shards = ShardWriter(
-            scratch, layers=[point.layer for point in points], sites=[config.site],
-            d_model=lm.d_model, dtype=getattr(torch, stored), shard_tokens=config.shard_tokens,
+            scratch,
+            layers=[point.layer for point in points],
+            sites=[config.site],
+            d_model=lm.d_model,
+            dtype=getattr(torch, stored),
+            shard_tokens=config.shard_tokens,
             facts={"model": lm.name},
-        )  # fmt: skip
+        )
         with BackgroundWriter(shards, config.shard_tokens) as writer:
             since = begun = time.monotonic()
             for batch in stream:

@@ -219,10 +219,14 @@ class ContextStream:
         tokenized = []
         for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
             # A token that holds a character of a message belongs to the message.
-            template = [False] * len(ids) if content is None else [
-                not any(low < end and high > start for start, end in content)
-                for low, high in places
-            ]  # fmt: skip
+            template = (
+                [False] * len(ids)
+                if content is None
+                else [
+                    not any(low < end and high > start for start, end in content)
+                    for low, high in places
+                ]
+            )
             end = self._separator
             tokenized.append((list(ids) + end, template + [False] * len(end)))
         return tokenized

@@ -197,9 +197,15 @@ def gradients(done: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor, " 
     """
     decoder, encoder = done.decoder, done.encoder
     W_dec, W_enc, b_enc, counts = sparse_pair_grads(
-        decoder.weights, decoder.rows, encoder.weights, encoder.rows,
-        done.latent_indices, d_sae, done.order, row_starts=done.row_starts,
-    )  # fmt: skip
+        decoder.weights,
+        decoder.rows,
+        encoder.weights,
+        encoder.rows,
+        done.latent_indices,
+        d_sae,
+        done.order,
+        row_starts=done.row_starts,
+    )
     grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
     for grad in grads.values():
         grad.mul_(done.factor)

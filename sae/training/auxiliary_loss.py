@@ -27,8 +27,13 @@ def auxiliary_loss(
     # Where the dead are not few, some rows of the batch speak for all and memory stays bounded.
     stride = max(1, -(-len(x) * len(dead.ids) // _AUX_ELEMENTS))
     loss, W_enc, b_enc, W_dec = auxk(
-        x[::stride], -error[::stride],
-        parameters["W_enc_rows"], parameters["b_enc"], parameters["W_dec"],
-        dead.ids, MOST_AUX, dead.is_filler,
-    )  # fmt: skip
+        x[::stride],
+        -error[::stride],
+        parameters["W_enc_rows"],
+        parameters["b_enc"],
+        parameters["W_dec"],
+        dead.ids,
+        MOST_AUX,
+        dead.is_filler,
+    )
     return weight * loss, CompactGradients(dead.ids, weight * W_enc, weight * b_enc, weight * W_dec)

@@ -92,20 +92,32 @@ class Optimiser:
         more = done.compact
         beta1, beta2 = _BETAS
         step = partial(
-            adam_sparse_rows_, latent_indices=done.latent_indices, order=done.order,
+            adam_sparse_rows_,
+            latent_indices=done.latent_indices,
+            order=done.order,
             row_starts=done.row_starts,
-            factor=done.factor, extra_ids=None if more is None else more.ids,
-            schedule=self._schedule, beta1=beta1, beta2=beta2, eps=_EPS,
-        )  # fmt: skip
+            factor=done.factor,
+            extra_ids=None if more is None else more.ids,
+            schedule=self._schedule,
+            beta1=beta1,
+            beta2=beta2,
+            eps=_EPS,
+        )
         unit_rows = self.architecture.unit_rows
         _, counts = step(
-            *self._state("W_dec"), weights=done.decoder.weights, rows=done.decoder.rows,
-            unit_rows="W_dec" in unit_rows, extra=None if more is None else more.W_dec,
-        )  # fmt: skip
+            *self._state("W_dec"),
+            weights=done.decoder.weights,
+            rows=done.decoder.rows,
+            unit_rows="W_dec" in unit_rows,
+            extra=None if more is None else more.W_dec,
+        )
         b_enc, _ = step(
-            *self._state("W_enc_rows"), weights=done.encoder.weights, rows=done.encoder.rows,
-            unit_rows="W_enc_rows" in unit_rows, extra=None if more is None else more.W_enc_rows,
-        )  # fmt: skip
+            *self._state("W_enc_rows"),
+            weights=done.encoder.weights,
+            rows=done.encoder.rows,
+            unit_rows="W_enc_rows" in unit_rows,
+            extra=None if more is None else more.W_enc_rows,
+        )
         if more is not None:
             b_enc[more.ids] += more.b_enc
         for name, grad in {"b_enc": b_enc, **done.dense}.items():
@@ -146,16 +158,22 @@ class Optimiser:
         param, exp_avg, exp_avg_sq = self._state(name)
         beta1, beta2 = _BETAS
         adam_rows_(
-            param, grad, exp_avg, exp_avg_sq, schedule=self._schedule, beta1=beta1, beta2=beta2,
-            eps=_EPS, unit_rows=name in self.architecture.unit_rows, grad_scale=scale,
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            schedule=self._schedule,
+            beta1=beta1,
+            beta2=beta2,
+            eps=_EPS,
+            unit_rows=name in self.architecture.unit_rows,
+            grad_scale=scale,
             shadow=self.copies.get(name),
-        )  # fmt: skip
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and moments; they share memory with what is moved."""
-        groups = {
-            "param": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq
-        }  # fmt: skip
+        groups = {"param": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {
             f"{group}.{name}": tensor
             for group, tensors in groups.items()

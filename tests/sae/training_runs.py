@@ -61,14 +61,20 @@ def write_shards(
 ) -> Path:
     """Two layers of different data in a few shards."""
     writer = ShardWriter(
-        folder, layers=layers, sites=[site], d_model=D_MODEL, dtype=torch.float32,
+        folder,
+        layers=layers,
+        sites=[site],
+        d_model=D_MODEL,
+        dtype=torch.float32,
         shard_tokens=shard_tokens,
         facts={
             "model": {"name": "made-up", "hash": "0123456789abcdef", "n_layers": 8},
             "hf_hook_names": [f"model.layers.{layer}" for layer in layers],
-            "config": {"context": 77}, "prepend_bos": True, "data": [{"name": "t", "sha256": "5"}],
+            "config": {"context": 77},
+            "prepend_bos": True,
+            "data": [{"name": "t", "sha256": "5"}],
         },
-    )  # fmt: skip
+    )
     data = {(layer, site): make_rows(TOKENS, layer) for layer in layers}
     for at in range(0, TOKENS, 256):
         rows = {place: values[at : at + 256] for place, values in data.items()}
@@ -107,6 +113,10 @@ def dies_at(done: int) -> Callable[[str, int, int, str], None]:
 
 
 LIVE = replace(
-    CONFIG, layers=(0, -1), tokens=1024, buffer_tokens=256, checkpoint_every=256,
+    CONFIG,
+    layers=(0, -1),
+    tokens=1024,
+    buffer_tokens=256,
+    checkpoint_every=256,
     text=TextConfig(context=24, batch_size=4),
-)  # fmt: skip
+)

@@ -34,22 +34,37 @@ from saesteer.sae.verbs.train import train
 
 TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer")
 SHARDS = TrainConfig(
-    d_sae=(64,), k=(4,), init_seed=(0, 1), tokens=32 * 1200, batch_tokens=32, buffer_tokens=1024,
-    checkpoint_every=64, auxk=0.5, dead_after_tokens=512,
+    d_sae=(64,),
+    k=(4,),
+    init_seed=(0, 1),
+    tokens=32 * 1200,
+    batch_tokens=32,
+    buffer_tokens=1024,
+    checkpoint_every=64,
+    auxk=0.5,
+    dead_after_tokens=512,
     text=TextConfig(max_norm_ratio=1.3),
-)  # fmt: skip
+)
 LIVE = replace(
-    SHARDS, layers=(1, 2), tokens=32 * 500, init_seed=(0,),
+    SHARDS,
+    layers=(1, 2),
+    tokens=32 * 500,
+    init_seed=(0,),
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
-)  # fmt: skip
+)
 
 PARTNER_SECONDS = 5.0
 """How long a process may take to notice that the other one was killed."""
 
 HARVEST = HarvestConfig(
-    layers=(1, 2), tokens=24_000, shard_tokens=700, keep_positions=True, shuffle=True,
-    rank_timeout=30, text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
-)  # fmt: skip
+    layers=(1, 2),
+    tokens=24_000,
+    shard_tokens=700,
+    keep_positions=True,
+    shuffle=True,
+    rank_timeout=30,
+    text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
+)
 
 
 def fork(work: Callable[[], object]) -> int:

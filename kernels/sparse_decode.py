@@ -31,7 +31,7 @@ def sparse_decode_reference(
     b_dec: Tensor,
     row_starts: Tensor | None = None,
 ) -> Tensor:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     return to_dense(latent_acts, latent_indices, W_dec.shape[0], row_starts) @ W_dec + b_dec
 
 

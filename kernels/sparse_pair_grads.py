@@ -4,7 +4,7 @@
 same with b: for the decoder (latent activations, errors), for the encoder (gradients of the
 pre-activations, inputs). The two widths may differ, as the input and the target of an SAE may. The
 sums of the second weights are the gradient of b_enc, and the nonzero first weights say how often
-each latent fired: neither costs another look at the entries. Entries may be ragged
+each latent fired: both come from the same pass over the entries. Entries may be ragged
 (`saesteer.kernels.entries`).
 """
 
@@ -38,7 +38,7 @@ def sparse_pair_grads_reference(
     d_sae: int,
     row_starts: Tensor | None = None,
 ) -> Four:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     grads_a, _, counts_a = sparse_row_grads_reference(weights_a, indices, rows_a, d_sae, row_starts)
     grads_b, sums_b, _ = sparse_row_grads_reference(weights_b, indices, rows_b, d_sae, row_starts)
     return grads_a, grads_b, sums_b, counts_a

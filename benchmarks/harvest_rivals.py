@@ -1,4 +1,4 @@
-"""How the rivals of benchmarks/harvest.py are set up: what each is given, and what a round is."""
+"""How the rivals of benchmarks/harvest.py are set up: their arguments, and what a round is."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,12 +8,13 @@ import torch
 BATCH_TOKENS = 2048
 BATCHES_A_ROUND = 16
 PASSES_A_ROUND = 8
-"""Of whole batches of contexts, for contenders that hand out no batches of tokens."""
+"""Passes over a batch of contexts, for contenders that return no batches of tokens."""
 Round = Callable[[], int]
 """Does some work and returns for how many tokens."""
 
 
 def sae_lens(bench: Any, model: Any, hook: str) -> Round:
+    """Batches of SAELens's ActivationsStore for a model that it accepts."""
     from datasets import Dataset
     from sae_lens.training.activations_store import ActivationsStore
 
@@ -43,6 +44,7 @@ def sae_lens(bench: Any, model: Any, hook: str) -> Round:
 
 
 def sae_lens_hf(bench: Any) -> Round:
+    """SAELens on the Hugging Face model itself."""
     from sae_lens.load_model import HookedProxyLM
 
     name = f"{bench.lm.blocks_path}.{bench.layer}"
@@ -144,6 +146,7 @@ def sparsify(bench: Any) -> Round:
 
 
 def dictionary_learning(bench: Any) -> Round:
+    """Batches of dictionary_learning's ActivationBuffer, which uses nnsight."""
     from dictionary_learning import ActivationBuffer
     from nnsight import LanguageModel as Traced
 

@@ -1,9 +1,9 @@
-"""How long training stands still to save its state, measured inside the process.
+"""How long training waits while its state is saved, measured inside the process.
 
     python benchmarks/saving.py [--tokens N]
 
 Trains one SAE of the demo's size from random activations: with default settings, with a state every
-few steps beside the training, and with the same states written while training waits. Each run
+few steps in the background, and with the same states written while training waits. Each run
 prints its saves, the share of its time blocked in saving (copying, waiting, and the last state at
 the end), and its speed.
 """
@@ -29,13 +29,14 @@ ROWS = 65_536
 
 
 class WaitingSaver(StateSaver):
-    """What a run without a background thread would do."""
+    """Saves as a run without a background thread would."""
 
     def save(self, tensors: Any, meta: Any, **options: Any) -> None:
         self.save_now(tensors, meta, **options)
 
 
 def write_activations(folder: Path) -> Path:
+    """Write shards of random activations; returns their folder."""
     writer = ShardWriter(
         folder,
         layers=[0],
@@ -54,7 +55,8 @@ def write_activations(folder: Path) -> Path:
 
 
 def measure(name: str, folder: Path, activations: Path, config: TrainConfig, saver: Any) -> None:
-    from saesteer.sae.verbs import train as training
+    """Train once with a kind of saver and print its line."""
+    from saesteer.sae.training import run as training
 
     made: list[StateSaver] = []
 

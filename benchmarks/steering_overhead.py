@@ -6,10 +6,10 @@
     python benchmarks/steering_overhead.py --model random:1b --batch 1,16,64 --compiled --no-rivals
 
 Every contender generates the same number of tokens from the same prompts inside one process,
-taking turns, and opens its steering anew each time. Two figures for each: the time inside its
+taking turns, and sets up its steering again each time. Two figures for each: the time inside its
 hooks as a share of the whole of the same run (a busy machine slows both alike), and the whole over
 that of the unsteered run (what a person waits; noisy where the difference is small). Hooks are
-clocked from outside, through `register_forward_hook`, ours and those of others by the same lines;
+timed from outside, through `register_forward_hook`, ours and those of others by the same code;
 on a GPU that is the time to launch them. Rivals add the same vector in the same block as "add"
 does; one that is missing is listed as `not installed`. With `--compiled` transformers decodes with
 a static cache, for which it compiles the model on CUDA.
@@ -68,6 +68,7 @@ class Bench:
     saes: dict[str, SAE]
 
     def sae(self, architecture: str) -> SAE:
+        """An SAE with random weights, made once for each architecture."""
         if architecture not in self.saes:
             generator = torch.Generator().manual_seed(0)
             d_model = self.lm.d_model
@@ -92,17 +93,21 @@ class Bench:
         return self.saes[architecture]
 
     def plan(self, k: int, architecture: str = "standard", **fields: Any) -> Plan:
+        """A plan of `k` latents of a random SAE."""
         latents = [PlannedLatent(id=7 * i, mu=20.0, sigma=4.0, max=60.0) for i in range(k)]
         return make_plan(self.lm, self.sae(architecture), latents, **fields)
 
     def generate(self) -> Tensor:
+        """Generate once from all prompts, `[batch, prompt + new tokens]`."""
         with torch.inference_mode():
-            found: Tensor = self.lm.model.generate(
+            sequences: Tensor = self.lm.model.generate(
                 input_ids=self.ids, attention_mask=self.mask, **self.options
             )
-        return found
+        return sequences
 
     def steered(self, plans: Plans, sae: SAE | None = None) -> Callable[[], Tensor]:
+        """A function that generates once under plans, with the hooks timed."""
+
         def run() -> Tensor:
             with self.clock.watching(), steer(self.lm, plans, sae=sae):
                 return self.generate()
@@ -135,21 +140,21 @@ OURS: dict[str, Callable[[Bench], Callable[[], Tensor]]] = {
 
 
 def contenders(bench: Bench, names: list[str], job: Steering) -> dict[str, Callable[[], Rival]]:
-    """How each is made ready: ours first, then the rivals."""
-    found: dict[str, Callable[[], Rival]] = {}
+    """A function for each contender that prepares it: ours first, then the rivals."""
+    makers: dict[str, Callable[[], Rival]] = {}
     given = f"saesteer {version('saesteer')}"
     for name in names:
         if name in OURS:
-            found[name] = lambda name=name: Rival(OURS[name](bench), given)  # type: ignore[misc]
+            makers[name] = lambda name=name: Rival(OURS[name](bench), given)  # type: ignore[misc]
         else:
-            found[name] = lambda name=name: RIVALS[name](job)  # type: ignore[misc]
-    return found
+            makers[name] = lambda name=name: RIVALS[name](job)  # type: ignore[misc]
+    return makers
 
 
 def prepare(
     makers: dict[str, Callable[[], Rival]], plain: Tensor
 ) -> tuple[dict[str, Rival], dict[str, str]]:
-    """Those that run, and why the others do not; a rival has to change what is generated."""
+    """The contenders that run, and why the others do not. A rival must change what is generated."""
     ready: dict[str, Rival] = {}
     missing: dict[str, str] = {}
     for name, make in makers.items():
@@ -157,9 +162,9 @@ def prepare(
         try:
             with quiet():
                 rival = make()
-                found = rival.run()
-            # Ours raises by itself when it touches nothing.
-            if name in RIVALS and torch.equal(found, plain):
+                generated = rival.run()
+            # Our own hook raises when it has edited no position.
+            if name in RIVALS and torch.equal(generated, plain):
                 raise RuntimeError("it generates what the unsteered model does")
         except Exception as error:
             if name in OURS:
@@ -199,6 +204,7 @@ def rows_of(
     hooks: dict[str, list[float]],
     passes: int,
 ) -> list[dict[str, Any]]:
+    """A row for the unsteered run and for each contender."""
     rows: list[dict[str, Any]] = [
         {"contender": PLAIN, "status": "ok", "given": "", **timings[PLAIN].columns()}
     ]
@@ -269,6 +275,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def bench_of(
     lm: LanguageModel, batch: int, args: argparse.Namespace, saes: dict[str, SAE]
 ) -> Bench:
+    """A bench with `batch` prompts and the settings of the flags."""
     layer = lm.n_layers // 2 if args.layer is None else args.layer
     questions = neutral_questions()
     texts = [questions[i % len(questions)].prompt for i in range(batch)]
@@ -304,8 +311,8 @@ def main(argv: list[str] | None = None) -> None:
         job = Steering(lm, bench.layer, vector, bench.ids, bench.mask, bench.options, bench.clock)
         ready, missing = prepare(contenders(bench, names, job), bench.generate())
         timings, hooks = measure(bench, ready, device, args.rounds, args.warmup)
-        found = rows_of(names, ready, missing, timings, hooks, args.tokens)
-        rows += [{**row, "batch": batch} for row in found]
+        batch_rows = rows_of(names, ready, missing, timings, hooks, args.tokens)
+        rows += [{**row, "batch": batch} for row in batch_rows]
     shape = {
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),

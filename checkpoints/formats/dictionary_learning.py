@@ -1,7 +1,7 @@
 """dictionary_learning: `ae.pt`, a state dict, and `config.json`.
 
-Training ran on `x / norm`, and saving multiplied every bias and threshold by that norm: they are in
-raw units, so nothing is folded here.
+Training runs on `x / norm`, and saving multiplies every bias and threshold by that norm. They are
+in raw units, so nothing is folded here.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 """The tensors of each `dict_class`."""
 
-# What a training run scales when it saves, and `backup_steps` does not.
+# Tensors that a training run scales when it saves, except in the backups of `backup_steps`.
 _BIASES = (
     "encoder.bias",
     "bias",
@@ -185,6 +185,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
 
 
 def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The class named in the config, else the only one with these tensors. Raises UserError."""
     named = trainer.get("dict_class")
     if isinstance(named, str) and named in CLASSES:
         return str(named)
@@ -203,6 +204,7 @@ def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[st
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under our names, matrices transposed where ours are."""
     names = {
         "encoder.bias": "b_enc",
         "gate_bias": "b_enc",
@@ -211,11 +213,11 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "decoder.bias": "b_dec",
         "decoder_bias": "b_dec",
     }
-    found = {names.get(key, key): tensor for key, tensor in tensors.items()}
+    renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
-        if theirs in found:
-            found[ours] = found.pop(theirs).T
-    return found
+        if theirs in renamed:
+            renamed[ours] = renamed.pop(theirs).T
+    return renamed
 
 
 def _activation(
@@ -279,7 +281,7 @@ def _write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _hook(trainer: Mapping[str, Any]) -> str:
-    """The site: the submodule is the true one, the layer number a guess at resid_post."""
+    """The site: the submodule where it is named, else resid_post of the layer number."""
     module = text(trainer, "submodule_name")
     if re.search(r"\d", module) and "." in module:
         return module

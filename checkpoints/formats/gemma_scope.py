@@ -87,22 +87,23 @@ def read(name: str, place: SAEFiles) -> SAE:
 
 
 def _renamed(place: SAEFiles, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in raw.items():
         ours = _NAMES.get(key.lower(), key)
-        if ours in found:
+        if ours in renamed:
             raise UserError(f"`sae` {place.source}: {place.weights} has two tensors for {ours}")
-        found[ours] = tensor
-    return found
+        renamed[ours] = tensor
+    return renamed
 
 
 def _layer(where: str) -> int | None:
-    found = re.findall(r"layer_(\d{1,4})(?!\d)", where)
-    return int(found[-1]) if found else None
+    numbers = re.findall(r"layer_(\d{1,4})(?!\d)", where)
+    return int(numbers[-1]) if numbers else None
 
 
 def _first_site(where: str) -> dict[str, Any]:
-    """What a path like `.../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71` says."""
+    """Fields of the spec from a path like
+    `.../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`."""
     layer = _layer(where)
     model = re.search(r"gemma-scope-(\d+b)-(pt|it)-(\w+)", where)
     suffix = "-it" if model and model.group(2) == "it" else ""
@@ -132,7 +133,7 @@ def _first_site(where: str) -> dict[str, Any]:
 
 
 def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
-    """The config's hook points, which are right where the path is vague."""
+    """Fields of the spec from the path, and from the config, which is more precise."""
     config = place.config(CFG, optional=True)
     architecture = config.get("architecture", "jump_relu")
     if architecture != "jump_relu":
@@ -154,7 +155,7 @@ def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
     return {
         "hook_name": hook,
         "hf_hook_name": text(config, "hf_hook_point_in").removesuffix(".output"),
-        # SAELens calls it hook_z; what it reads are the heads' outputs side by side already.
+        # SAELens calls it hook_z, but it reads the heads' outputs side by side already.
         "reshape_activations": "none",
         "model_name": model if "/" in model or not model else f"google/{model}",
         "metadata": metadata,

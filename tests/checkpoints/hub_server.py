@@ -34,7 +34,7 @@ class Hub:
 
 @contextmanager
 def serving() -> Iterator[tuple[str, Hub]]:
-    """The address of a running server, and what it holds."""
+    """The address of a running server, and the repositories that it holds."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

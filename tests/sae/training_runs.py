@@ -1,4 +1,4 @@
-"""Runs small enough for a test: made-up shards, their settings, and what a run left behind."""
+"""Small runs for tests: made-up shards, settings, and readers of what a run wrote."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ def sparse_data(tokens: int, seed: int) -> Tensor:
 
 
 def whole_numbers(tokens: int, seed: int) -> Tensor:
-    """The like of `sparse_data` in small whole numbers: the same bytes on every CPU."""
+    """Like `sparse_data` in small whole numbers, which have the same bytes on every CPU."""
     rng = torch.Generator().manual_seed(seed)
     directions = torch.randint(-4, 5, (32, D_MODEL), generator=rng)
     chosen = torch.randint(0, 32, (tokens, 3), generator=rng)
@@ -92,7 +92,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The log without what a clock says."""
+    """The log without its timings."""
     rows = read_jsonl(folder / "metrics.jsonl")
     return [{name: row[name] for name in row if name not in TIMINGS} for row in rows]
 
@@ -104,9 +104,11 @@ def all_metrics(folder: Path) -> dict[str, Any]:
     }
 
 
-def dies_at(done: int) -> Callable[[str, int, int, str], None]:
+def dies_at(limit: int) -> Callable[[str, int, int, str], None]:
+    """A progress that raises RuntimeError once training has come to `limit` tokens."""
+
     def progress(stage: str, now: int, total: int, note: str) -> None:
-        if stage == "train" and now >= done:
+        if stage == "train" and now >= limit:
             raise RuntimeError("killed")
 
     return progress

@@ -1,11 +1,11 @@
-"""What `--compile` gains and what it does to the numbers: speed and distance from float32.
+"""What `--compile` changes: speed, and the distance of activations from float32.
 
     python benchmarks/compiled.py                # SmolLM2-135M at a quarter, half and full depth
     python benchmarks/compiled.py --layer 14
 
-Eager and compiled passes of one bfloat16 model take turns on the same token ids. The distance is
-that of a row of activations from the row of the float32 model on the same ids, as a share of its
-length, the median over all rows. `seconds` is what the first compiled pass took beyond a usual one.
+Eager and compiled passes of one bfloat16 model alternate on the same token ids. The distance is
+that of a row of activations from the float32 model's row on the same ids, relative to its length;
+the table shows the median over all rows. `seconds` is how much longer the first compiled pass took.
 """
 
 import argparse
@@ -29,6 +29,8 @@ Pass = Callable[[], torch.Tensor]
 
 
 def rows_of(lm: LanguageModel, point: HookPoint, ids: torch.Tensor, context: Any) -> Pass:
+    """A pass up to `point` inside `context`; returns the activations there."""
+
     def run() -> torch.Tensor:
         with torch.inference_mode(), context:
             rows = run_to(lm, [point], input_ids=ids.to(lm.device))[point.key]
@@ -40,16 +42,19 @@ def rows_of(lm: LanguageModel, point: HookPoint, ids: torch.Tensor, context: Any
 
 
 def seconds(run: Pass) -> float:
+    """Wall time of one pass."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def distance(rows: torch.Tensor, exact: torch.Tensor) -> float:
+    """Median over rows of the relative distance `|rows - exact| / |exact|`."""
     return float(((rows.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
 
 
 def measure(lm: LanguageModel, exact: LanguageModel, layer: int, args: Any) -> dict[str, Any]:
+    """Eager and compiled passes up to one block: a row of the table."""
     text = TextConfig(context=args.context, batch_size=args.batch_size)
     batch = open_contexts(lm, text).next_batch(args.batch_size)
     assert batch is not None
@@ -107,8 +112,13 @@ def main(argv: list[str] | None = None) -> None:
         say(f"block {layer} of {n}")
         rows.append(measure(lm, exact, layer, args))
     shape = {"d_model": lm.d_model, "batch": args.batch_size, "context": args.context}
-    found = {"model": lm.name, "dtype": "bfloat16", **facts(device, shape), "rounds": args.rounds}
-    deliver(args, device, found, rows, COLUMNS)
+    conditions = {
+        "model": lm.name,
+        "dtype": "bfloat16",
+        **facts(device, shape),
+        "rounds": args.rounds,
+    }
+    deliver(args, device, conditions, rows, COLUMNS)
 
 
 if __name__ == "__main__":

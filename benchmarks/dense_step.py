@@ -1,4 +1,4 @@
-"""One optimiser step of a TopK SAE as one would write it in plain PyTorch: dense activations."""
+"""One optimiser step of a TopK SAE in plain PyTorch, with dense activations."""
 
 from collections.abc import Callable
 

@@ -1,21 +1,21 @@
-"""Everything worth knowing of a GPU in one command, for a machine that is at hand for minutes only.
+"""All GPU measurements in one command, for a machine that is available for a few minutes only.
 
     python benchmarks/gpu.py                          # eight minutes; all parts
     python benchmarks/gpu.py --minutes 4              # fewer rounds, the most important parts
     python benchmarks/gpu.py --only suites,ops-S1
-    python benchmarks/gpu.py --device cpu --smoke     # tiny shapes: proves the script, no more
-    python benchmarks/gpu.py --page-of h100-80gb-hbm3 # the page, from files brought from elsewhere
+    python benchmarks/gpu.py --device cpu --smoke     # tiny shapes: only checks the script
+    python benchmarks/gpu.py --page-of h100-80gb-hbm3 # the page, from files made elsewhere
 
 Needs no network. Where torch, triton, transformers, jaxtyping, pytest and hypothesis are,
 `pip install --no-deps --no-build-isolation -e .` is enough; pytest-xdist makes the tests several
 times as fast, and other projects' steps are timed where they can be imported.
 
 Each part is a script of this folder in a process of its own with a time limit. Its result is saved
-as soon as it ends, and no failure stops the next part. A part that no longer fits beside the more
-important ones that follow it is left out, and listed. Results are `PART-<gpu>.csv` and `.md` in
-`benchmarks/results` and a section of `docs/performance.md`, where parts that do not run this time
-keep what they had; a smoke run writes neither unless --csv and --page say where. The exit status is
-1 when a part failed.
+as soon as it ends, and a failure does not stop the next part. A part is left out, and listed, when
+the more important ones that follow would have too little time. Results are `PART-<gpu>.csv` and
+`.md` in `benchmarks/results` and a section of `docs/performance.md`, where parts that do not run
+this time keep their results; a smoke run writes neither unless --csv and --page say where. The exit
+status is 1 when a part failed.
 """
 
 import argparse
@@ -52,21 +52,23 @@ from side_by_side import (
 
 Row = dict[str, Any]
 MINUTES = 8.0
-"""For which the parts and their rounds are made."""
+"""Length of the run that the parts' times and rounds are chosen for."""
 SECTION = "gpu"
 PAGE = HERE.parent / "docs" / "performance.md"
 
 
 @dataclass(frozen=True)
 class Part:
+    """One script of the run, and how it is started."""
+
     name: str
     title: str
     script: str
     flags: str
     smoke: str
-    """The same with tiny shapes, or empty: one of the parts like it is enough there."""
+    """Flags for tiny shapes; empty where a smoke run of a similar part is enough."""
     seconds: float
-    """That it takes on an H100."""
+    """How long it takes on an H100."""
     priority: int
     """1 is the most important."""
     headline: Callable[[list[Row]], str]
@@ -75,13 +77,13 @@ class Part:
     """Why a CPU cannot run it."""
 
     def seconds_for(self, minutes: float) -> float:
-        """Of a run of so many minutes; compiling takes as long with few rounds as with many."""
+        """Its time in a run of `minutes`; compiling takes as long with few rounds as with many."""
         return self.seconds * max(0.6, minutes / MINUTES) if self.rounds > 1 else self.seconds
 
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """How a part ended, and its results."""
 
     part: Part
     status: str
@@ -94,7 +96,7 @@ class Outcome:
         return self.status.startswith("failed")
 
     def row(self) -> Row:
-        """Its line of the summary, with the facts that may differ between parts."""
+        """Its line in the summary, with the facts that may differ between parts."""
         broken = [row for row in self.rows if str(row.get("status", "")).startswith("failed")]
         notes = [self.part.headline(self.rows)] if self.rows else []
         if self.status != "ok":
@@ -142,9 +144,9 @@ def suites(rows: list[Row]) -> str:
 def steps(rows: list[Row]) -> str:
     timed = {row["contender"]: row for row in rows if "median_ms" in row}
     (name, ours), *others = timed.items()
-    found = f"{name} {ours['median_ms']:.2f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
+    text = f"{name} {ours['median_ms']:.2f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
     times = [f"{name} {row['median_ms'] / ours['median_ms']:.2f}" for name, row in others]
-    return found + (f"; times as long: {', '.join(times)}" if times else "")
+    return text + (f"; times as long: {', '.join(times)}" if times else "")
 
 
 def ops(rows: list[Row]) -> str:
@@ -155,9 +157,9 @@ def ops(rows: list[Row]) -> str:
         for row in sorted(rows, key=lambda row: row["times_as_fast"])
         if row["times_as_fast"] < 1
     ]
-    found = f"{len(rows)} cases, {median:.0%} of the roofline in the median, "
-    found += f"least {by_share[0]['op']} {by_share[0]['share_of_roofline']:.0%}"
-    return found + (f"; slower than plain PyTorch: {', '.join(slower)}" if slower else "")
+    text = f"{len(rows)} cases, {median:.0%} of the roofline in the median, "
+    text += f"least {by_share[0]['op']} {by_share[0]['share_of_roofline']:.0%}"
+    return text + (f"; slower than plain PyTorch: {', '.join(slower)}" if slower else "")
 
 
 def harvests(rows: list[Row]) -> str:
@@ -169,14 +171,14 @@ def harvests(rows: list[Row]) -> str:
 
 
 def overheads(rows: list[Row]) -> str:
-    """Of each contender, over the unsteered run, batch by batch."""
-    found: dict[str, list[str]] = {}
+    """The time of each contender over that of the unsteered run, for each batch size."""
+    ratios_of: dict[str, list[str]] = {}
     for row in rows:
         if "over_unsteered_ratio" in row:
             ratio = f"{row['over_unsteered_ratio']:.3f}"
-            found.setdefault(row["contender"], []).append(ratio)
+            ratios_of.setdefault(row["contender"], []).append(ratio)
     batches = "/".join(str(batch) for batch in dict.fromkeys(row["batch"] for row in rows))
-    parts = [f"{name} {'/'.join(ratios)} x" for name, ratios in found.items()]
+    parts = [f"{name} {'/'.join(ratios)} x" for name, ratios in ratios_of.items()]
     return f"batch {batches}: {', '.join(parts)}"
 
 
@@ -262,9 +264,9 @@ PARTS = (
 
 
 def run(command: Sequence[str], limit: float) -> tuple[str, str, str]:
-    """How a script ended, what it printed, and the last line of its stderr, which goes on to ours.
+    """Run a script; returns how it ended, its stdout, and the last line of its stderr.
 
-    A script past its limit is stopped with all that it started.
+    Its stderr is passed on. A script past its limit is stopped with all processes that it started.
     """
     last: deque[str] = deque(maxlen=1)
 
@@ -294,7 +296,7 @@ def run(command: Sequence[str], limit: float) -> tuple[str, str, str]:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """A script and what it started: its process group."""
+    """Stop a script and the processes that it started, which are its process group."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, sign)
@@ -304,7 +306,7 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 def run_part(part: Part, args: argparse.Namespace, limit: float, enough: float) -> Outcome:
-    """A part that starts nothing new after `enough` seconds and is stopped after `limit`."""
+    """Run a part, which starts nothing new after `enough` seconds and is stopped after `limit`."""
     rounds = 1 if args.smoke else max(3, round(part.rounds * args.minutes / MINUTES))
     flags = shlex.split(part.smoke if args.smoke else part.flags)
     command = [sys.executable, str(HERE / part.script), *flags]
@@ -326,13 +328,14 @@ def run_part(part: Part, args: argparse.Namespace, limit: float, enough: float) 
 
 
 def room_for(part: Part, later: Sequence[Part], remaining: float, minutes: float) -> float:
-    """Seconds that more important parts leave to this one; 0 where that is too short for it."""
+    """Seconds that later, more important parts leave to this one; 0 where they are too few."""
     important = [other for other in later if other.priority < part.priority]
     room = remaining - sum(other.seconds_for(minutes) for other in important)
     return room if room >= part.seconds_for(minutes) / 1.5 else 0.0
 
 
 def reason_to_leave_out(part: Part, args: argparse.Namespace) -> str:
+    """Why a part cannot run here; empty where it can."""
     if args.device == "cpu" and part.cuda_only:
         return f"a CPU has no {part.cuda_only}"
     if args.smoke and not part.smoke:
@@ -345,7 +348,7 @@ def reason_to_leave_out(part: Part, args: argparse.Namespace) -> str:
 
 
 def earlier(args: argparse.Namespace, where: str) -> dict[str, Row]:
-    """Lines of the summary that an earlier run left in the folder, by part."""
+    """Lines of the summary of an earlier run in the folder, by part."""
     path = args.csv / f"{args.name}-{where}.csv"
     if not path.exists():
         return {}
@@ -360,14 +363,19 @@ def earlier(args: argparse.Namespace, where: str) -> dict[str, Row]:
 def save(
     args: argparse.Namespace, outcomes: Sequence[Outcome], left_out: dict[str, str], where: str
 ) -> None:
-    """The summary and the page: of this run, and of earlier ones what this one does not replace."""
+    """Write the summary and the page: of this run, and of earlier ones for parts not in it."""
     absent = {
         name: {
-            "part": name, "seconds": 0.0, "peak_gb": None, "status": "left out",
-            "result": f"left out: {why}", "device": "", "revision": "",
+            "part": name,
+            "seconds": 0.0,
+            "peak_gb": None,
+            "status": "left out",
+            "result": f"left out: {why}",
+            "device": "",
+            "revision": "",
         }
         for name, why in left_out.items()
-    }  # fmt: skip
+    }
     ran = {outcome.part.name: outcome.row() for outcome in outcomes}
     known = absent | earlier(args, where) | ran
     rows = [known[part.name] for part in PARTS if part.name in known]
@@ -446,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
             left_out[part.name] = why
             continue
         limit = min(room, 2 * usual)
-        # What nobody behind it needs is its own; the rest is for handing in what there is.
+        # It may use the time that later parts do not need, but keeps a fifth to write its results.
         spare = remaining - sum(other.seconds_for(args.minutes) for other in later)
         enough = min(max(usual, spare), 0.8 * limit)
         say(f"{part.name}: {part.title} (at most {limit:.0f} s)")
@@ -463,12 +471,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(args: argparse.Namespace, outcomes: Sequence[Outcome], left_out: dict[str, str]) -> None:
+    """Print the results, for people or as JSON."""
     rows = [outcome.row() for outcome in outcomes]
     facts = next((outcome.facts for outcome in outcomes if outcome.facts), {})
     if args.json:
         print(json.dumps({"facts": facts, "rows": rows, "left_out": left_out}, indent=2))
         return
-    # The results are sentences: below the numbers, not beside them.
+    # The results are sentences, so they follow below the table of numbers.
     numbers = {name: cell for name, cell in COLUMNS.items() if name not in ("result", "revision")}
     print(one_line(facts))
     for name, why in left_out.items():

@@ -14,7 +14,7 @@ prepared before, without a hook. Every other contender also reads and tokenises 
 out what its users get:
 
     harvest to shards   kept rows written to disk, hashes included: two shards a round, as large as
-                        `harvest` makes them, the second written while nothing else is left to do
+                        `harvest` makes them; waiting for the second to be written is included
     live batches        training batches out of the shuffle buffer
     live train          the same, and a TopK SAE of 8 x d_model trained on them
     ..., compiled       harvest and train with --compile
@@ -24,8 +24,8 @@ out what its users get:
     dictionary_learning ActivationBuffer, out_batch_size as here
 
 All of them profit from `sae.runs.memory_use.keep_pages`, which the first stream calls.
-Toolkits that are not installed, or that do not run with the installed transformers, are named and
-left out. Absolute figures mean nothing on another machine.
+Toolkits that are not installed, or that do not run with the installed transformers, are listed as
+such. Absolute figures mean nothing on another machine.
 """
 
 import argparse
@@ -93,24 +93,33 @@ class Bench:
         self.documents = [str(d) for d in open_corpus_texts()]
 
     def stream(self, compiled: bool = False) -> ActivationStream:
+        """A new stream of activations at the bench's hook point."""
         text = replace(self.text, compile=compiled)
         return open_activations(self.lm, [self.point], text, replies_folder=self.folder)
 
     def batches(self, compiled: bool = False) -> BatchStream:
+        """A new stream of shuffled training batches."""
         source = LiveSource(self.stream(compiled))
         return BatchStream(
-            source, self.lm.d_model, tokens=10**9, batch_tokens=BATCH_TOKENS,
-            buffer_tokens=4 * BATCH_TOKENS, dtype=self.lm.dtype, seed=0,
-        )  # fmt: skip
+            source,
+            self.lm.d_model,
+            tokens=10**9,
+            batch_tokens=BATCH_TOKENS,
+            buffer_tokens=4 * BATCH_TOKENS,
+            dtype=self.lm.dtype,
+            seed=0,
+        )
 
 
 def open_corpus_texts() -> list[str]:
+    """The documents that rivals read: those of `python-docs`."""
     from saesteer.sae.text.corpora import PythonDocs
 
     return PythonDocs().topics
 
 
 def bare(bench: Bench) -> Round:
+    """The model cut after the block, on prepared token ids and without a hook."""
     contexts = bench.stream().contexts
     model, whole = bench.lm.text_model, bench.lm.blocks
     name = bench.lm.blocks_path.rpartition(".")[2]
@@ -135,12 +144,17 @@ def bare(bench: Bench) -> Round:
 
 
 def to_shards(bench: Bench, compiled: bool = False) -> Round:
+    """Activations written to shards, as `harvest` does."""
     stream = bench.stream(compiled)
     writer = ShardWriter(
-        bench.folder / f"shards-{compiled}", layers=[bench.layer], sites=["resid_post"],
-        d_model=bench.lm.d_model, dtype=bench.lm.dtype, facts={"model": bench.lm.name},
+        bench.folder / f"shards-{compiled}",
+        layers=[bench.layer],
+        sites=["resid_post"],
+        d_model=bench.lm.d_model,
+        dtype=bench.lm.dtype,
+        facts={"model": bench.lm.name},
         shard_tokens=SHARD_TOKENS,
-    )  # fmt: skip
+    )
     background = BackgroundWriter(writer, SHARD_TOKENS)
 
     def run() -> int:
@@ -150,13 +164,14 @@ def to_shards(bench: Bench, compiled: bool = False) -> Round:
             assert batch is not None
             background.add(batch.activations, batch.token_ids, stream.state_dict())
             tokens += len(batch.token_ids)
-        background.checkpoint()  # nothing of its work falls into the others' turns
+        background.checkpoint()  # wait, so that none of its work falls into the others' turns
         return tokens
 
     return run
 
 
 def live_batches(bench: Bench) -> Round:
+    """Shuffled training batches, not trained on."""
     batches = bench.batches()
     batches.fill()
 
@@ -169,13 +184,14 @@ def live_batches(bench: Bench) -> Round:
 
 
 def live_train(bench: Bench, compiled: bool = False) -> Round:
+    """Shuffled training batches, made in a thread, with a TopK SAE trained on them."""
     batches, d_model = bench.batches(compiled), bench.lm.d_model
     config = TrainConfig(d_sae=(8 * d_model,), k=(32,), tokens=10**9)
     _, step = make_trainer(config, InputScale.of(batches.fill()), bench.lm.device)
     prefetch = Prefetch(batches, bench.lm.device)
     prefetch.__enter__()
     held = contextlib.ExitStack()
-    held.enter_context(prefetch.paused())  # while the others have their turn
+    held.enter_context(prefetch.paused())  # paused while the others have their turn
 
     bench.cleanup.callback(prefetch.__exit__, None, None, None)
     bench.cleanup.callback(held.close)
@@ -188,7 +204,7 @@ def live_train(bench: Bench, compiled: bool = False) -> Round:
             assert batch is not None
             step(batch)
         held.enter_context(prefetch.paused())
-        # What was made counts, taken or not: the passes for it were on this contender's clock.
+        # All batches that were made count, taken or not: their passes were timed here.
         return (BATCHES_A_ROUND + prefetch.ahead - before) * BATCH_TOKENS
 
     return run
@@ -209,6 +225,7 @@ CONTENDERS: dict[str, Callable[[Bench], Round]] = {
 
 
 def measure(bench: Bench, names: list[str], rounds: int, warmup: int) -> list[dict[str, Any]]:
+    """Time all contenders in turns at one block: a row for each."""
     runs: dict[str, Round] = {}
     absent: dict[str, str] = {}
     for name in names:
@@ -292,13 +309,13 @@ def main(argv: list[str] | None = None) -> None:
             rows += measure(bench, names, args.rounds, args.warmup)
         shutil.rmtree(bench.folder)
     shape = {"blocks": n, "d_model": lm.d_model, "batch": args.batch_size, "context": args.context}
-    found = {
+    conditions = {
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
         **facts(device, shape),
         "rounds": args.rounds,
     }
-    deliver(args, device, found, rows, COLUMNS)
+    deliver(args, device, conditions, rows, COLUMNS)
 
 
 if __name__ == "__main__":

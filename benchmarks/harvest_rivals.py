@@ -1,4 +1,4 @@
-"""How the rivals of benchmarks/harvest.py are set up: what each is given, and what a round is."""
+"""How the rivals of benchmarks/harvest.py are set up: their arguments, and what a round is."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,12 +8,13 @@ import torch
 BATCH_TOKENS = 2048
 BATCHES_A_ROUND = 16
 PASSES_A_ROUND = 8
-"""Of whole batches of contexts, for contenders that hand out no batches of tokens."""
+"""Passes over a batch of contexts, for contenders that return no batches of tokens."""
 Round = Callable[[], int]
 """Does some work and returns for how many tokens."""
 
 
 def sae_lens(bench: Any, model: Any, hook: str) -> Round:
+    """Batches of SAELens's ActivationsStore for a model that it accepts."""
     from datasets import Dataset
     from sae_lens.training.activations_store import ActivationsStore
 
@@ -43,6 +44,7 @@ def sae_lens(bench: Any, model: Any, hook: str) -> Round:
 
 
 def sae_lens_hf(bench: Any) -> Round:
+    """SAELens on the Hugging Face model itself."""
     from sae_lens.load_model import HookedProxyLM
 
     name = f"{bench.lm.blocks_path}.{bench.layer}"
@@ -60,17 +62,28 @@ def sae_lens_default(bench: Any) -> Round:
         raise RuntimeError("only Llama-like models are converted here")
     rope = getattr(given, "rope_parameters", None) or {}
     cfg = HookedTransformerConfig(
-        d_model=given.hidden_size, n_layers=given.num_hidden_layers, d_mlp=given.intermediate_size,
-        d_head=given.hidden_size // given.num_attention_heads, n_heads=given.num_attention_heads,
-        n_key_value_heads=given.num_key_value_heads, n_ctx=bench.text.context,
-        d_vocab=given.vocab_size, act_fn="silu", eps=given.rms_norm_eps,
-        normalization_type="RMS", final_rms=True, positional_embedding_type="rotary",
+        d_model=given.hidden_size,
+        n_layers=given.num_hidden_layers,
+        d_mlp=given.intermediate_size,
+        d_head=given.hidden_size // given.num_attention_heads,
+        n_heads=given.num_attention_heads,
+        n_key_value_heads=given.num_key_value_heads,
+        n_ctx=bench.text.context,
+        d_vocab=given.vocab_size,
+        act_fn="silu",
+        eps=given.rms_norm_eps,
+        normalization_type="RMS",
+        final_rms=True,
+        positional_embedding_type="rotary",
         gated_mlp=True,
-        rotary_adjacent_pairs=False, rotary_dim=given.hidden_size // given.num_attention_heads,
+        rotary_adjacent_pairs=False,
+        rotary_dim=given.hidden_size // given.num_attention_heads,
         rotary_base=rope.get("rope_theta", getattr(given, "rope_theta", 10_000)),
-        original_architecture="LlamaForCausalLM", dtype=bench.lm.dtype,
-        device=str(bench.lm.device), default_prepend_bos=False,
-    )  # fmt: skip
+        original_architecture="LlamaForCausalLM",
+        dtype=bench.lm.dtype,
+        device=str(bench.lm.device),
+        default_prepend_bos=False,
+    )
     hooked = HookedTransformer(cfg, bench.lm.tokenizer, move_to_device=False)
     hooked.load_state_dict(convert_llama_weights(bench.lm.model, cfg), strict=False)
     hooked.to(bench.lm.device, print_details=False)
@@ -99,9 +112,11 @@ def sparsify(bench: Any) -> Round:
     from sparsify.data import chunk_and_tokenize
 
     rows = chunk_and_tokenize(
-        Dataset.from_dict({"text": bench.documents}), bench.lm.tokenizer,
-        max_seq_len=bench.text.context, num_proc=1,
-    )  # fmt: skip
+        Dataset.from_dict({"text": bench.documents}),
+        bench.lm.tokenizer,
+        max_seq_len=bench.text.context,
+        num_proc=1,
+    )
     loader = torch.utils.data.DataLoader(rows, batch_size=bench.text.batch_size)
     base = bench.lm.text_model
 
@@ -131,6 +146,7 @@ def sparsify(bench: Any) -> Round:
 
 
 def dictionary_learning(bench: Any) -> Round:
+    """Batches of dictionary_learning's ActivationBuffer, which uses nnsight."""
     from dictionary_learning import ActivationBuffer
     from nnsight import LanguageModel as Traced
 
@@ -144,10 +160,16 @@ def dictionary_learning(bench: Any) -> Round:
     for part in f"{bench.lm.blocks_path}.{bench.layer}".split("."):
         module = module[int(part)] if part.isdigit() else getattr(module, part)
     buffer = ActivationBuffer(
-        texts(), traced, module, d_submodule=bench.lm.d_model, n_ctxs=64,
-        ctx_len=bench.text.context, refresh_batch_size=bench.text.batch_size,
-        out_batch_size=BATCH_TOKENS, device=str(bench.lm.device),
-    )  # fmt: skip
+        texts(),
+        traced,
+        module,
+        d_submodule=bench.lm.d_model,
+        n_ctxs=64,
+        ctx_len=bench.text.context,
+        refresh_batch_size=bench.text.batch_size,
+        out_batch_size=BATCH_TOKENS,
+        device=str(bench.lm.device),
+    )
     next(buffer)
 
     def run() -> int:

@@ -4,7 +4,7 @@
     python benchmarks/kernel_tiles.py --size S1
 
 Each kernel's file lists its candidates in TILES and uses the first: put the best in front. Prints
-the median of every one and the share of the roofline that it reaches, reckoned as in `kernels.py`,
+the median of every one and the share of the roofline that it reaches, computed as in `kernels.py`,
 and two ops without candidates for comparison.
 """
 
@@ -50,11 +50,13 @@ def draw(size: tuple[int, int, int, int], device: torch.device) -> Operands:
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median device time of a call, with the cache flushed before each."""
     turns = {"": Contender(lambda _: run(), "")}
     return take_turns(turns, device, rounds=rounds, warmup=3, flush=True)[""].median
 
 
 def time_tiles(size: str, op: str, operands: Operands, copied: float, rounds: int) -> None:
+    """Time every candidate tile of one op and print a line for each."""
     case, module = next(MAKERS[op](operands)), TABLES[op]
     tiles = getattr(module, "TILES", (None,))
     for tile in tiles:

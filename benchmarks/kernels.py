@@ -93,7 +93,7 @@ def measure(
         try:
             timings = take_turns(pair, device, rounds=args.rounds, warmup=args.warmup, flush=True)
         except Exception as error:
-            # The other ops are worth knowing all the same; the exit status tells.
+            # Go on with the other ops; the exit status says that one failed.
             say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             failed.append(f"{case.op} ({case.latents}): {type(error).__name__}")
             continue
@@ -186,11 +186,11 @@ def main(argv: list[str] | None = None) -> None:
         ),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    found = {**facts(device, {}), **described, "rounds": args.rounds}
+    conditions = {**facts(device, {}), **described, "rounds": args.rounds}
     if failed:
-        found["failed"] = "; ".join(failed)
+        conditions["failed"] = "; ".join(failed)
     columns = {name: cell for name, cell in COLUMNS.items() if on_cuda or name != "host ms"}
-    deliver(args, device, found, rows, columns)
+    deliver(args, device, conditions, rows, columns)
     if failed:
         raise SystemExit(1)
 

@@ -4,9 +4,10 @@
     python benchmarks/kill_resume.py --verb train --kills 5
 
 Each verb runs once undisturbed. Then it is started again and again on one folder, each time killed
-after a random while, `--kills` times, and at last left to finish. The folder is compared with that
-of the undisturbed run: for `harvest` every row (context, position, token, activations), for `train`
-the weights and the log, to the bit. A kill that comes after the end counts as well (and is told).
+after a random time, `--kills` times, and then left to finish. The folder is compared with that of
+the undisturbed run: for `harvest` every row (context, position, token, activations), for `train`
+the weights and the log, bit for bit. A kill that comes after the end counts as well, and is
+reported as such.
 """
 
 import argparse
@@ -28,14 +29,25 @@ COMMON = ("--layer", "1", "--context", "64", "--batch-size", "8", "--epochs", "5
 WORDS = {
     "harvest": ("--shard-tokens", "4096", "--keep-positions", "--shuffle"),
     "train": (
-        "--d-sae", "256", "--k", "8", "--batch-tokens", "256", "--buffer-tokens", "8192",
-        "--checkpoint-every", "8192", "--init-seed", "0,1",
+        "--d-sae",
+        "256",
+        "--k",
+        "8",
+        "--batch-tokens",
+        "256",
+        "--buffer-tokens",
+        "8192",
+        "--checkpoint-every",
+        "8192",
+        "--init-seed",
+        "0,1",
     ),
-}  # fmt: skip
+}
 TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer")
 
 
 def command(verb: str, args: argparse.Namespace, out: Path, *more: str) -> list[str]:
+    """The command line of a run of one verb that writes to `out`."""
     words = ["-m", "saesteer.cli", verb, "--model", args.model, "--tokens", str(args.tokens)]
     return [sys.executable, "-P", *words, *COMMON, *WORDS[verb], "-o", str(out), *more]
 
@@ -60,21 +72,24 @@ def wait_for_work(child: "subprocess.Popen[str]", verb: str) -> None:
 
 
 def kill_after(words: list[str], verb: str, seconds: float, while_starting: bool) -> bool:
-    """Start, and kill a while after the work or the process began; whether it was alive then."""
+    """Start a run and kill it `seconds` after its work or its process began.
+
+    Returns whether it was still running.
+    """
     child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     if not while_starting:
         wait_for_work(child, verb)
     time.sleep(seconds)
-    alive = child.poll() is None
+    running = child.poll() is None
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    if not alive and child.returncode:
+    if not running and child.returncode:
         raise SystemExit(f"a resumed run failed by itself: {' '.join(words)}")
-    return alive
+    return running
 
 
 def harvested(folder: Path) -> object:
-    """Every row, by its place in the corpus."""
+    """Every row, ordered by its place in the corpus."""
     reader = ShardReader(folder)
     reader.verify()
     keys, rows = [], []
@@ -105,6 +120,7 @@ def trained(folder: Path) -> object:
 
 
 def check(verb: str, args: argparse.Namespace, folder: Path) -> bool:
+    """Run, kill and resume one verb; returns whether the results are equal."""
     rng = random.Random(args.seed)
     whole, broken = folder / "whole", folder / "broken"
     seconds = run(command(verb, args, whole), verb)

@@ -1,4 +1,4 @@
-"""Whether a long harvest and a long live training go on in the memory that they began with.
+"""Whether the memory of a long harvest and of a long live training stays constant.
 
     python benchmarks/memory.py                     # block 2 of SmolLM2-135M, a million tokens each
     python benchmarks/memory.py --layer 14 --tokens 5000000
@@ -39,11 +39,14 @@ def resident(process: int) -> int:
 
 
 def watch(verb: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Run one verb and sample its resident memory: a row of the table."""
     words = [verb, "--model", args.model, "--layer", str(args.layer), "--tokens", str(args.tokens)]
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "saesteer.cli", *words, *WORDS[verb], "-o", str(out)],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     wait_for_work(child, verb)
     drain = threading.Thread(target=child.communicate)
     drain.start()
@@ -62,7 +65,7 @@ def watch(verb: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "bytes_after_a_tenth": held[len(held) // 10],
         "bytes_half_way": held[len(held) // 2],
-        # The last readings can fall into the taking down.
+        # The last readings may be from the process's exit.
         "bytes_at_the_end": held[-max(1, len(held) // 20)],
         "most_bytes": max(held),
     }
@@ -100,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{verb}: {args.tokens:,} tokens")
             rows.append(watch(verb, args, Path(folder) / verb))
     device = torch.device("cpu")
-    found = {"model": args.model, **facts(device, {})}
-    deliver(args, device, found, rows, COLUMNS)
+    conditions = {"model": args.model, **facts(device, {})}
+    deliver(args, device, conditions, rows, COLUMNS)
 
 
 if __name__ == "__main__":

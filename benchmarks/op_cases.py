@@ -1,4 +1,4 @@
-"""One case for each op: its operands, what plain PyTorch would do instead, and its least work.
+"""One case for each op: its operands, the same in plain PyTorch, and its minimal work.
 
 Bytes are counted as if nothing stayed in a cache: every operand once, and a matrix row each time
 an example names it.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from saesteer.kernels import ops
 
 _NOISE = 2**26
-"""Numbers that latents are drawn with: at most so many at once."""
+"""Most random numbers held at once to draw latents."""
 _LR, _BETAS = 1e-4, (0.9, 0.999)
 
 
@@ -28,7 +28,7 @@ class Case:
     ours: Callable[[], object]
     torch: Callable[[], object]
     counterpart: str
-    """What `torch` does, in words."""
+    """The operations of `torch`, for the table."""
     flops: float
     bytes: float
 
@@ -49,10 +49,12 @@ class Operands:
 
     @property
     def slots(self) -> int:
+        """Entries of the batch: batch times k."""
         return self.indices.numel()
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row of W."""
         return self.W.shape[1] * self.W.element_size()
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,6 +80,7 @@ def draw_latents(
 def make_operands(
     size: tuple[int, int, int, int], latents: str, dtype: torch.dtype, device: torch.device
 ) -> Operands:
+    """Random operands of a size (d_model, d_sae, k, batch)."""
     d_model, d_sae, k, batch = size
     generator = torch.Generator().manual_seed(0)
     indices = draw_latents(batch, d_sae, k, zipf=latents == "zipf", generator=generator)
@@ -322,4 +325,4 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
         auxk,
     )
 }
-"""By the name of the op; those that `ops` does not offer are left out by who runs them."""
+"""By the name of the op. `kernels.py` leaves out names that `ops` does not have."""

@@ -1,4 +1,4 @@
-"""The one place where these scripts touch the class that trains an SAE."""
+"""A trainer of one SAE for these scripts, so that only this file depends on its class."""
 
 from collections.abc import Callable
 

@@ -1,11 +1,11 @@
-"""What `harvest --dry-run` says a harvest will take, and what it then takes.
+"""Compares what `harvest --dry-run` predicts with what the harvest then takes.
 
     python benchmarks/predictions.py                         # SmolLM2-135M, eight harvests
     python benchmarks/predictions.py --job 14:256:16:200000  # blocks, context, batch, tokens
 
 Predicts and then harvests, one job after the other, in one process. Loading the model is in neither
-time; what a process saves by being warm is in both. Disk and peak memory are compared as well; the
-peak of a process never falls, so of several jobs it says nothing of the smaller ones.
+time, and both run in a process that is warmed up. Disk and peak memory are compared as well; the
+peak of a process never falls, so with several jobs it says nothing about the smaller ones.
 """
 
 import argparse
@@ -24,9 +24,15 @@ from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.verbs.harvest import harvest
 
 JOBS = (
-    "6:256:16:350000", "14:256:16:180000", "29:256:16:100000", "14:64:64:180000",
-    "14:1024:4:160000", "6:512:2:250000", "2:256:16:600000", "6,14:256:16:180000",
-)  # fmt: skip
+    "6:256:16:350000",
+    "14:256:16:180000",
+    "29:256:16:100000",
+    "14:64:64:180000",
+    "14:1024:4:160000",
+    "6:512:2:250000",
+    "2:256:16:600000",
+    "6,14:256:16:180000",
+)
 
 
 def job_of(text: str) -> HarvestConfig:
@@ -38,7 +44,8 @@ def job_of(text: str) -> HarvestConfig:
 
 
 def pair(lm: LanguageModel, config: HarvestConfig, folder: Path) -> dict[str, Any]:
-    said = predict_harvest(lm, config)
+    """Predict one harvest and run it: a row of the table."""
+    predicted = predict_harvest(lm, config)
     started = time.perf_counter()
     manifest = harvest(lm, folder, config)
     whole = time.perf_counter() - started
@@ -49,14 +56,14 @@ def pair(lm: LanguageModel, config: HarvestConfig, folder: Path) -> dict[str, An
         "context": config.text.context,
         "batch_size": config.text.batch_size,
         "tokens": config.tokens,
-        "predicted_tokens_per_second": said["tokens_per_second"],
+        "predicted_tokens_per_second": predicted["tokens_per_second"],
         "tokens_per_second": config.tokens / whole,
-        "predicted_seconds": said["seconds"],
+        "predicted_seconds": predicted["seconds"],
         "seconds": whole,
-        "off": said["seconds"] / whole - 1,
-        "predicted_bytes": said["bytes"],
+        "off": predicted["seconds"] / whole - 1,
+        "predicted_bytes": predicted["bytes"],
         "bytes": filled,
-        "predicted_memory_bytes": said["memory_bytes"],
+        "predicted_memory_bytes": predicted["memory_bytes"],
         "memory_bytes": manifest["peak_memory_bytes"],
     }
 
@@ -64,16 +71,16 @@ def pair(lm: LanguageModel, config: HarvestConfig, folder: Path) -> dict[str, An
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "blocks": lambda row: row["layers"],
     "context": lambda row: str(row["context"]),
-    "at once": lambda row: str(row["batch_size"]),
+    "batch size": lambda row: str(row["batch_size"]),
     "tokens": lambda row: f"{row['tokens']:,}",
-    "tokens/s said": lambda row: f"{row['predicted_tokens_per_second']:,.0f}",
-    "came": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "seconds said": lambda row: f"{row['predicted_seconds']:.1f}",
+    "tokens/s predicted": lambda row: f"{row['predicted_tokens_per_second']:,.0f}",
+    "measured": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "seconds predicted": lambda row: f"{row['predicted_seconds']:.1f}",
     "took": lambda row: f"{row['seconds']:.1f}",
     "off": lambda row: f"{row['off']:+.0%}",
-    "MB of disk said": lambda row: f"{row['predicted_bytes'] / 1e6:.2f}",
+    "MB of disk predicted": lambda row: f"{row['predicted_bytes'] / 1e6:.2f}",
     "filled": lambda row: f"{row['bytes'] / 1e6:.2f}",
-    "MB of memory said": lambda row: f"{row['predicted_memory_bytes'] / 1e6:,.0f}",
+    "MB of memory predicted": lambda row: f"{row['predicted_memory_bytes'] / 1e6:,.0f}",
     "peak": lambda row: f"{row['memory_bytes'] / 1e6:,.0f}",
 }
 
@@ -96,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"job {text}")
         rows.append(pair(lm, job_of(text), folder / str(number)))
     shutil.rmtree(folder)
-    found = {"model": lm.name, **facts(device, {"d_model": lm.d_model})}
-    deliver(args, device, found, rows, COLUMNS)
+    conditions = {"model": lm.name, **facts(device, {"d_model": lm.d_model})}
+    deliver(args, device, conditions, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a device is, how fast it multiplies, and how fast it copies.
+"""Facts about a device, and its speed of matrix products and of copies.
 
     python benchmarks/rates.py
     python benchmarks/rates.py --size 8192
@@ -23,7 +23,7 @@ _COPY_BYTES = 256 * 2**20
 def product_flops_per_second(
     rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> float:
-    """Of `[rows, inner] @ [inner, columns]`, random operands, into a buffer that exists."""
+    """Operations per second of `[rows, inner] @ [inner, columns]` into an existing buffer."""
     a = torch.randn(rows, inner, device=device, dtype=dtype)
     b = torch.randn(inner, columns, device=device, dtype=dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
@@ -33,6 +33,7 @@ def product_flops_per_second(
 
 
 def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
+    """Bytes read plus bytes written per second by a copy of 256 MiB."""
     source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = Contender(lambda _: target.copy_(source), "")
@@ -42,7 +43,7 @@ def copied_bytes_per_second(device: torch.device, rounds: int) -> float:
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """Float32 products on the matrix units' shorter format."""
+    """Compute float32 products in TF32 inside the block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -52,6 +53,7 @@ def tf32() -> Iterator[None]:
 
 
 def measure(size: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A row for the products in each dtype and one for the copy."""
     kinds = {
         "bfloat16": (torch.bfloat16, contextlib.nullcontext()),
         "float32": (torch.float32, contextlib.nullcontext()),
@@ -69,12 +71,12 @@ def measure(size: int, device: torch.device, rounds: int) -> list[dict[str, Any]
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """What can be asked of the device and of its machine."""
-    found: dict[str, Any] = {"cores": os.cpu_count()}
+    """What the device and its machine report about themselves."""
+    known: dict[str, Any] = {"cores": os.cpu_count()}
     if device.type == "cpu":
-        return found
+        return known
     properties = torch.cuda.get_device_properties(device)
-    found |= {
+    known |= {
         "multiprocessors": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "l2_mb": getattr(properties, "L2_cache_size", 0) // 2**20,
@@ -83,12 +85,15 @@ def about(device: torch.device) -> dict[str, Any]:
     }
     query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(
+        reported = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
-            capture_output=True, text=True, check=True, timeout=20,
-        ).stdout  # fmt: skip
-        found |= dict(zip(query.split(","), map(str.strip, said.split(",")), strict=True))
-    return found
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout
+        known |= dict(zip(query.split(","), map(str.strip, reported.split(",")), strict=True))
+    return known
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -106,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = begin(args)
     rows = measure(args.size, device, args.rounds)
-    found = {**facts(device, {"size": args.size}), **about(device), "rounds": args.rounds}
-    deliver(args, device, found, rows, COLUMNS)
+    conditions = {**facts(device, {"size": args.size}), **about(device), "rounds": args.rounds}
+    deliver(args, device, conditions, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One optimiser step of a TopK SAE, by other projects, each as its authors ship it.
+"""One optimiser step of a TopK SAE with other projects' own code.
 
 A rival that is not installed raises ImportError. `dead` asks for the auxiliary loss with that many
-dead latents: the most silent ones after a few steps, and their counters are put back before every
-step, so that each step finds the same number.
+dead latents: those that were silent longest after a few steps. Their counters are reset before
+every step, so that each step has the same number of dead latents.
 """
 
 import importlib.util
@@ -18,12 +18,12 @@ from side_by_side import Contender
 from torch import Tensor
 
 PREPARATION_STEPS = 3
-"""Steps after which silence tells which latents count as dead."""
+"""Steps after which the latents that were silent longest are marked as dead."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender is asked to do."""
+    """The training step that every contender takes."""
 
     d_model: int
     d_sae: int
@@ -43,17 +43,18 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Length of the run that a schedule is told of."""
+        """Length of the run, for learning rate schedules."""
         return 10_000
 
     def at(self, number: int) -> Tensor:
+        """The batch of a step."""
         return self.batches[number % len(self.batches)]
 
 
 def keep_dead(
     counter: Tensor, dead: int, dead_value: float, step: Callable[[int], object]
 ) -> Callable[[], object]:
-    """Take a few steps, mark the most silent latents, and return what puts the marks back."""
+    """Take a few steps, mark `dead` latents as dead; returns a function that marks them again."""
     if not dead:
         return lambda: None
     for number in range(PREPARATION_STEPS):
@@ -116,7 +117,7 @@ def dictionary_learning(job: Job) -> Contender:
         auxk_alpha=1 / 32 if job.dead else 0.0,
         device=str(job.device),
     )
-    # Step 0 computes a geometric median of its batch, once a run: not what is measured here.
+    # Step 0 computes a geometric median of its batch, once in a run; that is not measured.
     trainer.update(0, job.at(0))
 
     def step(number: int) -> None:
@@ -133,11 +134,10 @@ def dictionary_learning(job: Job) -> Contender:
 
 
 def _dictionary_learning_module() -> ModuleType:
-    """Its trainer, without what `import dictionary_learning` does besides.
+    """Its trainer module, imported without running the package's `__init__`.
 
-    The package's `__init__` imports its activation buffer and with it an old nnsight, torchvision
-    and diffusers, none of which a training step touches. So the package is entered by its path
-    alone; the modules below it are imported as they are.
+    That imports its activation buffer and with it an old nnsight, torchvision and diffusers, none
+    of which a training step needs. The modules below it are imported unchanged.
     """
     name = "dictionary_learning"
     if name not in sys.modules:
@@ -151,8 +151,8 @@ def _dictionary_learning_module() -> ModuleType:
 def sparsify(job: Job) -> Contender:
     """What `sparsify.Trainer.fit` does with one coder and `optimizer="adam"` in a step.
 
-    The trainer itself owns the language model and the data; its step is written out here, in its
-    order, around the coder's own methods.
+    The trainer itself owns the language model and the data, so its step is repeated here in the
+    same order, with the coder's own methods.
     """
     if job.device.type == "cpu":
         # Its Triton decoder is chosen wherever triton can be imported, and fails on a CPU.

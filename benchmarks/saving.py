@@ -1,9 +1,9 @@
-"""How long training stands still to save its state, measured inside the process.
+"""How long training waits while its state is saved, measured inside the process.
 
     python benchmarks/saving.py [--tokens N]
 
 Trains one SAE of the demo's size from random activations: with default settings, with a state every
-few steps beside the training, and with the same states written while training waits. Each run
+few steps in the background, and with the same states written while training waits. Each run
 prints its saves, the share of its time blocked in saving (copying, waiting, and the last state at
 the end), and its speed.
 """
@@ -29,17 +29,23 @@ ROWS = 65_536
 
 
 class WaitingSaver(StateSaver):
-    """What a run without a background thread would do."""
+    """Saves as a run without a background thread would."""
 
     def save(self, tensors: Any, meta: Any, **options: Any) -> None:
         self.save_now(tensors, meta, **options)
 
 
 def write_activations(folder: Path) -> Path:
+    """Write shards of random activations; returns their folder."""
     writer = ShardWriter(
-        folder, layers=[0], sites=["resid_post"], d_model=D_MODEL, dtype=torch.bfloat16,
-        shard_tokens=16_384, facts={"model": "random"},
-    )  # fmt: skip
+        folder,
+        layers=[0],
+        sites=["resid_post"],
+        d_model=D_MODEL,
+        dtype=torch.bfloat16,
+        shard_tokens=16_384,
+        facts={"model": "random"},
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(0, ROWS, 8192):
         rows = torch.randn(8192, D_MODEL, generator=generator)
@@ -49,7 +55,8 @@ def write_activations(folder: Path) -> Path:
 
 
 def measure(name: str, folder: Path, activations: Path, config: TrainConfig, saver: Any) -> None:
-    from saesteer.sae.verbs import train as training
+    """Train once with a kind of saver and print its line."""
+    from saesteer.sae.training import run as training
 
     made: list[StateSaver] = []
 
@@ -83,9 +90,11 @@ def main() -> None:
         place = Path(name)
         activations = write_activations(place / "acts")
         train(place / "warm", replace(default, tokens=8192), activations=activations, device="cpu")
-        print(f"d_model {D_MODEL}, d_sae 4608, k 32, {args.tokens:,} tokens, "
-              f"torch {torch.__version__}, threads {torch.get_num_threads()}, "
-              f"{platform.machine()}, {os.cpu_count()} cores")  # fmt: skip
+        print(
+            f"d_model {D_MODEL}, d_sae 4608, k 32, {args.tokens:,} tokens, "
+            f"torch {torch.__version__}, threads {torch.get_num_threads()}, "
+            f"{platform.machine()}, {os.cpu_count()} cores"
+        )
         print(f"{'':34s} saves    blocked    share       tokens/s")
         measure("default settings", place / "default", activations, default, StateSaver)
         measure("a state every 10 steps", place / "often", activations, often, StateSaver)

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: contenders timed in turns, and the forms of a result.
+"""Shared by the scripts in this folder: timing contenders in turns, and the output formats.
 
 A machine whose speed drifts slows every contender of a round alike, so what to quote is a ratio:
 of the medians, with the 20th and 80th percentile of the ratios inside single rounds as its spread.
@@ -77,7 +77,7 @@ class Timing:
         return max(self.seconds) / min(self.seconds)
 
     def over(self, other: "Timing") -> dict[str, float]:
-        """How many times as long this takes as the other: of medians, and p20, p80 of rounds."""
+        """How many times as long this takes as the other: by medians, and p20, p80 of rounds."""
         rounds = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
         return {
             "ratio": self.median / other.median,
@@ -100,7 +100,7 @@ class Timing:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between the two nearest ranks."""
+    """The value below which a `share` of the values lies, linearly interpolated."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -121,7 +121,7 @@ def take_turns(
     Wall time, from an idle device to an idle device: a training step waits for its host too. With
     `flush` on CUDA, device time: between two events on a device that has just overwritten its cache
     and is kept busy until the host has launched the whole step. That is what a single op costs
-    inside a larger program; what the host takes stands beside it.
+    inside a larger program; the host's time is given in addition.
     """
     on_cuda = device.type == "cuda"
     clock = _device_clock(device) if flush and on_cuda else _wall_clock(device)
@@ -183,6 +183,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def choose_device(name: str) -> torch.device:
+    """The device that --device names. Raises SystemExit for a missing CUDA device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -191,18 +192,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def facts(device: torch.device, shape: Mapping[str, int]) -> dict[str, Any]:
-    """Where and on what a table was measured."""
-    found: dict[str, Any] = dict(shape)
+    """The device, versions, revision and date of a measurement."""
+    conditions: dict[str, Any] = dict(shape)
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        conditions["device"] = torch.cuda.get_device_name(device)
+        conditions["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     else:
-        found |= {"device": _cpu_name(), "threads": torch.get_num_threads()}
-    found["python"] = platform.python_version()
-    found |= {name: _version(name) for name in ("torch", "triton")}
-    found["revision"] = _revision()
-    found["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
-    return found
+        conditions |= {"device": _cpu_name(), "threads": torch.get_num_threads()}
+    conditions["python"] = platform.python_version()
+    conditions |= {name: _version(name) for name in ("torch", "triton")}
+    conditions["revision"] = _revision()
+    conditions["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
+    return conditions
 
 
 def slug(device: torch.device) -> str:
@@ -233,7 +234,7 @@ def _revision() -> str:
     """The commit this runs from; `+` says that tracked code differs from it."""
 
     def git(*words: str) -> str:
-        # The results themselves do not count: the first script of a run has just rewritten them.
+        # Changed results do not count: the first script of a run has just rewritten them.
         return subprocess.run(
             ["git", *words], cwd=HERE.parent, check=True, capture_output=True, text=True
         ).stdout.strip()
@@ -245,18 +246,24 @@ def _revision() -> str:
         return "unknown"
 
 
-def one_line(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+def one_line(conditions: Mapping[str, Any]) -> str:
+    """The conditions of a measurement as one line."""
+    return ", ".join(f"{name} {value}" for name, value in conditions.items())
 
 
 def markdown(
-    found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]
+    conditions: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]
 ) -> str:
     """A table under a line that says where it was measured.
 
     Columns map a heading to a function of the row, which returns the text of the cell.
     """
-    lines = [one_line(found), "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    lines = [
+        one_line(conditions),
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| --- " * len(columns) + "|",
+    ]
     for row in rows:
         cells = [str(cell(row)).replace("|", "\\|") for cell in columns.values()]
         lines.append("| " + " | ".join(cells) + " |")
@@ -284,11 +291,15 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) ->
 
 
 def write_files(
-    folder: Path, name: str, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], page: str
+    folder: Path,
+    name: str,
+    conditions: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    page: str,
 ) -> None:
     """`NAME.csv`, every row with all facts, and `NAME.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    full = [{**row, **found} for row in rows]
+    full = [{**row, **conditions} for row in rows]
     fields = list(dict.fromkeys(field for row in full for field in row))
     with _replacing(folder / f"{name}.csv") as path:
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -337,12 +348,12 @@ class _replacing:
 
 
 def measured(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    """A cell that only rows with a measurement have."""
+    """A cell of rows with a measurement; others show "-"."""
     return lambda row: text(row) if row["status"] == "ok" else "-"
 
 
 def why_not(error: Exception) -> str:
-    """The status of a contender that cannot run."""
+    """The status of a contender that failed with `error`."""
     say(f"  {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     absent = isinstance(error, ModuleNotFoundError)
     return "not installed" if absent else f"failed: {type(error).__name__}"
@@ -350,7 +361,7 @@ def why_not(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Rivals warn and print while they run; stdout belongs to the result, stderr to `say`."""
+    """Suppress what rivals print and warn: stdout is for the result, stderr for `say`."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -361,21 +372,21 @@ def quiet() -> Iterator[None]:
 def deliver(
     args: Any,
     device: torch.device,
-    found: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     columns: Mapping[str, Any],
 ) -> None:
     """Print the result, and write the files that --csv and --page ask for."""
     name = f"{args.name}-{slug(device)}"
-    table = markdown(found, rows, columns)
+    table = markdown(conditions, rows, columns)
     if args.csv is not None:
-        write_files(args.csv, name, found, rows, table)
+        write_files(args.csv, name, conditions, rows, table)
     if args.page is not None:
         write_page(args.page, name, table)
     if args.json:
-        print(json.dumps({"facts": found, "rows": rows}, indent=2))
+        print(json.dumps({"facts": conditions, "rows": rows}, indent=2))
     else:
-        print(f"{one_line(found)}\n{text_table(rows, columns)}")
+        print(f"{one_line(conditions)}\n{text_table(rows, columns)}")
 
 
 def add_flags(parser: Any, *, name: str, rounds: int) -> None:
@@ -443,4 +454,5 @@ def begin(args: Any) -> torch.device:
 
 
 def say(message: str) -> None:
+    """Print a progress message on stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -6,10 +6,10 @@
     python benchmarks/steering_overhead.py --model random:1b --batch 1,16,64 --compiled --no-rivals
 
 Every contender generates the same number of tokens from the same prompts inside one process,
-taking turns, and opens its steering anew each time. Two figures for each: the time inside its
+taking turns, and sets up its steering again each time. Two figures for each: the time inside its
 hooks as a share of the whole of the same run (a busy machine slows both alike), and the whole over
 that of the unsteered run (what a person waits; noisy where the difference is small). Hooks are
-clocked from outside, through `register_forward_hook`, ours and those of others by the same lines;
+timed from outside, through `register_forward_hook`, ours and those of others by the same code;
 on a GPU that is the time to launch them. Rivals add the same vector in the same block as "add"
 does; one that is missing is listed as `not installed`. With `--compiled` transformers decodes with
 a static cache, for which it compiles the model on CUDA.
@@ -68,6 +68,7 @@ class Bench:
     saes: dict[str, SAE]
 
     def sae(self, architecture: str) -> SAE:
+        """An SAE with random weights, made once for each architecture."""
         if architecture not in self.saes:
             generator = torch.Generator().manual_seed(0)
             d_model = self.lm.d_model
@@ -75,27 +76,38 @@ class Bench:
             W_dec /= W_dec.norm(dim=1, keepdim=True)
             spec = SAESpec(
                 architecture=architecture,  # type: ignore[arg-type]
-                d_model=d_model, d_sae=self.d_sae, k=32 if architecture == "topk" else None,
+                d_model=d_model,
+                d_sae=self.d_sae,
+                k=32 if architecture == "topk" else None,
                 hook_name=f"blocks.{self.layer}.hook_resid_post",
-            )  # fmt: skip
+            )
             self.saes[architecture] = SAE(
-                spec=spec, W_enc=W_dec.T.contiguous(), b_enc=torch.zeros(self.d_sae), W_dec=W_dec,
-                b_dec=torch.zeros(d_model), source="random", sha256=architecture,
-            ).to(self.lm.device)  # fmt: skip
+                spec=spec,
+                W_enc=W_dec.T.contiguous(),
+                b_enc=torch.zeros(self.d_sae),
+                W_dec=W_dec,
+                b_dec=torch.zeros(d_model),
+                source="random",
+                sha256=architecture,
+            ).to(self.lm.device)
         return self.saes[architecture]
 
     def plan(self, k: int, architecture: str = "standard", **fields: Any) -> Plan:
+        """A plan of `k` latents of a random SAE."""
         latents = [PlannedLatent(id=7 * i, mu=20.0, sigma=4.0, max=60.0) for i in range(k)]
         return make_plan(self.lm, self.sae(architecture), latents, **fields)
 
     def generate(self) -> Tensor:
+        """Generate once from all prompts, `[batch, prompt + new tokens]`."""
         with torch.inference_mode():
-            found: Tensor = self.lm.model.generate(
+            sequences: Tensor = self.lm.model.generate(
                 input_ids=self.ids, attention_mask=self.mask, **self.options
             )
-        return found
+        return sequences
 
     def steered(self, plans: Plans, sae: SAE | None = None) -> Callable[[], Tensor]:
+        """A function that generates once under plans, with the hooks timed."""
+
         def run() -> Tensor:
             with self.clock.watching(), steer(self.lm, plans, sae=sae):
                 return self.generate()
@@ -128,21 +140,21 @@ OURS: dict[str, Callable[[Bench], Callable[[], Tensor]]] = {
 
 
 def contenders(bench: Bench, names: list[str], job: Steering) -> dict[str, Callable[[], Rival]]:
-    """How each is made ready: ours first, then the rivals."""
-    found: dict[str, Callable[[], Rival]] = {}
+    """A function for each contender that prepares it: ours first, then the rivals."""
+    makers: dict[str, Callable[[], Rival]] = {}
     given = f"saesteer {version('saesteer')}"
     for name in names:
         if name in OURS:
-            found[name] = lambda name=name: Rival(OURS[name](bench), given)  # type: ignore[misc]
+            makers[name] = lambda name=name: Rival(OURS[name](bench), given)  # type: ignore[misc]
         else:
-            found[name] = lambda name=name: RIVALS[name](job)  # type: ignore[misc]
-    return found
+            makers[name] = lambda name=name: RIVALS[name](job)  # type: ignore[misc]
+    return makers
 
 
 def prepare(
     makers: dict[str, Callable[[], Rival]], plain: Tensor
 ) -> tuple[dict[str, Rival], dict[str, str]]:
-    """Those that run, and why the others do not; a rival has to change what is generated."""
+    """The contenders that run, and why the others do not. A rival must change what is generated."""
     ready: dict[str, Rival] = {}
     missing: dict[str, str] = {}
     for name, make in makers.items():
@@ -150,9 +162,9 @@ def prepare(
         try:
             with quiet():
                 rival = make()
-                found = rival.run()
-            # Ours raises by itself when it touches nothing.
-            if name in RIVALS and torch.equal(found, plain):
+                generated = rival.run()
+            # Our own hook raises when it has edited no position.
+            if name in RIVALS and torch.equal(generated, plain):
                 raise RuntimeError("it generates what the unsteered model does")
         except Exception as error:
             if name in OURS:
@@ -192,6 +204,7 @@ def rows_of(
     hooks: dict[str, list[float]],
     passes: int,
 ) -> list[dict[str, Any]]:
+    """A row for the unsteered run and for each contender."""
     rows: list[dict[str, Any]] = [
         {"contender": PLAIN, "status": "ok", "given": "", **timings[PLAIN].columns()}
     ]
@@ -262,15 +275,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def bench_of(
     lm: LanguageModel, batch: int, args: argparse.Namespace, saes: dict[str, SAE]
 ) -> Bench:
+    """A bench with `batch` prompts and the settings of the flags."""
     layer = lm.n_layers // 2 if args.layer is None else args.layer
     questions = neutral_questions()
     texts = [questions[i % len(questions)].prompt for i in range(batch)]
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template).token_ids for text in texts]
     ids, mask = pad_left(lm, prompts)
     options = {
-        "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
+        "max_new_tokens": args.tokens,
+        "min_new_tokens": args.tokens,
+        "do_sample": False,
         "pad_token_id": lm.pad_id,
-    }  # fmt: skip
+    }
     if args.compiled:
         options["cache_implementation"] = "static"
     return Bench(lm, layer, ids, mask, options, args.d_sae or 8 * lm.d_model, HookClock(), saes)
@@ -295,13 +311,17 @@ def main(argv: list[str] | None = None) -> None:
         job = Steering(lm, bench.layer, vector, bench.ids, bench.mask, bench.options, bench.clock)
         ready, missing = prepare(contenders(bench, names, job), bench.generate())
         timings, hooks = measure(bench, ready, device, args.rounds, args.warmup)
-        found = rows_of(names, ready, missing, timings, hooks, args.tokens)
-        rows += [{**row, "batch": batch} for row in found]
+        batch_rows = rows_of(names, ready, missing, timings, hooks, args.tokens)
+        rows += [{**row, "batch": batch} for row in batch_rows]
     shape = {
-        "model": lm.name, "dtype": str(lm.dtype).removeprefix("torch."), "layer": bench.layer,
-        "d_sae": bench.d_sae, "batch": args.batch, "prompt": bench.ids.shape[1],
+        "model": lm.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "layer": bench.layer,
+        "d_sae": bench.d_sae,
+        "batch": args.batch,
+        "prompt": bench.ids.shape[1],
         "tokens": args.tokens,
-    }  # fmt: skip
+    }
     if args.compiled:
         shape["generation"] = "static cache" + (", compiled" if device.type == "cuda" else "")
     columns = dict(COLUMNS)

@@ -1,8 +1,8 @@
-"""Adding one vector to one block during `generate`, by other projects, as their authors ship them.
+"""Adding one vector to one block during `generate`, with other projects' own, unmodified code.
 
 A rival that is not installed raises ImportError. Each gives a function that generates once and
-returns the sequences. What their hooks take is clocked like ours (see `HookClock`); where a project
-has no hook of its own that could be clocked, `clocked` is False.
+returns the sequences. The time in their hooks is measured like ours (see `HookClock`); where a
+project has no hook of its own that could be timed, `clocked` is False.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ class HookClock:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
+        """Time the forward hooks registered inside the block."""
         originals = {name: getattr(nn.Module, name) for name in self._names}
 
         def registering(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +53,8 @@ class HookClock:
                 setattr(nn.Module, name, original)
 
     def timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook whose time is added to `seconds`."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -65,7 +68,7 @@ class HookClock:
 
 @dataclass(frozen=True)
 class Steering:
-    """What every rival is asked to do."""
+    """The generation that every rival runs."""
 
     lm: LanguageModel
     layer: int
@@ -77,15 +80,18 @@ class Steering:
     clock: HookClock
 
     def generate(self, model: Any) -> Tensor:
+        """Generate once with a model, `[batch, prompt + new tokens]`."""
         with torch.inference_mode():
-            found: Tensor = model.generate(
+            sequences: Tensor = model.generate(
                 input_ids=self.ids, attention_mask=self.mask, **self.options
             )
-        return found
+        return sequences
 
 
 @dataclass(frozen=True)
 class Rival:
+    """A prepared contender: a function that generates once, and what it was given."""
+
     run: Callable[[], Tensor]
     given: str
     clocked: bool = True
@@ -118,10 +124,10 @@ def repsteer(job: Steering) -> Rival:
 
     def run() -> Tensor:
         with job.clock.watching(), model.steer(control, compatibility="dimension"):
-            found: Tensor = model.generate(
+            sequences: Tensor = model.generate(
                 input_ids=job.ids, attention_mask=job.mask, **job.options
             ).token_ids
-            return found
+            return sequences
 
     return Rival(run, f"repsteer {version('repsteer')}, every position; decodes the text too")
 
@@ -132,11 +138,11 @@ def repeng(job: Steering) -> Rival:
     wrapped.set_raw_control({job.layer: job.vector})
     block = control.model_layer_list(job.lm.model)[job.layer]
     layers = control.model_layer_list(job.lm.model)
-    layers[job.layer] = block.block  # out of the others' way until its turn
+    layers[job.layer] = block.block  # not active while the others have their turn
     whole, inner = block.forward, block.block.forward
 
     def timed_block(*args: Any, **kwargs: Any) -> Any:
-        # The block's own time is inside of what is clocked, and is taken off again.
+        # The block's own time is within what is timed, and is subtracted again.
         started = time.perf_counter()
         try:
             return inner(*args, **kwargs)
@@ -157,11 +163,11 @@ def repeng(job: Steering) -> Rival:
 
 def _control_module() -> ModuleType:
     """`repeng.control` without the rest of the package, which asks for NumPy 1."""
-    found = importlib.util.find_spec("repeng")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("repeng")
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("repeng")
     package = ModuleType("repeng")
-    package.__path__ = list(found.submodule_search_locations)
+    package.__path__ = list(spec.submodule_search_locations)
     sys.modules["repeng"] = package
     return importlib.import_module("repeng.control")
 
@@ -169,7 +175,7 @@ def _control_module() -> ModuleType:
 def nnsight(job: Steering) -> Rival:
     from nnsight import LanguageModel as Traced
 
-    # It changes every module of the model it is given, for good.
+    # nnsight permanently changes every module of the model that it is given.
     traced = Traced(copy.deepcopy(job.lm.model), tokenizer=job.lm.tokenizer)
     block = traced
     for part in f"{job.lm.blocks_path}.{job.layer}".split("."):
@@ -183,10 +189,10 @@ def nnsight(job: Steering) -> Rival:
         with traced.generate(inputs, **job.options) as tracer:
             for _ in tracer.iter[:tokens]:
                 block.output = block.output + job.vector
-            found = tracer.result.save()
-        return found  # type: ignore[no-any-return]
+            sequences = tracer.result.save()
+        return sequences  # type: ignore[no-any-return]
 
-    given = f"nnsight {version('nnsight')}, every position, pads too; traced anew each time"
+    given = f"nnsight {version('nnsight')}, every position, pads too; traced again each time"
     return Rival(run, given, clocked=False)
 
 

@@ -1,12 +1,12 @@
-"""Every Triton kernel compiled and compared: the kernels' suites, and all tests marked `gpu`.
+"""Compiles and compares every Triton kernel: the kernels' suites, and all tests marked `gpu`.
 
     python benchmarks/suites.py
     python benchmarks/suites.py --device cpu -k test_adam       # in Triton's interpreter
 
 One row for each test function: how many of its cases passed, how long they took, and the largest
 relative error that they saw. Compiling is what takes the time, so the tests run in as many
-processes as there are cores but two, where pytest-xdist is installed. After `--seconds` the tests
-that ended are what is reported.
+processes as there are cores less two, where pytest-xdist is installed. After `--seconds` the tests
+that have ended are reported.
 """
 
 import argparse
@@ -28,11 +28,12 @@ TESTS = ROOT / "tests"
 
 
 def suites() -> list[Path]:
+    """The files of the kernels' suites."""
     return sorted((TESTS / "kernels").glob("triton_suite*.py"))
 
 
 def marked() -> list[Path]:
-    """Files with tests marked `gpu`, but the one that runs the suites."""
+    """Files with tests marked `gpu`, except the one that runs the suites."""
     runner = TESTS / "kernels" / "test_triton.py"
     return [
         path
@@ -42,7 +43,7 @@ def marked() -> list[Path]:
 
 
 def run(words: Sequence[str], log: Path, limit: float | None, **variables: str) -> str:
-    """How pytest ended."""
+    """Run pytest on some paths and log its results; returns how it ended."""
     dropped = ("TRITON_INTERPRET", "SAESTEER_KERNELS", "PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
     paths = [str(HERE / "plugins"), *filter(None, [env.get("PYTHONPATH")])]
@@ -64,18 +65,18 @@ def rows_of(log: Path) -> list[dict[str, Any]]:
     """One for each test function, in the order in which they were first seen."""
     rows: dict[str, dict[str, Any]] = {}
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    for found in map(json.loads, lines):
-        path, _, name = found["test"].partition("::")
+    for entry in map(json.loads, lines):
+        path, _, name = entry["test"].partition("::")
         row = rows.setdefault(
             f"{Path(path).stem}::{name.partition('[')[0]}",
             {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "error": None, "note": ""},
         )
-        row["seconds"] += found["seconds"]
-        if found["when"] == "call" or found["outcome"] != "passed":
-            row[found["outcome"]] += 1
-        if found["error"] is not None:
-            row["error"] = max(row["error"] or 0.0, found["error"])
-        row["note"] = row["note"] or " ".join(found["message"])[:200]
+        row["seconds"] += entry["seconds"]
+        if entry["when"] == "call" or entry["outcome"] != "passed":
+            row[entry["outcome"]] += 1
+        if entry["error"] is not None:
+            row["error"] = max(row["error"] or 0.0, entry["error"])
+        row["note"] = row["note"] or " ".join(entry["message"])[:200]
     return [{"test": test, **row} for test, row in rows.items()]
 
 
@@ -120,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
             limit = max(1.0, end - time.monotonic())
             ended[name] = run([*map(str, paths), *more, *words], log, limit, **variables)
         rows = rows_of(log)
-    found = {**facts(device, {}), "processes": processes, **ended}
-    deliver(args, device, found, rows, COLUMNS)
+    conditions = {**facts(device, {}), "processes": processes, **ended}
+    deliver(args, device, conditions, rows, COLUMNS)
     if not set(ended.values()) <= {"passed", "no tests"}:
         raise SystemExit(1)
 

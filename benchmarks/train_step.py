@@ -6,7 +6,7 @@
     python benchmarks/train_step.py --device cuda --only "saesteer step;saesteer step, CUDA graph"
 
 The contenders take turns, round by round, so that a machine whose speed drifts slows all of them;
-what to quote is the ratio of medians. Each rival runs as its authors ship it, and every row says
+what to quote is the ratio of medians. Each rival runs its own code, and every row says
 what it was given; on CUDA there are rows in bfloat16, dense steps in plain PyTorch and through
 `torch.compile`, and the memory of each. `make peers` installs those that saesteer itself does not
 need; a rival that is missing is listed as `not installed`. Absolute figures mean nothing on another
@@ -53,14 +53,15 @@ Make = Callable[[Job], Contender]
 
 
 def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contender:
+    """saesteer's own step."""
     config = TrainConfig(
         d_sae=(job.d_sae,),
         k=(job.k,),
         tokens=job.steps * job.batch,
         batch_tokens=job.batch,
         auxk=AUXK if job.dead else 0.0,
-        # One batch of silence is enough here: the marks below decide, and a trainer looks for dead
-        # latents only once it has seen as many activations as it takes to die.
+        # One batch of silence is enough here: the marks below decide which latents are dead, and a
+        # trainer looks for dead latents only after `dead_after_tokens` activations.
         dead_after_tokens=job.batch if job.dead else None,
         dtype=dtype,
         cuda_graph=cuda_graph,
@@ -91,6 +92,7 @@ def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contende
 
 
 def product(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
+    """The product `x @ W_enc` alone, the least that any step needs."""
     W_enc = torch.randn(job.d_model, job.d_sae, device=job.device, dtype=dtype)
     out = torch.empty(job.batch, job.d_sae, device=job.device, dtype=dtype)
     batches = [batch.to(dtype) for batch in job.batches]
@@ -101,6 +103,7 @@ def product(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
 
 
 def encode(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
+    """The TopK encoder alone, without gradients."""
     W_enc_rows = torch.randn(job.d_sae, job.d_model, device=job.device, dtype=dtype)
     b_enc = torch.zeros(job.d_sae, device=job.device)
     batches = [batch.to(dtype) for batch in job.batches]
@@ -122,7 +125,7 @@ CONTENDERS: dict[str, Make] = {
     "x @ W_enc alone": product,
     "encode_topk alone": encode,
 }
-"""Those of every device: on a CPU float32 is what all of them compute in."""
+"""Contenders on a CPU, where all of them compute in float32."""
 
 FOR_CUDA: dict[str, Make] = {
     OURS: ours,
@@ -141,11 +144,11 @@ FOR_CUDA: dict[str, Make] = {
     "SAELens SAETrainer.step": sae_lens,
     "dictionary_learning TopKTrainer.update": dictionary_learning,
 }
-"""What matters most comes first: a run that is out of time leaves out the last."""
+"""The most important first: a run that is out of time leaves out the last ones."""
 
 
 OWN = {OURS, "x @ W_enc alone", "encode_topk alone"}
-"""Without these a table says nothing."""
+"""Contenders that must not fail."""
 
 
 def prepare(make: Make, job: Job) -> tuple[Contender, dict[str, float]]:
@@ -177,8 +180,8 @@ def measure(
     ready: dict[str, Contender] = {}
 
     def time_those_ready() -> None:
-        found = take_turns(ready, job.device, rounds=args.rounds, warmup=args.warmup)
-        timings.update(found)
+        new = take_turns(ready, job.device, rounds=args.rounds, warmup=args.warmup)
+        timings.update(new)
         ready.clear()
 
     for name, make in makers.items():
@@ -208,7 +211,7 @@ def measure(
 
 
 def free_memory(device: torch.device) -> None:
-    """Of a contender that nobody holds any longer."""
+    """Free the memory of a contender that is no longer referenced."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -218,6 +221,7 @@ def free_memory(device: torch.device) -> None:
 def rows_of(
     timings: dict[str, Timing], known: dict[str, dict[str, Any]], batch: int
 ) -> list[dict[str, Any]]:
+    """A row for each contender, with its speed and its time over saesteer's."""
     rows: list[dict[str, Any]] = []
     for name, about in known.items():
         rows.append({"contender": name, **about})
@@ -306,13 +310,15 @@ def main(argv: list[str] | None = None) -> None:
     timings, known = measure(makers, job, args)
     rows = rows_of(timings, known, args.batch)
     shape = {"d_model": args.d_model, "d_sae": args.d_sae, "k": args.k, "batch": args.batch}
-    found = {**facts(device, shape), "rounds": args.rounds}
+    conditions = {**facts(device, shape), "rounds": args.rounds}
     columns = dict(COLUMNS)
     if device.type == "cuda":
-        found["peak_gb"] = round(max((row.get("peak_gb", 0.0) for row in rows), default=0.0), 2)
+        conditions["peak_gb"] = round(
+            max((row.get("peak_gb", 0.0) for row in rows), default=0.0), 2
+        )
         given = columns.pop("given")
         columns |= {**COLUMNS_OF_CUDA, "given": given}
-    deliver(args, device, found, rows, columns)
+    deliver(args, device, conditions, rows, columns)
 
 
 if __name__ == "__main__":

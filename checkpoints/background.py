@@ -19,8 +19,8 @@ class BackgroundWriter:
     memory is bounded: a disk slower than the model slows the model down. An error of the thread is
     raised by the next call here, and nothing is written after it.
 
-    Use it as a context manager. Leaving it by an exception drops what still waits; the shards and
-    the manifest already written stay valid.
+    Use it as a context manager. Leaving it by an exception drops calls that still wait; the shards
+    and the manifest already written stay valid.
     """
 
     def __init__(self, writer: ShardWriter, pending_tokens: int) -> None:
@@ -64,11 +64,11 @@ class BackgroundWriter:
         self._call(rows.tokens, lambda: self.writer.append(rows, cursor))
 
     def flush(self, cursor: Mapping[str, Any]) -> None:
-        """Have what was handed over written as a shard, with this cursor, without waiting."""
+        """Start to write the tokens handed over as a shard with this cursor; does not wait."""
         self._call(0, lambda: self.writer.checkpoint(cursor))
 
     def checkpoint(self, cursor: Mapping[str, Any] | None = None) -> None:
-        """Write what was handed over, and return when it is on the disk."""
+        """Write the tokens handed over, and return when they are on the disk."""
         self._call(0, lambda: self.writer.checkpoint(cursor))
         self._drain()
 

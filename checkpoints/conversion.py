@@ -26,7 +26,7 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 
 RANDOM_ROWS = 256
 REAL_ROWS = 2048
-# Latents of so many rows at a time exist in float64.
+# Most float64 latents held at once.
 _CHUNK_NUMBERS = 2**23
 # Folding rounds each weight once, so only rounding may differ: 1e-4 for float32, and for narrower
 # dtypes a few of their own rounding steps.
@@ -46,10 +46,11 @@ def convert(
 ) -> dict[str, Any]:
     """Read an SAE, write it in another format, read that back and compare; returns the report.
 
-    What `saelens` writes is also opened by sae_lens, unless that cannot be imported.
+    In format `saelens` the result is also opened with sae_lens, if that can be imported.
 
-    `target` is a folder that is empty or not there yet; None writes nothing that stays. `canonical`
-    first folds to unit decoder rows and no input bias. `activations` are real ones to compare on.
+    `target` is a folder that is empty or does not exist yet; with None the conversion is only
+    checked. `canonical` first folds to unit decoder rows and no input bias. `activations` are real
+    ones to compare on, in addition to random ones.
 
     The report holds `source`, `format_from`, `format_to`, `spec`, `tensors` (their map), `notes`
     (what was folded, assumed or lost) and, for `random` and `real` rows, what `compare` returns.
@@ -127,27 +128,29 @@ def compare(
     sums = dict.fromkeys(("latents", "reconstruction", "flips", "before", "after"), 0.0)
     step = max(1, _CHUNK_NUMBERS // before.spec.d_sae)
     for rows in x.double().split(step):
-        f, g = before.encode(rows) * units, after.encode(rows)
-        flipped = (f != 0) != (g != 0)
-        off = torch.where(flipped, 0.0, (f - g).abs())
+        acts, new_acts = before.encode(rows) * units, after.encode(rows)
+        flipped = (acts != 0) != (new_acts != 0)
+        acts_gap = torch.where(flipped, 0.0, (acts - new_acts).abs())
         scale = (before.pre_acts(rows) * units).abs().amax(dim=1).clamp(min=1e-30)
-        y, z = before.reconstruct(rows), after.reconstruct(rows)
-        apart = (y - z).abs()
-        whole = ~flipped.any(dim=1)
-        spread = apart.amax(dim=1) / y.abs().amax(dim=1).clamp(min=1e-30)
-        found = {
-            "latents_max": off.max(),
-            "latents_relative": (off.amax(dim=1) / scale).max(),
-            "reconstruction_max": apart.max(),
-            "reconstruction_relative": spread[whole].max() if bool(whole.any()) else 0.0,
+        output, new_output = before.reconstruct(rows), after.reconstruct(rows)
+        output_gap = (output - new_output).abs()
+        same_latents = ~flipped.any(dim=1)
+        relative = output_gap.amax(dim=1) / output.abs().amax(dim=1).clamp(min=1e-30)
+        chunk_largest = {
+            "latents_max": acts_gap.max(),
+            "latents_relative": (acts_gap.amax(dim=1) / scale).max(),
+            "reconstruction_max": output_gap.max(),
+            "reconstruction_relative": (
+                relative[same_latents].max() if bool(same_latents.any()) else 0.0
+            ),
         }
-        largest = {name: max(value, float(found[name])) for name, value in largest.items()}
+        largest = {name: max(value, float(chunk_largest[name])) for name, value in largest.items()}
         for name, value in (
-            ("latents", off.sum()),
-            ("reconstruction", apart.sum()),
+            ("latents", acts_gap.sum()),
+            ("reconstruction", output_gap.sum()),
             ("flips", flipped.sum()),
-            ("before", (f != 0).sum()),
-            ("after", (g != 0).sum()),
+            ("before", (acts != 0).sum()),
+            ("after", (new_acts != 0).sum()),
         ):
             sums[name] += float(value)
     count = max(1, len(x))
@@ -165,9 +168,9 @@ def compare(
 
 
 def random_rows(sae: SAE, seed: int = 0, rows: int = RANDOM_ROWS) -> Float[Tensor, "rows d_model"]:
-    """Gaussian rows around the SAE's bias, of four sizes from a tenth to a hundred times it.
+    """Gaussian rows around the SAE's bias, of four sizes from a tenth to a hundred times its own.
 
-    The file does not say how large real activations are; one of the four sizes is about right.
+    The file does not say how large real activations are, so several sizes are tried.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, sae.spec.d_model, generator=generator, dtype=torch.float64)
@@ -200,7 +203,7 @@ def _describe(before: SAE, written: SAE, after: SAE, format: str) -> dict[str, A
 
 
 def _as_saelens_reads(folder: Path, after: SAE, x: Tensor) -> dict[str, Any]:
-    """The written files, opened and computed by sae_lens itself."""
+    """How far the written SAE, opened and computed by sae_lens, differs from ours on `x`."""
     sae_lens = import_sae_lens()
     with quiet():
         theirs = sae_lens.SAE.load_from_disk(folder, device="cpu", dtype="float64")
@@ -211,14 +214,15 @@ def _as_saelens_reads(folder: Path, after: SAE, x: Tensor) -> dict[str, Any]:
         x = x - x.mean(dim=-1, keepdim=True)
     ours = after.to(dtype="float64")
     with torch.no_grad():
-        f, g = ours.encode(x), theirs.encode(x)
+        acts, their_acts = ours.encode(x), theirs.encode(x)
         scale = ours.pre_acts(x).abs().amax(dim=1).clamp(min=1e-30)
-        y, z = ours.reconstruct(x), theirs(x)
-        far = (y - z).abs().amax(dim=1) / y.abs().amax(dim=1).clamp(min=1e-30)
+        output, their_output = ours.reconstruct(x), theirs(x)
+        output_gap = (output - their_output).abs().amax(dim=1)
+        relative = output_gap / output.abs().amax(dim=1).clamp(min=1e-30)
         return {
             "version": version("sae-lens"),
-            "latents_relative": float(((f - g).abs().amax(dim=1) / scale).max()),
-            "reconstruction_relative": float(far.max()),
+            "latents_relative": float(((acts - their_acts).abs().amax(dim=1) / scale).max()),
+            "reconstruction_relative": float(relative.max()),
         }
 
 
@@ -240,7 +244,7 @@ def _refuse_differences(report: Mapping[str, Any], tolerance: float, source: str
 
 
 def _put(draft: Path, place: Path) -> None:
-    """Give the finished draft its final name, in one step."""
+    """Rename the finished draft to its final name."""
     with files.writing(place):
         if place.is_dir():
             place.rmdir()  # only an empty folder is replaced

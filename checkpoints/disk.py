@@ -10,7 +10,7 @@ from saesteer.checkpoints.errors import UserError
 def need_space(folder: str | Path, needed_bytes: int, what: str, todo: str) -> None:
     """Raise when `folder`, which need not exist yet, has too little free disk space for a run.
 
-    What already lies in the folder is not counted: pass what the run adds. `what` and `todo` are
+    What is already in the folder is not counted: pass what the run adds. `what` and `todo` are
     the beginning and end of the message, such as "training writes" and "lower `d_sae`".
 
     Raises:

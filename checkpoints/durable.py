@@ -1,8 +1,8 @@
-"""The system calls behind every file that appears whole or not at all.
+"""Durable, atomic writing: a file appears complete or not at all.
 
 A draft is written next to its target, made durable (fsync) and renamed over it; then the folder is
-made durable, so that the new name survives a power cut too. However the writer ended, a reader
-finds either the old file or the new one.
+made durable, so that the new name survives a power cut too. However the writer ends, a reader finds
+either the old file or the new one.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from saesteer.checkpoints.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR_NUMBER = re.compile(r"os error (\d+)")
-# Between two pieces a write can be cancelled, and other Python threads get to run.
+# Bytes per write: between two a write can be cancelled, and other Python threads can run.
 _PIECE_BYTES = 4 << 20
 
 
@@ -91,7 +91,7 @@ class Draft:
                 os.close(self._descriptor)
             if kind is None:
                 os.replace(self._temporary, self.path)
-        except BaseException:  # Ctrl-C too must leave nothing behind
+        except BaseException:  # also after Ctrl-C no draft may be left
             self._discard()
             raise
         if kind is None:
@@ -100,7 +100,7 @@ class Draft:
             self._discard()
 
     def _discard(self) -> None:
-        with contextlib.suppress(OSError):  # the error on its way says more
+        with contextlib.suppress(OSError):  # the error being raised says more
             os.unlink(self._temporary)
 
 
@@ -117,8 +117,8 @@ def write_by(path: Path, write: Callable[[Path], None]) -> None:
             sync_file(temporary)
             os.replace(temporary, path)
             sync_folder(path.parent)
-    except BaseException:  # Ctrl-C too must leave nothing behind
-        with contextlib.suppress(OSError):  # the error on its way says more
+    except BaseException:  # also after Ctrl-C no draft may be left
+        with contextlib.suppress(OSError):  # the error being raised says more
             os.unlink(temporary)
         raise
 
@@ -133,7 +133,7 @@ def sync_file(path: Path) -> None:
 
 
 def _leave_cache(descriptor: int) -> None:
-    """Ask the system, where it can be asked, to drop a written file from its cache."""
+    """Ask the system to drop a written file from its cache, where it has such a call."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is not None:
         with contextlib.suppress(OSError):  # advice only
@@ -179,9 +179,9 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        found = _OS_ERROR_NUMBER.search(str(error))
-        if number is None and found:  # safetensors reports the number in its text only
-            number = int(found.group(1))
+        match = _OS_ERROR_NUMBER.search(str(error))
+        if number is None and match:  # safetensors reports the number in its text only
+            number = int(match.group(1))
         if number in _NO_SPACE:
             raise UserError(
                 f"no space left while writing {path}: free some space, then run the same command "

@@ -1,12 +1,17 @@
-"""Errors that the person running the tool can fix, each with the exit status of the command line.
+"""Errors that the user can fix, each with the exit status of the command line.
 
-Every message is one line: what came, what is allowed and what to do. Arguments are named in
+Every message is one line: what was given, what is allowed and what to do. Arguments are named in
 backticks; the command line shows them as flags.
 """
 
 
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """What a library's error says, as one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class UserError(Exception):
-    """Something the person running the tool can fix. The command line prints it in one line."""
+    """Something that the user can fix. The command line prints it in one line."""
 
     exit_status = 1
 
@@ -22,6 +27,6 @@ class NonFiniteError(UserError):
 
 
 class Interrupted(UserError):
-    """The person asked to stop and the state was saved."""
+    """The user asked to stop, and the state was saved."""
 
     exit_status = 130

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:  # torch takes seconds to import, and most callers here write JSON only
     Tensor = Any
 
-# Larger than any JSON file of ours, and small enough to read by mistake.
+# Larger than any JSON file that we write, and small enough to be read by mistake.
 _MOST_JSON_BYTES = 256 << 20
 
 # `force` empties a folder only when one of these files shows that we wrote it. JSON files whose
@@ -42,8 +42,8 @@ _MARKERS: dict[str, tuple[str, ...]] = {
     "ranking.json": (),
     "sweep.json": (),
 }
-# ... and never when one of these shows that it is somebody's project.
-_KEEP = (".git", ".hg", ".svn", "pyproject.toml", "package.json", "setup.py", "Makefile")
+# ... and never when one of these shows that the folder is a project of the user's.
+_PROJECT_FILES = (".git", ".hg", ".svn", "pyproject.toml", "package.json", "setup.py", "Makefile")
 
 
 def sha256_file(path: str | Path) -> str:
@@ -79,7 +79,12 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, whole or not at all. Values go through `plain` first."""
-    write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(obj))
+
+
+def json_text(obj: Any) -> str:
+    """`obj` as indented JSON, as `write_json` writes it."""
+    return json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -172,7 +177,7 @@ def reading_tensors(path: str | Path) -> Iterator[None]:
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is damaged or cut short ({reason}); copy or download it again, or make it anew"
+            f"{path} is damaged or cut short ({reason}); copy, download or make it again"
         ) from error
 
 
@@ -268,16 +273,16 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file. Raises ValueError for a key that comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """A JSON object from its pairs. Raises ValueError for a key that comes twice."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {key[:60]!r} comes twice")
-    return found
+    return mapping
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """The entries of a folder, without the lock file of a run that writes there."""
+    """The entries of a folder, except for the lock file of a run that writes there."""
     return (entry for entry in folder.iterdir() if entry.name != LOCK_NAME)
 
 
@@ -303,12 +308,14 @@ def _empty(folder: Path, flag: str) -> None:
             f"{flag} {folder} holds the working or home directory, which `force` will not empty: "
             f"choose another {flag}"
         )
-    project = [name for name in _KEEP if (place / name).exists()]
+    project = [name for name in _PROJECT_FILES if (place / name).exists()]
     if project or not _looks_ours(place):
-        found = f"it holds {project[0]}" if project else f"none of {', '.join(_MARKERS)} is in it"
+        evidence = (
+            f"it holds {project[0]}" if project else f"none of {', '.join(_MARKERS)} is in it"
+        )
         raise UsageError(
-            f"{flag} {folder} was not written by saesteer ({found}), so `force` will not empty it: "
-            f"empty it yourself or choose another {flag}"
+            f"{flag} {folder} was not written by saesteer ({evidence}), so `force` will not empty "
+            f"it: empty it yourself or choose another {flag}"
         )
     for entry in _entries(place):
         if entry.is_dir() and not entry.is_symlink():

@@ -1,7 +1,7 @@
-"""Identities between SAEs: another set of weights, the same function.
+"""Rewrites of an SAE's weights that compute the same function.
 
-Each takes an SAE and gives a new one; sums are taken in float64 and rounded once, to the dtype of
-the weights. Where latents come out in other units it says so.
+Each takes an SAE and returns a new one. Sums are taken in float64 and rounded once, to the dtype of
+the weights. Where latents change their units, the docstring says so.
 """
 
 import dataclasses
@@ -19,12 +19,15 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 
 
 def fold_input_bias(sae: SAE) -> SAE:
-    """b_dec no longer subtracted from the input: b_enc -= b_dec W_enc. Latents stay the same."""
+    """Stop subtracting b_dec from the input: b_enc -= b_dec W_enc. Latents stay the same."""
     return _shift_input_bias(sae, remove=True) if sae.spec.apply_b_dec_to_input else sae
 
 
 def unfold_input_bias(sae: SAE) -> SAE:
-    """b_dec subtracted from the input, made up for in b_enc. Latents stay the same."""
+    """Subtract b_dec from the input, and add b_dec W_enc to b_enc. Latents stay the same.
+
+    Raises UserError for a transcoder.
+    """
     if sae.spec.is_transcoder:
         raise UserError("a transcoder's b_dec cannot be subtracted from its input")
     return sae if sae.spec.apply_b_dec_to_input else _shift_input_bias(sae, remove=False)
@@ -49,10 +52,10 @@ def fold_average_norm(sae: SAE, scale: float) -> SAE:
 
 
 def fold_decoder_norms(sae: SAE) -> SAE:
-    """Decoder rows of length 1; latents become the lengths that they add along their rows.
+    """Make decoder rows unit vectors; a latent then is the length that it adds along its row.
 
-    With `rescale_acts_by_decoder_norm` they were that already, and the switch goes off. A row of
-    zeros stays.
+    With `rescale_acts_by_decoder_norm` latents had these units already, and the option is switched
+    off. A row of zeros stays.
 
     Raises UserError for topk, abstopk and groupmax without it, whose choice of latents would
     change, unless the rows have length 1 already.
@@ -154,8 +157,8 @@ def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> S
 def canonical(sae: SAE) -> SAE:
     """Unit decoder rows and no input bias, so that doses compare across SAEs.
 
-    Raises UserError where there is no such form: token-wise normalisation, or topk whose rows have
-    lengths of their own.
+    Raises UserError where there is no such form: for token-wise normalisation, and for topk whose
+    rows have different lengths.
     """
     if sae.spec.scales_tokens:
         raise UserError(
@@ -173,7 +176,7 @@ def _shift_input_bias(sae: SAE, remove: bool) -> SAE:
 
 
 def _shifted(sae: SAE, shift: Tensor) -> dict[str, Any]:
-    """The encoder's biases when s W_enc grows by `shift`."""
+    """The encoder's biases after `shift` was added to the pre-activations."""
     changes: dict[str, Any] = {"b_enc": _wide(sae.b_enc) + shift}
     if sae.b_mag is not None and sae.r_mag is not None:
         changes["b_mag"] = _wide(sae.b_mag) + shift * _wide(sae.r_mag).exp()
@@ -181,7 +184,7 @@ def _shifted(sae: SAE, shift: Tensor) -> dict[str, Any]:
 
 
 def _with(sae: SAE, **changes: Any) -> SAE:
-    """A copy with other tensors, rounded to the SAE's dtype, and other fields of its spec."""
+    """A copy in which tensors (rounded to the SAE's dtype) and fields of the spec are replaced."""
     kind = sae.W_enc.dtype
     tensors: dict[str, Any] = {}
     for name, value in changes.items():
@@ -192,6 +195,7 @@ def _with(sae: SAE, **changes: Any) -> SAE:
 
 
 def _refuse_pursuit(sae: SAE) -> None:
+    """Raise UserError for a matching_pursuit SAE, whose encoder is its decoder."""
     if sae.spec.architecture == "matching_pursuit":
         raise UserError(
             "a matching_pursuit SAE reads by its decoder's rows: nothing of its input can be folded"
@@ -199,4 +203,5 @@ def _refuse_pursuit(sae: SAE) -> None:
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """A tensor in float64."""
     return tensor.detach().to(torch.float64)

@@ -1,4 +1,4 @@
-"""Sharing SAEs: push them to a repository on the Hub or to a folder of the same layout.
+"""Shares SAEs: pushes them to a repository on the Hub or to a folder of the same layout.
 
     README.md           the card
     saes.json           every SAE in it: what it is, and the SHA-256 of its weights
@@ -7,6 +7,7 @@
 `sae_lens.SAE.from_pretrained(REPO, SAE_ID)` opens what is pushed. One push is one commit.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from saesteer.checkpoints import files
 from saesteer.checkpoints.durable import Draft, make_folder, writing
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.locks import folder_lock
-from saesteer.checkpoints.model_card import card, describe_sae
+from saesteer.checkpoints.model_card import as_dict, card, describe_sae
 
 if TYPE_CHECKING:
     from saesteer.checkpoints.sparse_autoencoder import SAE
@@ -95,13 +96,13 @@ def from_pretrained(
     Args:
         repo: `NAMESPACE/NAME` on the Hub, or a folder of the same layout.
         sae_id: which SAE; may be left out when `saes.json` lists a single one.
-        revision: commit (40 hexadecimal digits; the only one that cannot move), branch or tag.
+        revision: commit (40 hexadecimal digits, which never moves), branch or tag.
         sha256: what the weights must hash to. Without it they must agree with `saes.json`, where
             that lists them.
         device, dtype: as for `load_sae`.
 
     Returns:
-        The SAE; its `source` is `REPO@COMMIT:ID`, which names these files for ever.
+        The SAE; its `source` is `REPO@COMMIT:ID`, which identifies these files permanently.
 
     Raises:
         UserError: not there, not reachable, damaged, or not the weights that were asked for.
@@ -124,11 +125,11 @@ def from_pretrained(
     if not inside.is_dir() or not inside.resolve().is_relative_to(place.resolve()):
         raise UserError(f"{repo} holds no SAE {sae_id!r}{_there_are(index)}")
     sae = read_sae(inside).to(device, dtype)
-    wanted = sha256 or _dict(index.get(sae_id)).get("sha256")
+    wanted = sha256 or as_dict(index.get(sae_id)).get("sha256")
     if wanted is not None and sae.sha256 != wanted:
         raise UserError(
             f"{repo}: the weights of {sae_id} have SHA-256 {sae.sha256}, not {wanted}: fetch them "
-            "again, or look whether somebody replaced them"
+            "again, or check whether they were replaced"
         )
     return replace(sae, source=f"{repo}@{commit}:{sae_id}" if commit else f"{repo}:{sae_id}")
 
@@ -165,7 +166,7 @@ def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -
         path = Path(metrics).expanduser()
         path = path / "metrics.json" if path.is_dir() else path
         measured = files.read_json(path)
-        about = _dict(_dict(measured).get("sae")).get("sha256")
+        about = as_dict(as_dict(measured).get("sae")).get("sha256")
         if about != sae.sha256:
             raise UserError(f"`metrics` {metrics} measured other weights than those in {folder}")
         contents["metrics.json"] = _json(measured)
@@ -174,7 +175,7 @@ def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -
 
 
 def _without_places(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's record without the folders of the machine it ran on; their last names stay."""
+    """A run's record with every absolute path shortened to its last part."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -192,11 +193,11 @@ def _without_places(run: dict[str, Any]) -> dict[str, Any]:
 def _merge(
     index: Mapping[str, Any], shared: list[_Shared], repo: str, force: bool
 ) -> dict[str, Any]:
-    """The index with what is shared now. Refuses to replace weights by others."""
+    """The index with the new SAEs. Raises UserError where they would replace other weights."""
     merged = dict(index)
     for one in shared:
-        there = _dict(merged.get(one.sae_id)).get("sha256")
-        if there is not None and there != one.entry["sha256"] and not force:
+        present = as_dict(merged.get(one.sae_id)).get("sha256")
+        if present is not None and present != one.entry["sha256"] and not force:
             raise UserError(
                 f"`repo` {repo} holds other weights under {one.sae_id!r}: choose another id, or "
                 "add `force` to replace them"
@@ -207,8 +208,6 @@ def _merge(
 
 def _index_of(content: bytes | None, repo: object) -> dict[str, Any]:
     """What `saes.json` lists. Raises UserError when it cannot be read."""
-    import json
-
     if content is None:
         return {}
     try:
@@ -289,11 +288,11 @@ def _push_to_hub(
             for name, content in _all_contents(shared, merged, new_card).items()
         ]
         names = ", ".join(one.sae_id for one in shared)
-        # With parent_commit, a push by somebody else in between is not overwritten: this one fails.
-        done = api.create_commit(
+        # With parent_commit, this push fails instead of overwriting another one in between.
+        info = api.create_commit(
             repo, operations, commit_message=f"Add {names}", parent_commit=head
         )
-        return str(done.oid)
+        return str(info.oid)
 
     todo = "log in (hf auth login) with a token that may write there, or push to a folder"
     return _result(repo, hub_call(commit, f"`repo` {repo}", todo), shared)
@@ -353,6 +352,7 @@ def _fetch(
 
 
 def _chosen(sae_id: str | None, index: Mapping[str, Any], repo: object) -> str:
+    """The id asked for, or the only one listed. Raises UsageError."""
     if sae_id is not None:
         return sae_id
     if len(index) != 1:
@@ -363,6 +363,7 @@ def _chosen(sae_id: str | None, index: Mapping[str, Any], repo: object) -> str:
 
 
 def _there_are(index: Mapping[str, Any]) -> str:
+    """The end of an error: which ids the index lists."""
     return f"; it lists {', '.join(sorted(index))}" if index else f"; it has no {INDEX}"
 
 
@@ -380,10 +381,4 @@ def _result(repo: str, revision: str | None, shared: list[_Shared]) -> dict[str,
 
 
 def _json(value: Any) -> bytes:
-    import json
-
-    return (json.dumps(files.plain(value), indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return files.json_text(value).encode()

@@ -1,8 +1,8 @@
-"""One writer per folder: a lock that dies with its process.
+"""One writer per folder: a lock that ends with its process.
 
 The lock is filelock's, on a small file in the folder that says who holds it. A process that is
-killed loses it at once, so nothing is ever left to clear up by hand. Only where the file system has
-no locks does the file's content decide: whether the process that it names still lives.
+killed loses it at once, so no lock ever has to be removed by hand. Where the file system has no
+locks, the file's content decides: the folder is locked while the process that it names still runs.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 def folder_lock(path: str | Path, flag: str = "`out`") -> Iterator[None]:
     """Be the only writer of a folder, which is made if missing, while the block runs.
 
-    Processes and threads exclude each other; nobody waits. `flag` is what errors call the folder.
+    Processes and threads exclude each other, and none waits. `flag` is what errors call the folder.
 
     Raises:
         UserError: another process, or another run in this one, holds the folder; or it cannot be
@@ -44,21 +44,21 @@ def folder_lock(path: str | Path, flag: str = "`out`") -> Iterator[None]:
         raise UsageError(f"{flag} {folder} is a file; a folder is needed: choose another name")
     make_folder(folder)
     file = folder / LOCK_NAME
-    # A marker of filelock's own would overwrite the words that say who holds the folder.
+    # filelock's own soft lock would overwrite the text that says who holds the folder.
     lock = FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False)
     _take(lock, file, flag)
     try:
         _sign(file)
         yield
     finally:
-        # Deleted while it is still held: whoever opened it meanwhile finds that it has no name.
+        # Deleted while it is still held: a process that opened it meanwhile sees that it is gone.
         with contextlib.suppress(OSError):
             file.unlink()
         lock.release()
 
 
 def _take(lock: "BaseFileLock", file: Path, flag: str) -> None:
-    """Acquire the lock. Raises UserError when somebody else has it."""
+    """Acquire the lock. Raises UserError when another process or thread has it."""
     from filelock import Timeout
 
     while True:
@@ -68,20 +68,20 @@ def _take(lock: "BaseFileLock", file: Path, flag: str) -> None:
         except Timeout:
             if file.exists():
                 raise _in_use(file, flag) from None
-            # Its last holder deleted it just now: take the next one.
+            # The last holder has just deleted the file: try again with a new one.
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise UserError(
                     f"cannot write in {file.parent} ({error.strerror}): change its permissions or "
                     f"choose another {flag}"
                 ) from error
-            if _holder_lives(_holder(file)):
+            if _holder_runs(_holder(file)):
                 raise _in_use(file, flag) from error
             return
 
 
 def _sign(file: Path) -> None:
-    """Say in the lock file who holds it. A full disk is no reason to go without the lock."""
+    """Write into the lock file who holds it; on a full disk the lock works without that."""
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -93,16 +93,16 @@ def _sign(file: Path) -> None:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What the lock file says; {} when it says nothing that can be understood."""
+    """The holder that the lock file names; {} when its content cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         with open(path, "rb") as file:
-            found = json.loads(file.read(4096))
-        if isinstance(found, dict):
-            return found
+            content = json.loads(file.read(4096))
+        if isinstance(content, dict):
+            return content
     return {}
 
 
-def _holder_lives(holder: dict[str, Any]) -> bool:
+def _holder_runs(holder: dict[str, Any]) -> bool:
     """Whether the process named in a lock file may still run; one on another host always may."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid < 1:
@@ -119,6 +119,7 @@ def _holder_lives(holder: dict[str, Any]) -> bool:
 
 
 def _in_use(path: Path, flag: str) -> UserError:
+    """The error that another process or thread holds the folder."""
     holder = _holder(path)
     who = "another process"
     if "pid" in holder:

@@ -1,7 +1,7 @@
 """The model card of a repository of SAEs: their origin, their quality and how to load them.
 
-Everything in it comes from the SAEs' `cfg.json`, `run.json` and, when given, `metrics.json`; what
-those do not say is left out.
+Everything in it comes from the SAEs' `cfg.json`, `run.json` and, when given, `metrics.json`.
+Facts that those files do not state are left out.
 """
 
 from collections.abc import Mapping
@@ -35,11 +35,11 @@ def describe_sae(
         metrics: a `metrics.json` of it, measured on held-out text.
         sha256: of its weights file.
     """
-    metadata = _dict(config.get("metadata"))
-    own = _dict(metadata.get("saesteer"))
-    run, metrics = _dict(run), _dict(metrics)
-    settings = _dict(run.get("config"))
-    model = _dict(run.get("model")) or _dict(own.get("model"))
+    metadata = as_dict(config.get("metadata"))
+    own = as_dict(metadata.get("saesteer"))
+    run, metrics = as_dict(run), as_dict(metrics)
+    settings = as_dict(run.get("config"))
+    model = as_dict(run.get("model")) or as_dict(own.get("model"))
     entry = {
         "sha256": sha256,
         "architecture": config.get("architecture"),
@@ -53,10 +53,10 @@ def describe_sae(
         "tokens": own.get("tokens") or settings.get("tokens"),
         "context_size": metadata.get("context_size"),
         "training": {
-            key: _dict(run.get("final")).get(key) for key in ("fvu", "l0", "dead_fraction")
+            key: as_dict(run.get("final")).get(key) for key in ("fvu", "l0", "dead_fraction")
         },
-        "seeds": {"init": _dict(run.get("sae")).get("init_seed"), "data": settings.get("seed")},
-        "versions": _dict(run.get("versions")),
+        "seeds": {"init": as_dict(run.get("sae")).get("init_seed"), "data": settings.get("seed")},
+        "versions": as_dict(run.get("versions")),
         "git_revision": run.get("git_revision"),
     }
     if metrics:
@@ -78,9 +78,9 @@ def card(
 ) -> str | None:
     """The README.md of a repository that holds the SAEs in `entries`, by their ids.
 
-    Of the card that was there before, what stands between the two marks is written anew, and in its
-    header the base models and our figures; the rest stays. `license_name` is for a new card. None
-    for a card without the marks, which somebody wrote by hand.
+    In a card that exists already, the part between the two marks is replaced, and in its header the
+    base models and our figures; the rest stays. `license_name` is for a new card. Returns None for
+    a card without the marks, which was written by hand.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -99,13 +99,13 @@ def card(
         whole = ModelCard(text)
         _set_header(whole.data, repo, entries)
         return str(whole)
-    except (ValueError, yaml.YAMLError):  # a header that somebody broke is theirs to mend
+    except (ValueError, yaml.YAMLError):  # a header that was broken by hand stays as it is
         return text
 
 
 def _set_header(data: Any, repo: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put what the entries say into a `ModelCardData`."""
-    names = {str(_dict(entry.get("model")).get("name") or "") for entry in entries.values()}
+    names = {str(as_dict(entry.get("model")).get("name") or "") for entry in entries.values()}
     hub_names = sorted(name for name in names if name.count("/") == 1 and name[0] not in "./~")
     if hub_names:
         data.base_model = hub_names
@@ -120,8 +120,8 @@ def _eval_results(sae_id: str, entry: Mapping[str, Any]) -> list[Any]:
     """The figures measured on held-out text, as `huggingface_hub.EvalResult`."""
     from huggingface_hub import EvalResult
 
-    held_out = _dict(entry.get("held_out"))
-    figures = {name: _dict(held_out.get(name)) for name in _HELD_OUT}
+    held_out = as_dict(entry.get("held_out"))
+    figures = {name: as_dict(held_out.get(name)) for name in _HELD_OUT}
     text = "text seen in training" if held_out.get("seen_in_training") else "held-out text"
     return [
         EvalResult(
@@ -148,7 +148,7 @@ def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for sae_id, entry in sorted(entries.items()):
-        training = _dict(entry.get("training"))
+        training = as_dict(entry.get("training"))
         cells = [
             f"`{_text(sae_id)}`",
             f"`{_text(entry.get('hook_name') or '-')}`",
@@ -172,27 +172,42 @@ def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
-    model, seeds = _dict(entry.get("model")), _dict(entry.get("seeds"))
+    model, seeds = as_dict(entry.get("model")), as_dict(entry.get("seeds"))
     lines = [f"## `{_text(sae_id)}`", ""]
     facts = [
         ("model", _model(model)),
-        ("reads", " = ".join(f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name")
-                             if entry.get(key))),
+        (
+            "reads",
+            " = ".join(
+                f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name") if entry.get(key)
+            ),
+        ),
         ("architecture", _text(entry.get("architecture") or "")),
         ("text", _sources(entry.get("text"))),
-        ("context", f"{_count(entry.get('context_size'))} tokens"
-                    if entry.get("context_size") else ""),
-        ("seeds", ", ".join(f"{name} {value}" for name, value in seeds.items()
-                            if value is not None)),
+        (
+            "context",
+            f"{_count(entry.get('context_size'))} tokens" if entry.get("context_size") else "",
+        ),
+        (
+            "seeds",
+            ", ".join(f"{name} {value}" for name, value in seeds.items() if value is not None),
+        ),
         ("weights", f"SHA-256 `{_text(entry.get('sha256'))}`"),
-        ("made with", ", ".join(f"{_text(name)} {_text(version)}" for name, version
-                                in _dict(entry.get("versions")).items()
-                                if version and name in ("saesteer", "torch", "transformers"))),
-        ("source revision", f"`{_text(entry['git_revision'])}`" if entry.get("git_revision")
-                            else ""),
-    ]  # fmt: skip
+        (
+            "made with",
+            ", ".join(
+                f"{_text(name)} {_text(version)}"
+                for name, version in as_dict(entry.get("versions")).items()
+                if version and name in ("saesteer", "torch", "transformers")
+            ),
+        ),
+        (
+            "source revision",
+            f"`{_text(entry['git_revision'])}`" if entry.get("git_revision") else "",
+        ),
+    ]
     lines += [f"- {name}: {value}" for name, value in facts if value]
-    held_out = _dict(entry.get("held_out"))
+    held_out = as_dict(entry.get("held_out"))
     if held_out:
         lines += [
             "",
@@ -205,7 +220,7 @@ def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
             "| --- | ---: | --- | --- |",
         ]
         for name, meaning in _HELD_OUT.items():
-            figure = _dict(held_out.get(name))
+            figure = as_dict(held_out.get(name))
             interval = f"[{_figure(figure.get('low'))}, {_figure(figure.get('high'))}]"
             lines.append(f"| {name} | {_figure(figure.get('value'))} | {interval} | {meaning} |")
         dead = _figure(held_out.get("dead_fraction"))
@@ -254,20 +269,21 @@ def _sources(text: Any) -> str:
     """Names and hashes of what was read."""
     if not isinstance(text, list):
         return ""
-    found = []
+    shown = []
     for source in text:
-        source = _dict(source)
+        source = as_dict(source)
         if "name" not in source:
             continue
         sums = source.get("sha256")
         sums = sums if isinstance(sums, list) else [sums] if sums else []
         short = ", ".join(str(one)[:16] for one in sums[:3])
         more = f" and {len(sums) - 3} more" if len(sums) > 3 else ""
-        found.append(f"`{_text(source['name'])}`" + (f" (SHA-256 {short}{more})" if sums else ""))
-    return "; ".join(found)
+        shown.append(f"`{_text(source['name'])}`" + (f" (SHA-256 {short}{more})" if sums else ""))
+    return "; ".join(shown)
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """A copy of a mapping; empty for any other value."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 

@@ -50,7 +50,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PROBE_MEMORY_SECONDS = 60.0
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
-# The last probe of each endpoint: when it ended, and what it found.
+# The last probe of each endpoint: when it ended, and whether the Hub answered.
 _probes: dict[str, tuple[float, bool]] = {}
 
 
@@ -132,10 +132,10 @@ def hub_reachable(timeout: float = 3.0) -> bool:
 
 
 class _WhileInside:
-    """A change of the whole process that lasts while any thread is in a `with` block of it.
+    """A process-wide change that lasts while any thread is in a `with` block of it.
 
-    Libraries keep these settings in globals of theirs. The first to enter makes the change and the
-    last to leave takes it back, so that blocks of several threads cannot leave it behind.
+    Libraries keep these settings in global variables. The first thread to enter makes the change
+    and the last to leave undoes it, so that overlapping blocks cannot leave it behind.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[None]]) -> None:
@@ -298,7 +298,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
     from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-    # It draws a bar of its own, which no setting turns off.
+    # transformers draws a progress bar here that no setting turns off.
     bar = functools.partial(tqdm, disable=True)
     no_bar = mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar, create=True)
 
@@ -321,8 +321,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
                 f"`model` {gguf}: transformers cannot read this GGUF file ({_first_line(error)}): "
                 "download it again, or give another model"
             ) from error
-        # transformers will not save a model whose config tells of a quantisation, although the
-        # weights are plain now: put them into a model that never had one.
+        # transformers refuses to save a model whose config mentions a quantisation, although the
+        # weights are dequantised now: put them into a model without that entry.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -345,7 +345,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _resolve_default(progress: Announce | None) -> ResolvedModel:
-    """The default alias: the Hub's files if here or within reach, else the wheel's."""
+    """The default alias: the Hub's files if cached or reachable, else the wheel's."""
     repo = ALIASES[DEFAULT_MODEL]
     assert repo is not None
     if _cached(repo):
@@ -365,7 +365,7 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
             )
             if _cached(repo):
                 return ResolvedModel(DEFAULT_MODEL, repo, "hub")
-    # Under the wheel's own name, since its weights are not bit for bit those of the Hub.
+    # Under the wheel's own name, because its weights differ from those of the Hub.
     return ResolvedModel(WHEEL_ALIAS, str(wheel_model(progress)), "wheel")
 
 
@@ -400,8 +400,8 @@ def _cached(repo: str) -> bool:
 
 def _check_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
-        found = sorted(path.glob("*.gguf"))
-        hint = f"give the file {found[0]}" if found else "give a folder with config.json"
+        gguf_files = sorted(path.glob("*.gguf"))
+        hint = f"give the file {gguf_files[0]}" if gguf_files else "give a folder with config.json"
         raise UserError(f"`model` {name} holds no config.json: {hint}")
     for weights in sorted(path.glob("*.safetensors")):
         try:
@@ -417,7 +417,7 @@ def _answers(endpoint: str, timeout: float) -> bool:
         status = get_session().head(endpoint, timeout=timeout).status_code
     except Exception:  # no route, no name, no certificate: we cannot fetch in any case
         return False
-    # A gateway that refuses requests in the Hub's name is not the Hub.
+    # A gateway that refuses requests on the way to the Hub counts as no answer.
     return int(status) < 500 and int(status) not in (401, 403, 407, 451)
 
 
@@ -433,10 +433,10 @@ def _wheel_file(place: Path, progress: Announce | None) -> Path:
         _tell(progress, f"fetching {WHEEL} (93 MB) from PyPI")
         wheel = _pip_download(place)
         origin = f"the wheel {WHEEL} that pip fetched"
-    found = files.sha256_file(wheel)
-    if found != WHEEL_SHA256:
+    sha256 = files.sha256_file(wheel)
+    if sha256 != WHEEL_SHA256:
         raise UserError(
-            f"{origin} has SHA-256 {found[:16]}..., expected {WHEEL_SHA256[:16]}...: download it "
+            f"{origin} has SHA-256 {sha256[:16]}..., expected {WHEEL_SHA256[:16]}...: download it "
             f"again from PyPI (pip download --no-deps {WHEEL})"
         )
     return wheel
@@ -448,11 +448,11 @@ def _pip_download(place: Path) -> Path:
         *("--retries", "1", "--no-input", "--disable-pip-version-check", "--quiet"),
         *("--dest", str(place), WHEEL),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    pip = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = sorted(place.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if "ERROR" in line] or said or ["no reason given"]
+    if pip.returncode or not wheels:
+        output = [line for line in pip.stderr.splitlines() if line.strip()]
+        errors = [line for line in output if "ERROR" in line] or output or ["no reason given"]
         raise UserError(
             f"could not fetch {WHEEL} from PyPI ({_trim(errors[-1])}): connect to the network, or "
             f"set {WHEEL_VARIABLE} to a copy of the wheel, or give another `model`"
@@ -473,7 +473,7 @@ def _unpack(wheel: Path, gguf: Path) -> None:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, made by `build` (which fills `place/model`) unless it is there already."""
+    """Return `folder`, after `build` has made it (it fills `place/model`) if it does not exist."""
     from filelock import FileLock
 
     if _is_converted(folder):

@@ -1,4 +1,4 @@
-"""What a run was made with: software versions, source revision, machine."""
+"""The circumstances of a run, for its record: software versions, source revision, machine."""
 
 import os
 import platform
@@ -23,17 +23,17 @@ _DISTRIBUTIONS = {
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, saesteer and what it computes with, and the platform.
+    """Versions of Python, saesteer and the libraries it computes with, and the platform.
 
     A distribution that is not installed is None. Imports none of them.
     """
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for name, distribution in _DISTRIBUTIONS.items():
         try:
-            found[name] = metadata.version(distribution)
+            installed[name] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return {**found, "platform": platform.platform()}
+            installed[name] = None
+    return {**installed, "platform": platform.platform()}
 
 
 def git_revision() -> str | None:
@@ -60,20 +60,20 @@ def git_revision() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What else a bit-exact result depends on: processor, its instructions, threads, GPU.
+    """Further facts that a bit-exact result depends on: processor, instructions, threads, GPU.
 
-    Asks torch only when it is loaded already.
+    Those of torch are included only when it has been imported already.
     """
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    facts: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch is not None:
-        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-        found["threads"] = torch.get_num_threads()
-        found["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        facts["threads"] = torch.get_num_threads()
+        facts["deterministic"] = torch.are_deterministic_algorithms_enabled()
         if torch.cuda.is_available():
-            found["gpu"] = torch.cuda.get_device_name()
-            found["cuda"] = torch.version.cuda
-    return found
+            facts["gpu"] = torch.cuda.get_device_name()
+            facts["cuda"] = torch.version.cuda
+    return facts
 
 
 def _processor() -> str:

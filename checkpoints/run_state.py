@@ -1,4 +1,4 @@
-"""The state that a bit-exact resume needs; a kill at any moment leaves one that loads.
+"""The saved state that a bit-exact resume needs. A kill at any moment leaves a state that loads.
 
 `DIR/state/latest.json` points at the newest safetensors file and, under `earlier`, at the older
 ones that are kept, each with its SHA-256. The tensors are durable before the pointer is replaced,
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.durable import make_folder, sync_file, writing
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-else:  # importing torch takes seconds; whoever passes tensors has it already
+else:  # importing torch takes seconds, and callers that pass tensors have done so
     Tensor = Any
 
 _FILE_NAME = re.compile(r"state-(\d{1,12})\.safetensors")
@@ -44,8 +44,8 @@ def save_state(
     Args:
         tensors: of any shapes and dtypes, on any device.
         meta: anything JSON can hold (integers are kept exactly; NaN and infinity become null).
-        keep: how many of the newest states stay. The one with the lowest `score` stays as well.
-        score: how bad this state is, such as an FVU; None is never the best.
+        keep: how many of the newest states are kept, besides the one with the lowest `score`.
+        score: how bad this state is, such as an FVU; None never counts as the best.
         first: files that the state refers to, made durable before it.
         cancelled: asked every few megabytes; once true, `durable.Cancelled` ends the save and the
             state before it stays.
@@ -70,7 +70,7 @@ def save_state(
         pointer = files.plain({"schema_version": 1, **newest, "earlier": before})
         files.write_json(place / _POINTER, {**pointer, "checksum": _checksum(pointer)})
     except BaseException:
-        # A full disk gets its space back; but Ctrl-C may come just after the pointer moved.
+        # Delete the file, unless the pointer refers to it already: Ctrl-C may come just after that.
         with contextlib.suppress(OSError, UserError):
             if not has_state(folder) or files.read_json(place / _POINTER).get("file") != name:
                 (place / name).unlink()
@@ -100,7 +100,7 @@ def load_state(
 
 
 def find_state(place: Path, which: str = "newest") -> tuple[Path, dict[str, Any]]:
-    """The file and the meta of a state in a `state` folder, by `load_state`'s rules, unread.
+    """The file and the meta of a state in a `state` folder, by `load_state`'s rules.
 
     `which` may be the name of a kept file as well. Raises what `load_state` raises.
     """
@@ -135,13 +135,13 @@ def has_state(folder: str | Path) -> bool:
 
 @contextmanager
 def restoring(folder: str | Path) -> Iterator[None]:
-    """Turn any error that a state that does not fit causes inside the block into a `UserError`."""
+    """Turn errors that an unsuitable state causes inside the block into a `UserError`."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(
             f"`resume`: the saved state in {folder} does not fit this run ({reason}); resume with "
             "the saesteer that saved it, or start again with `force`"

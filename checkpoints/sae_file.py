@@ -37,10 +37,10 @@ def save_sae(
 ) -> str:
     """Write an SAE that `sae_lens.SAE.load_from_disk` opens; returns the weights file's SHA-256.
 
-    Tensors are written in `spec.dtype`. `spec.metadata` goes into cfg.json's `metadata` beside the
-    names in the spec; SAELens' own activation store also wants `context_size` and `prepend_bos`
+    Tensors are written in `spec.dtype`. cfg.json's `metadata` holds `spec.metadata` and the
+    names in the spec; SAELens' own activation store also needs `context_size` and `prepend_bos`
     there. The folder is made if missing; each of the two files appears whole or not at all. An
-    architecture that SAELens lacks is written all the same, and opens with `load_sae`.
+    architecture that SAELens does not have is written too, and opens with `load_sae`.
 
     Raises:
         UserError: shapes that do not fit the spec, values that are not finite, a full disk.
@@ -68,8 +68,9 @@ def load_sae(
     `RELEASE:ID` from SAELens' list on the Hub; or what `push` shared, as `REPO@REVISION:ID` or
     `FOLDER:ID`.
 
-    A revision of 40 hexadecimal digits is a commit, which names those weights for ever. The format
-    is found by the names of files and tensors. `dtype` None keeps the dtype that the file states.
+    A revision of 40 hexadecimal digits is a commit, which identifies the weights permanently.
+    The format is recognised by the names of files and tensors. With `dtype` None the dtype that
+    the file states is kept.
 
     Raises:
         UserError: nothing there, a file missing, cut short or unsafe, shapes or values that cannot

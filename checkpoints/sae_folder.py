@@ -9,17 +9,17 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 
 
 def is_there(path: Path, source: str) -> bool:
-    """Whether a path leads to something: a folder, a file, or a run's saved state."""
+    """Whether a path refers to a folder, a file, or a run's saved state."""
     return path.exists() or training_state.find(path, source) is not None
 
 
 def read_sae(path: Path, source: str | None = None) -> SAE:
     """The SAE in a folder or weights file, on the CPU, in the dtype that the file states.
 
-    `source` is what the person wrote, for `SAE.source` and errors; by default the path.
+    `source` is what the user wrote, for `SAE.source` and errors; by default the path.
 
     Raises:
-        UserError: no SAE there, or one that is damaged or that we do not compute.
+        UserError: no SAE there, or one that is damaged or of an unsupported architecture.
     """
     text = str(path) if source is None else source
     if not is_there(path, text):

@@ -1,7 +1,7 @@
 """What an SAE computes and where it reads: its specification, without weights.
 
-Every format in `saesteer.checkpoints.formats` is read into this one description; the equation it
-stands for is in `saesteer.checkpoints.sparse_autoencoder`.
+Every format in `saesteer.checkpoints.formats` is read into this one description. The equation that
+it describes is in `saesteer.checkpoints.sparse_autoencoder`.
 """
 
 import math
@@ -64,9 +64,9 @@ def parse_hook_name(hook_name: str | None) -> tuple[int | None, str | None]:
     """
     if not hook_name:
         return None, None
-    found = re.fullmatch(r"blocks\.(\d{1,9})\.(hook_\w+)", hook_name)
-    if found and found.group(2) in _HOOK_SITES:
-        return int(found.group(1)), _HOOK_SITES[found.group(2)]
+    named = re.fullmatch(r"blocks\.(\d{1,9})\.(hook_\w+)", hook_name)
+    if named and named.group(2) in _HOOK_SITES:
+        return int(named.group(1)), _HOOK_SITES[named.group(2)]
     if block := _BLOCK_PATH.fullmatch(hook_name):
         return int(block.group(1)), "resid_post"
     number = re.search(r"\.(\d{1,9})(?:\.|$)", hook_name)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from saesteer.checkpoints import files
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UserError, reason_of
 from saesteer.checkpoints.formats import saelens
 from saesteer.checkpoints.model_files import hub_call, quiet
 from saesteer.checkpoints.sparse_autoencoder import SAE, check_tensors, tensors_sha256
@@ -15,7 +15,7 @@ class SAELensMissing(UserError):
 
 
 def load_release(text: str) -> SAE:
-    """`RELEASE:ID` through `sae_lens.SAE.from_pretrained`, whose loaders know every release.
+    """Open `RELEASE:ID` with `sae_lens.SAE.from_pretrained`, whose loaders know every release.
 
     Raises:
         UserError: sae_lens cannot be imported, or the release cannot be fetched or read.
@@ -42,14 +42,13 @@ def load_release(text: str) -> SAE:
 
 
 def import_sae_lens() -> Any:
-    """The package, which breaks with other versions of what it imports: SAELensMissing then."""
+    """Import sae_lens. Raises SAELensMissing, also when its dependencies have other versions."""
     with quiet():
         try:
             import sae_lens
         except Exception as error:  # whatever its own imports raise
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise SAELensMissing(
-                f"sae_lens cannot be imported ({reason}): install versions that fit together (pip "
-                "install -U sae-lens transformer-lens)"
+                f"sae_lens cannot be imported ({reason_of(error)}): install versions that fit "
+                "together (pip install -U sae-lens transformer-lens)"
             ) from error
     return sae_lens

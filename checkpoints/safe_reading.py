@@ -1,4 +1,4 @@
-"""Reading files from untrusted sources: no code is run, and nothing is used before it is checked.
+"""Reads files from untrusted sources: no code is run, and nothing is used before it is checked.
 
 Each reader looks at the header first: names, dtypes, shapes and sizes must fit the file on disk
 before memory is allocated for a tensor. A refusal is a one-line `UserError` that names the file.
@@ -33,9 +33,17 @@ _MAX_EXPANSION = 16
 _AGAIN = "download or make it again"
 
 _SAFETENSORS_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 _NUMPY_DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8")
 
 
@@ -48,10 +56,10 @@ class TensorInfo:
 
 
 def inner_file(folder: Path, name: str) -> Path:
-    """A regular file of a folder.
+    """The path of a regular file in a folder.
 
-    Raises UserError for a name that leaves the folder, for a link that does (links into the blobs
-    of a Hub cache are how the Hub stores files, and pass), and for devices and pipes.
+    Raises UserError for a name or a link that leads out of the folder, and for devices and pipes.
+    Links into the blobs of a Hub cache are allowed: the Hub stores files that way.
     """
     parts = name.replace("\\", "/").split("/")
     if name.startswith("/") or ".." in parts or "\0" in name or ":" in parts[0]:
@@ -124,8 +132,8 @@ def safetensors_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or those of some names that it has, in memory of their
-    own, after `safetensors_header`."""
+    """All tensors of a safetensors file, or those of `names` that it has, after the checks of
+    `safetensors_header`. They do not share memory with the file."""
     from safetensors import SafetensorError, safe_open
 
     header = safetensors_header(path)
@@ -134,9 +142,9 @@ def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str
         header = {name: info for name, info in header.items() if name in wanted}
     try:
         with safe_open(str(path), framework="pt") as file:
-            # The reader maps the file: own the memory, so that it may be replaced meanwhile.
-            found = file.keys() if names is None else header
-            loaded = {name: file.get_tensor(name).clone() for name in found}
+            # The reader maps the file: copy, so that the file may be replaced later.
+            present = file.keys() if names is None else header
+            loaded = {name: file.get_tensor(name).clone() for name in present}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut short ({_short(error)}); {_AGAIN}") from error
     _same_as_header(path, loaded, header)
@@ -146,21 +154,21 @@ def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str
 def npz_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of an npz file, without the arrays. Object arrays are refused."""
     with _reading(path), _archive(path) as archive:
-        found = {}
+        header = {}
         for info in _members(path, archive, compressed=True):
             name = info.filename.removesuffix(".npy")
             with archive.open(info) as member:
                 shape, dtype, start = _npy_header(path, name, member)
             if start + math.prod(shape) * dtype.itemsize != info.file_size:
                 raise UserError(f"{path}: {name} is not as long as its shape says; {_AGAIN}")
-            found[name] = TensorInfo(str(dtype), shape)
-        return found
+            header[name] = TensorInfo(str(dtype), shape)
+        return header
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """All arrays of an npz file, after `npz_header`; no pickle is read."""
+    """All arrays of an npz file as tensors, after the checks of `npz_header`. No pickle is read."""
     header = npz_header(path)
-    found = {}
+    tensors = {}
     with _reading(path), np.load(path, allow_pickle=False) as arrays:
         for name, info in header.items():
             try:
@@ -171,18 +179,20 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 raise UserError(f"{path}: {name} has two shapes; {_AGAIN}")
             # A file may be in the other byte order, which torch does not take.
             native = array.astype(array.dtype.newbyteorder("="), order="C")
-            found[name] = torch.from_numpy(native)
-    return found
+            tensors[name] = torch.from_numpy(native)
+    return tensors
 
 
 def check_sizes(path: Path, header: Mapping[str, TensorInfo], item_bytes: Mapping[str, int]) -> int:
     """The bytes of all tensors; raises UserError when this machine has less memory than that."""
     total = sum(math.prod(info.shape) * item_bytes[info.dtype] for info in header.values())
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    if have and total > have:
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
+    if memory and total > memory:
         raise UserError(
             f"{path} holds {total / 1e9:.0f} GB of tensors, more than this machine's memory of "
-            f"{have / 1e9:.0f} GB: use a larger machine"
+            f"{memory / 1e9:.0f} GB: use a larger machine"
         )
     return total
 
@@ -200,7 +210,7 @@ def check_shape(path: Path, name: str, shape: Any) -> tuple[int, ...]:
 def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
     if len(header) > MAX_TENSORS:
         raise UserError(f"{path} names {len(header)} tensors, more than {MAX_TENSORS}; {_AGAIN}")
-    found, spans = {}, []
+    infos, spans = {}, []
     for name, row in header.items():
         dtype = row.get("dtype") if isinstance(row, dict) else None
         if not isinstance(dtype, str) or dtype not in _SAFETENSORS_BYTES:
@@ -217,10 +227,10 @@ def _checked_header(path: Path, header: Mapping[str, Any], room: int) -> dict[st
             raise UserError(
                 f"{path} is damaged or cut short: {name} asks for {size} bytes of {room}; {_AGAIN}"
             )
-        found[name] = info
+        infos[name] = info
         spans.append(span)
-    check_sizes(path, found, _SAFETENSORS_BYTES)
-    return found
+    check_sizes(path, infos, _SAFETENSORS_BYTES)
+    return infos
 
 
 def _npy_header(path: Path, name: str, member: Any) -> tuple[tuple[int, ...], Any, int]:

@@ -1,4 +1,4 @@
-"""Writing activation shards such that a kill at any moment loses and repeats nothing."""
+"""Writes activation shards; after a kill at any moment, no token is lost or repeated."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints import files
-from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import MANIFEST, SCHEMA_VERSION, ShardReader, folder_name
 
@@ -32,7 +32,7 @@ def part_manifest(part: Part) -> str:
 def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write the one manifest of a folder that `world` processes have completed, and return it.
 
-    `extra` goes into it as it is. The parts' own manifests and the half-written files of killed
+    `extra` is added to it. The parts' own manifests and the half-written files of killed
     processes are deleted, so none of the processes may still be writing.
     """
     folder = Path(folder)
@@ -58,7 +58,7 @@ def merge_parts(folder: str | Path, world: int, extra: Mapping[str, Any]) -> dic
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of every (layer, site) that were checked, on the CPU and in the stored dtype."""
+    """Checked rows of every (layer, site), on the CPU and in the stored dtype."""
 
     tokens: int
     activations: dict[Place, Float[Tensor, "tokens d_model"]]
@@ -68,8 +68,8 @@ class Rows:
 class ShardWriter:
     """Writes activations of one or more layers as shards of about `shard_tokens` tokens.
 
-    Only whole `add` calls go into a shard, so shards can be a little longer than asked for.
-    Nothing is written until a shard is full; then its files appear and the manifest follows.
+    A shard holds whole `add` calls, so it can be a little longer than asked for. Its files are
+    written when it is full, and the manifest after them.
     """
 
     def __init__(
@@ -131,27 +131,18 @@ class ShardWriter:
         cls,
         folder: str | Path,
         *,
-        expect: Mapping[str, Any] | None = None,
         part: Part = (0, 1),
     ) -> tuple["ShardWriter", dict[str, Any]]:
-        """Go on with the shards in `folder`: a writer, and the cursor just after its last token.
+        """Continue the shards in `folder`: a writer, and the cursor just after its last token.
 
         Files that the manifest does not list (of a shard that a kill cut short) are deleted. The
-        cursor is `{}` when no shard was finished. `expect` maps manifest keys to the values that
-        this run would write.
+        cursor is `{}` when no shard was finished.
 
         Raises:
-            UserError: no manifest, a listed file is missing or cut short, or `expect` differs.
+            UserError: no manifest, or a listed file is missing or cut short.
         """
         reader = ShardReader(folder, flag="`out`", allow_empty=True, manifest=part_manifest(part))
         manifest = reader.manifest
-        for key, value in (expect or {}).items():
-            if manifest.get(key) != files.plain(value):
-                raise UserError(
-                    f"`resume`: the shards in {folder} were made with {key} {manifest.get(key)!r}, "
-                    f"this run has {files.plain(value)!r}; use the same settings, or `force` to "
-                    "start again"
-                )
         writer = cls.__new__(cls)
         writer.folder = Path(folder)
         writer.manifest = {"complete": False, "shard_tokens": 65536, "cursor": {}, **manifest}
@@ -172,8 +163,8 @@ class ShardWriter:
             if world == 1:  # otherwise another process may be writing them
                 files.remove_leftovers(below)
             for path in below.iterdir():
-                found = _SHARD.fullmatch(path.name)
-                own = found and int(found[1]) % world == rank
+                match = _SHARD.fullmatch(path.name)
+                own = match and int(match[1]) % world == rank
                 if own and f"{below.name}/{path.name}" not in listed:
                     path.unlink()
 
@@ -208,7 +199,7 @@ class ShardWriter:
 
     @property
     def places(self) -> list[Place]:
-        """Every (layer, site) that `add` wants."""
+        """Every (layer, site) that each call of `add` must bring."""
         return [(layer, s) for layer in self.manifest["layers"] for s in self.manifest["sites"]]
 
     @property
@@ -225,7 +216,7 @@ class ShardWriter:
     ) -> None:
         """Add the activations of some tokens, for every (layer, site); a copy is taken.
 
-        `cursor` is whatever the caller needs to go on just after these tokens (JSON values only).
+        `cursor` is what the caller needs to continue just after these tokens (JSON values only).
         `extra` are further integers about each token; every call must bring the same names.
 
         Raises:
@@ -351,8 +342,8 @@ class ShardWriter:
         rank, world = self._part
         number = rank
         for entry in self.manifest["shards"]:
-            found = _SHARD.fullmatch(PurePosixPath(entry["file"]).name)
-            number = max(number, int(found.group(1)) + world if found else rank)
+            match = _SHARD.fullmatch(PurePosixPath(entry["file"]).name)
+            number = max(number, int(match.group(1)) + world if match else rank)
         return number
 
     def _order(self, number: int) -> Int[Tensor, " tokens"] | None:

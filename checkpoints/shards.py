@@ -58,9 +58,9 @@ class ShardReader:
     """Reads activation shards lazily: opening checks every header and loads no tensor.
 
     Any float dtype is accepted. Tensors that `shard` returns are mapped from the file, so that
-    picking random rows reads only those rows' pages. They are copies only where `dtype` differs
-    from the file's (float8 is read as bfloat16). A file's SHA-256 is compared with the manifest's,
-    where that has one, when the file is first read.
+    selecting random rows reads only the pages of those rows. They are copies only where `dtype`
+    differs from the file's (float8 is read as bfloat16). When a file is first read, its SHA-256 is
+    compared with the manifest's, if that has one.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class ShardReader:
             return file.get_tensor("activations").to(self.dtype), file.get_tensor("token_ids")
 
     def columns(self, index: int) -> dict[str, Int[Tensor, " tokens"]]:
-        """What shard `index` stores about its rows besides the activations, by name.
+        """The columns that shard `index` stores besides the activations, by name.
 
         `token_ids` always; `positions` and `contexts` when the harvest was asked to keep them.
         """
@@ -237,7 +237,7 @@ class ShardReader:
                 )
 
     def _places_of(self, name: str) -> list[tuple[Place, Path]]:
-        """Layers and paths that a listed name means; a bare name means one file in every folder."""
+        """The places and paths of a listed name; a bare name means one file in every folder."""
         listed = PurePosixPath(name)
         if listed.is_absolute() or ".." in listed.parts or len(listed.parts) > 2 or "\\" in name:
             raise UserError(
@@ -255,7 +255,7 @@ class ShardReader:
         return [(folders[listed.parts[0]], self.folder / listed)]
 
     def _check_file(self, path: Path, tokens: int) -> str:
-        """Check a file's header; returns the dtype of its activations, in safetensors' words."""
+        """Check a file's header; returns the dtype of its activations, in safetensors' notation."""
         if not path.is_file() or path.is_symlink():
             raise UserError(
                 f"{self._what}: {path.relative_to(self.folder)} is listed but missing (or a link); "
@@ -274,11 +274,11 @@ class ShardReader:
             or activations["dtype"] not in _FLOATS
             or token_ids["dtype"] not in _INTS
         ):
-            found = {name: (item["dtype"], item["shape"]) for name, item in header.items()}
+            content = {name: (item["dtype"], item["shape"]) for name, item in header.items()}
             raise UserError(
                 f"{self._what}: {path.relative_to(self.folder)} must hold activations "
                 f"{[tokens, self.d_model]} of a float type and token_ids {[tokens]} of an integer "
-                f"type, got {found}; harvest again"
+                f"type, got {content}; harvest again"
             )
         return str(activations["dtype"])
 

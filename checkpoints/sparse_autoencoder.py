@@ -1,4 +1,4 @@
-"""An SAE's weights and the general equation of which the SAEs of all formats are special cases.
+"""An SAE's weights, and the general equation that covers the SAEs of all formats.
 
 With `n_i` the norm of row i of `W_dec`:
 
@@ -8,7 +8,7 @@ With `n_i` the norm of row i of `W_dec`:
     x_hat = norm_out(f W_dec + b_dec)     (f divided by n with `rescale_acts_by_decoder_norm`)
             + x W_skip^T                  (where there is a skip connection)
 
-The code here is the slow reference: dense, plain PyTorch, any device and float dtype.
+The code here is the slow reference: dense, in plain PyTorch, for any device and float dtype.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class SAE:
     W_dec: Float[Tensor, "d_sae d_out"]
     b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"] | None = None
-    """JumpReLU only: a latent counts when its pre-activation is above (not at) this value."""
+    """JumpReLU only: a latent is active when its pre-activation is greater than this value."""
     source: str = ""
     """The folder or RELEASE:ID it came from."""
     sha256: str = ""
@@ -140,12 +140,12 @@ class SAE:
     def token_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """The factor on each token's decoded latents; 1 without token-wise normalisation.
 
-        See the function of this name.
+        See the function `token_scale`.
         """
         return token_scale(x, self.spec.normalize_activations)
 
     def row_norms(self) -> Float[Tensor, " d_sae"]:
-        """Lengths of the decoder's rows, at least 1e-8."""
+        """The norms of the decoder's rows, clamped to at least 1e-8."""
         norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=-1)
         return norms.clamp(min=1e-8)
 
@@ -161,10 +161,10 @@ class SAE:
         return dataclasses.replace(self, **changes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by the names of their fields, those that are there."""
+        """The weights that the SAE has, by the names of their fields."""
         names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "b_mag", "r_mag", "W_skip")
-        found = {name: getattr(self, name) for name in names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        fields = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     def check(self, what: str) -> "SAE":
         """Check names, shapes and values against the spec; `what` begins the error. Returns self.
@@ -189,22 +189,23 @@ class SAE:
 def _pursue(
     rest: Float[Tensor, "rows d_model"], W_dec: Float[Tensor, "d_sae d_model"], spec: SAESpec
 ) -> Float[Tensor, "rows d_sae"]:
+    """Matching pursuit on rows `rest`; `SAE.encode` says how."""
     acts = rest.new_zeros(len(rest), len(W_dec))
-    done = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
+    finished = torch.zeros(len(rest), dtype=torch.bool, device=rest.device)
     chosen = torch.zeros_like(acts, dtype=torch.bool)
     for _ in range(spec.max_iterations or spec.d_model):
         best = torch.relu(rest @ W_dec.T).argmax(dim=1)
         rows = W_dec[best]
-        amount = torch.relu((rest * rows).sum(dim=1)).masked_fill(done, 0)
+        amount = torch.relu((rest * rows).sum(dim=1)).masked_fill(finished, 0)
         acts.scatter_add_(1, best[:, None], amount[:, None])
         rest = rest - amount[:, None] * rows
         if spec.stop_on_duplicate_support:
-            now = acts != 0
-            done = done | (now == chosen).all(dim=1)
-            chosen = now
+            support = acts != 0
+            finished = finished | (support == chosen).all(dim=1)
+            chosen = support
         if spec.residual_threshold > 0:
-            done = done | (rest.norm(dim=1) < spec.residual_threshold)
-        if bool(done.all()):
+            finished = finished | (rest.norm(dim=1) < spec.residual_threshold)
+        if bool(finished.all()):
             break
     return acts
 
@@ -233,7 +234,10 @@ def token_divisor(x: Float[Tensor, "*batch d_model"], kind: str) -> Float[Tensor
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: SAESpec, what: str) -> None:
-    """Names, shapes and values against the spec; the first wrong one raises a `UserError`."""
+    """Check names, shapes and values against a spec; `what` begins the error.
+
+    Raises UserError for the first that does not fit.
+    """
     width = spec.d_model if spec.d_out is None else spec.d_out
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (spec.d_model, spec.d_sae),

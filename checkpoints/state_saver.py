@@ -1,4 +1,4 @@
-"""Saving states in the background: the run waits while they are copied, not while they are written.
+"""Saves states in the background: the run waits while they are copied, not while they are written.
 
 One thread writes at a time. `ready` says whether a periodic save may start: not while another is
 being written, nor so soon that copying would take more than a hundredth of the run's time.
@@ -17,7 +17,7 @@ from saesteer.checkpoints.run_state import save_state
 
 if TYPE_CHECKING:
     from torch import Tensor
-else:  # importing torch takes seconds; whoever passes tensors has it already
+else:  # importing torch takes seconds, and callers that pass tensors have done so
     Tensor = Any
 
 _MOST_SHARE = 0.01
@@ -31,8 +31,8 @@ class StateSaver:
     methods from one thread.
 
     Args:
-        folder: the run's.
-        keep: how many of the newest states stay; the best stays as well.
+        folder: of the run.
+        keep: how many of the newest states are kept; the best one is kept as well.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 1) -> None:
@@ -65,8 +65,8 @@ class StateSaver:
     ) -> None:
         """Copy a state to the host's memory and start to write it; returns before it is written.
 
-        The arguments are those of `save_state`; tensors may change as soon as this returns. Waits
-        for the write before. Raises what that one failed with.
+        The arguments are those of `save_state`; tensors may change as soon as this returns. First
+        waits for the previous write, and raises the error that it failed with.
         """
         started = time.monotonic()
         try:
@@ -92,7 +92,7 @@ class StateSaver:
     ) -> None:
         """Write a state and return when it is durable; cancels an older one that is being written.
 
-        For a run that ends here: takes the time of one write, and copies nothing.
+        For a run that ends here: nothing is copied.
         """
         started = time.monotonic()
         try:
@@ -122,7 +122,7 @@ class StateSaver:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception):
-            if self._thread is not None:  # the error on its way is the one to report
+            if self._thread is not None:  # the error being raised is the one to report
                 self._thread.join()
         else:
             self._stop_writing()

@@ -1,4 +1,4 @@
-"""Frozen dataclasses read from YAML or JSON, strictly: one reader for every file of settings."""
+"""Reads frozen dataclasses from YAML or JSON, strictly: one reader for every settings file."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def read_fields(cls: type[T], data: object, where: str, error: type[Exception] =
     A field's annotation says what is allowed: int, float (a whole number that a float can hold is
     converted), str, bool, None, Any, object, `Literal`, unions, `tuple`, `list`, `dict` or
     `Mapping`, and dataclasses, one in another. Lists become tuples where a tuple is asked for. A
-    bool is no number. Fields with a default may be left out.
+    bool is not a number. Fields with a default may be left out.
 
     Args:
         data: the file's content, as `yaml.safe_load` or `json.load` gives it.
@@ -47,6 +47,8 @@ def read_fields(cls: type[T], data: object, where: str, error: type[Exception] =
 
 
 class _Reader:
+    """Reads values by their type annotations; `refuse` and `wrong` raise the errors."""
+
     def __init__(self, where: str, error: type[Exception]) -> None:
         self.where, self.error = where, error
 
@@ -128,7 +130,7 @@ class _Reader:
 
 
 def _fits(hint: Any, data: object) -> bool:
-    """Whether a value is of a type, what is inside a list or a mapping left aside."""
+    """Whether a value is of a type; the items of a list or mapping are not looked at."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in (Any, object):
         return True
@@ -157,7 +159,7 @@ def _is_mapping(kind: Any) -> bool:
 
 
 def _allowed(hint: Any) -> str:
-    """What a type allows, in words."""
+    """A description of what a type allows, for errors."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_allowed(option) for option in arguments))

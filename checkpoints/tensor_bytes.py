@@ -1,4 +1,4 @@
-"""Tensors as the bytes of a safetensors file, piece by piece.
+"""Turns tensors into the bytes of a safetensors file, piece by piece.
 
 The writer of safetensors itself builds or copies the whole file in one call, during which other
 threads wait. Here the bytes come one tensor at a time, so that a background save does not stop the
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# safetensors writes the last of these first: wide types lead, so that all data is aligned.
+# safetensors writes dtypes in the reverse of this order, so that all data is aligned.
 _NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -73,5 +73,5 @@ def _pieces(given: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """A tensor as its pieces. Raises ValueError for none, or for some that do not fit together."""
     parts = [given] if isinstance(given, Tensor) else given
     if not parts or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
-        raise ValueError("a tensor wants pieces of one dtype and width, at least one")
+        raise ValueError("a tensor needs pieces of one dtype and width, at least one")
     return parts

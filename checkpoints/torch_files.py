@@ -1,13 +1,13 @@
-"""Reading `.pt` files without running them.
+"""Reads `.pt` files without running them.
 
-`torch.save` writes a zip archive: one pickle that says what there is, and one member of raw numbers
-for each storage. A pickle is a program, and three things keep it harmless here, in this order:
+`torch.save` writes a zip archive: one pickle that describes the content, and one member of raw
+numbers for each storage. A pickle is a program. Three steps keep it harmless, in this order:
 
 1. its operations are listed without running them (`pickletools`), and only those that build plain
    containers and the few names that tensors need may occur;
 2. an unpickler that knows those names alone builds a description: no tensor, no torch call. Shapes,
    strides and offsets are checked against the length of their member of the archive, because torch
-   itself believes them;
+   itself trusts them;
 3. `torch.load(..., weights_only=True)` then reads the numbers.
 
 No setting turns these checks off.
@@ -138,9 +138,9 @@ def describe_pt(path: Path) -> dict[Any, Any]:
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, and a dict of tensors is needed")
-    found: list[TensorInfo] = []
-    plain = _plain(path, content, found, [_MAX_VALUES], 0)
-    named = {str(number): info for number, info in enumerate(found)}
+    infos: list[TensorInfo] = []
+    plain = _plain(path, content, infos, [_MAX_VALUES], 0)
+    named = {str(number): info for number, info in enumerate(infos)}
     safe_reading.check_sizes(path, named, _ITEM_BYTES)
     assert isinstance(plain, dict)
     return plain
@@ -216,7 +216,7 @@ def _check_operations(path: Path, program: bytes) -> None:
 def _describe(
     path: Path, sizes: Mapping[str, int], storage: Any, offset: Any, shape: Any, stride: Any
 ) -> TensorInfo:
-    """A tensor's description, when all it reads lies inside its storage."""
+    """A tensor's description. Raises UserError unless all its elements are inside its storage."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     shape = safe_reading.check_shape(path, "a tensor", shape)
@@ -237,25 +237,25 @@ def _describe(
     return TensorInfo(storage.dtype, shape)
 
 
-def _plain(path: Path, value: Any, found: list[TensorInfo], left: list[int], depth: int) -> Any:
-    """The value when it is plain data; adds the tensors in it to `found`."""
+def _plain(path: Path, value: Any, infos: list[TensorInfo], left: list[int], depth: int) -> Any:
+    """The value if it is plain data, else UserError; adds the tensors in it to `infos`."""
     left[0] -= 1
     # A list may hold one other list a million times: count what is walked, not what is stored.
     if left[0] < 0 or depth > MAX_DEPTH:
         raise UserError(f"{path} nests more data than a dict of tensors needs: refused")
     if isinstance(value, TensorInfo):
-        found.append(value)
+        infos.append(value)
         return value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
         return {
-            key: _plain(path, item, found, left, depth + 1)
+            key: _plain(path, item, infos, left, depth + 1)
             for key, item in dict.items(value)
             if isinstance(key, str | int)
         }
     if isinstance(value, list | tuple):
-        return [_plain(path, item, found, left, depth + 1) for item in value]
+        return [_plain(path, item, infos, left, depth + 1) for item in value]
     raise UserError(f"{path} holds a {type(value).__name__}, which is no plain data: refused")
 
 

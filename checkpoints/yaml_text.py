@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from saesteer.checkpoints.errors import reason_of
+
 _MOST_CHARACTERS = 16 << 20
 _MOST_VALUES = 1_000_000
 
@@ -27,7 +29,7 @@ def parse_yaml(
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     except (ValueError, OverflowError, TypeError) as error:  # a date or a number that cannot be
-        raise yaml.YAMLError(" ".join(str(error).split())[:200]) from error
+        raise yaml.YAMLError(reason_of(error)) from error
     if count > _MOST_VALUES:
         raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values")
     return value

@@ -6,8 +6,8 @@ after the step. A row of zeros has no direction: it stays zero.
 
 The same pass can scale the gradient (by a clip factor that only the device knows), write a bfloat16
 copy of the parameter for the products of the next step, and keep the moments in bfloat16. Those are
-rounded up or down at random in proportion to what is cut off: exp_avg_sq changes by a thousandth of
-itself at a step, less than half a unit in its last place, and would otherwise stand still.
+rounded stochastically: exp_avg_sq changes by a thousandth of itself at a step, less than half a
+unit in its last place, so rounding to the nearest would never change it.
 
 What changes from step to step is read from a tensor, ``schedule``, so that a captured CUDA graph
 can be replayed with new values.
@@ -28,9 +28,17 @@ MAX_WIDTH = 8192
 
 
 def adam_schedule(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float, float]:
-    """What `adam_rows` needs to know of the step (from 1): rate, root of the correction, step.
+    """The three numbers about a step that `adam_rows` reads from `schedule`.
 
-    Worked out in double precision: 1 - beta2 in float32 is off by up to 6e-5 of itself.
+    Computed in double precision: 1 - beta2 in float32 is off by up to 6e-5 of itself.
+
+    Args:
+        step: the number of the step, counted from 1.
+        lr: its learning rate.
+
+    Returns:
+        ``lr`` divided by the bias correction of exp_avg, the square root of the bias correction of
+        exp_avg_sq, and ``step``.
     """
     return lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, float(step)
 
@@ -41,7 +49,7 @@ def adam_rows_reference(
     optimizer: torch.optim.Adam,
     unit_rows: bool,
 ) -> None:
-    """What the op means: torch.optim.Adam between a projection and a normalisation.
+    """The op's definition: torch.optim.Adam between a projection and a normalisation.
 
     ``optimizer`` holds ``param`` alone. For tests and benchmarks.
     """
@@ -56,7 +64,7 @@ def adam_rows_reference(
 
 
 def random_bits(index: Tensor, step: int | Tensor) -> Tensor:
-    """16 bits for each index, decided by index and step alone (int64 in 0..65535).
+    """16 pseudo-random bits for each index (int64 in 0..65535), a function of index and step.
 
     A published 32-bit mixing function (Wellons' lowbias32), in arithmetic modulo 2^32.
     """
@@ -67,12 +75,15 @@ def random_bits(index: Tensor, step: int | Tensor) -> Tensor:
     return (h ^ (h >> 16)) & 0xFFFF
 
 
-def round_randomly(values: Tensor, index: Tensor, step: int | Tensor) -> Tensor:
-    """float32 ``values`` as bfloat16, up with the probability of what is cut off. NaN stays NaN."""
+def round_stochastically(values: Tensor, index: Tensor, step: int | Tensor) -> Tensor:
+    """float32 ``values`` rounded stochastically to bfloat16; NaN stays NaN.
+
+    A value is rounded up with a probability equal to the fraction of a unit that is cut off.
+    """
     bits = values.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     finite = (bits & 0x7F800000) != 0x7F800000
     bits = torch.where(finite, bits + random_bits(index, step), bits) & 0xFFFF0000
-    # To int32 by hand: values above 2^31 stand for negative numbers.
+    # Wrap to int32 explicitly: values from 2^31 on are the bits of negative numbers.
     bits = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)
     return bits.view(torch.float32).to(torch.bfloat16)
 
@@ -122,8 +133,8 @@ def _adam_step(
     if exp_avg.dtype == torch.bfloat16:
         index = torch.arange(first, first + param.numel(), device=param.device).view(param.shape)
         number = step.to(torch.int64)
-        exp_avg.copy_(round_randomly(mean, 2 * index, number))
-        exp_avg_sq.copy_(round_randomly(second, 2 * index + 1, number))
+        exp_avg.copy_(round_stochastically(mean, 2 * index, number))
+        exp_avg_sq.copy_(round_stochastically(second, 2 * index + 1, number))
     else:
         exp_avg.copy_(mean)
         exp_avg_sq.copy_(second)
@@ -157,13 +168,13 @@ def adam_rows_torch(
             row, row_grad = param[part], grad[part].to(param.dtype)
             if grad_scale is not None:
                 row_grad = row_grad * grad_scale.to(param.dtype)
-            dead = torch.linalg.vector_norm(row, dim=1, keepdim=True) == 0
+            was_zero = torch.linalg.vector_norm(row, dim=1, keepdim=True) == 0
             along = torch.linalg.vecdot(row_grad, row)[:, None]
             row_grad = torch.addcmul(row_grad, row, along, value=-1)
             at = first * param.shape[1]
             _adam_step(row, row_grad, exp_avg[part], exp_avg_sq[part], *hyper, at)
             norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
-            row.div_(norm.masked_fill_(dead | (norm == 0), torch.inf))
+            row.div_(norm.masked_fill_(was_zero | (norm == 0), torch.inf))
     if shadow is not None:
         shadow.copy_(param)
 
@@ -196,7 +207,7 @@ if TRITON_INSTALLED:
     @triton.jit
     @no_type_check
     def _nearest_bfloat16(values):
-        """float32 to the nearest bfloat16, ties to even, also where the cast would cut off."""
+        """float32 to the nearest bfloat16, ties to even, also where the cast would truncate."""
         bits = values.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         near = tl.where(finite, bits + 0x7FFF + ((bits >> 16) & 1), bits) & 0xFFFF0000
@@ -283,7 +294,7 @@ if TRITON_INSTALLED:
         if SCALED:
             grad *= factor
         row = tl.load(weights + at, mask=ok, other=0.0).to(tl.float32)
-        alive = tl.sum(row * row, axis=0) > 0
+        nonzero = tl.sum(row * row, axis=0) > 0
         grad -= tl.sum(grad * row, axis=0) * row
         mean = tl.load(exp_avgs + at, mask=ok, other=0.0).to(tl.float32)
         second = tl.load(exp_avg_sqs + at, mask=ok, other=0.0).to(tl.float32)
@@ -291,8 +302,8 @@ if TRITON_INSTALLED:
         second = second * beta2 + grad * grad * decay2
         row -= rate * mean / (tl.sqrt(second) / root + eps)
         square = tl.sum(tl.where(ok, row * row, 0.0), axis=0)
-        alive = alive & (square != 0)
-        scale = tl.where(alive, 1.0 / tl.sqrt(tl.where(alive, square, 1.0)), 0.0)
+        nonzero = nonzero & (square != 0)
+        scale = tl.where(nonzero, 1.0 / tl.sqrt(tl.where(nonzero, square, 1.0)), 0.0)
         row *= scale
         tl.store(weights + at, row, mask=ok)
         if SHADOW:
@@ -362,19 +373,28 @@ def adam_rows_op(
     unit_rows: bool,
 ) -> None:
     """One Adam step in place on ``param``, the moments and the bfloat16 ``shadow``."""
-    kept = [t for t in (param, exp_avg, exp_avg_sq, shadow) if t is not None]
+    written = [t for t in (param, exp_avg, exp_avg_sq, shadow) if t is not None]
     fits = (
         use_triton(param)
         and param.dtype == torch.float32
-        and all(t.is_contiguous() for t in kept)
+        and all(t.is_contiguous() for t in written)
         and not (unit_rows and param.shape[1] > MAX_WIDTH)
     )
     run = adam_rows_triton if fits else adam_rows_torch
     with torch.cuda.device_of(param):  # Triton launches on the current device
         run(
-            param, grad, exp_avg, exp_avg_sq, shadow, schedule, grad_scale,
-            beta1, beta2, eps, unit_rows,
-        )  # fmt: skip
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            shadow,
+            schedule,
+            grad_scale,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+        )
 
 
 @adam_rows_op.register_fake

@@ -14,12 +14,12 @@ from saesteer.kernels.adam_rows import adam_rows_op
 from saesteer.kernels.native import parts_of, run_parts, use_native
 from saesteer.kernels.sparse_row_grads import LatentOrder, sum_rows
 
-# A latent's own row of parameter and moments costs about as much as this many entries.
+# Updating a latent's row of the parameter and its moments takes about as long as this many entries.
 _ROW_COST = 4
 
 
 def _balanced(starts: Tensor, parts: int) -> list[int]:
-    """Bounds between latents that give every part about the same work."""
+    """``parts + 1`` bounds that cut the latents into ranges of about equal work."""
     d_sae = len(starts) - 1
     cost = starts + _ROW_COST * torch.arange(d_sae + 1)
     goals = torch.linspace(0, float(cost[-1]), parts + 1)
@@ -86,16 +86,33 @@ def adam_sparse_rows_native(
     else:
         extra_at[extra_ids] = torch.arange(len(extra_ids))
     rate, root, _ = schedule.tolist()
-    number = np.float32
+    float32 = np.float32
     run_parts(
-        adam_sparse_rows, _balanced(order.starts, parts_of(weights.numel() + d_sae, 256)),
-        param.detach().numpy(), exp_avg.numpy(), exp_avg_sq.numpy(),
-        weights.contiguous().view(-1).numpy(), rows.contiguous().numpy(),
-        order.order.numpy(), order.starts.numpy(), ragged, examples.numpy(), k, number(factor),
-        number(rate), number(1 - beta1), number(beta2), number(1 - beta2), number(root),
-        number(eps), unit_rows,
-        extra.contiguous().numpy(), extra_at.numpy(), sums.numpy(), counts.numpy(),
-    )  # fmt: skip
+        adam_sparse_rows,
+        _balanced(order.starts, parts_of(weights.numel() + d_sae, 256)),
+        param.detach().numpy(),
+        exp_avg.numpy(),
+        exp_avg_sq.numpy(),
+        weights.contiguous().view(-1).numpy(),
+        rows.contiguous().numpy(),
+        order.order.numpy(),
+        order.starts.numpy(),
+        ragged,
+        examples.numpy(),
+        k,
+        float32(factor),
+        float32(rate),
+        float32(1 - beta1),
+        float32(beta2),
+        float32(1 - beta2),
+        float32(root),
+        float32(eps),
+        unit_rows,
+        extra.contiguous().numpy(),
+        extra_at.numpy(),
+        sums.numpy(),
+        counts.numpy(),
+    )
     return sums, counts
 
 
@@ -126,9 +143,19 @@ def adam_sparse_rows_op(
     run = adam_sparse_rows_native if native else adam_sparse_rows_torch
     with torch.cuda.device_of(param):
         return run(
-            *state, weights, rows, LatentOrder(order, starts, examples),
-            factor, schedule, beta1, beta2, eps, unit_rows, extra, extra_ids,
-        )  # fmt: skip
+            *state,
+            weights,
+            rows,
+            LatentOrder(order, starts, examples),
+            factor,
+            schedule,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+            extra,
+            extra_ids,
+        )
 
 
 @adam_sparse_rows_op.register_fake

@@ -1,7 +1,7 @@
 """The optimiser step of a weight matrix as a compiled CPU loop that never stores the gradient.
 
-A row's gradient is the sum of a few rows of the batch. It is worked out, used and forgotten while
-it is in the cache: the matrix-sized gradient is neither written nor read.
+A row's gradient is the sum of a few rows of the batch. It is computed and used while it is in the
+cache: the matrix-sized gradient is neither written nor read.
 """
 
 from typing import no_type_check
@@ -21,7 +21,7 @@ def _add_scaled(out, row, factor):
 @loop(reorder=True)
 @no_type_check
 def _along(grad, row):
-    """Length of ``row`` along itself, and of ``grad`` along ``row``."""
+    """The dot products of ``row`` with itself and with ``grad``."""
     square = np.float32(0)
     along = np.float32(0)
     for i in range(row.shape[0]):
@@ -54,7 +54,7 @@ def _scale(row, factor):
         row[i] *= factor
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def adam_sparse_rows(
     param,
@@ -82,7 +82,7 @@ def adam_sparse_rows(
     first,
     last,
 ):
-    """Latents first..last-1: sum their entries in order, take the step, note sum and hits.
+    """Latents first..last-1: sum their entries in order, take the step, store sums and counts.
 
     An entry's example is ``entry // k``, or where entries are ragged ``examples[entry]``.
     ``extra_at[f]`` is the row of ``extra`` to add to latent f's gradient, or -1.
@@ -105,16 +105,25 @@ def adam_sparse_rows(
         sums[f] = factor * total
         counts[f] = hits
         along = np.float32(0)
-        alive = True
+        was_nonzero = True
         if unit_rows:
             square, along = _along(grad, param[f])
-            alive = square > 0
+            was_nonzero = square > 0
         square = _adam(
-            param[f], grad, along, exp_avg[f], exp_avg_sq[f],
-            rate, decay1, beta2, decay2, root, eps,
-        )  # fmt: skip
+            param[f],
+            grad,
+            along,
+            exp_avg[f],
+            exp_avg_sq[f],
+            rate,
+            decay1,
+            beta2,
+            decay2,
+            root,
+            eps,
+        )
         if unit_rows:
-            if alive and square > 0:
+            if was_nonzero and square > 0:
                 _scale(param[f], np.float32(1) / np.sqrt(square))
             else:
                 param[f, :] = np.float32(0)

@@ -3,12 +3,12 @@
 ``estimate[b] = sum over the k_aux largest positive pre-activations among the given latents``, and
 ``loss = |estimate - residual|^2 / |residual - mean(residual)|^2`` over the batch, no b_dec (Gao et
 al., arXiv 2406.04093, section 2.2 and appendix A.2; the residual's variance as divisor). The
-residual is what the SAE left over, held constant.
+residual is what the SAE does not reconstruct; it is held constant.
 
 k_aux is in the hundreds and the dead are few, so dense products over them beat gathering rows. The
 gradient is taken in the forward pass, for the rows that were given and no others; it reaches W_enc,
-b_enc and W_dec. bfloat16 operands on CUDA are multiplied as they are, and activations and errors
-rounded for it; sums, residual and loss are float32.
+b_enc and W_dec. bfloat16 operands on CUDA are multiplied in bfloat16, for which activations and
+errors are rounded; sums, residual and loss are float32.
 """
 
 from typing import Any, no_type_check
@@ -23,7 +23,7 @@ from saesteer.kernels.topk_encode import select_topk_torch
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 WIDEST = 16384
-"""Most entries of a row that one Triton program searches without spilling registers."""
+"""Longest row that one Triton program searches without spilling registers."""
 
 
 def auxk_reference(
@@ -35,7 +35,7 @@ def auxk_reference(
     ids: Tensor,
     k_aux: int,
 ) -> Tensor:
-    """What the loss means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The loss's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     pre_acts = x @ W_enc_rows[ids].t() + b_enc[ids]
     pre_acts = pre_acts.masked_fill(pre_acts.isnan(), 0)
     ranked = torch.sort(pre_acts, dim=1, descending=True, stable=True).indices
@@ -62,7 +62,7 @@ if TRITON_INSTALLED:
         MAX: tl.constexpr,
         BITS: tl.constexpr,
     ):
-        """One row, read and written once."""
+        """Set all but the k largest positive entries of one row to 0, in place."""
         col = tl.arange(0, BLOCK)
         ok = col < width
         at = pre_acts + tl.program_id(0).to(tl.int64) * width + col
@@ -106,7 +106,7 @@ def keep_largest_(pre_acts: Tensor, k: int) -> Tensor:
 
 
 def _product_dtype(dtype: torch.dtype, *operands: Tensor) -> torch.dtype:
-    """Dtype of what is multiplied: that of the sums, or bfloat16 on a GPU that is given it."""
+    """Dtype of the factors: that of the sums, or bfloat16 where all operands on a GPU have it."""
     narrow = all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands)
     return torch.bfloat16 if narrow and dtype == torch.float32 else dtype
 
@@ -114,7 +114,7 @@ def _product_dtype(dtype: torch.dtype, *operands: Tensor) -> torch.dtype:
 def _product(
     a: Tensor, b: Tensor, dtype: torch.dtype, plus: Tensor | None = None, sign: int = 1
 ) -> Tensor:
-    """``a @ b + sign * plus`` in ``dtype``, in which bfloat16 products are summed, too."""
+    """``a @ b + sign * plus``, accumulated and returned in ``dtype``."""
     if a.dtype == dtype:
         return a @ b if plus is None else torch.addmm(plus, a, b, beta=sign)
     out = torch.mm(a, b, out_dtype=dtype)
@@ -134,24 +134,24 @@ def auxk_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by ``W_enc_rows[ids]``, ``b_enc[ids]`` and ``W_dec[ids]``.
 
-    ``ids`` [n] are distinct. Where ``is_filler`` [n] is true they only fill the list: they take no
-    part and their gradients are 0 (a list whose true length only the device knows has a fixed
-    length so).
+    ``ids`` [n] are distinct. Where ``is_filler`` [n] is true they only pad the list: they take no
+    part and their gradients are 0. On a GPU the list has a fixed length, because the host would
+    have to wait for the true number of dead latents.
     """
     dtype = accumulator_dtype(x, residual, W_enc_rows, W_dec)
-    kind = _product_dtype(dtype, x, W_enc_rows, W_dec)
-    x, residual = x.to(kind), residual.to(dtype)
-    W_enc_ids, W_dec_ids = W_enc_rows[ids].to(kind), W_dec[ids].to(kind)
+    factor_dtype = _product_dtype(dtype, x, W_enc_rows, W_dec)
+    x, residual = x.to(factor_dtype), residual.to(dtype)
+    W_enc_ids, W_dec_ids = W_enc_rows[ids].to(factor_dtype), W_dec[ids].to(factor_dtype)
     acts = _product(x, W_enc_ids.t(), dtype, plus=b_enc[ids].to(dtype))
     if is_filler is not None:
         acts.masked_fill_(is_filler, 0)
-    acts = keep_largest_(acts, k_aux).to(kind)
+    acts = keep_largest_(acts, k_aux).to(factor_dtype)
     difference = _product(acts, W_dec_ids, dtype, plus=residual, sign=-1)
     variance = (residual - residual.mean(0)).square().sum().clamp_min(1e-12)
     loss = difference.square().sum() / variance
-    difference = difference.mul_(2 / variance).to(kind)
+    difference = difference.mul_(2 / variance).to(factor_dtype)
     pre_grads = _product(difference, W_dec_ids.t(), dtype).mul_(acts > 0)
-    W_enc_grads = _product(pre_grads.to(kind).t(), x, dtype)
+    W_enc_grads = _product(pre_grads.to(factor_dtype).t(), x, dtype)
     return loss, W_enc_grads, pre_grads.sum(0), _product(acts.t(), difference, dtype)
 
 
@@ -184,7 +184,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    """Into the rows ``ids`` of each parameter. x and residual are data: they get none."""
+    """Put the gradients into the rows ``ids`` of each parameter. x and residual get none."""
     ids, *compact = ctx.saved_tensors
     grads: list[Tensor | None] = []
     for needed, rows, (shape, dtype) in zip(

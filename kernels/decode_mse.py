@@ -15,6 +15,7 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import gather_dot_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import (
     TRITON_INSTALLED,
     Tile,
@@ -32,10 +33,9 @@ from saesteer.kernels.entries import (
     row_starts_of,
     to_dense,
 )
-from saesteer.kernels.gather_dot import gather_dot_op, gather_dot_torch
+from saesteer.kernels.gather_dot import gather_dot_torch
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
 from saesteer.kernels.sparse_decode import sparse_decode_torch
-from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -51,7 +51,7 @@ def decode_mse_reference(
     target: Tensor,
     row_starts: Tensor | None = None,
 ) -> Triple:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     dense = to_dense(latent_acts, latent_indices, W_dec.shape[0], row_starts)
     error = dense @ W_dec + b_dec - target
     return error.square().sum(1), error, from_dense(error @ W_dec.t(), latent_indices, row_starts)
@@ -103,7 +103,7 @@ if TRITON_INSTALLED:
         STAGES: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """BLOCK_D columns of one example, and their part of its square and its dots."""
+        """BLOCK_D columns of one example's error, and their part of its square and its dots."""
         example = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1).to(tl.int64)
         if RAGGED:
@@ -130,7 +130,7 @@ if TRITON_INSTALLED:
         tl.store(error + example * d_model + col, line, mask=col_ok)
         line = tl.where(col_ok, line, 0.0)
         tl.store(squared_error + block * batch + example, tl.sum(line * line, axis=0))
-        # The same rows once more: a program's are few enough for the L1 cache.
+        # The same rows again: those of one program fit into the L1 cache.
         for first in tl.range(begin, end, ROWS, num_stages=STAGES):
             at = first + tl.arange(0, ROWS)
             ok = at < end
@@ -152,7 +152,7 @@ def decode_mse_triton(
     target: Tensor,
     row_starts: Tensor | None = None,
 ) -> Triple:
-    """Triton kernel. Each block of columns gives a part of the sums, which are added in order."""
+    """Triton kernel. Each block of columns gives partial sums, which are added in order."""
     batch, d_model = target.shape
     dtype = accumulator_dtype(latent_acts, W_dec, target)
     W_dec, target = unit_stride(W_dec), unit_stride(target)
@@ -210,13 +210,16 @@ def decode_mse_native(
     error = target.new_empty((batch, d_model))
     act_grads = target.new_empty(latent_indices.shape)
     run_parts(
-        decode_mse_rows, even_bounds(batch, parts_of(batch, 8)),
+        decode_mse_rows,
+        even_bounds(batch, parts_of(batch, 8)),
         latent_acts.reshape(-1).contiguous().numpy(),
         latent_indices.to(torch.int64).reshape(-1).contiguous().numpy(),
         row_starts_of(latent_indices, row_starts).contiguous().numpy(),
         *(t.contiguous().numpy() for t in (W_dec, b_dec, target)),
-        squared_error.numpy(), error.numpy(), act_grads.view(-1).numpy(),
-    )  # fmt: skip
+        squared_error.numpy(),
+        error.numpy(),
+        act_grads.view(-1).numpy(),
+    )
     return squared_error, error, act_grads
 
 

@@ -1,7 +1,7 @@
 """Decode, error and slot gradients of one example at a time, as a compiled CPU loop.
 
-The small helpers stand again in every file of loops: stored code is made anew when its own file
-changes, not when another one does.
+The small helpers are repeated in every file of loops on purpose: numba compiles its cached code
+again when that file changes, but not when a file that it imports does.
 """
 
 from typing import no_type_check
@@ -30,7 +30,7 @@ def _dot(a, b):
 @loop(reorder=True)
 @no_type_check
 def _subtract(out, target):
-    """out -= target; returns the squared length of what is left."""
+    """out -= target; returns the squared length of the difference."""
     square = np.float32(0)
     for i in range(out.shape[0]):
         out[i] -= target[i]
@@ -38,7 +38,7 @@ def _subtract(out, target):
     return square
 
 
-@loop(reorder=True, keep=True)
+@loop(reorder=True, cache=True)
 @no_type_check
 def decode_mse_rows(
     acts, indices, row_starts, W_dec, b_dec, target, squared_error, error, act_grads, first, last

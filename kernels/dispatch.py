@@ -89,13 +89,13 @@ def use_triton(tensor: Tensor) -> bool:
 DENSE_BELOW = {"cpu": 16, "cuda": 113}
 """d_sae / k below which a dense product over all latents beats gathering k rows an example.
 
-On the CPU measured: a float32 product and the gathered pass take equally long there. For CUDA the
-ratio of arithmetic to cache bandwidth of an H200, a plan and not a measurement.
+For the CPU this was measured: a float32 product and the gathered pass take equally long there. For
+CUDA it is an estimate, the ratio of arithmetic to cache bandwidth of an H200.
 """
 
 
 def prefers_dense(W: Tensor, k: float) -> bool:
-    """Whether k latents of each example are so many that the dense product is cheaper."""
+    """Whether a dense product with ``W`` [d_sae, d_model] is cheaper than gathering k rows."""
     if kernel_choice() == "triton":
         return False
     return W.shape[0] < k * DENSE_BELOW.get(W.device.type, 0)
@@ -118,8 +118,8 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def column_block(d_model: int, widest: int) -> int:
     """Columns per Triton tile: the power of two up to ``widest`` that pads ``d_model`` least.
 
-    At least 128 where ``d_model`` is that wide, and the widest of equals: 576 takes 5 tiles of 128,
-    1024 takes 2 of 512.
+    At least 128 where ``d_model`` is that wide; of equally good widths the widest. 576 takes 5
+    tiles of 128, 1024 takes 2 of 512.
     """
     block = 16
     while block < min(d_model, widest):
@@ -142,14 +142,14 @@ class Tile(NamedTuple):
     rows: int
     """Rows loaded at a time."""
     row_bytes: int
-    """Bytes of each row that a program works on: at most so many, a power of two."""
+    """Largest number of bytes of each row that one program works on; a power of two."""
     warps: int
     """Warps per program at ``row_bytes``."""
     stages: int = 1
-    """Tiles under way at a time, through shared memory where it is more than 1."""
+    """Tiles loaded ahead of the sum; more than one are buffered in shared memory."""
 
     def fit(self, d_model: int, element_bytes: int) -> tuple[int, int]:
-        """Columns and warps of a program: the widest of which a quarter at most lies idle."""
+        """Columns and warps of a program: the widest of which at most a quarter is padding."""
         columns, warps = max(16, self.row_bytes // element_bytes), self.warps
         while columns > 16 and (
             columns >= 2 * d_model

@@ -1,4 +1,4 @@
-"""The active latents of a batch: a rectangle, or ragged rows end to end.
+"""The active latents of a batch, as a rectangle or as ragged rows stored end to end.
 
 A rectangle is ``[batch, k]``, k latents for every example. Ragged entries are one list
 ``[entries]``, with ``row_starts`` ``[batch + 1]`` (int64): example b owns the entries
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def check_entries(indices: Tensor, d_sae: int, row_starts: Tensor | None) -> None:
-    """Refuse wrong values on the CPU, where looking costs microseconds.
+    """Check values on the CPU, where reading them takes microseconds.
 
-    Not done on other devices: it would make the host wait for them.
+    Values on other devices are not checked, because the host would have to wait for them.
 
     Raises:
         IndexError: an index is outside 0..d_sae-1.
@@ -30,7 +30,7 @@ def check_entries(indices: Tensor, d_sae: int, row_starts: Tensor | None) -> Non
 
 
 def check_row_starts(indices: Tensor, row_starts: Tensor | None) -> None:
-    """The part of `check_entries` that is about row_starts."""
+    """The part of `check_entries` that is about row_starts. Raises ValueError."""
     if row_starts is None or row_starts.device.type != "cpu":
         return
     first, last, n_entries = int(row_starts[0]), int(row_starts[-1]), indices.numel()
@@ -70,12 +70,12 @@ def row_starts_of(indices: Tensor, row_starts: Tensor | None) -> Tensor:
 def examples_of(n_entries: int, row_starts: Tensor) -> Tensor:
     """Example of each ragged entry, [entries] int64."""
     examples = torch.arange(len(row_starts) - 1, device=row_starts.device)
-    # The length is given because asking for it would make the host wait for the device.
+    # With a stated length the host does not have to wait for the device.
     return examples.repeat_interleave(row_starts.diff(), output_size=n_entries)
 
 
 def per_entry(values: Tensor, indices: Tensor, row_starts: Tensor | None) -> Tensor:
-    """``values`` [batch] as a factor of the entries: [batch, 1], or [entries]."""
+    """``values`` [batch] in a shape that multiplies the entries: [batch, 1], or [entries]."""
     if row_starts is None:
         return values[:, None]
     return values[examples_of(len(indices), row_starts)]
@@ -91,7 +91,7 @@ def to_dense(values: Tensor, indices: Tensor, d_sae: int, row_starts: Tensor | N
 
 
 def from_dense(dense: Tensor, indices: Tensor, row_starts: Tensor | None) -> Tensor:
-    """The entries' values out of a dense [batch, d_sae]. Differentiable."""
+    """The values of the entries in a dense [batch, d_sae]. Differentiable."""
     if row_starts is None:
         return dense.gather(1, indices)
     return dense[examples_of(len(indices), row_starts), indices]

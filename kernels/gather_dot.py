@@ -9,7 +9,7 @@ few chosen latents. The gathered rows [batch, k, d_model] are never stored.
 
 import warnings
 from functools import cache
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -27,14 +27,14 @@ from saesteer.kernels.entries import check_entries, examples_of, from_dense, row
 def gather_dot_reference(
     vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None
 ) -> Tensor:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     return from_dense(vectors @ matrix.t(), indices, row_starts)
 
 
 @cache
-def _warn_about_sparse_csr() -> None:
-    # PyTorch warns once per process that CSR tensors are in beta. Let it, but out of sight: the
-    # layout is an inner matter of this file.
+def _suppress_csr_warning() -> None:
+    # PyTorch warns once per process that CSR tensors are in beta. Trigger the warning here and
+    # suppress it: callers never see a CSR tensor.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bounds, cols = torch.tensor([0, 1]), torch.tensor([0])
@@ -51,15 +51,15 @@ def gather_dot_torch(
         return vectors.new_zeros(indices.shape, dtype=dtype)
     vectors, matrix, indices = vectors.to(dtype), matrix.to(dtype), indices.to(torch.int64)
     if indices.numel() > batch * d_sae:
-        # Repeats beyond what a sparse pattern holds; the dense product is smaller.
+        # Repeated indices make more entries than the dense product has.
         return from_dense(vectors @ matrix.t(), indices, row_starts)
-    _warn_about_sparse_csr()
+    _suppress_csr_warning()
     pattern = torch.sparse_csr_tensor(
         row_starts_of(indices, row_starts),
         indices.reshape(-1),
         vectors.new_zeros((indices.numel(),), dtype=dtype),
         (batch, d_sae),
-        check_invariants=False,  # it refuses repeated indices, which are fine here
+        check_invariants=False,  # the check rejects repeated indices, which are allowed here
     )
     dots = torch.sparse.sampled_addmm(pattern, vectors.contiguous(), matrix.t(), beta=0.0)
     values: Tensor = dots.values()
@@ -87,7 +87,7 @@ if TRITON_INSTALLED:
         BLOCK_D: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """BLOCK_K slots of one example; of all entries, k in number, where they are ragged."""
+        """BLOCK_K slots of one example; where entries are ragged, of all k entries together."""
         first_axis = tl.program_id(0).to(tl.int64)
         if RAGGED:
             slot = first_axis * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -159,28 +159,3 @@ def gather_dot_op(
 @gather_dot_op.register_fake
 def _(vectors: Tensor, matrix: Tensor, indices: Tensor, row_starts: Tensor | None = None) -> Tensor:
     return vectors.new_empty(indices.shape, dtype=accumulator_dtype(vectors, matrix))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_dots: Tensor) -> tuple[Any, ...]:
-    # Imported here: decode, gather-dot and row sums are one another's derivatives.
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-    from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
-
-    vectors, matrix, indices, row_starts = ctx.saved_tensors
-    grad_vectors = grad_matrix = None
-    if ctx.needs_input_grad[0]:
-        grad_vectors = sparse_decode_op(grad_dots, indices, matrix, None, row_starts)
-        grad_vectors = grad_vectors.to(vectors.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_matrix, _, _ = sparse_row_grads_op(
-            grad_dots, indices, vectors, matrix.shape[0], row_starts
-        )
-        grad_matrix = grad_matrix.to(matrix.dtype)
-    return grad_vectors, grad_matrix, None, None
-
-
-gather_dot_op.register_autograd(_backward, setup_context=_setup_context)

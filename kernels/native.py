@@ -2,21 +2,21 @@
 
 A TopK step is a few short loops over gathered rows. Written with PyTorch's operations each of them
 reads or writes whole matrices more often than the arithmetic needs; compiled as loops they keep a
-row in the cache from its first use to its last. The loops stand in the ``*_cpu.py`` files beside
-their ops, which import numba and are imported on first use. Their PyTorch twins stay in charge in
+row in the cache from its first use to its last. The loops are in the ``*_cpu.py`` files next to
+their ops, which import numba and are imported on first use. Their PyTorch twins are used in
 float64, under ``SAESTEER_KERNELS=torch``, and where numba is not installed.
 
 The loops release Python's lock. `run_parts` gives every thread a range of rows or latents; each row
-is worked out by one thread alone and in one order, so results do not depend on how many there are.
+is computed by one thread alone and in one order, so results do not depend on how many there are.
 """
 
 import ctypes
+import functools
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,16 @@ _TORCH = Path(torch.__file__).parent.parent
 _workers: ThreadPoolExecutor | None = None
 
 
-@cache
+@functools.cache
 def numba_installed() -> bool:
-    """Whether the compiled loops can be had. Looks, and imports nothing."""
+    """Whether numba is installed. Does not import it."""
     try:
         return find_spec("numba") is not None
     except (ImportError, ValueError):
         return False
 
 
-@cache
+@functools.cache
 def _log_missing_numba() -> None:
     _log.warning("numba is not installed: training on the CPU uses slower PyTorch operations")
 
@@ -63,14 +63,14 @@ def use_native(*tensors: Tensor) -> bool:
     return True
 
 
-def loop(*, reorder: bool = False, keep: bool = False) -> Callable[[Any], Any]:
+def loop(*, reorder: bool = False, cache: bool = False) -> Callable[[Any], Any]:
     """Compile a function of numpy arrays, on its first call.
 
     ``reorder`` lets sums be taken in vector lanes; it never assumes that values are finite.
-    ``keep`` is for what Python calls: its compiled code is stored, so that it is made once per
-    machine. All others are helpers and become part of their callers. Left to itself the compiler
-    may call a helper instead, and then the code in memory and the code read back from the store
-    find different versions of it, whose sums are rounded differently.
+    ``cache`` is for functions that Python calls: their compiled code is stored on disk, so that a
+    machine compiles them once. All others are helpers, which are always inlined into their callers:
+    if the compiler could call a helper instead, the code in memory and the code read from the disk
+    could use different versions of it, whose sums are rounded differently.
     """
     import numba
 
@@ -78,11 +78,11 @@ def loop(*, reorder: bool = False, keep: bool = False) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-        if not keep:
+        if not cache:
             return numba.njit(forceinline=True, **options)(function)
         try:
             return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder to keep the compiled code in
+        except RuntimeError:  # no folder to store the compiled code in
             return numba.njit(**options)(function)
 
     return decorate
@@ -103,7 +103,7 @@ def even_bounds(count: int, parts: int) -> list[int]:
 
 
 def parts_of(work: int, least: int) -> int:
-    """How many parts to cut ``work`` items into: several a thread, ``least`` items each at least.
+    """How many parts to cut ``work`` items into: several per thread, of at least ``least`` items.
 
     Several, so that a thread that starts late (PyTorch's own threads keep a core busy for a moment
     after a product) does not hold up the others with its share.
@@ -112,29 +112,29 @@ def parts_of(work: int, least: int) -> int:
     return max(1, min(4 * n_threads if n_threads > 1 else 1, work // max(1, least)))
 
 
-@cache
+@functools.cache
 def _openmp_team() -> Callable[[Any, int], None] | None:
     """A call that runs a function once on every thread of PyTorch's own OpenMP team, if it has one.
 
-    After a product PyTorch's threads wait for the next one with eyes open, for ten milliseconds or
-    so, and keep their cores busy. Loops on other threads would share those cores with them. The
-    team is reached through the OpenMP library that PyTorch has loaded.
+    After a product PyTorch's threads busy-wait for the next one for ten milliseconds or so, which
+    keeps their cores occupied. Loops on other threads would share those cores with them. The team
+    is reached through the OpenMP library that PyTorch has loaded.
     """
     try:
         maps = Path("/proc/self/maps").read_text()
-        found = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
-        mine = [path for path in found if Path(path).parent.is_relative_to(_TORCH)]
-        if len(mine) != 1:
+        libraries = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+        own = [path for path in libraries if Path(path).parent.is_relative_to(_TORCH)]
+        if len(own) != 1:
             return None
-        parallel = ctypes.CDLL(mine[0]).GOMP_parallel
+        parallel = ctypes.CDLL(own[0]).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    parallel.argtypes = (kind, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    parallel.argtypes = (callback, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
 
     def run(function: Callable[[], None], n_threads: int) -> None:
-        parallel(kind(lambda _: function()), None, n_threads, 0)
+        parallel(callback(lambda _: function()), None, n_threads, 0)
 
     return run
 
@@ -143,7 +143,7 @@ def run_parts(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -
     """Call ``function(*args, first, last)`` for every range between neighbouring bounds.
 
     The ranges are taken one after the other by as many threads as PyTorch uses, the caller's among
-    them. An exception in one is raised here once all are done.
+    them. An exception in one of them is raised here once all threads have stopped.
     """
     global _workers
     ranges = iter([(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a])
@@ -156,7 +156,8 @@ def run_parts(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -
         except BaseException as error:
             failed.append(error)
 
-    if not getattr(function, "signatures", True):  # compiled where the stack is the caller's
+    if not getattr(function, "signatures", True):
+        # The first call compiles, which needs the large stack of the calling thread.
         for first, last in ranges:
             function(*args, first, last)
             break
@@ -179,15 +180,18 @@ def run_parts(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -
 
 _kept = threading.local()
 
-_MOST_KEPT = 64 * 2**20
+_MOST_SCRATCH_BYTES = 64 * 2**20
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory that this thread's next call may get again.
 
-    A block of tens of megabytes that is given back after every call is fresh from the system at the
-    next one, and its pages cost more than the loop that fills them. Up to 64 MiB stay with a
-    thread; larger ones come and go.
+    When a block of tens of megabytes is freed after every call, the next call gets new pages from
+    the system, and mapping them takes longer than the loop that fills them. A thread keeps a block
+    of up to 64 MiB; larger ones are allocated at each call.
+
+    Args:
+        shape: of the tensor, which is contiguous and on the CPU.
     """
     size = dtype.itemsize
     for length in shape:
@@ -195,6 +199,6 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     block: Tensor | None = getattr(_kept, "block", None)
     if block is None or block.numel() < size:
         block = torch.empty(size, dtype=torch.uint8)
-        if size <= _MOST_KEPT:
+        if size <= _MOST_SCRATCH_BYTES:
             _kept.block = block
     return block[:size].view(dtype).view(shape)

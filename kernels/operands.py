@@ -1,21 +1,28 @@
-"""What every public op asks of its operands; the errors name the operand and its axes."""
+"""Checks of operands that the public ops share; their errors name the operand and its axes."""
 
 import torch
 from torch import Tensor
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    """Raise ValueError unless a tensor has this shape; ``axes`` names them in the error."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be [{axes}] = {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_matrix(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise ValueError unless a tensor has two axes."""
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have two axes [{axes}], got {list(tensor.shape)}")
 
 
 def check_slots(indices: Tensor, row_starts: Tensor | None) -> int:
-    """Refuse what is neither a rectangle nor ragged entries; returns the number of examples."""
+    """Check that indices are a rectangle or ragged entries; returns the number of examples.
+
+    Raises:
+        TypeError: indices or row_starts have a wrong dtype.
+        ValueError: they have a wrong number of axes.
+    """
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"latent_indices must be int64 or int32, got {indices.dtype}")
     if row_starts is None:
@@ -38,5 +45,5 @@ def check_slots(indices: Tensor, row_starts: Tensor | None) -> int:
 
 
 def check_like_slots(name: str, values: Tensor, indices: Tensor) -> None:
-    """One value for each index."""
+    """Raise ValueError unless there is one value for each index."""
     check(name, values, tuple(indices.shape), "batch, k" if indices.dim() == 2 else "entries")

@@ -19,11 +19,10 @@ from saesteer.kernels.adam_rows import adam_rows_op, adam_schedule
 from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
 from saesteer.kernels.decode_mse import decode_mse_op
-from saesteer.kernels.gather_dot import gather_dot_op
+from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
-from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
-from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
+from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices
 from saesteer.kernels.topk_encode import topk_encode_op
 
 __all__ = [
@@ -338,9 +337,18 @@ def adam_rows_(
         check("shadow", shadow, tuple(param.shape), "the shape of param")
     with torch.no_grad():
         adam_rows_op(
-            param, grad, exp_avg, exp_avg_sq, shadow, schedule, grad_scale,
-            beta1, beta2, eps, unit_rows,
-        )  # fmt: skip
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            shadow,
+            schedule,
+            grad_scale,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+        )
 
 
 def adam_sparse_rows_(
@@ -383,7 +391,19 @@ def adam_sparse_rows_(
         check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
     with torch.no_grad():
         sums, counts = adam_sparse_rows_op(
-            param, exp_avg, exp_avg_sq, weights, rows, *order, factor, schedule,
-            beta1, beta2, eps, unit_rows, extra, extra_ids,
-        )  # fmt: skip
+            param,
+            exp_avg,
+            exp_avg_sq,
+            weights,
+            rows,
+            *order,
+            factor,
+            schedule,
+            beta1,
+            beta2,
+            eps,
+            unit_rows,
+            extra,
+            extra_ids,
+        )
     return sums, counts

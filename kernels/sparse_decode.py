@@ -5,7 +5,7 @@
 Costs 2 * batch * k * d_model operations where the dense product costs 2 * batch * d_sae * d_model.
 """
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,6 @@ from saesteer.kernels.dispatch import (
     use_triton,
 )
 from saesteer.kernels.entries import batch_of, check_entries, to_dense
-from saesteer.kernels.gather_dot import gather_dot_op
-from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 TILES = (Tile(8, 256, 1), Tile(16, 512, 1), Tile(16, 1024, 2), Tile(8, 512, 1, stages=3))
 """The first, the fastest on an H100, is used; `benchmarks/kernel_tiles.py` times all of them."""
@@ -33,7 +31,7 @@ def sparse_decode_reference(
     b_dec: Tensor,
     row_starts: Tensor | None = None,
 ) -> Tensor:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     return to_dense(latent_acts, latent_indices, W_dec.shape[0], row_starts) @ W_dec + b_dec
 
 
@@ -178,28 +176,3 @@ def _(
 ) -> Tensor:
     shape = (batch_of(latent_indices, row_starts), W_dec.shape[1])
     return W_dec.new_empty(shape, dtype=_result_dtype(latent_acts, W_dec))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    latent_acts, latent_indices, W_dec, b_dec, row_starts = inputs
-    ctx.save_for_backward(latent_acts, latent_indices, W_dec, row_starts)
-    ctx.bias_dtype = None if b_dec is None else b_dec.dtype
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    latent_acts, latent_indices, W_dec, row_starts = ctx.saved_tensors
-    grad_acts = grad_W_dec = grad_b_dec = None
-    if ctx.needs_input_grad[0]:
-        grad_acts = gather_dot_op(grad_out, W_dec, latent_indices, row_starts)
-        grad_acts = grad_acts.to(latent_acts.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_W_dec, _, _ = sparse_row_grads_op(
-            latent_acts, latent_indices, grad_out, W_dec.shape[0], row_starts
-        )
-        grad_W_dec = grad_W_dec.to(W_dec.dtype)
-    if ctx.needs_input_grad[3]:
-        grad_b_dec = grad_out.sum(0, dtype=accumulator_dtype(grad_out)).to(ctx.bias_dtype)
-    return grad_acts, None, grad_W_dec, grad_b_dec, None
-
-
-sparse_decode_op.register_autograd(_backward, setup_context=_setup_context)

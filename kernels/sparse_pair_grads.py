@@ -4,7 +4,7 @@
 same with b: for the decoder (latent activations, errors), for the encoder (gradients of the
 pre-activations, inputs). The two widths may differ, as the input and the target of an SAE may. The
 sums of the second weights are the gradient of b_enc, and the nonzero first weights say how often
-each latent fired: neither costs another look at the entries. Entries may be ragged
+each latent fired: both come from the same pass over the entries. Entries may be ragged
 (`saesteer.kernels.entries`).
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op
 from saesteer.kernels.dispatch import accumulator_dtype, use_triton
 from saesteer.kernels.entries import check_entries
 from saesteer.kernels.sparse_row_grads import (
@@ -37,7 +38,7 @@ def sparse_pair_grads_reference(
     d_sae: int,
     row_starts: Tensor | None = None,
 ) -> Four:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     grads_a, _, counts_a = sparse_row_grads_reference(weights_a, indices, rows_a, d_sae, row_starts)
     grads_b, sums_b, _ = sparse_row_grads_reference(weights_b, indices, rows_b, d_sae, row_starts)
     return grads_a, grads_b, sums_b, counts_a
@@ -111,9 +112,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, up_a: Tensor, up_b: Tensor, up_sums: Tensor, up_counts: Any) -> Any:
-    from saesteer.kernels.gather_dot import gather_dot_op
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-
     weights_a, rows_a, weights_b, rows_b, indices, row_starts = ctx.saved_tensors
     needed = ctx.needs_input_grad
     grad_weights_a = grad_rows_a = grad_weights_b = grad_rows_b = None

@@ -9,7 +9,7 @@ are sorted by latent once and each latent's run is summed in order, so no [batch
 tensor exists, no atomic addition is used and the result is the same bit for bit at every call.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def sparse_row_grads_reference(
     d_sae: int,
     row_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     dense = to_dense(weights, indices, d_sae, row_starts)
     hits = to_dense((weights != 0).to(torch.int64), indices, d_sae, row_starts)
     return dense.t() @ rows, dense.sum(0), hits.sum(0)
@@ -200,7 +200,7 @@ if TRITON_INSTALLED:
         BLOCK_D: tl.constexpr,
         ACC: tl.constexpr,
     ):
-        """Add a latent's later chunks to its first in order. The program of its second does it."""
+        """Add a latent's later chunks to its first in order. Its second chunk's program does so."""
         extra = tl.program_id(0).to(tl.int64)
         latent = tl.load(owners + extra) - 1
         start = tl.load(starts + latent)
@@ -227,8 +227,8 @@ if TRITON_INSTALLED:
 
 
 class WorkList(NamedTuple):
-    """What several sums over one grouping share. No size in it depends on the latents' counts,
-    which the host would have to wait for."""
+    """What several sums over the same grouping share. None of its sizes depends on how often
+    latents occur, because the host would have to wait for that."""
 
     examples: Tensor
     """[entries] int64, in the order of the latents."""
@@ -237,6 +237,7 @@ class WorkList(NamedTuple):
 
 
 def work_list(weights: Tensor, order: LatentOrder) -> WorkList:
+    """The work list of one grouping; ``weights`` gives only the shape of the entries."""
     firsts = torch.arange(0, order.order.numel(), CHUNK, device=order.starts.device)
     owners = torch.searchsorted(order.starts, firsts, right=True)
     return WorkList(sorted_examples(weights, order), owners)
@@ -252,8 +253,8 @@ def sparse_row_grads_triton(
     weights, rows = weights.contiguous(), unit_stride(rows)
     work = work or work_list(weights, order)
     n_later = len(work.owners)
-    # First chunks are written to the result at once, later ones beside it.
-    found, later = (
+    # First chunks are written straight into the result, later ones into buffers of their own.
+    result, later = (
         (
             rows.new_empty((length, d_model), dtype=dtype),
             rows.new_empty((length,), dtype=dtype),
@@ -262,7 +263,7 @@ def sparse_row_grads_triton(
         for length in (d_sae, n_later)
     )
     if d_sae == 0:
-        return found
+        return result
 
     tile = TILES[0]
     block_d, warps = tile.fit(max(1, d_model), rows.element_size())
@@ -274,7 +275,7 @@ def sparse_row_grads_triton(
         work.examples,
         order.starts,
         work.owners,
-        *found,
+        *result,
         *later,
         d_sae,
         d_model,
@@ -290,7 +291,7 @@ def sparse_row_grads_triton(
         add_chunks_kernel[(n_later, d_tiles)](
             order.starts,
             work.owners,
-            *found,
+            *result,
             *later,
             d_model,
             CHUNK=CHUNK,
@@ -298,7 +299,7 @@ def sparse_row_grads_triton(
             ACC=acc,
             num_warps=warps,
         )
-    return found
+    return result
 
 
 def sum_rows(weights: Tensor, rows: Tensor, order: LatentOrder) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +318,7 @@ def grouped_by(
     starts: Tensor | None,
     examples: Tensor | None,
 ) -> LatentOrder:
-    """What the caller has sorted already, or a sort of ``indices`` now."""
+    """The grouping that the caller has made already, or one of ``indices`` made now."""
     if order is None or starts is None:
         return sort_indices(indices, d_sae, row_starts)
     return LatentOrder(order, starts, examples)
@@ -336,7 +337,7 @@ def sparse_row_grads_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums [d_sae, d_model], weight sums [d_sae] and nonzero counts [d_sae] (int64).
 
-    ``order``, ``starts``, ``examples``: what `sort_indices` gave, where the caller has it.
+    ``order``, ``starts``, ``examples``: the `LatentOrder` of the entries, where the caller has it.
     """
     check_entries(indices, d_sae, row_starts)
     return sum_rows(weights, rows, grouped_by(indices, d_sae, row_starts, order, starts, examples))
@@ -359,27 +360,3 @@ def _(
         rows.new_empty((d_sae,), dtype=dtype),
         rows.new_empty((d_sae,), dtype=torch.int64),
     )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    weights, indices, rows, _, row_starts, *_ = inputs
-    ctx.save_for_backward(weights, indices, rows, row_starts)
-
-
-def _backward(ctx: Any, grad_grads: Tensor, grad_sums: Tensor, grad_counts: Any) -> tuple[Any, ...]:
-    # Imported here: decode, gather-dot and row sums are one another's derivatives.
-    from saesteer.kernels.gather_dot import gather_dot_op
-    from saesteer.kernels.sparse_decode import sparse_decode_op
-
-    weights, indices, rows, row_starts = ctx.saved_tensors
-    grad_weights = grad_rows = None
-    if ctx.needs_input_grad[0]:
-        grad_weights = gather_dot_op(rows, grad_grads, indices, row_starts) + grad_sums[indices]
-        grad_weights = grad_weights.to(weights.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_rows = sparse_decode_op(weights, indices, grad_grads, None, row_starts)
-        grad_rows = grad_rows.to(rows.dtype)
-    return grad_weights, None, grad_rows, None, None, None, None, None
-
-
-sparse_row_grads_op.register_autograd(_backward, setup_context=_setup_context)

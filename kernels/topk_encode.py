@@ -14,26 +14,26 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from saesteer.kernels.derivatives import sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
-from saesteer.kernels.sparse_decode import sparse_decode_op
-from saesteer.kernels.sparse_row_grads import sparse_row_grads_op
 
 CPU_CHUNK_BYTES = 20 * 2**20
-"""Dense pre-activations made at a time on a CPU. They stay in the last-level cache until they are
-searched, and the memory is fresh (each page faults once) only for the first chunk."""
+"""Bytes of dense pre-activations in a chunk on a CPU: they stay in the last-level cache until they
+are searched. All chunks use the same memory, so that pages are mapped only once."""
 
 CPU_CHUNK_ROWS = 256
-"""Rows of a chunk below which the product itself slows down: fewer only to stay within the most."""
+"""Chunks of fewer rows than this slow the product down. They have fewer only where more would
+exceed `MOST_CPU_CHUNK_BYTES`."""
 
 MOST_CPU_CHUNK_BYTES = 64 * 2**20
-"""Most dense pre-activations on a CPU at any d_sae."""
+"""Most bytes of dense pre-activations in a chunk on a CPU, at any d_sae."""
 
 CUDA_CHUNK_BYTES = 256 * 2**20
-"""The same on a GPU, where small products leave most of the device idle."""
+"""Bytes of dense pre-activations in a chunk on a GPU, most of which small products leave idle."""
 
 LEAST_CERTAIN_ROWS = 128
-"""Rows from which rounding both operands, to rule out latents in bfloat16, is worth it."""
+"""Smallest batch for which it pays to round both operands and rule out latents in bfloat16."""
 
 GROUP = 16
 """Columns per group of the PyTorch selection: of 8 to 64 the fastest for d_sae 4608 to 16384."""
@@ -46,7 +46,7 @@ MAX_CANDIDATES = 8192
 def topk_encode_reference(
     x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    """The op's definition in dense, differentiable PyTorch, for tests and benchmarks."""
     pre_acts = x @ W_enc_rows.t() + b_enc
     pre_acts = pre_acts.masked_fill(pre_acts.isnan(), 0)
     ranked = torch.sort(pre_acts, dim=1, descending=True, stable=True).indices
@@ -75,7 +75,7 @@ def _largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """
     rows, d_sae = pre_acts.shape
     n_groups = d_sae // GROUP
-    if 4 * n > n_groups:  # too few groups for the detour to pay
+    if 4 * n > n_groups:  # with so few groups, searching them first does not pay
         return torch.topk(pre_acts, n, dim=1)
     # Group g holds columns g, g + n_groups, g + 2 * n_groups, ...: the maxima are then elementwise.
     grouped = pre_acts[:, : n_groups * GROUP].unflatten(1, (GROUP, n_groups))
@@ -95,7 +95,7 @@ def select_topk_torch(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(d_sae, device=pre_acts.device).repeat(rows, 1)
         values = pre_acts
     else:
-        # One value more than asked: if it equals the k-th, the choice among equals is open.
+        # One value more than asked for: if it equals the k-th, topk chose arbitrarily among equals.
         values, indices = _largest(pre_acts, k + 1)
         unsettled = (values[:, k - 1] == values[:, k]) | values[:, 0].isnan()
         indices = indices[:, :k].sort(1).values
@@ -178,18 +178,24 @@ def _encode_rows(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[
         pre_acts = buffer[: part.stop - first]
         torch.mm(x[part], W_enc_rows.t(), out=pre_acts)
         run_parts(
-            select_rows, even_bounds(len(pre_acts), parts_of(len(pre_acts), 8)),
-            pre_acts.numpy(), b_enc.numpy(), k, span, acts[part].numpy(), indices[part].numpy(),
-        )  # fmt: skip
+            select_rows,
+            even_bounds(len(pre_acts), parts_of(len(pre_acts), 8)),
+            pre_acts.numpy(),
+            b_enc.numpy(),
+            k,
+            span,
+            acts[part].numpy(),
+            indices[part].numpy(),
+        )
     return acts, indices
 
 
 def _encode_certain(
     x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int, acts: Tensor, indices: Tensor
 ) -> Tensor:
-    """Fill ``acts`` and ``indices`` from bfloat16 products and float32 ones of the latents left.
+    """Fill ``acts`` and ``indices``: bfloat16 products rule latents out, float32 ranks the rest.
 
-    Returns the numbers of the rows that could not be decided so.
+    Returns the indices of the rows for which this was not possible; they are left unfilled.
     """
     import numpy as np
 
@@ -197,23 +203,23 @@ def _encode_certain(
 
     def rounded(matrix: Tensor) -> tuple[Tensor, Any, Any]:
         near = matrix.new_empty(matrix.shape, dtype=torch.bfloat16)
-        norms, losses = matrix.new_empty(len(matrix)).numpy(), matrix.new_empty(len(matrix)).numpy()
+        norms, errors = matrix.new_empty(len(matrix)).numpy(), matrix.new_empty(len(matrix)).numpy()
         bounds = even_bounds(len(matrix), parts_of(len(matrix), 64))
         bits = near.view(torch.uint16).numpy()
-        run_parts(round_rows, bounds, matrix.numpy(), bits, norms, losses)
-        return near, norms, losses
+        run_parts(round_rows, bounds, matrix.numpy(), bits, norms, errors)
+        return near, norms, errors
 
     (batch, d_model), d_sae = x.shape, W_enc_rows.shape[0]
-    W_near, W_norms, W_losses = rounded(W_enc_rows)
-    x_near, x_norms, x_losses = rounded(x)
-    # |<x, w> - <x^, w^>| <= |dx| |w^| + |x| |dw| <= |x| (worst |w^| + |dw|), and what two sums of
-    # d_model products add in whatever order. The factors cover the rounding of these lines.
-    x_sizes = (x_norms + x_losses) * 1.001
+    W_near, W_norms, W_errors = rounded(W_enc_rows)
+    x_near, x_norms, x_errors = rounded(x)
+    # |<x, w> - <x^, w^>| <= |dx| |w^| + |x| |dw| <= |x| (worst |w^| + |dw|), plus the rounding of
+    # two sums of d_model products in any order. The factors cover the rounding of these lines.
+    x_sizes = (x_norms + x_errors) * 1.001
     with np.errstate(invalid="ignore"):  # rows that are not finite will be left undecided
-        lost = x_losses / np.maximum(x_sizes, 1e-30)
-    worst = float(np.max(lost, initial=0.0, where=np.isfinite(lost)))
-    sums = 2.2 * (d_model + 8) * 2.0**-24
-    unsure = ((worst + sums) * W_norms + (1 + sums) * W_losses) * 1.001
+        relative = x_errors / np.maximum(x_sizes, 1e-30)
+    worst = float(np.max(relative, initial=0.0, where=np.isfinite(relative)))
+    summing = 2.2 * (d_model + 8) * 2.0**-24
+    error_scales = ((worst + summing) * W_norms + (1 + summing) * W_errors) * 1.001
     span = max(1, min(SPAN, d_sae // (4 * k)))
     undecided = torch.zeros(batch, dtype=torch.bool)
     rows = _chunk_rows(batch, d_sae, torch.bfloat16, x.device)
@@ -223,11 +229,21 @@ def _encode_certain(
         product = buffer[: part.stop - first]
         torch.mm(x_near[part], W_near.t(), out=product)
         run_parts(
-            select_certain_rows, even_bounds(len(product), parts_of(len(product), 8)),
-            product.view(torch.uint16).numpy(), x[part].numpy(), x_sizes[part],
-            W_enc_rows.numpy(), unsure, b_enc.numpy(), k, span, 8 * k,
-            acts[part].numpy(), indices[part].numpy(), undecided[part].numpy(),
-        )  # fmt: skip
+            select_certain_rows,
+            even_bounds(len(product), parts_of(len(product), 8)),
+            product.view(torch.uint16).numpy(),
+            x[part].numpy(),
+            x_sizes[part],
+            W_enc_rows.numpy(),
+            error_scales,
+            b_enc.numpy(),
+            k,
+            span,
+            8 * k,
+            acts[part].numpy(),
+            indices[part].numpy(),
+            undecided[part].numpy(),
+        )
     return undecided.nonzero()[:, 0]
 
 

@@ -6,7 +6,7 @@ x = x^ + dx and w = w^ + dw (the hats are bfloat16), and p the rounded product,
 
     |<x, w> - p| <= |dx| |w^| + |x| |dw| + rounding of the sums and of p        (Cauchy-Schwarz),
 
-all of it known before anything else is multiplied. Let L be the k-th largest lower bound of a row.
+all of it known before any other product is taken. Let L be the k-th largest lower bound of a row.
 A latent whose upper bound is below L has k latents above it, so the top k are among the others: a
 few more than k, and only those are multiplied in float32. Rows where that leaves too many latents
 (ties, zero rows) or where something is not finite are handed back and done in float32 throughout.
@@ -19,9 +19,9 @@ import numpy as np
 from saesteer.kernels.native import loop
 
 SPAN = 16
-"""Columns per group of the search at most."""
+"""Most columns in a group of the search."""
 
-# Half the distance of two neighbouring bfloat16 numbers, over their size, and a little more.
+# Half the distance of two neighbouring bfloat16 numbers over their size, with a small margin.
 _STORE = np.float32(0.00205)
 _ROUND = np.float32(2.0**-22)
 _TINY = np.float32(1e-30)
@@ -35,7 +35,7 @@ _LEAST = np.int32(-(2**31))
 def _threshold(keys, count, k):
     """A key that the k largest of the first ``count`` reach, and no others but equals of the k-th.
 
-    Found bit by bit, and done as soon as exactly k reach it. The least int32 if count < k.
+    Found bit by bit; the search ends as soon as exactly k reach it. The least int32 if count < k.
     """
     if k > count:
         return _LEAST
@@ -67,13 +67,14 @@ def _key(value):
 @loop()
 @no_type_check
 def _value(key):
+    """The float of a `_key`."""
     return np.int32(key ^ ((key >> np.int32(31)) & _MAGNITUDE)).view(np.float32)
 
 
 @loop()
 @no_type_check
 def _keep_first(keys, columns, count, k, acts, indices):
-    """The k largest of the candidates, which stand in order of column: of equals the first."""
+    """Store the k largest candidates, the first of equal ones; they are sorted by column."""
     kth = _threshold(keys, count, k)
     room = k
     for i in range(count):
@@ -98,7 +99,7 @@ def _span_best(line, bias, best):
         best[g] = max(best[g], _key(line[g] + bias[g]))
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def select_rows(pre_acts, bias, k, span, acts, indices, first, last):
     """relu of the k largest of ``pre_acts[r] + bias``, for rows first..last-1.
@@ -138,10 +139,10 @@ def select_rows(pre_acts, bias, k, span, acts, indices, first, last):
         _keep_first(keys, columns, count, k, acts[row], indices[row])
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def keep_largest_rows(pre_acts, k, first, last):
-    """Zero all but the k largest positive entries of each row, lower columns first of equals."""
+    """Zero all but the k largest positive entries of each row; of equals the lower columns stay."""
     width = pre_acts.shape[1]
     keys = np.empty(width, np.int32)
     for row in range(first, last):
@@ -165,14 +166,14 @@ def keep_largest_rows(pre_acts, k, first, last):
                 line[i] = np.float32(0)
 
 
-@loop(reorder=True, keep=True)
+@loop(reorder=True, cache=True)
 @no_type_check
-def round_rows(rows, rounded, norms, losses, first, last):
-    """bfloat16 bits of each row, the length of the rounded row, and of what rounding took away."""
+def round_rows(rows, rounded, norms, errors, first, last):
+    """bfloat16 bits of each row, the length of the rounded row, and that of the rounding error."""
     width = rows.shape[1]
     for row in range(first, last):
         square = np.float32(0)
-        lost = np.float32(0)
+        error_square = np.float32(0)
         for i in range(width):
             value = rows[row, i]
             bits = np.float32(value).view(np.uint32)
@@ -184,9 +185,9 @@ def round_rows(rows, rounded, norms, losses, first, last):
             rounded[row, i] = np.uint16(bits)
             square += near * near
             difference = value - near
-            lost += difference * difference
+            error_square += difference * difference
         norms[row] = np.sqrt(square)
-        losses[row] = np.sqrt(lost)
+        errors[row] = np.sqrt(error_square)
 
 
 @loop(reorder=True)
@@ -200,40 +201,40 @@ def _dot(a, b):
 
 @loop(reorder=True)
 @no_type_check
-def _span_bounds(line, bias, unsure, whole, lower, upper):
-    odd = np.int32(0)
+def _span_bounds(line, bias, error_scales, x_size, lower, upper):
+    not_finite = np.int32(0)
     for g in range(line.shape[0]):
         p = np.uint32(np.uint32(line[g]) << np.uint32(16)).view(np.float32)
         value = p + bias[g]
-        slack = whole * unsure[g] + _STORE * abs(p) + _ROUND * abs(value) + _TINY
+        slack = x_size * error_scales[g] + _STORE * abs(p) + _ROUND * abs(value) + _TINY
         high = np.float32(value + slack)
         low = np.float32(value - slack)
-        odd |= np.int32((high.view(np.int32) & _EXPONENT) == _EXPONENT)
+        not_finite |= np.int32((high.view(np.int32) & _EXPONENT) == _EXPONENT)
         lower[g] = low if low > lower[g] else lower[g]
         upper[g] = high if high > upper[g] else upper[g]
-    return odd
+    return not_finite
 
 
 @loop()
 @no_type_check
-def _bounds(line, bias, unsure, whole, groups, lower, upper):
+def _bounds(line, bias, error_scales, x_size, groups, lower, upper):
     """Per group the largest lower and upper bound; True if a pre-activation is not finite."""
     width = line.shape[0]
-    odd = np.int32(0)
+    not_finite = np.int32(0)
     lower[:] = np.float32(-np.inf)
     upper[:] = np.float32(-np.inf)
     for start in range(0, width, groups):
         stop = min(start + groups, width)
-        odd |= _span_bounds(
-            line[start:stop], bias[start:stop], unsure[start:stop], whole, lower, upper
+        not_finite |= _span_bounds(
+            line[start:stop], bias[start:stop], error_scales[start:stop], x_size, lower, upper
         )
-    return odd != 0
+    return not_finite != 0
 
 
 @loop(reorder=True)
 @no_type_check
 def _four_dots(x, a, b, c, d):
-    """Four rows at once: more of them are on their way from memory than with one."""
+    """Dot products with four rows at once: they are loaded from memory in parallel."""
     s, t, u, v = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for i in range(x.shape[0]):
         s += x[i] * a[i]
@@ -243,14 +244,14 @@ def _four_dots(x, a, b, c, d):
     return s, t, u, v
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def select_certain_rows(
     product,
     x,
     x_sizes,
     W_enc_rows,
-    unsure,
+    error_scales,
     bias,
     k,
     span,
@@ -263,8 +264,9 @@ def select_certain_rows(
 ):
     """As `select_rows`, from bfloat16 products (as uint16 bits) and the float32 operands.
 
-    ``x_sizes[r] * unsure[f]`` bounds the error of a product before it was stored. Rows with more
-    than ``most`` candidates, or with something not finite, are marked in ``undecided`` and left.
+    ``x_sizes[r] * error_scales[f]`` bounds the error of a product before it was stored. Rows with
+    more than ``most`` candidates, or with values that are not finite, are only marked in
+    ``undecided``.
     """
     width = W_enc_rows.shape[0]
     groups = (width + span - 1) // span
@@ -276,8 +278,8 @@ def select_certain_rows(
     columns = np.empty(most + 3, np.int64)
     for row in range(first, last):
         line = product[row]
-        whole = x_sizes[row]
-        if _bounds(line, bias, unsure, whole, groups, lower, upper):
+        x_size = x_sizes[row]
+        if _bounds(line, bias, error_scales, x_size, groups, lower, upper):
             undecided[row] = True
             continue
         for g in range(groups):
@@ -296,8 +298,8 @@ def select_certain_rows(
                 if f < width and count <= most:
                     p = np.uint32(np.uint32(line[f]) << np.uint32(16)).view(np.float32)
                     value = p + bias[f]
-                    slack = whole * unsure[f] + _STORE * abs(p) + _ROUND * abs(value) + _TINY
-                    # A little more than in `_bounds`, whose sums may be rounded otherwise.
+                    slack = x_size * error_scales[f] + _STORE * abs(p) + _ROUND * abs(value) + _TINY
+                    # A little more than in `_bounds`, whose sums may be rounded differently.
                     if value + slack * np.float32(1.001) >= floor:
                         if count < most:
                             columns[count] = f

@@ -1,8 +1,8 @@
 """Text to tokens, hook points, the activation harvester, training and metrics.
 
-The names below are the public calls of this room. Each loads its module on first use, so importing
-the package costs nothing. No module bears the name of a call: importing a submodule binds its name
-in the package, and would hide the call.
+The names below are the public calls of this package. Each loads its module on first use, so that
+importing the package costs nothing. No module has the name of a call: importing a submodule binds
+its name in the package, which would hide the call.
 """
 
 from importlib import import_module
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saesteer.sae.verbs.reproduce import reproduce as reproduce
     from saesteer.sae.verbs.train import train as train
 
-_HOME = {
+_MODULES = {
     "HarvestConfig": "config",
     "MetricsConfig": "config",
     "TextConfig": "config",
@@ -41,6 +41,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

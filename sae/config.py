@@ -1,22 +1,23 @@
-"""What each stage can be told, one frozen dataclass per stage. Imports no torch."""
+"""The settings of each stage, one frozen dataclass per stage. Imports no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.training.architectures import ARCHITECTURES
+from saesteer.sae.training.architectures import check_name
 
 Progress = Callable[[str, int, int, str], None]
-"""Called as `progress(stage, done, total, note)`; a verb draws it, a notebook may ignore it."""
+"""Called as `progress(stage, done, total, note)`; the command line draws it, a notebook may ignore
+it."""
 
 
 def no_progress(stage: str, done: int, total: int, note: str) -> None:
-    """Show nothing."""
+    """A `Progress` that shows nothing."""
 
 
-def _at_least(flag: str, value: int | float, least: int | float) -> None:
+def _at_least(name: str, value: int | float, least: int | float) -> None:
     if value < least:
-        raise UsageError(f"{flag} must be at least {least}, got {value}")
+        raise UsageError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +41,9 @@ class TextConfig:
     exclude_template: bool = False
     """Leave out what the chat template writes around the messages of a chat."""
     compile: bool = False
-    """Harvest and train with the model's blocks compiled: faster, and rounded otherwise."""
+    """Harvest and train with the model's blocks compiled: faster, with different rounding."""
     seed: int = 0
-    """Orders the documents."""
+    """Seed of the order of the documents."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -70,6 +71,7 @@ class HarvestConfig:
     tokens: int = 1_000_000
     """Activations to keep."""
     text: TextConfig = TextConfig()
+    """The text to read."""
     store_dtype: str | None = None
     """`bfloat16`, `float16`, `float32`; by default bfloat16, or float32 with a float32 model."""
     shard_tokens: int = 65_536
@@ -79,7 +81,7 @@ class HarvestConfig:
     keep_positions: bool = False
     """Store each row's position in its context, and the number of the context, too."""
     rank_timeout: int = 600
-    """Seconds after which the processes of torchrun give each other up."""
+    """Seconds that a process of torchrun waits for the others before it fails."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -102,6 +104,7 @@ class TrainConfig:
     layers: tuple[int, ...] = ()
     """Blocks to train on; empty with shards means every layer they hold."""
     site: str = "resid_post"
+    """The site to read; see `HarvestConfig.site`."""
     arch: str = "topk"
     """The kind of SAE: a name in `saesteer.sae.training.architectures`."""
     d_sae: tuple[int, ...] = ()
@@ -130,37 +133,38 @@ class TrainConfig:
     micro_batch_tokens: int | None = None
     """Rows per pass; the gradients of a batch's passes are added up. By default one pass."""
     cuda_graph: bool = False
-    """Record a step on a GPU once and replay it: for narrow SAEs, whose steps are launches."""
+    """Record a step on a GPU once and replay it: for narrow SAEs, where launching kernels takes
+    most of a step."""
     auxk: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents; 0 switches it off."""
     dead_after_tokens: int | None = None
-    """Silence after which a latent counts as dead; by default min(10M, tokens / 4)."""
+    """Activations without firing after which a latent counts as dead; by default
+    min(10M, tokens / 4)."""
     buffer_tokens: int = 131_072
     """Activations in the shuffle buffer (at most half of `tokens`)."""
     checkpoint_every: int = 5_000_000
-    """Activations between saved states, which are put off where they would cost more than 1 %."""
+    """Activations between saved states; later where saving would take more than 1 % of the time."""
     keep_states: int = 2
-    """Saved states that stay: the newest ones; the one with the lowest FVU stays as well."""
+    """How many of the newest saved states are kept; the one with the lowest FVU is kept as well."""
     seed: int = 0
-    """Orders the data."""
+    """Seed of the order of the data."""
     text: TextConfig = TextConfig()
     """Used when training live from a model."""
 
     def __post_init__(self) -> None:
-        if self.arch not in ARCHITECTURES:
-            raise UsageError(f"`arch` must be one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
-        for flag, values in (("`k`", self.k), ("`init_seed`", self.init_seed)):
+        check_name(self.arch)
+        for name, values in (("`k`", self.k), ("`init_seed`", self.init_seed)):
             if not values:
-                raise UsageError(f"{flag} needs at least one value")
+                raise UsageError(f"{name} needs at least one value")
         several = {
             "`layer`": self.layers,
             "`d_sae`": self.d_sae,
             "`k`": self.k,
             "`init_seed`": self.init_seed,
         }
-        for flag, values in several.items():
+        for name, values in several.items():
             if len(set(values)) != len(values):
-                raise UsageError(f"{flag} names a value twice: {','.join(map(str, values))}")
+                raise UsageError(f"{name} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
             _at_least("`k`", k, 1)
         _at_least("`tokens`", self.tokens, 1)
@@ -197,14 +201,17 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps of the run."""
         return self.tokens // self.batch_tokens
 
     @property
     def resolved_warmup_steps(self) -> int:
+        """`warmup_steps`, or its default."""
         return min(1000, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def resolved_dead_after_tokens(self) -> int:
+        """`dead_after_tokens`, or its default."""
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return max(1, min(10_000_000, self.tokens // 4))
@@ -213,9 +220,9 @@ class TrainConfig:
 def default_lr(d_sae: int, steps: int) -> float:
     """Peak learning rate when none is given.
 
-    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). A run
-    of a few hundred steps ends long before that rate has moved the weights; there the rate grows
-    with 1/sqrt(steps), up to four times.
+    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). In a
+    run of a few hundred steps that rate would hardly move the weights; for fewer than 20,000 steps
+    it is multiplied by sqrt(20,000 / steps), at most by four.
     """
     short_run = min(4.0, max(1.0, (20_000 / max(1, steps)) ** 0.5))
     return float(2e-4 * (2**14 / d_sae) ** 0.5 * short_run)
@@ -228,6 +235,7 @@ class MetricsConfig:
     tokens: int = 50_000
     """Kept positions to measure on."""
     text: TextConfig = TextConfig()
+    """The text to measure on."""
     bootstrap: int = 1000
     """Resamples of the documents behind each 95 % interval."""
 

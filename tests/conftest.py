@@ -1,7 +1,7 @@
 """Shared fixtures: tiny random-weight models of many families, made from configs, no downloads.
 
 The fast suite never touches the network: ``HF_HUB_OFFLINE`` is on, ``SAESTEER_CACHE`` is a
-temporary folder, and a fast test that reaches for another machine fails (``offline.py``).
+temporary folder, and a fast test that tries to reach another machine fails (``offline.py``).
 ``--run-slow`` runs the tests marked ``slow`` too; those see the real cache and the real network.
 
 ``-n auto`` runs a worker process a core; ``-n 0`` or nothing runs all in this one.
@@ -40,7 +40,7 @@ N_LAYERS = 4
 VOCAB_SIZE = 400
 
 MOST_WORKERS = 8
-"""Every worker imports torch and builds the shared models anew, so more gain little."""
+"""Every worker imports torch and builds the shared models itself, so more gain little."""
 
 FAMILIES = (
     "llama",
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML with a default system line, the way SmolLM2 has it."""
+"""ChatML with a default system line, as in SmolLM2."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# surroundings
+# environment
 
 GUARD = Guard()
 
@@ -149,7 +149,7 @@ def offline_guard() -> Iterator[Guard]:
 
 @pytest.fixture(autouse=True)
 def _offline() -> Iterator[None]:
-    """Fail a fast test that reached for another machine, even where the refusal was caught."""
+    """Fail a fast test that tried to reach another machine, even where the refusal was caught."""
     GUARD.refused.clear()
     yield
     assert not GUARD.refused, f"a fast test reached for {', '.join(GUARD.refused)}"

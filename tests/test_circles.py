@@ -13,12 +13,6 @@ ROOMS = ("kernels", "checkpoints", "sae", "steering", "cli")
 ALLOWED: set[tuple[str, ...]] = {
     # The command's parser asks for the names of its verbs when it words an error.
     ("saesteer.cli.__main__", "saesteer.cli.output"),
-    # Each of the three products is a gradient of the two others.
-    (
-        "saesteer.kernels.gather_dot",
-        "saesteer.kernels.sparse_decode",
-        "saesteer.kernels.sparse_row_grads",
-    ),
 }
 """Circles that are still there. Only ever make this shorter."""
 

@@ -1,8 +1,8 @@
 """A pytest plugin: one line of JSON a test, as it ends, in the file that LARGEST_ERROR_LOG names.
 
 The error of a test is the largest `|actual - expected| / |expected|` (whole tensors, 2-norm) of its
-calls of `torch.testing.assert_close`, failed ones included; None where it never calls it, as tests
-do that ask for equal bits.
+calls of `torch.testing.assert_close`, failed ones included. It is None for a test that never calls
+it, such as one that compares bits.
 """
 
 import json
@@ -15,7 +15,8 @@ import torch
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Of two tensors of one shape; infinities and NaN that stand in both do not count."""
+    """`|actual - expected| / |expected|` of two tensors of one shape; equal infinities and NaN in
+    both do not count."""
     wide = [torch.as_tensor(value).detach().double().cpu() for value in (actual, expected)]
     if wide[0].shape != wide[1].shape:
         return float("inf")
@@ -46,13 +47,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # Workers of xdist hand their reports to the one process that writes.
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
-    found = dict(report.user_properties)
+    properties = dict(report.user_properties)
     line = {
         "test": report.nodeid,
         "when": report.when,
         "outcome": report.outcome,
         "seconds": report.duration,
-        "error": found.get("error"),
+        "error": properties.get("error"),
         "message": str(report.longrepr).strip().splitlines()[-1:] if report.failed else [],
     }
     with open(os.environ["LARGEST_ERROR_LOG"], "a", encoding="utf-8") as file:

@@ -1,5 +1,4 @@
-"""SAE files of every origin: one module per format, each with `read` and, where we write it,
-`write`.
+"""SAE file formats: one module each, with `read` and, for formats that we write, `write`.
 
 `read(place)` gives an `SAE` that computes what the format's own code computes. `write(folder, sae)`
 first rewrites an SAE into the form that the format can express, by the identities of
@@ -32,7 +31,7 @@ READERS: dict[str, str] = {
     "transcoder-layers": "transcoder_layers",
     "saesteer-state": "training_state",
 }
-"""Format to the module here that reads it."""
+"""Each format, and the module in this folder that reads it."""
 
 WRITERS: dict[str, str] = {
     "saelens": "saelens",
@@ -40,12 +39,15 @@ WRITERS: dict[str, str] = {
     "dictionary_learning": "dictionary_learning",
     "saesteer": "saelens",
 }
-"""Format to the module here that writes it. `saesteer` is the layout of SAELens with the
-architectures that SAELens does not have."""
+"""Each format that we write, and the module in this folder that does. `saesteer` is the layout of
+SAELens, extended to the architectures that SAELens does not have."""
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """The SAE at a place whose format is known; see `detection.detect`."""
+    """Read the SAE in some files whose format is known; see `detection.detect`.
+
+    Raises UserError for files that are damaged or that the format's reader does not accept.
+    """
     reader: Callable[[str, SAEFiles], SAE] = import_module(f"{__name__}.{READERS[name]}").read
     return reader(name, place)
 

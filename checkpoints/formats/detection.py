@@ -1,4 +1,4 @@
-"""Finds the format of a folder or file by file names and by the tensor names in its header.
+"""Finds the format of a folder or file from file names and the tensor names in its header.
 
 No tensor is loaded here.
 """
@@ -23,9 +23,13 @@ from saesteer.checkpoints.safe_reading import TensorInfo
 _SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 # Files that lie next to an SAE but are not one.
 _COMPANIONS = {
-    "sparsity.safetensors", "activation_whitening.safetensors",
-    "activations_store_state.safetensors", "trainer_state.pt", "plan.safetensors", "state.pt",
-}  # fmt: skip
+    "sparsity.safetensors",
+    "activation_whitening.safetensors",
+    "activations_store_state.safetensors",
+    "trainer_state.pt",
+    "plan.safetensors",
+    "state.pt",
+}
 _COMPANION_STARTS = ("optimizer", "lr_scheduler", "rank_", "state-", "shard-", "model")
 _LLAMA_WEIGHTS = "checkpoints/final.safetensors"
 _MOST_NAMES = 10_000
@@ -57,19 +61,19 @@ def detect(path: Path, source: str) -> tuple[str, SAEFiles]:
             else (path.parent, path.name)
         )
         candidates = [name]
-    found: list[tuple[str, SAEFiles]] = []
+    matches: list[tuple[str, SAEFiles]] = []
     problems: list[UserError] = []
     for name in candidates:
         place = SAEFiles(path, name, source)
         try:
             if kind := _format(place):
-                found.append((kind, place))
+                matches.append((kind, place))
         except UserError as error:
             problems.append(error)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(f"{place.weights} ({kind})" for kind, place in found[:6])
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(f"{place.weights} ({kind})" for kind, place in matches[:6])
         raise UserError(f"`sae` {source} holds several SAEs: {names}: give one of the files")
     if problems:
         raise problems[0]
@@ -148,20 +152,20 @@ def _torch(place: SAEFiles) -> str | None:
     if "encoder_linear.weight" in names:
         return "goodfire"
     if {"W_enc", "W_dec"} <= names and not names & {"threshold", "group_sizes"}:
-        # A GPT-2 attention SAE has its config beside it, Qwen's has W_enc [d_sae, d_model].
-        beside = place.weights.removesuffix(".pt") + "_cfg.json"
+        # A GPT-2 attention SAE has a config next to it; Qwen's has W_enc [d_sae, d_model].
+        config_name = place.weights.removesuffix(".pt") + "_cfg.json"
         wide = content["W_enc"].shape
         tall = len(wide) == 2 and wide[0] > wide[1]
-        return "gpt2-attention" if place.has(beside) or not tall else "qwen-scope"
+        return "gpt2-attention" if place.has(config_name) or not tall else "qwen-scope"
     if names == {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}:
         # The same tensors as dictionary_learning's AutoEncoderNew, which has a config.
         return "dictionary_learning" if place.has(dictionary_learning.CFG) else "deepseek-r1"
-    known = {name for names_ in dictionary_learning.CLASSES.values() for name in names_}
+    known = {name for class_names in dictionary_learning.CLASSES.values() for name in class_names}
     return "dictionary_learning" if names and names & known else None
 
 
 def _nothing(folder: Path, candidates: list[str]) -> str:
-    """What to say of a folder without an SAE; names its sub-folders that may hold some."""
+    """Why a folder is not an SAE, for an error; names sub-folders that may hold SAEs."""
     below = []
     for _, entry in zip(range(_MOST_NAMES), sorted(folder.iterdir()), strict=False):
         if entry.is_dir() and not entry.is_symlink() and _candidates(entry):

@@ -1,7 +1,7 @@
 """dictionary_learning: `ae.pt`, a state dict, and `config.json`.
 
-Training ran on `x / norm`, and saving multiplied every bias and threshold by that norm: they are in
-raw units, so nothing is folded here.
+Training runs on `x / norm`, and saving multiplies every bias and threshold by that norm. They are
+in raw units, so nothing is folded here.
 """
 
 import dataclasses
@@ -42,20 +42,32 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "AutoEncoder": (*_LINEAR, "bias"),
     "AutoEncoderNew": (*_LINEAR, "decoder.bias"),
     "GatedAutoEncoder": (
-        "encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"
+        "encoder.weight",
+        "decoder.weight",
+        "decoder_bias",
+        "r_mag",
+        "gate_bias",
+        "mag_bias",
     ),
     "JumpReluAutoEncoder": _JUMPRELU,
     "AutoEncoderTopK": (*_LINEAR, "b_dec", "k", "threshold"),
     "BatchTopKSAE": (*_LINEAR, "b_dec", "k", "threshold"),
     "MatryoshkaBatchTopKSAE": (*_JUMPRELU, "k", "group_sizes"),
-}  # fmt: skip
+}
 """The tensors of each `dict_class`."""
 
-# What a training run scales when it saves, and `backup_steps` does not.
+# Tensors that a training run scales when it saves, except in the backups of `backup_steps`.
 _BIASES = (
-    "encoder.bias", "bias", "decoder.bias", "decoder_bias", "gate_bias", "mag_bias", "b_dec",
-    "b_enc", "threshold",
-)  # fmt: skip
+    "encoder.bias",
+    "bias",
+    "decoder.bias",
+    "decoder_bias",
+    "gate_bias",
+    "mag_bias",
+    "b_dec",
+    "b_enc",
+    "threshold",
+)
 
 _OUR_CLASS = {
     "standard": "AutoEncoder",
@@ -173,6 +185,7 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
 
 
 def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The class named in the config, else the only one with these tensors. Raises UserError."""
     named = trainer.get("dict_class")
     if isinstance(named, str) and named in CLASSES:
         return str(named)
@@ -191,6 +204,7 @@ def _dict_class(place: SAEFiles, trainer: Mapping[str, Any], tensors: Mapping[st
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under our names, matrices transposed where ours are."""
     names = {
         "encoder.bias": "b_enc",
         "gate_bias": "b_enc",
@@ -199,11 +213,11 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "decoder.bias": "b_dec",
         "decoder_bias": "b_dec",
     }
-    found = {names.get(key, key): tensor for key, tensor in tensors.items()}
+    renamed = {names.get(key, key): tensor for key, tensor in tensors.items()}
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
-        if theirs in found:
-            found[ours] = found.pop(theirs).T
-    return found
+        if theirs in renamed:
+            renamed[ours] = renamed.pop(theirs).T
+    return renamed
 
 
 def _activation(
@@ -267,7 +281,7 @@ def _write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _hook(trainer: Mapping[str, Any]) -> str:
-    """The site: the submodule is the true one, the layer number a guess at resid_post."""
+    """The site: the submodule where it is named, else resid_post of the layer number."""
     module = text(trainer, "submodule_name")
     if re.search(r"\d", module) and "." in module:
         return module

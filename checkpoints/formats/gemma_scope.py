@@ -27,10 +27,18 @@ from saesteer.checkpoints.sparse_autoencoder import SAE
 CFG = "config.json"
 
 _NAMES = {
-    "w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec",
-    "w_e": "W_enc", "w_d": "W_dec", "b_e": "b_enc", "b_d": "b_dec", "threshold": "threshold",
-    "scaling_factor": "scaling_factor", "affine_skip_connection": "W_skip",
-}  # fmt: skip
+    "w_enc": "W_enc",
+    "w_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+    "w_e": "W_enc",
+    "w_d": "W_dec",
+    "b_e": "b_enc",
+    "b_d": "b_dec",
+    "threshold": "threshold",
+    "scaling_factor": "scaling_factor",
+    "affine_skip_connection": "W_skip",
+}
 _NEEDED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
@@ -79,22 +87,23 @@ def read(name: str, place: SAEFiles) -> SAE:
 
 
 def _renamed(place: SAEFiles, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for key, tensor in raw.items():
         ours = _NAMES.get(key.lower(), key)
-        if ours in found:
+        if ours in renamed:
             raise UserError(f"`sae` {place.source}: {place.weights} has two tensors for {ours}")
-        found[ours] = tensor
-    return found
+        renamed[ours] = tensor
+    return renamed
 
 
 def _layer(where: str) -> int | None:
-    found = re.findall(r"layer_(\d{1,4})(?!\d)", where)
-    return int(found[-1]) if found else None
+    numbers = re.findall(r"layer_(\d{1,4})(?!\d)", where)
+    return int(numbers[-1]) if numbers else None
 
 
 def _first_site(where: str) -> dict[str, Any]:
-    """What a path like `.../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71` says."""
+    """Fields of the spec from a path like
+    `.../gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`."""
     layer = _layer(where)
     model = re.search(r"gemma-scope-(\d+b)-(pt|it)-(\w+)", where)
     suffix = "-it" if model and model.group(2) == "it" else ""
@@ -124,16 +133,18 @@ def _first_site(where: str) -> dict[str, Any]:
 
 
 def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
-    """The config's hook points, which are right where the path is vague."""
+    """Fields of the spec from the path, and from the config, which is more precise."""
     config = place.config(CFG, optional=True)
     architecture = config.get("architecture", "jump_relu")
     if architecture != "jump_relu":
         raise UserError(f"`sae` {place.source} has architecture {architecture!r}, not jump_relu")
     layer, metadata = _layer(where), dict[str, Any](prepend_bos=True, context_size=1024)
     kinds = {
-        "resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z",
+        "resid_post": "hook_resid_post",
+        "mlp_out": "hook_mlp_out",
+        "attn_out": "attn.hook_z",
         "transcoder": "hook_mlp_in",
-    }  # fmt: skip
+    }
     kind = next((kind for kind in kinds if kind in where), None)
     hook = f"blocks.{layer}.{kinds[kind]}" if kind and layer is not None else ""
     if kind == "transcoder" and layer is not None:
@@ -144,7 +155,7 @@ def _second_site(place: SAEFiles, where: str) -> dict[str, Any]:
     return {
         "hook_name": hook,
         "hf_hook_name": text(config, "hf_hook_point_in").removesuffix(".output"),
-        # SAELens calls it hook_z; what it reads are the heads' outputs side by side already.
+        # SAELens calls it hook_z, but it reads the heads' outputs side by side already.
         "reshape_activations": "none",
         "model_name": model if "/" in model or not model else f"google/{model}",
         "metadata": metadata,

@@ -1,4 +1,4 @@
-"""Plain ReLU SAEs kept as one `.pt` of linear layers, with nothing in it but the tensors.
+"""Plain ReLU SAEs stored as one `.pt` of linear layers that contains nothing but the tensors.
 
 Goodfire (`encoder_linear.weight`), DeepSeek-R1 8B (`encoder.weight`, `decoder.bias`), and the GPT-2
 attention SAEs (`W_enc`, with `NAME_cfg.json` next to `NAME.pt`), which read the concatenated heads.

@@ -1,4 +1,4 @@
-"""Where an SAE's files lie, and the checks that all readers share."""
+"""Where an SAE's files are, and the checks that all readers share."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -25,16 +25,16 @@ class SAEFiles:
     weights: str
     """Name of the weights file, relative to the folder."""
     source: str
-    """What the person wrote."""
+    """What the user wrote."""
     part: str = ""
     """Which SAE, where one file holds several."""
 
     def file(self, name: str) -> Path:
-        """A regular file that stays in the folder, see `safe_reading.inner_file`."""
+        """The path of a regular file in the folder; see `safe_reading.inner_file`."""
         return safe_reading.inner_file(self.folder, name)
 
     def has(self, name: str) -> bool:
-        """Whether there is such an entry; a link that leads nowhere counts."""
+        """Whether the folder has such an entry; a broken link counts."""
         path = self.folder / name
         return path.exists() or path.is_symlink()
 
@@ -45,6 +45,7 @@ class SAEFiles:
         return safe_reading.read_config(self.file(name))
 
     def weights_file(self) -> Path:
+        """The path of the weights file. Raises UserError; see `file`."""
         return self.file(self.weights)
 
 
@@ -82,7 +83,7 @@ def spec_or_error(place: SAEFiles, **fields: Any) -> SAESpec:
 
 
 def matrix(place: SAEFiles, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """The shape of a float matrix of at least one row and column."""
+    """The shape of a float matrix of at least one row and column. Raises UserError."""
     tensor = tensors[name]
     if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
         raise UserError(
@@ -126,7 +127,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def number(place: SAEFiles, config: Mapping[str, Any], key: str) -> float:
-    """A finite number > 0 of a config."""
+    """A positive, finite number from a config. Raises UserError."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise UserError(f"`sae` {place.source}: {key} must be a positive number, got {value!r}")
@@ -134,13 +135,13 @@ def number(place: SAEFiles, config: Mapping[str, Any], key: str) -> float:
 
 
 def text(config: Mapping[str, Any], key: str) -> str:
-    """A text of a config; empty when it is missing or something else."""
+    """A string from a config; empty when it is missing or not a string."""
     value = config.get(key)
     return value if isinstance(value, str) else ""
 
 
 def scalar(place: SAEFiles, tensors: Mapping[str, Tensor], name: str) -> float:
-    """The one finite number in a tensor."""
+    """The value of a tensor of one finite number. Raises UserError."""
     tensor = tensors[name]
     if tensor.numel() != 1 or not bool(torch.isfinite(tensor).all()):
         raise UserError(f"`sae` {place.source}: {name} must be one finite number")

@@ -31,9 +31,17 @@ CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 
 SAELENS_ARCHITECTURES = (
-    "standard", "gated", "jumprelu", "topk", "abstopk", "matching_pursuit",
-    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder",
-)  # fmt: skip
+    "standard",
+    "gated",
+    "jumprelu",
+    "topk",
+    "abstopk",
+    "matching_pursuit",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+)
 """What `sae_lens.SAE.load_from_disk` opens and this package computes."""
 
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
@@ -45,12 +53,24 @@ _REFUSED = {
 
 # The top-level keys of a file from before version 6 that SAELens keeps as metadata.
 _OLD_METADATA = (
-    "model_name", "hook_name", "model_class_name", "hook_head_index",
-    "model_from_pretrained_kwargs", "prepend_bos", "exclude_special_tokens", "neuronpedia_id",
-    "context_size", "seqpos_slice", "dataset_path", "sae_lens_version",
-    "sae_lens_training_version", "hook_name_out", "hook_head_index_out", "hf_hook_name",
+    "model_name",
+    "hook_name",
+    "model_class_name",
+    "hook_head_index",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "neuronpedia_id",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+    "sae_lens_version",
+    "sae_lens_training_version",
+    "hook_name_out",
+    "hook_head_index_out",
+    "hf_hook_name",
     "hf_hook_name_out",
-)  # fmt: skip
+)
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -113,7 +133,7 @@ def modern_config(config: dict[str, Any], source: str) -> tuple[dict[str, Any], 
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """What is read of a cfg.json; the defaults are those of SAELens."""
+    """The fields of a cfg.json that are read; the defaults are those of SAELens."""
 
     architecture: str
     d_in: int
@@ -131,7 +151,7 @@ class _Config:
 
 
 def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
-    """The spec of a config as SAELens 6 writes it. Raises UserError for what cannot be."""
+    """The spec of a config as SAELens 6 writes it. Raises UserError for impossible values."""
     known = [field.name for field in fields(_Config)]
     given = {key: config[key] for key in known if config.get(key) is not None}
     for key, value in given.items():
@@ -183,26 +203,30 @@ def spec_from_config(config: Mapping[str, Any], source: str) -> SAESpec:
 
 def own_names(tensors: Mapping[str, Tensor], spec: SAESpec, source: str) -> dict[str, Tensor]:
     """The tensors of a SAELens file by the names of our fields."""
-    found = dict(tensors)
-    scaling = found.pop("scaling_factor", None)
+    renamed = dict(tensors)
+    scaling = renamed.pop("scaling_factor", None)
     if scaling is None:
-        scaling = found.pop("finetuning_scaling_factor", None)
+        scaling = renamed.pop("finetuning_scaling_factor", None)
     if scaling is not None and not torch.allclose(scaling.float(), torch.ones(scaling.shape)):
         raise UserError(
             f"`sae` {source} has a scaling_factor for each latent that is not 1, which is not read:"
             " choose another SAE"
         )
-    if spec.architecture == "jumprelu" and "log_threshold" in found and "threshold" not in found:
-        found["threshold"] = found.pop("log_threshold").exp()
-    tied = spec.architecture == "matching_pursuit" and not {"W_enc", "b_enc"} & found.keys()
-    if tied and "W_dec" in found and found["W_dec"].dim() == 2:
-        found["W_enc"] = found["W_dec"].T.contiguous()
-        found["b_enc"] = found["W_dec"].new_zeros(len(found["W_dec"]))
-        if not spec.apply_b_dec_to_input and "b_dec" in found:
-            found["b_dec"] = torch.zeros_like(found["b_dec"])  # SAELens never adds it then
-    if spec.architecture == "gated" and "b_gate" in found and "b_enc" not in found:
-        found["b_enc"] = found.pop("b_gate")
-    return found
+    if (
+        spec.architecture == "jumprelu"
+        and "log_threshold" in renamed
+        and "threshold" not in renamed
+    ):
+        renamed["threshold"] = renamed.pop("log_threshold").exp()
+    tied = spec.architecture == "matching_pursuit" and not {"W_enc", "b_enc"} & renamed.keys()
+    if tied and "W_dec" in renamed and renamed["W_dec"].dim() == 2:
+        renamed["W_enc"] = renamed["W_dec"].T.contiguous()
+        renamed["b_enc"] = renamed["W_dec"].new_zeros(len(renamed["W_dec"]))
+        if not spec.apply_b_dec_to_input and "b_dec" in renamed:
+            renamed["b_dec"] = torch.zeros_like(renamed["b_dec"])  # SAELens does not add it then
+    if spec.architecture == "gated" and "b_gate" in renamed and "b_enc" not in renamed:
+        renamed["b_enc"] = renamed.pop("b_gate")
+    return renamed
 
 
 def saelens_name(sae: SAE) -> str:
@@ -215,7 +239,10 @@ def saelens_name(sae: SAE) -> str:
 
 
 def write(name: str, sae: SAE, folder: Path) -> SAE:
-    """Write the layout; for `saelens`, only what SAELens computes as we do."""
+    """Write an SAE in this layout; as `saelens` only if SAELens computes the same.
+
+    Raises UserError for an SAE that SAELens does not compute.
+    """
     notes: list[str] = []
     if name == "saelens":
         if saelens_name(sae) not in SAELENS_ARCHITECTURES:
@@ -279,7 +306,8 @@ def save(folder: Path, sae: SAE) -> str:
 
 
 def _base(name: str) -> tuple[str, bool]:
-    """("jumprelu", True) of "jumprelu_skip_transcoder"; without a name it is "standard"."""
+    """The architecture, and whether it is a transcoder: ("jumprelu", True) for
+    "jumprelu_skip_transcoder", ("standard", True) for "transcoder"."""
     if name == "transcoder":
         return "standard", True
     transcoder = name.endswith("_transcoder")
@@ -290,5 +318,6 @@ def _base(name: str) -> tuple[str, bool]:
 
 
 def _popped(metadata: dict[str, Any], key: str) -> str:
+    """Remove a key; returns its value if that is a string, else an empty string."""
     value = metadata.pop(key, None)
     return value if isinstance(value, str) else ""

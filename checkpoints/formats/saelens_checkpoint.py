@@ -37,7 +37,7 @@ def read(name: str, place: SAEFiles) -> SAE:
     trained_as = config.get("architecture")
     details = _details(config)
     if threshold is not None:
-        # It becomes a jumprelu once its rows are normalised; folding them needs topk until then.
+        # It becomes a jumprelu after its rows were normalised; to fold them it has to be a topk.
         config = {**config, "architecture": "topk", "k": 1}
     sae = saelens.from_parts(name, place, config, tensors, notes)
     scaler = place.config(SCALER, optional=True)
@@ -89,16 +89,18 @@ def _pop_threshold(place: SAEFiles, tensors: dict[str, Tensor], architecture: st
 
 
 def _details(config: dict[str, object]) -> dict[str, object]:
+    """Settings of the training architecture, for the metadata."""
     names = ("k", "matryoshka_widths", "topk_threshold_lr")
     return {name: config[name] for name in names if name in config}
 
 
 def _whitening(place: SAEFiles) -> tuple[Tensor, Tensor, Tensor]:
-    found = safe_reading.read_safetensors(place.file(WHITENING))
+    """Mean, matrix and inverse matrix of the whitening. Raises UserError."""
+    tensors = safe_reading.read_safetensors(place.file(WHITENING))
     names = ("mean", "matrix", "inverse_matrix")
-    exactly(place, found, names)
-    all_float(place, found)
-    if not all(bool(torch.isfinite(found[name]).all()) for name in names):
+    exactly(place, tensors, names)
+    all_float(place, tensors)
+    if not all(bool(torch.isfinite(tensors[name]).all()) for name in names):
         raise UserError(f"`sae` {place.source}: {WHITENING} holds NaN or infinity; refused")
-    mean, matrix, inverse = (found[name] for name in names)
+    mean, matrix, inverse = (tensors[name] for name in names)
     return mean, matrix, inverse

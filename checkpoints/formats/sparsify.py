@@ -33,7 +33,7 @@ _NEEDED = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
 def read(name: str, place: SAEFiles) -> SAE:
-    """x_hat = W_dec acts + b_dec (+ W_skip x); b_dec leaves the input unless it transcodes."""
+    """x_hat = W_dec acts + b_dec (+ W_skip x); an SAE subtracts b_dec from its input first."""
     config = place.config(CFG)
     tensors = safe_reading.read_safetensors(place.weights_file())
     exactly(place, tensors, _NEEDED, ("W_skip",))
@@ -131,23 +131,23 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
 
 
 def _check_widths(place: SAEFiles, config: dict[str, Any], d_model: int, d_sae: int) -> None:
-    """The widths that the config states against those of the weights."""
+    """Compare the widths that the config states with those of the weights. Raises UserError."""
     stated = config.get("num_latents") or None
     if stated is None and isinstance(config.get("expansion_factor"), int):
         stated = d_model * config["expansion_factor"]
-    for key, said, found in (
+    for key, declared, actual in (
         ("d_in", config.get("d_in", d_model), d_model),
         ("num_latents", d_sae if stated is None else stated, d_sae),
     ):
-        if said != found:
+        if declared != actual:
             raise UserError(
-                f"`sae` {place.source}: {CFG} says {key} {said!r} and the weights have {found}; "
-                "the config and the weights do not belong together"
+                f"`sae` {place.source}: {CFG} says {key} {declared!r} and the weights have "
+                f"{actual}; the config and the weights do not belong together"
             )
 
 
 def _module(folder: Path) -> str:
-    """The hook point that a folder is named for; empty when the name is no module's."""
+    """The hook point in a folder's name; empty when the name is not that of a module."""
     if re.fullmatch(r"seed\d+", folder.name):
         folder = folder.parent
     named = re.fullmatch(r"(layers|h|blocks)\.\d{1,6}(\.[\w.]+)?", folder.name)

@@ -1,9 +1,9 @@
-"""The state that `saesteer train` saves for `--resume`, opened as the SAE it would be, had training
-ended there.
+"""The state that `saesteer train` saves for `--resume`, opened as the SAE that training would have
+written at that step.
 
-A state holds what the optimiser moves, in units of the scaled input, for every SAE of the run, and
-their specs. The scale is folded as it is at the end of training, so the weights are to the bit
-those that the run would have written at that step. Buffers and moments stay unread.
+A state holds the trained parameters of every SAE of the run, in units of the scaled input, and
+their specs. The scale is folded as at the end of training, so the weights have the same bits.
+Buffers and moments are not read.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from saesteer.checkpoints.strict_fields import read_fields
 
 FOLDER = "state"
 _CANONICAL = {"W_enc_rows": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-"""Which tensor of an SAE each trained parameter is, where a state does not say so itself: states of
-before several architectures could be trained."""
+"""Which tensor of an SAE each trained parameter is, in states that do not say so: those from before
+several architectures could be trained."""
 _NEWEST = "newest"
 
 
 def find(path: Path, source: str) -> SAEFiles | None:
-    """The state that a path means, or None.
+    """The state that a path refers to, or None.
 
-    That is a `state` folder or a file in it; with the name of one of several SAEs after it, that
-    one. A run's folder means its newest state, the folder of one SAE among several that one's.
+    A path is a `state` folder or a file in it, perhaps followed by the name of one of several SAEs.
+    A run's folder means its newest state; the folder of one of its SAEs, that SAE in it.
     """
     path = path.absolute()
     if run_state.is_state_file(path):
@@ -40,7 +40,7 @@ def find(path: Path, source: str) -> SAEFiles | None:
     if run_state.is_state_file(above):
         return SAEFiles(above.parent, above.name, source, part=path.name)
     for folder in (above, above / FOLDER):
-        # A run's own folder holds other things that are no SAEs: only those there count.
+        # A run's folder also holds folders that are not SAEs: those of SAEs have a log.
         if run_state.has_state(folder.parent) and folder.name == FOLDER:
             if folder == above or (path / "metrics.jsonl").is_file():
                 return SAEFiles(folder, _NEWEST, source, part=path.name)
@@ -75,8 +75,8 @@ def read(name: str, place: SAEFiles) -> SAE:
     factors = _factors(place, scales[at])
     means = [f"scale.mean.{i}" if i else "scale.mean" for i in range(len(factors))]
     wanted = {f"{at}/{tensor}": tensor for tensor in (*(f"param.{n}" for n in canonical), *means)}
-    found = safe_reading.read_safetensors(path, wanted)
-    tensors = {wanted[key]: tensor for key, tensor in found.items()}
+    loaded = safe_reading.read_safetensors(path, wanted)
+    tensors = {wanted[key]: tensor for key, tensor in loaded.items()}
     exactly(place, tensors, tuple(wanted.values()))
     widths = [tensors[name].numel() for name in means]
     read, write = _read_and_written(place, spec, widths)
@@ -92,17 +92,20 @@ def read(name: str, place: SAEFiles) -> SAE:
     )
     step = meta.get("step")
     sae = SAE(
-        spec=spec, **folded, source=place.source, format=name,
+        spec=spec,
+        **folded,
+        source=place.source,
+        format=name,
         notes=(f"the state of step {step} of its training", "folded the input's scale and mean"),
-    )  # fmt: skip
+    )
     sae.check(f"`sae` {place.source}")
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
 
 
 def _canonical_names(place: SAEFiles, meta: dict[str, Any], sae: str) -> dict[str, str]:
-    """Trained parameters and the tensors of an SAE that they are."""
-    told = meta.get("canonical", {})
-    names = told.get(sae, _CANONICAL) if isinstance(told, dict) else None
+    """The tensor of an SAE that each trained parameter is, by the parameter's name."""
+    stated = meta.get("canonical", {})
+    names = stated.get(sae, _CANONICAL) if isinstance(stated, dict) else None
     needed = sorted(_CANONICAL.values())
     known = (needed, sorted([*needed, "threshold"]))
     if not isinstance(names, dict) or sorted(map(str, names.values())) not in known:
@@ -122,7 +125,10 @@ def _factors(place: SAEFiles, saved: Any) -> list[float]:
 def _read_and_written(
     place: SAEFiles, spec: SAESpec, widths: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Which of the state's places the SAE reads, and which it writes; first those it reads."""
+    """The numbers of the state's places that the SAE reads, and of those that it writes.
+
+    The places that it reads come first in the state. Raises UserError for widths that do not fit.
+    """
     numbers = list(range(len(widths)))
     ends = [sum(widths[:i]) for i in range(1, len(widths) + 1)]
     split = ends.index(spec.d_model) + 1 if spec.d_model in ends else 0

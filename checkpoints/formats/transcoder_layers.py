@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from saesteer.checkpoints import safe_reading
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UserError, reason_of
 from saesteer.checkpoints.formats.sae_files import (
     SAEFiles,
     all_float,
@@ -28,7 +28,7 @@ _MODEL = "config.yaml"
 
 
 def is_here(place: SAEFiles) -> bool:
-    """Whether one of their configs lies next to the weights."""
+    """Whether a config of this format lies next to the weights."""
     return any(place.has(name) for name in CONFIGS)
 
 
@@ -59,12 +59,12 @@ def read(name: str, place: SAEFiles) -> SAE:
 
 
 def _yaml(place: SAEFiles, name: str) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for any other content. Raises UserError."""
     path = place.file(name)
     try:
         if path.stat().st_size > safe_reading.MAX_CONFIG_BYTES:
             raise UserError(f"{path} is too large for a config; download it again")
-        found = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}); download it again") from error
-    return found if isinstance(found, dict) else {}
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); download it again") from error
+    return content if isinstance(content, dict) else {}

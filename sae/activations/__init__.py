@@ -1,1 +1,1 @@
-"""Activations: read from a model or from shards, freed of sinks, mixed and cut into batches."""
+"""Activations: read from a model or from shards, without attention sinks, shuffled, batched."""

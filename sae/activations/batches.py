@@ -21,7 +21,7 @@ _CHUNK_ROWS = 8192
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """Rows of activations, those of several hook points side by side, in a seeded order."""
+    """Rows of activations in a seeded order; those of several hook points lie side by side."""
 
     places: list[Place]
 
@@ -29,12 +29,18 @@ class ActivationSource(Protocol):
         """The next rows, or None when there are no more."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, JSON-ready."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        ...
 
     @property
-    def excluded(self) -> dict[str, int]: ...
+    def excluded(self) -> dict[str, int]:
+        """Rows left out so far, by reason."""
+        ...
 
 
 class LiveSource:
@@ -64,7 +70,8 @@ class LiveSource:
 class ShardSource:
     """Activations from shards: every epoch in a new order of shards and of rows within each.
 
-    Orders are drawn from (seed, epoch, shard), so a position is three numbers.
+    Orders are drawn from (seed, epoch, shard), so a position is three numbers: epoch, shard, row.
+    Raises UserError from `next_rows` when every row is a sink, NonFiniteError for NaN or infinity.
     """
 
     def __init__(
@@ -133,7 +140,7 @@ class ShardSource:
 
 
 class BatchStream:
-    """Exactly `tokens` rows of a source, through the shuffle buffer, in batches of one size.
+    """Exactly `tokens` rows of a source, shuffled by a buffer, in batches of equal size.
 
     `tokens` and `buffer_tokens` are cut down to whole batches, so that every batch is full.
     """
@@ -165,7 +172,7 @@ class BatchStream:
         return ShuffleBuffer(*self._options)
 
     def fill(self) -> Float[Tensor, "rows width"]:
-        """Fill the buffer and return what it holds: a sample of the data to measure."""
+        """Fill the buffer and return its rows, as a sample on which the data can be measured."""
         self._filling(0, len(self.buffer.rows))
         while not self.buffer.full and self.drawn < self.total:
             self._pending += self.buffer.put(self._draw())
@@ -173,7 +180,7 @@ class BatchStream:
         return self.buffer.rows[: self.buffer.filled]
 
     def next_batch(self) -> Float[Tensor, "batch width"] | None:
-        """The next mixed batch; None after the last.
+        """The next shuffled batch; None after the last.
 
         Raises UserError when the source ends before `tokens` rows.
         """
@@ -195,7 +202,7 @@ class BatchStream:
         return rows
 
     def state_dict(self, ahead: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values; `load_state_dict` continues from them to the bit.
+        """Tensors and JSON values from which `load_state_dict` continues bit for bit.
 
         `ahead` are batches that were taken out and not used yet: they will come first again.
         """
@@ -204,6 +211,7 @@ class BatchStream:
         return tensors, {"drawn": self.drawn, "source": self.source.state_dict()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; batches that were ahead come first."""
         self.buffer.load_state_dict(tensors)
         self._pending = list(tensors["pending"].split(self.buffer.batch_rows))
         self._pending = [batch for batch in self._pending if len(batch)]

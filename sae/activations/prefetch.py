@@ -13,21 +13,20 @@ from torch import Tensor
 
 from saesteer.sae.activations.batches import BatchStream
 
-# Batches that may wait for the trainer: one to take, and some while the model is at its next pass.
+# Batches that may wait for the trainer: one to take, and some to use during the model's next pass.
 BATCHES_AHEAD = 4
-# How long leaving waits for a pass that is under way before it gives the thread up.
+# How long leaving the context waits for a pass in progress before it abandons the thread.
 _LAST_PASS_SECONDS = 60.0
 
 
 class Prefetch:
     """Makes batches ahead of the trainer, at most `BATCHES_AHEAD` of them.
 
-    What a batch holds is decided by the stream alone: the thread asks for one batch after the other
-    and hands them on in order, so timing decides nothing but the waiting. A state is taken between
-    two batches, with those that wait as part of it.
+    Timing does not affect what batches hold: the thread takes one after the other from the stream
+    and hands them on in order. A state is taken between two batches, and includes those that wait.
 
-    Use it as a context manager: the thread ends when the block does, however that comes about. An
-    error of the thread is raised by `next_batch` once the batches made before it are used up.
+    Use it as a context manager: the thread ends with the block, however the block ends. An error of
+    the thread is raised by `next_batch` once the batches made before it are used up.
     """
 
     def __init__(self, batches: BatchStream, device: torch.device) -> None:
@@ -68,7 +67,7 @@ class Prefetch:
             else:
                 return None
         if batch.is_cuda:
-            # It was made on the thread's CUDA stream, which must not use its memory again too soon.
+            # The thread's CUDA stream allocated it, and must not reuse the memory while we read it.
             batch.record_stream(torch.cuda.current_stream(batch.device))
         return batch
 
@@ -78,13 +77,13 @@ class Prefetch:
         return len(self._ahead)
 
     def put_back(self, batch: Float[Tensor, "batch width"]) -> None:
-        """Make `batch`, which was not used after all, the next one again."""
+        """Return a batch that was taken but not used; it becomes the next one again."""
         with self._changed:
             self._ahead.appendleft(batch)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Hold the thread between two batches and give the state of the stream.
+        """Pause the thread between two batches and yield the state of the stream.
 
         The tensors share memory with the stream: use them before the block ends.
         """
@@ -149,5 +148,5 @@ class Prefetch:
     def _own_stream(self) -> contextlib.AbstractContextManager[Any]:
         if not torch.cuda.is_available():
             return contextlib.nullcontext()
-        # Work of the model does not queue behind the trainer's.
+        # On a stream of its own the model's work does not queue behind the trainer's.
         return torch.cuda.stream(torch.cuda.Stream())

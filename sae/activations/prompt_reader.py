@@ -1,4 +1,4 @@
-"""Prompts through a language model: their residuals at some hook points, with sinks told apart."""
+"""Prompts through a language model: their residuals at hook points, and which rows are sinks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,10 +50,10 @@ class PromptReader:
         prompts: Sequence[Sequence[int]],
         count: Callable[[int], None] = lambda prompts: None,
     ) -> Iterator[PromptRows]:
-        """The residuals of each prompt, given as token ids; the longest come first, since of them
-        most is known (see `SinkFilter`).
+        """The residuals of each prompt, given as token ids. The longest come first: `SinkFilter`
+        says why.
 
-        `count` is called with the number of prompts of each batch when it was used up.
+        `count` is called after each batch with the number of its prompts.
 
         Raises NonFiniteError when the model gives NaN or infinity.
         """

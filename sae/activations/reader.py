@@ -81,8 +81,8 @@ class ActivationStream:
         self.excluded = {"special": 0, "template": 0, "sinks": 0}
         self.batches = 0
         self.reads_ahead = lm.device.type == "cuda"
-        """Whether the next pass is begun before the rows of this one are picked: for a device that
-        computes while the CPU does something else."""
+        """Whether the next pass is started before the rows of this one are selected: on a device
+        that computes while the CPU does something else."""
         self._blocks = CompiledBlocks(lm, points) if config.compile else contextlib.nullcontext()
         self._position = contexts.state_dict()
         self._begun: _Begun | Exception | None = None
@@ -94,8 +94,8 @@ class ActivationStream:
     def next_batch(self) -> ActivationBatch | None:
         """Run the next contexts through the model; None when the text has ended.
 
-        Raises NonFiniteError naming the batch, and what text and model raise. The stream then still
-        stands before the batch.
+        Raises NonFiniteError naming the batch, and whatever the text or the model raises. After an
+        error the stream is back at its position before the batch.
         """
         before = self.state_dict()
         try:
@@ -114,7 +114,7 @@ class ActivationStream:
                 try:
                     self._begun = self._begin()
                 except Exception as error:
-                    self._begun = error  # of the next batch, not of this one
+                    self._begun = error  # it belongs to the next batch
             keep = self._keep(contexts, forward.norms())
             rows = forward.rows(keep.flatten().nonzero()[:, 0])
         own = keep.sum(dim=1)
@@ -136,7 +136,7 @@ class ActivationStream:
         )
 
     def _take(self) -> "_Begun | None":
-        """The pass that was begun, or the next one; None when the text has ended."""
+        """The pass already started, or a new one; None when the text has ended."""
         begun, self._begun = self._begun, None
         if isinstance(begun, Exception):
             raise begun
@@ -157,7 +157,7 @@ class ActivationStream:
         contexts: ContextBatch,
         norms: Float[Tensor, "places contexts seq"],
     ) -> Bool[Tensor, "contexts seq"]:
-        """Text that is no sink, by limits that all processes agree on."""
+        """True for text that is not a sink, by limits that all processes share."""
         try:
             return self.sinks.keep_contexts(
                 norms,
@@ -192,22 +192,22 @@ class ActivationStream:
         ids = torch.zeros(rows, context, dtype=torch.long)
         # Two documents a context: with isolated documents most batches have a mask.
         owners = (torch.arange(context) >= context // 2).long().expand(rows, context)
-        nothing = ContextBatch(ids, ids > 0, owners, torch.arange(rows))
-        inputs = model_inputs(self.lm, nothing, self.config.isolate_documents)
+        made_up = ContextBatch(ids, ids > 0, owners, torch.arange(rows))
+        inputs = model_inputs(self.lm, made_up, self.config.isolate_documents)
         try:
             with torch.inference_mode(), self._blocks:
                 run_to(self.lm, self.points, **inputs)
         except TorchDynamoException as error:
             needs = " (on a CPU it needs a C++ compiler such as g++)"
             # The first paragraph; hints for PyTorch's own developers follow.
-            said = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+            reason = " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
             raise UserError(
                 f"`compile` does not work here{needs if self.lm.device.type == 'cpu' else ''}: "
-                f"leave it out. PyTorch says: {said[:200]}"
+                f"leave it out. PyTorch says: {reason[:200]}"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; JSON-ready."""
+        """The position in the text, and running counts; JSON-ready."""
         return {
             "contexts": self._position,
             "sinks": self.sinks.state_dict(),
@@ -216,7 +216,7 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, and forget what was begun elsewhere."""
+        """Continue where `state_dict` was taken; a pass already started is dropped."""
         self.contexts.load_state_dict(state["contexts"])
         self._position, self._begun = dict(state["contexts"]), None
         self.sinks.load_state_dict(state["sinks"])
@@ -224,7 +224,7 @@ class ActivationStream:
 
 
 _Begun = tuple[ContextBatch, ForwardPass, dict[str, Any]]
-"""Contexts, their pass, and the place in the text after them."""
+"""Contexts, their pass, and the position in the text after them."""
 
 
 def open_activations(
@@ -237,7 +237,17 @@ def open_activations(
     progress: Progress = no_progress,
     processes: Processes = ALONE,
 ) -> ActivationStream:
-    """The stream of activations of a `TextConfig`, with the model's replies sampled first."""
+    """The stream of activations of a `TextConfig`, with the model's replies sampled first.
+
+    Args:
+        points: hook points to read, each block once.
+        replies: prompts that the model answers; prompts and replies join the corpus.
+        replies_folder: where the replies are stored.
+
+    Raises:
+        UsageError: a block is named twice.
+        UserError: the corpus or the replies cannot be used.
+    """
     if len({point.key for point in points}) != len(points):
         named = ",".join(str(point.layer) for point in points)
         raise UsageError(f"`layer` names a block twice: {named}")
@@ -245,7 +255,7 @@ def open_activations(
     if replies:
         settings = ReplyConfig(seed=config.seed)
         if processes.rank:
-            processes.wait_for_first()  # which samples them; the others find the file
+            processes.wait_for_first()  # the first samples them; the others read its file
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
         if not processes.rank:
             processes.wait_for_first()

@@ -1,4 +1,4 @@
-"""A shuffle buffer: takes activations in the order of the text and gives them out mixed."""
+"""A shuffle buffer: takes activations in the order of the text and returns them shuffled."""
 
 from typing import Any
 
@@ -39,6 +39,7 @@ class ShuffleBuffer:
 
     @property
     def full(self) -> bool:
+        """Whether the buffer holds `capacity` rows, so that new rows push out old ones."""
         return self.filled == len(self.rows)
 
     def __len__(self) -> int:
@@ -63,7 +64,7 @@ class ShuffleBuffer:
         return batches
 
     def _exchange(self) -> Float[Tensor, "batch width"]:
-        # Distinct slots, or two new rows would fall on one place and one of them be lost.
+        # Distinct slots: two new rows in the same slot would lose one of them.
         slots = torch.randperm(len(self.rows), generator=self._rng)[: self._staged]
         leaving = self.rows[slots]
         self.rows[slots] = self._incoming[: self._staged]
@@ -82,7 +83,7 @@ class ShuffleBuffer:
         count = min(self.batch_rows, self.filled)
         slots = torch.randperm(self.filled, generator=self._rng)[:count]
         leaving = self.rows[slots]
-        # Rows from the end move into the holes: nothing as large as the buffer is ever copied.
+        # Rows from the end fill the gaps, so that the whole buffer is never copied.
         rest = self.filled - count
         at_end = torch.ones(count, dtype=torch.bool)
         at_end[slots[slots >= rest] - rest] = False

@@ -1,4 +1,4 @@
-"""Attention sinks: rows that are no text, and so long that they would drown it."""
+"""Attention sinks: rows of activations so long that they would dominate every statistic."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -113,9 +113,11 @@ class SinkFilter:
         return limits
 
     def state_dict(self) -> dict[str, Any]:
+        """The running sums of the medians, JSON-ready."""
         return {"sums": dict(self.sums), "blocks": self.blocks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
         self.sums, self.blocks = dict(state["sums"]), state["blocks"]
 
 

@@ -1,1 +1,1 @@
-"""A language model: loaded, its hook points found, read, compiled and made to answer."""
+"""A language model: loaded, its hook points found, read, compiled, and used to generate."""

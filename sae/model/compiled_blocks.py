@@ -1,4 +1,4 @@
-"""Blocks of a model through `torch.compile`, for as long as a pass takes."""
+"""Runs blocks of a model through `torch.compile` inside a `with` block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ class CompiledBlocks:
         self._before: list[Any] = []
 
     def __enter__(self) -> None:
-        # accelerate puts forwards of its own on a module; they come back afterwards.
+        # accelerate sets `forward` on modules itself; `__exit__` restores that.
         self._before = [vars(block).get("forward") for block in self._blocks]
         for block, forward in zip(self._blocks, self._compiled, strict=True):
             block.forward = forward

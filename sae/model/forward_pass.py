@@ -1,4 +1,4 @@
-"""One pass through a model that is begun now and whose rows are asked for later."""
+"""A forward pass that is started now and whose activations are read later."""
 
 import contextlib
 import functools
@@ -19,12 +19,12 @@ from saesteer.sae.text.contexts import ContextBatch
 
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """A pass that was begun. On a GPU it may still be computed while the caller does other things;
-    on a CPU it is finished.
+    """A forward pass that was started. On a GPU it may still be running while the caller does other
+    things; on a CPU it has finished.
     """
 
     seen: dict[Place, Float[Tensor, "contexts seq d_model"]]
-    """What passed each hook point, on the model's device."""
+    """The activations at each hook point, on the model's device."""
     _norms: Float[Tensor, "places contexts seq"]
     _computed: torch.cuda.Event | None
 
@@ -41,8 +41,8 @@ class ForwardPass:
             empty = torch.empty(*ids.shape, lm.d_model, dtype=lm.dtype)
             seen = {point.key: empty for point in points}
         else:
-            found = run_to(lm, points, **inputs)
-            seen = {point.key: found[point.key] for point in points}
+            read = run_to(lm, points, **inputs)
+            seen = {point.key: read[point.key] for point in points}
         for (_, site), values in seen.items():
             if values.shape[-1] != lm.d_model:
                 raise UsageError(
@@ -57,15 +57,16 @@ class ForwardPass:
         return cls(seen, on_host, computed)
 
     def norms(self) -> Float[Tensor, "places contexts seq"]:
-        """The length of every row, on the CPU; waits for the pass, and for no other."""
+        """The length of every row, on the CPU; waits for this pass and no later one."""
         if self._computed is not None:
             self._computed.synchronize()
         return self._norms
 
     def rows(self, where: Int[Tensor, " kept"]) -> dict[Place, Float[Tensor, "kept d_model"]]:
-        """The rows at these places of all contexts end to end, on the CPU. Call `norms` first.
+        """The rows at these positions of all contexts joined end to end, on the CPU.
 
-        They are picked and copied on a stream of their own, so that a pass begun since goes on.
+        Call `norms` first. Rows are selected and copied on a CUDA stream of their own, so that a
+        pass that was started since is not interrupted.
         """
         picked = {}
         for place, values in self.seen.items():
@@ -80,14 +81,14 @@ class ForwardPass:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which rows leave a GPU."""
+    """The CUDA stream that copies rows to the CPU."""
     return torch.cuda.Stream(device)
 
 
 def _to_host(values: Tensor) -> Tensor:
-    """A tensor of the CPU as it is; of a GPU's a copy that may still be on its way.
+    """A CPU tensor as it is; for a GPU tensor a copy that may not be complete yet.
 
-    PyTorch uses freed page-locked memory again, so that two batches take turns with two blocks.
+    PyTorch reuses freed page-locked memory, so that two batches alternate between two blocks.
     """
     if not values.is_cuda:
         return values.cpu()
@@ -100,14 +101,14 @@ def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> d
     inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
     if isolated:
         positions = document_positions(contexts.document_ids)
-        # Without a boundary in the batch there is nothing to mask, and no mask to pay for.
+        # Without a document boundary in the batch no mask is needed.
         if bool((positions[:, -1] < positions.shape[1] - 1).any()):
             inputs["position_ids"] = _to_device(positions, lm.device)
     return inputs
 
 
 def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for the pass that may be under way there."""
+    """A copy on the device, without waiting for a pass that may be running there."""
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
@@ -116,7 +117,7 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
 def document_positions(
     document_ids: Int[Tensor, "rows context"],
 ) -> Int[Tensor, "rows context"]:
-    """Positions that start anew at every document; the models' masks follow them.
+    """Positions that restart at 0 in every document, from which models derive their masks.
 
     The beginning-of-text token in front of a context belongs to its first document.
     """

@@ -81,11 +81,11 @@ def generate(
                 pad_token_id=lm.pad_id,
                 **sampling,
             )
-        made = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
-        for i, completion in zip(rows, made, strict=True):
+        finished = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
+        for i, completion in zip(rows, finished, strict=True):
             completions[i] = completion
         if progress is not None:
-            progress(sum(len(completion.token_ids) for completion in made))
+            progress(sum(len(completion.token_ids) for completion in finished))
     return [c for c in completions if c is not None]
 
 
@@ -107,6 +107,7 @@ def stop_ids(lm: LanguageModel) -> set[int]:
 
 
 def _finish(lm: LanguageModel, row: list[int]) -> Completion:
+    """A row of generated ids, cut at the first one that ends a completion."""
     stops = stop_ids(lm)
     end = next((i for i, token in enumerate(row) if token in stops), len(row))
     return Completion(lm.tokenizer.decode(row[:end], skip_special_tokens=True).strip(), row[:end])

@@ -1,8 +1,8 @@
 """One hook mechanism for reading and for writing the residual stream.
 
-A hook point is a module and a side of it. `hooked` hands the tensor that passes there to a function
-and, when the function returns a new tensor, lets that one pass instead. Blocks that return a tensor
-and blocks that return a tuple look the same from here.
+A hook point is the input or the output of a module. `hooked` calls a function with the tensor there
+and replaces it by the tensor that the function returns, if it returns one. Blocks that return a
+tensor and blocks that return a tuple are treated alike.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ class HookPoint:
     module: nn.Module
     module_path: str
     side: str
+    """"input" or "output"."""
 
     @property
     def name(self) -> str:
@@ -44,6 +45,7 @@ class HookPoint:
 
     @property
     def key(self) -> Place:
+        """(layer, site), by which activations are stored."""
         return self.layer, self.site
 
 
@@ -99,13 +101,13 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
 def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
     """The last block that a pass up to all `points` runs; None for a point outside the blocks."""
     inside = re.compile(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)")
-    found = [inside.match(point.module_path) for point in points]
-    return None if None in found else max(int(match[1]) for match in found if match)
+    matches = [inside.match(point.module_path) for point in points]
+    return None if None in matches else max(int(match[1]) for match in matches if match)
 
 
 def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
-    """Free the weights that a pass up to the last point does not need. Afterwards the model can do
-    nothing else."""
+    """Free the weights that a pass up to the last of `points` does not need. Afterwards the model
+    can only be run up to there."""
     last = last_block(lm, points)
     if last is not None:
         lm.keep_only(last)
@@ -134,6 +136,7 @@ def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, st
 
 
 def _first_child(lm: LanguageModel, block: nn.Module, site: str, names: Sequence[str]) -> str:
+    """The first of these names that is a child module. Raises UsageError where none is."""
     for name in names:
         if isinstance(getattr(block, name, None), nn.Module):
             return name
@@ -204,8 +207,8 @@ def sae_hook_point(
 def hooked(point: HookPoint, edit: Callable[[Residual], Residual | None]) -> Iterator[None]:
     """Call `edit` with the tensor at the hook point for as long as the context is open.
 
-    `edit` gets `[batch, seq, d_model]` and returns a new tensor to let pass, or None to leave the
-    old one. The hook is removed when the context ends, also by an exception.
+    `edit` gets `[batch, seq, d_model]` and returns a new tensor to replace it, or None to leave it
+    unchanged. The hook is removed when the context ends, also by an exception.
     """
     if point.side == "input":
         handle = point.module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
@@ -240,7 +243,7 @@ def _output_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., A
 
 @contextlib.contextmanager
 def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict[Any, Tensor]]:
-    """Collect what passes each point, by `HookPoint.key`, in the latest forward pass.
+    """Collect the activations of the latest forward pass at each point, by `HookPoint.key`.
 
     With `stop`, the forward pass ends after the last point by raising `StopForward`, which the
     caller catches (see `run_to`).
@@ -262,7 +265,7 @@ def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict
 
 
 def run_to(lm: LanguageModel, points: Sequence[HookPoint], **inputs: Any) -> dict[Any, Tensor]:
-    """Run the text tower up to the last of `points` and return what passed each of them.
+    """Run the text tower up to the last of `points`; returns the activations at each of them.
 
     Blocks after the last point do not run and no logits are computed. Raises UsageError for a point
     that the text tower never reaches.

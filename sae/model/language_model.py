@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model, with its decoder blocks found by structure."""
+"""Any Hugging Face causal language model, whose decoder blocks are found by their structure."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +35,7 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Number of decoder blocks."""
         return len(self.blocks)
 
     @property
@@ -45,17 +46,17 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the first block computes."""
-        held = next(self.blocks.parameters()).device
-        if held.type != "meta":
-            return held
-        # accelerate keeps the weights elsewhere and brings them when they are needed.
+        weights_on = next(self.blocks.parameters()).device
+        if weights_on.type != "meta":
+            return weights_on
+        # accelerate keeps the weights elsewhere and moves them here when they are needed.
         hooks = (getattr(module, "_hf_hook", None) for module in self.blocks.modules())
         places = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((place for place in places if place is not None), "cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the residual stream is computed in; quantised weights are stored in integers."""
+        """Dtype of the residual stream; quantised weights are stored as integers."""
         for parameter in self.blocks.parameters():
             if parameter.is_floating_point():
                 return parameter.dtype
@@ -63,6 +64,7 @@ class LanguageModel:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
@@ -107,7 +109,7 @@ class LanguageModel:
         """Free every weight that a pass up to block `last` does not need: later blocks, the output
         embedding, other towers.
 
-        Afterwards the model can be read up to that block and do nothing else.
+        Afterwards the model can only be run up to that block.
         """
         if getattr(self.model, "hf_device_map", None):
             return  # accelerate moves these weights around itself
@@ -116,10 +118,11 @@ class LanguageModel:
         used = {id(module) for module in self.text_model.modules()}
         for module in self.model.modules():
             if id(module) not in used and not any(id(child) in used for child in module.modules()):
-                module.to("meta")  # the input embedding keeps what a tied head loses
+                module.to("meta")  # a tied output embedding's weights stay with the input embedding
 
     @property
     def unembed(self) -> nn.Module:
+        """The output embedding. Raises UserError for a model without one."""
         head = self.model.get_output_embeddings()
         if head is None:
             raise UserError(f"`model` {self.name} has no output embedding: a causal LM is needed")
@@ -213,12 +216,12 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
     """
     if path is not None:
         try:
-            found = model.get_submodule(path)
+            blocks = model.get_submodule(path)
         except AttributeError:
             raise UserError(f"`blocks` {path}: the model has no such module") from None
-        if not isinstance(found, nn.ModuleList):
-            raise UserError(f"`blocks` {path} is a {type(found).__name__}, not a list of blocks")
-        return path, found
+        if not isinstance(blocks, nn.ModuleList):
+            raise UserError(f"`blocks` {path} is a {type(blocks).__name__}, not a list of blocks")
+        return path, blocks
     expected = text_config(model).num_hidden_layers
     lists: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -244,7 +247,10 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
 def wrap_model(
     model: Any, tokenizer: Any, name: str = "in-memory", blocks_path: str | None = None
 ) -> LanguageModel:
-    """Take a transformers model and tokenizer that are already in memory."""
+    """A `LanguageModel` of a transformers model and tokenizer that are already in memory.
+
+    Raises UserError when the decoder blocks cannot be told apart (see `find_blocks`).
+    """
     path, blocks = find_blocks(model, blocks_path)
     model.eval()
     return LanguageModel(model, tokenizer, name, weight_fingerprint(model), blocks, path)
@@ -287,7 +293,8 @@ def load_model(
     def read() -> tuple[Any, Any]:
         from transformers import AutoTokenizer
 
-        # float16 can hold fewer weights exactly than bfloat16: identify the file's own first.
+        # The fingerprint rounds to bfloat16, and float16 cannot hold every bfloat16 value: load the
+        # file's own dtype, take the fingerprint, and convert afterwards.
         first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
         model = _from_pretrained(resolved.path_or_repo, first, offline, placed)
         return model, AutoTokenizer.from_pretrained(resolved.path_or_repo, local_files_only=offline)
@@ -299,9 +306,9 @@ def load_model(
         except (UserError, MemoryError):
             raise
         except Exception as error:  # the library raises a dozen unrelated types
-            reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"`model` {name} could not be loaded ({reason}): give another model, or get it anew"
+                f"`model` {name} could not be loaded ({reason_of(error, 300)}): give another "
+                "model, or download it again"
             ) from error
     else:
         todo = "check the name, or give a folder with config.json or a .gguf file"
@@ -356,8 +363,11 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {
-        "dtype": dtype, "local_files_only": offline, "output_loading_info": True, **placed
-    }  # fmt: skip
+        "dtype": dtype,
+        "local_files_only": offline,
+        "output_loading_info": True,
+        **placed,
+    }
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:

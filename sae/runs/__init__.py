@@ -1,1 +1,1 @@
-"""What any long run needs: its facts, what it will take, its processes and its end."""
+"""What every long run needs: facts that identify it, its memory, disk and processes, stopping."""

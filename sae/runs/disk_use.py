@@ -1,9 +1,15 @@
-"""What a run will write, counted from its settings alone. Imports no torch."""
+"""How many bytes a run will write, computed from its settings alone. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FLOAT_BYTES = 4
+
+
+def stored_dtype(asked: str | None, model_dtype: str) -> str:
+    """The dtype of a harvest's shards: the one asked for, else bfloat16, or float32 for a float32
+    model."""
+    return asked or ("float32" if model_dtype == "float32" else "bfloat16")
 
 
 def harvest_row_bytes(d_model: int, element_bytes: int, keep_positions: bool) -> int:
@@ -21,11 +27,11 @@ class TrainFootprint:
     sae_bytes: int
     """All finished SAEs."""
     keep: int
-    """States kept; the best one and the one being written come on top."""
+    """States kept; the best one and the one being written are extra."""
 
     @property
     def total_bytes(self) -> int:
-        """The most that lies in the folder at any time."""
+        """The most that the folder holds at any time."""
         return self.state_bytes * (self.keep + 2) + self.sae_bytes
 
 
@@ -51,9 +57,9 @@ def train_footprint(
     """
     # Besides Adam's two moments: a counter per latent, the input's mean, and a few scalars.
     small = sum(8 * d_sae + _FLOAT_BYTES * d_model + 64 for d_sae in d_saes)
-    # The buffer, the rows on their way in, and a chunk of batches that left it and wait.
+    # The buffer, the rows about to enter it, and a chunk of batches that have left it and wait.
     rows = buffer_tokens + batch_tokens + max(8192, 2 * batch_tokens)
     state = 3 * _FLOAT_BYTES * sum(parameters) + small + rows * width * element_bytes
-    # Headers and JSON: names, shapes, settings, where the text stands.
+    # Headers and JSON: names, shapes, settings, the position in the text.
     overhead = 65_536 + 4096 * len(d_saes)
     return TrainFootprint(state + overhead, _FLOAT_BYTES * sum(parameters) + overhead, keep)

@@ -1,4 +1,4 @@
-"""Facts about a run, of its model and text, which tell whether a later run is the same one."""
+"""Facts that identify a run, its model and its text, so that a later run can be compared."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,5 +53,5 @@ def model_facts(lm: LanguageModel) -> dict[str, Any]:
 
 
 def as_given(model: str) -> str:
-    """A model's name that means the same from any working folder."""
+    """A model's name as a record keeps it: a local path is made absolute."""
     return str(Path(model).absolute()) if Path(model).exists() else model

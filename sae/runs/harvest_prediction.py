@@ -1,4 +1,4 @@
-"""What a harvest will take: a few real batches timed, bytes counted."""
+"""Predicts the time, disk and memory of a harvest from a few real batches."""
 
 import math
 import statistics
@@ -15,10 +15,10 @@ from saesteer.sae.activations.reader import open_activations
 from saesteer.sae.config import HarvestConfig, Progress, no_progress
 from saesteer.sae.model.hooks import last_block, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.runs.disk_use import harvest_row_bytes
+from saesteer.sae.runs.disk_use import harvest_row_bytes, stored_dtype
 from saesteer.sae.runs.memory_use import held_bytes, model_bytes, peak_bytes, resolved_text
 
-# The first batches pay for warming up; a few more, for as long, are steady enough to predict hours.
+# The first batches include warming up; after them a few batches or seconds predict hours well.
 _WARM_UP = 2
 _TIMED_BATCHES = 4
 _TIMED_SECONDS = 6.0
@@ -28,13 +28,13 @@ _MOST_BATCHES = 200
 def predict_harvest(
     lm: LanguageModel, config: HarvestConfig, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Run some batches and count from them to the whole harvest. Leaves nothing behind.
+    """Run some batches and extrapolate to the whole harvest. Writes to a temporary folder only.
 
     The time is that of `harvest` after the model was loaded and replies were sampled.
 
     Returns:
         `tokens_per_second`, `seconds`, `bytes` (of the shards), `memory_bytes` (the process's peak)
-        and what they were counted from.
+        and the settings that they were computed from.
 
     Raises:
         UsageError: the corpus has fewer than two batches to time.
@@ -44,19 +44,23 @@ def predict_harvest(
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     text = resolved_text(lm, config.text)
     stream = open_activations(lm, points, text, replies_folder=cache_folder())
-    native = "float32" if lm.dtype == torch.float32 else "bfloat16"
-    stored = config.store_dtype or native
+    model_dtype = str(lm.dtype).removeprefix("torch.")
+    stored = stored_dtype(config.store_dtype, model_dtype)
     read: list[int] = []
     times: list[float] = []
     steps = _WARM_UP + _TIMED_BATCHES
     progress("dry run", 0, steps, "batches")
     with tempfile.TemporaryDirectory(prefix="saesteer-") as scratch:
-        # Writing takes a share of the cores and of the disk: it belongs to what is timed.
+        # Writing competes for the cores and the disk, so it is part of what is timed.
         shards = ShardWriter(
-            scratch, layers=[point.layer for point in points], sites=[config.site],
-            d_model=lm.d_model, dtype=getattr(torch, stored), shard_tokens=config.shard_tokens,
+            scratch,
+            layers=[point.layer for point in points],
+            sites=[config.site],
+            d_model=lm.d_model,
+            dtype=getattr(torch, stored),
+            shard_tokens=config.shard_tokens,
             facts={"model": lm.name},
-        )  # fmt: skip
+        )
         with BackgroundWriter(shards, config.shard_tokens) as writer:
             since = begun = time.monotonic()
             for batch in stream:
@@ -82,7 +86,7 @@ def predict_harvest(
     row = harvest_row_bytes(lm.d_model, getattr(torch, stored).itemsize, config.keep_positions)
     return {
         "model": lm.name,
-        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "model_dtype": model_dtype,
         "device": str(lm.device),
         "compile": text.compile,
         "layers": [point.layer for point in points],
@@ -102,7 +106,7 @@ def predict_harvest(
 
 
 def _peak_bytes(config: HarvestConfig, row: int, layer_row: int, tokens: int) -> int:
-    """The process's peak: what it has by now, or now and the shards on their way to the disk."""
+    """The process's peak: its peak so far, or what it holds now plus the shards not yet on disk."""
     shard = min(config.shard_tokens, tokens)
     # One shard fills while as many tokens may wait; to shuffle, one layer's rows are joined first.
     waiting = min(2 * shard, tokens) * row + 2 * config.shuffle * shard * layer_row

@@ -1,4 +1,4 @@
-"""What a job will take of the memory, said before it starts."""
+"""How much memory a job will need, computed before it starts."""
 
 import functools
 import os
@@ -17,9 +17,9 @@ from saesteer.sae.runs.processes import ALONE, Processes
 _DENSE_ROWS = 1024
 # A batch of more tokens than this runs no faster: the products are large enough.
 _MOST_BATCH_TOKENS = 16_384
-# Of the free memory, what one batch may fill; the rest is for shards, buffers and other programs.
+# Share of the free memory that one batch may use; the rest is for shards, buffers, other programs.
 _BATCH_SHARE = 0.25
-# From <malloc.h>; larger blocks are mapped on their own, more free memory than this is given back.
+# From <malloc.h>. Larger blocks are mapped separately; free memory beyond _KEPT_FREE is given back.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BLOCK = 256 * 2**20
 _KEPT_FREE = 2**30
@@ -72,9 +72,9 @@ def keep_pages() -> None:
     and are given back all the same.
 
     This holds for the whole process and cannot be undone, because glibc does not tell the values it
-    had; its price is up to 1 GiB that the process keeps. PyTorch has no setting for it, and the
-    environment variables of glibc would have to be set before Python starts. Whoever has set one of
-    those (`MALLOC_..._`) has decided: nothing is changed then, nor without glibc.
+    had; the cost is up to 1 GiB that the process keeps. PyTorch has no setting for it, and the
+    environment variables of glibc would have to be set before Python starts. Where one of those
+    (`MALLOC_...`) is set, or without glibc, nothing is changed.
     """
     import ctypes
 
@@ -90,7 +90,7 @@ def keep_pages() -> None:
 
 
 def _cgroup_room() -> int:
-    """What the container's limit leaves."""
+    """Bytes that the container's memory limit leaves; very many without a limit."""
     try:
         with (
             open("/sys/fs/cgroup/memory.max") as limit,
@@ -153,12 +153,13 @@ class TrainingMemory:
     saes: int
     """Weights and moments of every SAE."""
     step: int
-    """What one step holds for a moment, of the widest SAE; its gradient where one is made."""
+    """What one step of the widest SAE needs besides, with its gradient where one is made."""
     buffer: int
-    """The shuffle buffer and the batches on their way."""
+    """The shuffle buffer and the batches that wait."""
 
     @property
     def total(self) -> int:
+        """All of it, in bytes."""
         return self.saes + self.step + self.buffer
 
 
@@ -178,7 +179,7 @@ def training_memory(
     `widest` is the largest number of latents, and `row_bytes` one row of the buffer, which holds
     all hook points side by side.
     """
-    # float32 weights, and two moments of theirs.
+    # float32 weights and their two moments.
     each = 4 + 2 * (2 if config.moments == "bfloat16" else 4)
     if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
         each += 2  # the copies that products use
@@ -213,5 +214,5 @@ def refuse_what_cannot_fit(need: TrainingMemory, saes: int, device: torch.device
 
 
 def gigabytes(number: int) -> str:
-    """Bytes for people: "1.5 GB"."""
+    """Bytes in a readable unit: "1.5 GB"."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 
-# Loading a model and sampling replies take what they take; a process that dies is noticed at once.
-_PATIENCE = timedelta(hours=12)
+# Loading a model and sampling replies may take hours; a process that dies is noticed at once.
+_LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Processes:
             return [values]
         import torch.distributed as dist
 
-        found = [torch.empty_like(values) for _ in range(self.world)]
+        gathered = [torch.empty_like(values) for _ in range(self.world)]
         try:
-            dist.all_gather(found, values.contiguous())
+            dist.all_gather(gathered, values.contiguous())
         except RuntimeError as error:
             raise self._lost() from error
-        return found
+        return gathered
 
     def interleave(
         self, own: Shaped[Tensor, " rows"], size: int, fill: int | float
     ) -> Shaped[Tensor, " all_rows"]:
-        """Values of everybody's rows in global order: rank r has rows r, r + world, ...
+        """The values of all processes' rows in global order: rank r has rows r, r + world, ...
 
         `size` is the most that a process can have; what is missing at the end is `fill`.
         """
@@ -59,12 +59,12 @@ class Processes:
         import torch.distributed as dist
 
         try:
-            dist.monitored_barrier(timeout=_PATIENCE)
+            dist.monitored_barrier(timeout=_LONGEST_WAIT)
         except RuntimeError as error:
             raise self._lost() from error
 
     def same(self, what: str, value: str) -> None:
-        """Refuse to go on when processes differ in `value`."""
+        """Raise UserError when the processes differ in `value`; `what` names it in the error."""
         import hashlib
 
         digest = hashlib.sha256(value.encode()).digest()[:7]
@@ -95,7 +95,7 @@ def join_processes(timeout: int) -> Processes:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all: rank 0 of torchrun, or the only one."""
+    """Whether this process reports for all of them: rank 0 of torchrun, or the only one."""
     return not is_one_of_many() or int(os.environ["RANK"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as a question: long work asks after each step whether to stop, and saves first."""
+"""Ctrl-C sets a flag: long work checks it after each step, saves its state and stops."""
 
 import contextlib
 import signal
@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 GRACE_SECONDS = 60.0
-"""How long the work may take to save and leave once it was asked to."""
+"""How long the work may take to save and stop after the first signal."""
 
 
 @contextlib.contextmanager
 def stop_requests(grace_seconds: float = GRACE_SECONDS) -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a question asked after each step; a second one kills at once.
+    """Turn SIGINT and SIGTERM into a flag, which the yielded function reads; a second signal kills.
 
-    When the block has not been left `grace_seconds` after the first, the signal comes again by
-    itself: what is on disk by then is whole, and a scheduler that would kill the process soon is
-    not kept waiting. Outside the main thread, where Python delivers no signals, the answer is
-    always no.
+    If the block is still running `grace_seconds` after the first signal, the signal is sent again
+    and ends the process: files on disk are whole at any moment, and a scheduler that would kill the
+    process soon is not kept waiting. Outside the main thread, where Python delivers no signals, the
+    flag is never set.
     """
-    asked = False
+    requested = False
     timer: threading.Timer | None = None
 
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal asked, timer
-        asked = True
+        nonlocal requested, timer
+        requested = True
         signal.signal(number, previous[number])
         if timer is None:
             timer = threading.Timer(grace_seconds, _send_again, [number])
@@ -34,10 +34,10 @@ def stop_requests(grace_seconds: float = GRACE_SECONDS) -> Iterator[Callable[[],
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # None stands for a handler that was not installed from Python and cannot be put back.
+            # None means a handler that was not installed from Python and cannot be restored.
             previous[number] = signal.signal(number, on_signal) or signal.SIG_DFL
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         if timer is not None:
             timer.cancel()
@@ -46,7 +46,7 @@ def stop_requests(grace_seconds: float = GRACE_SECONDS) -> Iterator[Callable[[],
 
 
 def _send_again(number: int) -> None:
-    """To the main thread, so that a system call in which it hangs is interrupted too."""
+    """Send a signal to the main thread, which also interrupts a system call that hangs."""
     main = threading.main_thread().ident
     if hasattr(signal, "pthread_kill") and main is not None:
         signal.pthread_kill(main, number)

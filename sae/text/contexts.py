@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 from saesteer.sae.config import TextConfig
 from saesteer.sae.model.generation import position_limit
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.processes import ALONE, Processes
-from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus, reason_of
+from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus
 
-# What is tokenized in one call: less leaves cores idle, more only takes memory.
+# Tokenized in one call: fewer would leave cores idle, more would only need memory.
 _DOCUMENTS_AT_ONCE = 32
 _CHARACTERS_AT_ONCE = 1_000_000
 
@@ -41,7 +41,7 @@ class ContextBatch:
 
 @dataclass
 class _Piece:
-    """Tokens of one document that wait to be cut into contexts."""
+    """The tokens of one document that are not yet part of a context."""
 
     epoch: int
     document: int
@@ -50,7 +50,7 @@ class _Piece:
 
     @property
     def owner(self) -> int:
-        """A number for the document; the same text in another epoch has another one."""
+        """A number that identifies the document; in another epoch the same text has another one."""
         return (self.epoch << 32) + self.document
 
 
@@ -58,9 +58,9 @@ class ContextStream:
     """Documents packed end to end into contexts of a fixed length, without padding.
 
     Documents are separated by the end-of-text token; where the tokenizer puts a beginning-of-text
-    token in front of a text, every context starts with one. Special tokens are marked not to keep,
-    and without `keep_template` also what the chat template adds to the messages of a chat. What is
-    left at the end of the last epoch and fills no context is dropped.
+    token in front of a text, every context starts with one. Special tokens are marked as not to be
+    kept, and without `keep_template` also what the chat template adds to the messages of a chat.
+    Tokens at the end of the last epoch that do not fill a context are dropped.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ContextStream:
         return owners
 
     def _read_document(self) -> bool:
-        """Append one document's tokens; False when there are no more."""
+        """Append the tokens of the next document; False when there are no more documents."""
         while self.epoch < self.epochs:
             if self._documents is None:
                 self._documents = self.corpus.documents(self.seed + self.epoch, self.consumed)
@@ -172,9 +172,9 @@ class ContextStream:
         return False
 
     def _tokenize_some(self, documents: Iterator[Document]) -> None:
-        """Tokenize the next documents, which the tokenizer shares among the cores.
+        """Tokenize several documents in one call, which the tokenizer spreads over the cores.
 
-        An error counts only once the documents before it are used up.
+        An error is raised only once the documents before it are used up.
         """
         texts: list[str] = []
         spans: list[list[tuple[int, int]] | None] = []
@@ -193,14 +193,14 @@ class ContextStream:
         try:
             self._tokenized += self._tokenize(texts, spans)
         except Exception:
-            # Which of them it was, the library does not say.
+            # The library does not say which text it was: try them one by one.
             for text, content in zip(texts, spans, strict=True):
                 try:
                     self._tokenized += self._tokenize([text], [content])
-                except Exception as error:  # tokenizers raise what they like
+                except Exception as error:  # tokenizers raise exceptions of any type
                     failure = UserError(
                         f"`data` {self.corpus.name} holds a text that the tokenizer of "
-                        f"{self.lm.name} refuses ({reason_of(error)}): mend or remove "
+                        f"{self.lm.name} refuses ({reason_of(error)}): correct or remove "
                         f"{text[:40]!a}"
                     )
                     break
@@ -210,7 +210,7 @@ class ContextStream:
     def _tokenize(
         self, texts: list[str], spans: list[list[tuple[int, int]] | None]
     ) -> list[tuple[list[int], list[bool]]]:
-        """Token ids of each text and its separator, and which of them its chat template wrote."""
+        """Token ids of each text and its separator, and which come from its chat template."""
         if not texts:
             return []
         asked = any(content is not None for content in spans)
@@ -219,17 +219,21 @@ class ContextStream:
         tokenized = []
         for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
             # A token that holds a character of a message belongs to the message.
-            template = [False] * len(ids) if content is None else [
-                not any(low < end and high > start for start, end in content)
-                for low, high in places
-            ]  # fmt: skip
+            template = (
+                [False] * len(ids)
+                if content is None
+                else [
+                    not any(low < end and high > start for start, end in content)
+                    for low, high in places
+                ]
+            )
             end = self._separator
             tokenized.append((list(ids) + end, template + [False] * len(end)))
         return tokenized
 
     def _as_text(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
-        """A document as the model reads it, and for a chat whose template is left out the places
-        of its messages."""
+        """A document as text, and the character spans of its messages for a chat whose template is
+        to be excluded."""
         if isinstance(document, str):
             return document, None
         if not self.lm.has_chat_template:
@@ -240,7 +244,7 @@ class ContextStream:
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
             return str(self.lm.tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise exceptions of any type
             raise UserError(
                 f"`data` {self.corpus.name} has `messages` that the chat template of "
                 f"{self.lm.name} refuses ({reason_of(error)}): change their roles or order"
@@ -249,10 +253,10 @@ class ContextStream:
     def _content_spans(
         self, messages: list[dict[str, str]], rendered: str
     ) -> list[tuple[int, int]]:
-        """Characters of `rendered` that the messages wrote.
+        """Character spans of the messages in `rendered`.
 
-        The template is rendered once more around marks; searching for the messages themselves could
-        find them in the template ("user", "assistant").
+        The template is rendered a second time with a mark in place of each message: searching for a
+        message itself could find it in the template ("user", "assistant").
         """
         marks = [f"\u2042{i}\u2042" for i in range(len(messages))]
         marked = self._render(
@@ -278,7 +282,7 @@ class ContextStream:
         return spans
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: the first document not used up, and how much of it is used."""
+        """The position: the first document that is not used up, and how much of it is used."""
         epoch, document, used = self.epoch, self.consumed, self._skip
         if self._pieces:
             first = self._pieces[0]
@@ -297,8 +301,8 @@ class MixedStream:
     """Contexts of a corpus and of the model's own replies, in a stated share.
 
     Context number n is one of replies when floor((n + 1) · share) exceeds floor(n · share): an even
-    mixture that depends on nothing but n. The replies are few and repeat; the corpus decides when
-    the stream ends.
+    mixture that depends on n alone. The replies are few and repeat; the stream ends when the corpus
+    does.
     """
 
     def __init__(self, corpus: ContextStream, replies: ContextStream, share: float) -> None:
@@ -323,7 +327,7 @@ class MixedStream:
             if int((n + 1) * self.share) > int(n * self.share):
                 batch = self.replies.next_batch(1)
                 if batch is not None:
-                    # Documents of their own: their numbers go down from those of the corpus.
+                    # Negative, so that no reply has the number of a document of the corpus.
                     owners = -2 - batch.document_ids
                     batch = ContextBatch(batch.token_ids, batch.keep, owners, batch.numbers)
             else:
@@ -343,7 +347,7 @@ class MixedStream:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where both streams stand; JSON-ready."""
+        """The positions of both streams; JSON-ready."""
         return {
             "corpus": self.corpus.state_dict(),
             "replies": self.replies.state_dict(),
@@ -373,9 +377,9 @@ class SharedStream:
         self.load_state_dict = contexts.load_state_dict
 
     def next_batch(self, rows: int) -> ContextBatch | None:
-        """This process's next contexts, at most `rows`; none at all only when the text has ended.
+        """This process's next contexts, at most `rows`; None when the text has ended.
 
-        The last batch of the text can be empty here and not elsewhere.
+        The last batch of the text may hold no contexts for this process.
         """
         batch = self.contexts.next_batch(rows * self.processes.world)
         return None if batch is None else batch[self.processes.rank :: self.processes.world]
@@ -383,8 +387,8 @@ class SharedStream:
 
 Contexts = ContextStream | MixedStream | SharedStream
 
-# Replies may repeat as often as the corpus asks for them.
-_ENDLESS = 1_000_000
+# Epochs of the replies, which repeat as often as the corpus needs them.
+_REPLY_EPOCHS = 1_000_000
 
 
 def open_contexts(
@@ -412,8 +416,7 @@ def open_contexts(
     stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)
     if replies_file is not None:
         assert isinstance(stream, ContextStream)
-        # Named without its folder: an output folder that was moved, replies and all, can be
-        # resumed.
-        replies = packed(FileCorpus(replies_file.name, [replies_file]), _ENDLESS)
+        # Named without its folder, so that a run can be resumed after its output folder was moved.
+        replies = packed(FileCorpus(replies_file.name, [replies_file]), _REPLY_EPOCHS)
         stream = MixedStream(stream, replies, config.replies_share)
     return stream if processes.world == 1 else SharedStream(stream, processes)

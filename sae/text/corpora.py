@@ -1,4 +1,4 @@
-"""Corpora: documents from files, folders, the Hub and CPython, in an order that a seed permutes."""
+"""Corpora: documents from files, folders, the Hub and CPython, in a seeded order."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UserError, reason_of
 from saesteer.checkpoints.files import sha256_file
 
 Document = str | list[dict[str, str]]
 """Plain text, or the messages of a chat."""
 
-# Paragraphs are put together until a document of a plain-text file has this many bytes.
+# Paragraphs of a plain-text file are joined until a document has this many bytes.
 _DOCUMENT_BYTES = 2000
-# Where a text has no blank lines, it is cut after this many.
+# A text without blank lines is cut after this many bytes.
 _LONGEST_DOCUMENT_BYTES = 65_536
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 _HUB_SHUFFLE_ROWS = 10_000
@@ -31,11 +31,11 @@ class Corpus(Protocol):
     name: str
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
-        """The documents of one pass in the order of `seed`, without the first `start`."""
+        """The documents of one epoch in the order drawn from `seed`, without the first `start`."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What was read, precisely enough to tell whether it is the same text again."""
+        """What was read, JSON-ready, precise enough to recognise the same text again."""
         ...
 
 
@@ -77,7 +77,7 @@ class FileCorpus:
             file.seek(start)
             raw = file.read(end - start)
         try:
-            # Some editors begin a file with a byte-order mark, which is no text.
+            # Some editors begin a file with a byte-order mark, which is not text.
             text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
@@ -176,7 +176,7 @@ def _is_message(value: Any) -> bool:
 
 
 class PythonDocs:
-    """The language reference that every CPython carries as the help texts of `pydoc`."""
+    """The language reference that comes with every CPython as the help texts of `pydoc`."""
 
     name = "python-docs"
 
@@ -248,15 +248,10 @@ class HubCorpus:
         return {"name": self.name, "builder": info.builder_name, "version": str(info.version)}
 
 
-def reason_of(error: Exception) -> str:
-    """What a library said, on one line of bearable length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 class JoinedCorpus:
-    """Several corpora, each in its own seeded order, taking turns document by document.
+    """Several corpora, each in its own seeded order, which alternate document by document.
 
-    When one has ended the others go on, so every corpus is read however few tokens are wanted.
+    When one has ended the others continue. So every corpus is read, however few tokens are needed.
     """
 
     def __init__(self, parts: Sequence[Corpus]) -> None:
@@ -280,7 +275,7 @@ class JoinedCorpus:
 
 
 def open_corpus(specs: Sequence[str]) -> Corpus:
-    """Open the corpora that `--data` names. Raises UserError for one that cannot be opened."""
+    """Open the corpora that `data` names. Raises UserError for one that cannot be opened."""
     parts = [_open_one(spec) for spec in specs]
     return parts[0] if len(parts) == 1 else JoinedCorpus(parts)
 
@@ -304,6 +299,6 @@ def _open_one(spec: str) -> Corpus:
 
 
 def _is_text_in(file: Path, folder: Path) -> bool:
-    """Whether a file is text of the folder; what is hidden (.git, .venv) is not."""
+    """Whether a file is one of the folder's texts; hidden files and folders (.git) are left out."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return not hidden and file.suffix.lower() in _TEXT_SUFFIXES and file.is_file()

@@ -1,4 +1,4 @@
-"""A person's text as the model sees it: through the chat template, with the text's place kept."""
+"""A user's text as the model reads it: in the chat template, with the text's position known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from saesteer.sae.model.language_model import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """Token ids of one prompt and where the person's own text lies in them.
+    """Token ids of one prompt, and the position of the user's text in them.
 
     `offsets` are the character spans of each token in `rendered`; `text_start` is where `text`
     begins there. Tokens outside the text belong to the template.
@@ -45,7 +45,7 @@ class EncodedPrompt:
 
     @cached_property
     def user_span(self) -> tuple[int, int]:
-        """The tokens of the person's text."""
+        """The tokens of the user's text: the first, and one past the last."""
         return self.token_span(0, len(self.text))
 
     @cached_property
@@ -86,7 +86,7 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
         start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
         if start < 0 or not rendered.startswith(text, start):
             raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `chat=False`")
-    # A template writes its own BOS; a plain text gets the tokenizer's.
+    # A template writes its own BOS token; to a plain text the tokenizer adds one.
     encoded = lm.tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     return EncodedPrompt(
         text, rendered, list(encoded["input_ids"]), list(encoded["offset_mapping"]), start

@@ -1,7 +1,7 @@
 """The model's own replies to instructions, as text to train on.
 
-An SAE that never saw an instructed behaviour has no latent for it, so the training mix holds what
-the model itself says when instructed (and when not).
+An SAE that never saw an instructed behaviour has no latent for it, so the training text includes
+the model's own replies with and without instructions.
 """
 
 import hashlib
@@ -23,10 +23,15 @@ class ReplyConfig:
     """How replies are sampled."""
 
     max_new_tokens: int = 40
+    """Longest reply, in tokens."""
     temperature: float = 0.8
+    """0 is greedy."""
     top_p: float = 0.95
+    """Nucleus sampling: the share of the probability that tokens are drawn from."""
     seed: int = 0
+    """Of the sampling."""
     batch_size: int = 64
+    """Prompts answered at a time."""
 
 
 def sample_replies(
@@ -39,10 +44,10 @@ def sample_replies(
     """Let the model answer `prompts` and return a JSONL corpus of prompts and replies.
 
     The file lies in `folder` under a name made from the model's weights and chat template, the
-    prompts and the settings; when it is already there it is used as it is. Replies of a chat model
+    prompts and the settings; a file that exists already is used again. Replies of a chat model
     are `messages` rows, those of a base model `text` rows.
 
-    Raises UserError when there is nothing to answer or the model says nothing.
+    Raises UserError when there is no prompt, or when all replies are empty.
     """
     if not prompts:
         raise UserError("`replies` names tasks without a single prompt: nothing to answer")

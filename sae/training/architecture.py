@@ -1,8 +1,8 @@
-"""The seam between the trainer and the kinds of SAE that it trains.
+"""The interface between the trainer and the kinds of SAE that it trains.
 
 An architecture is one file in `architectures/`: a frozen dataclass of its own settings that says
 which parameters it has, how they start, what one pass over a batch gives (the loss, and what the
-gradients are made of), and what the finished SAE is called. The trainer knows parameters, passes
+gradients are made of), and what the finished SAE is called. The trainer handles parameters, passes
 and counts of firings; it knows neither k nor any other setting.
 
 Legend of dimensions: B batch, I d_in, O d_out (both d_model for an SAE, which writes what it reads;
@@ -30,7 +30,7 @@ Parameters = dict[str, Tensor]
 
 ENTRY_PARAMETERS = ("W_enc_rows", "W_dec", "b_enc")
 """Parameters whose gradients are sums over entries: `Pass.encoder`, `Pass.decoder`, and the sum of
-the encoder's weights. Those of all others stand in `Pass.dense`."""
+the encoder's weights. Those of all others are in `Pass.dense`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EntrySum:
 
 @dataclass(frozen=True)
 class CompactGradients:
-    """Further gradients, of a few latents only and whole: those of an auxiliary loss."""
+    """Further gradients, of a few latents only: those of an auxiliary loss."""
 
     ids: Int[Tensor, " few"]
     W_enc_rows: Float[Tensor, "few d_in"]
@@ -71,9 +71,11 @@ class Pass:
     loss: Float[Tensor, ""]
     """Mean over the rows of the pass."""
     squared_error: Float[Tensor, ""]
+    """Sum of |reconstruction - target|^2."""
     squared_deviation: Float[Tensor, ""]
     """Sum of |target - mean target|^2."""
     examples: int
+    """Rows of the pass."""
     latent_acts: Float[Tensor, "batch k"] | Float[Tensor, " entries"]
     """A latent fired in an entry whose activation is not 0."""
     latent_indices: Int[Tensor, "batch k"] | Int[Tensor, " entries"]
@@ -84,12 +86,13 @@ class Pass:
     encoder: EntrySum
     """Its weights are the derivatives by the pre-activations."""
     factor: float
-    """What both sums are multiplied with."""
+    """What both sums are multiplied by."""
     row_starts: Int[Tensor, " starts"] | None = None
     """Where examples have different numbers of entries: those of example b are entries
     row_starts[b]:row_starts[b + 1]. None for a rectangle `[batch, k]`."""
     dense: dict[str, Tensor] = field(default_factory=dict)
-    """Whole gradients of other parameters, and further parts of those of `ENTRY_PARAMETERS`."""
+    """Gradients of other parameters in full size, and further terms of those of
+    `ENTRY_PARAMETERS`."""
     compact: CompactGradients | None = None
 
     @property
@@ -102,7 +105,7 @@ class Architecture(ABC):
     """One kind of SAE with its settings; subclasses are frozen dataclasses."""
 
     name: ClassVar[str]
-    """What `arch` calls it."""
+    """Its name as `arch` takes it."""
     unit_rows: ClassVar[frozenset[str]] = frozenset({"W_dec"})
     """Matrices whose rows keep length 1."""
     canonical_names: ClassVar[Mapping[str, str]] = {
@@ -133,7 +136,7 @@ class Architecture(ABC):
 
     @property
     def uses_dead(self) -> bool:
-        """Whether `loss` wants to know which latents are dead."""
+        """Whether `loss` needs to know which latents are dead."""
         return False
 
     def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
@@ -171,8 +174,8 @@ class Architecture(ABC):
         Matrices and `x` may be in bfloat16. Nothing may wait for the device.
         """
 
-    def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most move freely)
-        """Put back, in place, what a step may have moved out of its range."""
+    def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most have no range)
+        """Move parameters that a step may have moved out of their range back, in place."""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
@@ -189,23 +192,29 @@ class Architecture(ABC):
 
 
 @torch.no_grad()
-def gradients(done: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor, " d_sae"]]:
+def gradients(sae_pass: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor, " d_sae"]]:
     """Gradients of `loss` by every parameter, and how often each latent fired.
 
-    With matrices of the parameters' size: for clipping and accumulation. The trainer's fast path
-    steps from the entries themselves.
+    They are of the parameters' size, as clipping and accumulation need them. The trainer's fast
+    path steps from the entries themselves.
     """
-    decoder, encoder = done.decoder, done.encoder
+    decoder, encoder = sae_pass.decoder, sae_pass.encoder
     W_dec, W_enc, b_enc, counts = sparse_pair_grads(
-        decoder.weights, decoder.rows, encoder.weights, encoder.rows,
-        done.latent_indices, d_sae, done.order, row_starts=done.row_starts,
-    )  # fmt: skip
+        decoder.weights,
+        decoder.rows,
+        encoder.weights,
+        encoder.rows,
+        sae_pass.latent_indices,
+        d_sae,
+        sae_pass.order,
+        row_starts=sae_pass.row_starts,
+    )
     grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
     for grad in grads.values():
-        grad.mul_(done.factor)
-    for name, part in done.dense.items():
+        grad.mul_(sae_pass.factor)
+    for name, part in sae_pass.dense.items():
         grads[name] = grads[name] + part if name in grads else part
-    if done.compact is not None:
+    if sae_pass.compact is not None:
         for name in ENTRY_PARAMETERS:
-            grads[name][done.compact.ids] += getattr(done.compact, name)
+            grads[name][sae_pass.compact.ids] += getattr(sae_pass.compact, name)
     return grads, counts

@@ -9,7 +9,7 @@ from saesteer.sae.training.architecture import CompactGradients, DeadList, Param
 MOST_AUX = 512
 """Most dead latents that the auxiliary loss uses for an example (Gao et al., appendix A.2)."""
 
-# Pre-activations of the auxiliary loss: at most so many at once (64 MiB).
+# Most pre-activations of the auxiliary loss at once: 64 MiB in float32.
 _AUX_ELEMENTS = 2**24
 
 
@@ -22,13 +22,18 @@ def auxiliary_loss(
 ) -> tuple[Float[Tensor, ""], CompactGradients]:
     """The loss of `saesteer.kernels.auxk` with k_aux = min(512, number dead), and its gradients.
 
-    `error` is reconstruction minus target, held constant. `weight` is in both results.
+    `error` is reconstruction minus target, held constant. Both results are multiplied by `weight`.
     """
-    # Where the dead are not few, some rows of the batch speak for all and memory stays bounded.
+    # With many dead latents, every n-th row of the batch stands for all, which bounds the memory.
     stride = max(1, -(-len(x) * len(dead.ids) // _AUX_ELEMENTS))
     loss, W_enc, b_enc, W_dec = auxk(
-        x[::stride], -error[::stride],
-        parameters["W_enc_rows"], parameters["b_enc"], parameters["W_dec"],
-        dead.ids, MOST_AUX, dead.is_filler,
-    )  # fmt: skip
+        x[::stride],
+        -error[::stride],
+        parameters["W_enc_rows"],
+        parameters["b_enc"],
+        parameters["W_dec"],
+        dead.ids,
+        MOST_AUX,
+        dead.is_filler,
+    )
     return weight * loss, CompactGradients(dead.ids, weight * W_enc, weight * b_enc, weight * W_dec)

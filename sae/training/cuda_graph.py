@@ -1,8 +1,8 @@
 """One training step as a CUDA graph: many small launches become one.
 
 A step on a narrow SAE is a few dozen kernels of some tens of microseconds; launching them one by
-one from Python takes longer than running them. Everything a step changes is changed in place and
-everything the host decides stands in tensors, so that the recorded step can be replayed. It is
+one from Python takes longer than running them. A step changes everything in place, and what the
+host decides is in tensors, so that the recorded step can be replayed. It is
 recorded again when its shapes change: another batch size, or another length of the dead list.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from saesteer.checkpoints.places import Place
 from saesteer.sae.training.architecture import Pass
 
-# Runs before recording, in which libraries choose their algorithms and Triton compiles.
+# Steps before recording, in which libraries choose their algorithms and Triton compiles.
 _WARM_UPS = 3
 
 
 @runtime_checkable
 class Recordable(Protocol):
-    """What a step has to offer; see `SAETrainer`."""
+    """What a trainer must offer for its steps to be recorded; see `SAETrainer`."""
 
     device: torch.device
 
@@ -73,9 +73,9 @@ class GraphedStep:
                 trainer.apply(trainer.losses(self._rows))
         torch.cuda.current_stream(trainer.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # The harvest's thread goes on launching meanwhile.
+        # The thread that harvests launches its own kernels during the recording.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._passes = trainer.losses(self._rows)
             trainer.apply(self._passes)
-        # Warming up was training: take it back.
+        # The warm-up steps have trained: restore the state before them.
         trainer.load_state_dict(before)

@@ -8,10 +8,10 @@ from saesteer.sae.training.architecture import DeadList
 
 
 class SilenceCounter:
-    """For each latent the tokens since it last fired; those silent for long count as dead.
+    """For each latent the tokens since it last fired; a latent that is silent for long is dead.
 
-    On a GPU the list of the dead has a length that the host chose at the last log line, the number
-    of dead latents then with room to double, so that no step waits for the device.
+    On a GPU the list of dead latents has a length that the host chose at the last log line: at
+    least twice the number of dead latents at that time. So no step waits for the device.
     """
 
     def __init__(self, d_sae: int, dead_after_tokens: int, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class SilenceCounter:
         )
         self.dead_after_tokens = dead_after_tokens
         self.capacity = 0
-        """Room for the dead on a GPU; 0 until it is first needed."""
+        """Length of the list of dead latents on a GPU; 0 until it is first needed."""
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
@@ -28,12 +28,13 @@ class SilenceCounter:
         return self.tokens_since_fired >= self.dead_after_tokens
 
     def count(self, fired: Int[Tensor, " d_sae"], tokens: int) -> None:
-        """Count `tokens` more, in which each latent fired so often."""
+        """Count `tokens` more tokens, in which each latent fired `fired` times."""
         silent = self.tokens_since_fired + tokens
         self.tokens_since_fired.copy_(torch.where(fired > 0, 0, silent))
 
     def list_length(self, tokens_seen: int) -> int | None:
-        """What decides the shapes of the coming step: room for the dead, None before any can be."""
+        """Length of the list in the next step, which decides its shapes; None before a latent can
+        be dead."""
         if tokens_seen < self.dead_after_tokens:
             return None
         if self.capacity == 0 and self.tokens_since_fired.device.type != "cpu":
@@ -46,7 +47,7 @@ class SilenceCounter:
         self.capacity = min(len(self.tokens_since_fired), 1 << (wanted - 1).bit_length())
 
     def listed(self, tokens_seen: int) -> DeadList | None:
-        """The dead latents, the longest silent first on a GPU; None before any can be."""
+        """The dead latents, on a GPU the longest silent first; None before a latent can be dead."""
         length = self.list_length(tokens_seen)
         if length is None:
             return None

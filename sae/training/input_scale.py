@@ -3,7 +3,7 @@
 Training sees x~ = a (x - mu), with mu the mean activation of a hook point and
 a = sqrt(D) / mean ||x - mu||, both measured once at the start: centred data keeps latents alive,
 and unit scale lets one learning rate serve every layer of every model. An SAE that reads or writes
-several places has one such scale for each, so that no place drowns another.
+several places has one such scale for each, so that no place dominates the others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,14 @@ class InputScale:
 
     @staticmethod
     def of(rows: Float[Tensor, "rows d_model"]) -> "InputScale":
-        """Measure a sample of activations."""
+        """The scale of a sample of raw activations."""
         wide = rows.double()
         mean = wide.mean(dim=0)
         length = (wide - mean).norm(dim=-1).mean().clamp_min(1e-12)
         return InputScale(mean, float(rows.shape[1] ** 0.5 / length))
 
     def to(self, device: torch.device) -> "InputScale":
+        """The same scale with its mean on a device."""
         return InputScale(self.mean.to(device), self.factor)
 
     def apply(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:

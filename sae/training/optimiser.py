@@ -1,7 +1,7 @@
 """Adam on the parameters of one SAE: moments, learning rate, and the two ways to move.
 
-Where no gradient has to be known as a whole, each row of a matrix is moved as soon as its gradient
-is summed from its entries; for clipping, accumulation and on a GPU whole gradients are made first.
+Where no step needs the whole gradient, each row of a matrix is moved as soon as its gradient is
+summed from its entries. For clipping, accumulation and on a GPU, whole gradients are made first.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ _EPS = 6.25e-10
 
 
 class Optimiser:
-    """Moves parameters in place. All that changes from step to step stands in tensors."""
+    """Moves parameters in place. Whatever changes from step to step is in tensors."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Optimiser:
             self.exp_avg_sq[name] = torch.zeros_like(parameter, dtype=dtype)
         self.copies = self._make_copies()
         """bfloat16 copies of the matrices, for the products; empty with float32 products."""
-        # A rate of 0 until the first step: recording a step takes some with what stands here.
+        # A rate of 0 until the first step, because recording a CUDA graph takes steps before it.
         self._schedule = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         """Set on the device once a loss is not finite; from then on no step moves anything."""
@@ -58,16 +58,16 @@ class Optimiser:
 
     @property
     def in_products(self) -> Parameters:
-        """The parameters as products use them."""
+        """The parameters for products: bfloat16 copies where there are any."""
         return {**self.parameters, **self.copies}
 
     def refresh_copies(self) -> None:
-        """After parameters were set from outside."""
+        """Update the copies after parameters were set from outside."""
         for name, copy in self.copies.items():
             copy.copy_(self.parameters[name])
 
     def set_step(self, step: int, lr: float) -> None:
-        """Tell the device the number of the coming step, from 1, and its rate."""
+        """Write the number of the next step (from 1) and its learning rate to the device."""
         for at, value in enumerate(adam_schedule(step, lr, *_BETAS)):
             self._schedule[at] = value
 
@@ -81,54 +81,66 @@ class Optimiser:
         return counts
 
     def _row_by_row(self, passes: list[Pass]) -> bool:
-        """Whether no gradient has to be known as a whole before the parameters move."""
+        """Whether the parameters can be moved row by row, without a whole gradient."""
         config = self.config
         plain = self.device.type == "cpu" and config.clip_norm is None
         plain = plain and not self.copies and config.moments == "float32"
         return plain and len(passes) == 1 and passes[0].only_entries
 
-    def _move_from_entries(self, done: Pass) -> Int[Tensor, " d_sae"]:
+    def _move_from_entries(self, sae_pass: Pass) -> Int[Tensor, " d_sae"]:
         """Each row's gradient is summed and used at once."""
-        more = done.compact
+        compact = sae_pass.compact
         beta1, beta2 = _BETAS
         step = partial(
-            adam_sparse_rows_, latent_indices=done.latent_indices, order=done.order,
-            row_starts=done.row_starts,
-            factor=done.factor, extra_ids=None if more is None else more.ids,
-            schedule=self._schedule, beta1=beta1, beta2=beta2, eps=_EPS,
-        )  # fmt: skip
+            adam_sparse_rows_,
+            latent_indices=sae_pass.latent_indices,
+            order=sae_pass.order,
+            row_starts=sae_pass.row_starts,
+            factor=sae_pass.factor,
+            extra_ids=None if compact is None else compact.ids,
+            schedule=self._schedule,
+            beta1=beta1,
+            beta2=beta2,
+            eps=_EPS,
+        )
         unit_rows = self.architecture.unit_rows
         _, counts = step(
-            *self._state("W_dec"), weights=done.decoder.weights, rows=done.decoder.rows,
-            unit_rows="W_dec" in unit_rows, extra=None if more is None else more.W_dec,
-        )  # fmt: skip
+            *self._state("W_dec"),
+            weights=sae_pass.decoder.weights,
+            rows=sae_pass.decoder.rows,
+            unit_rows="W_dec" in unit_rows,
+            extra=None if compact is None else compact.W_dec,
+        )
         b_enc, _ = step(
-            *self._state("W_enc_rows"), weights=done.encoder.weights, rows=done.encoder.rows,
-            unit_rows="W_enc_rows" in unit_rows, extra=None if more is None else more.W_enc_rows,
-        )  # fmt: skip
-        if more is not None:
-            b_enc[more.ids] += more.b_enc
-        for name, grad in {"b_enc": b_enc, **done.dense}.items():
+            *self._state("W_enc_rows"),
+            weights=sae_pass.encoder.weights,
+            rows=sae_pass.encoder.rows,
+            unit_rows="W_enc_rows" in unit_rows,
+            extra=None if compact is None else compact.W_enc_rows,
+        )
+        if compact is not None:
+            b_enc[compact.ids] += compact.b_enc
+        for name, grad in {"b_enc": b_enc, **sae_pass.dense}.items():
             self._adam(name, grad)
         return counts
 
     def _move_along_gradients(self, passes: list[Pass]) -> Int[Tensor, " d_sae"]:
         """Sum the gradients of all passes, clip them, step."""
-        rows = sum(done.examples for done in passes)
+        rows = sum(sae_pass.examples for sae_pass in passes)
         d_sae = len(self.parameters["W_dec"])
         grads: dict[str, Tensor] = {}
         counts = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
-        for done in passes:
-            # Each pass is a mean over its own rows.
-            share = done.examples / rows
-            own, fired = gradients(done, d_sae)
+        for sae_pass in passes:
+            # The loss of each pass is a mean over its own rows.
+            share = sae_pass.examples / rows
+            pass_grads, fired = gradients(sae_pass, d_sae)
             counts += fired
-            for name, grad in own.items():
+            for name, grad in pass_grads.items():
                 if name in grads:
                     grads[name].add_(grad, alpha=share)
                 else:
                     grads[name] = grad.mul_(share) if share < 1 else grad
-        loss = torch.stack([done.loss for done in passes]).sum()
+        loss = torch.stack([sae_pass.loss for sae_pass in passes]).sum()
         self.failed |= ~torch.isfinite(loss)
         scale = torch.ones_like(loss)
         if self.config.clip_norm is not None:
@@ -146,16 +158,22 @@ class Optimiser:
         param, exp_avg, exp_avg_sq = self._state(name)
         beta1, beta2 = _BETAS
         adam_rows_(
-            param, grad, exp_avg, exp_avg_sq, schedule=self._schedule, beta1=beta1, beta2=beta2,
-            eps=_EPS, unit_rows=name in self.architecture.unit_rows, grad_scale=scale,
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            schedule=self._schedule,
+            beta1=beta1,
+            beta2=beta2,
+            eps=_EPS,
+            unit_rows=name in self.architecture.unit_rows,
+            grad_scale=scale,
             shadow=self.copies.get(name),
-        )  # fmt: skip
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and moments; they share memory with what is moved."""
-        groups = {
-            "param": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq
-        }  # fmt: skip
+        """Parameters and moments, which share memory with those of this object."""
+        groups = {"param": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {
             f"{group}.{name}": tensor
             for group, tensors in groups.items()
@@ -163,6 +181,7 @@ class Optimiser:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a state into the parameters and moments, and update the bfloat16 copies."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         self.refresh_copies()

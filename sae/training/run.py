@@ -25,7 +25,7 @@ from saesteer.sae.training.saved_state import restore, state_of
 from saesteer.sae.training.stopwatch import Stopwatch
 
 _LOGS_PER_RUN = 100
-# Rows that mean and scale are measured on; more would not change the third digit.
+# Rows on which mean and scale are measured; more would not change the third digit.
 _SCALE_ROWS = 32_768
 
 
@@ -44,7 +44,7 @@ class TrainingRun:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """`facts`: what the run is recorded with; `dtype`: of the rows in the shuffle buffer."""
+        """`facts`: records of model and text; `dtype`: of the rows in the shuffle buffer."""
         self.folder = folder
         self.config = config
         self.variants = variants
@@ -64,7 +64,7 @@ class TrainingRun:
             buffer_tokens=config.buffer_tokens,
             dtype=dtype,
             seed=config.seed,
-            filling=lambda done, total: progress("fill buffer", done, total, "tokens"),
+            filling=lambda filled, total: progress("fill buffer", filled, total, "tokens"),
         )
         self.trainers: list[SAETrainer] = []
         self.saver = StateSaver(folder, keep=config.keep_states)
@@ -74,7 +74,7 @@ class TrainingRun:
         """The latest log line of each SAE."""
         self._due = False
 
-    # --- before ---
+    # --- preparation ---
 
     def parameter_counts(self) -> list[int]:
         """Numbers that the optimiser moves, of each SAE."""
@@ -88,7 +88,7 @@ class TrainingRun:
         ]
 
     def check_memory(self) -> str:
-        """What training will take, in one line. Raises UserError when that is not there."""
+        """The memory that training needs, in one line. Raises UserError when there is less."""
         need = training_memory(
             self.parameter_counts(),
             max(variant.d_sae for variant in self.variants),
@@ -108,7 +108,7 @@ class TrainingRun:
         )
 
     def check_disk(self) -> None:
-        """Refuse a run whose files would not fit; those there now give their place."""
+        """Raise UserError when the disk has too little space; the folder's files count as free."""
         rows = self.batches.buffer.rows
         footprint = train_footprint(
             self.parameter_counts(),
@@ -125,7 +125,7 @@ class TrainingRun:
         need_space(self.folder, needed, "training writes", todo)
 
     def begin(self) -> None:
-        """Fill the buffer, measure the scales, start the SAEs and their records."""
+        """Fill the buffer, measure the scales, make the SAEs and write their first records."""
         sample = PlacedRows(self.batches.fill()[:_SCALE_ROWS], self.columns)
         self.make_trainers({place: InputScale.of(sample.at(place)) for place in self.columns})
         self.files.begin()
@@ -178,7 +178,7 @@ class TrainingRun:
         try:
             batch = self.prefetch.next_batch()
         except UserError as error:
-            # Most often the corpus has ended: hours of training need not be lost with it.
+            # Most often the corpus has ended: save the state, so that no training is lost.
             self.save(now=True)
             raise type(error)(
                 f"{error}; the state is in {self.folder}: `resume` goes on from step "
@@ -188,19 +188,19 @@ class TrainingRun:
         return batch
 
     def train_step(self, batch: Float[Tensor, "batch width"]) -> None:
-        """One step of every SAE. Nothing has moved when NonFiniteError is raised."""
+        """One step of every SAE. When NonFiniteError is raised, no parameter has changed."""
         rows = PlacedRows(batch, self.columns)
         try:
-            losses = [trainer.forward(rows) for trainer in self.trainers]
+            passes = [trainer.forward(rows) for trainer in self.trainers]
         except NonFiniteError:
-            # With the batch back, the state is the one before it.
+            # With the batch returned, the saved state is the one before it.
             self.prefetch.put_back(batch)
             self.save(now=True)
             raise
-        for trainer, passes in zip(self.trainers, losses, strict=True):
-            trainer.step(passes)
+        for trainer, own_passes in zip(self.trainers, passes, strict=True):
+            trainer.step(own_passes)
 
-    # --- what is told and kept ---
+    # --- logging and saving ---
 
     def log(self, watch: Stopwatch) -> None:
         """One line per SAE in its metrics.jsonl."""
@@ -212,7 +212,7 @@ class TrainingRun:
             self.files.log(trainer.variant, self.last[i])
 
     def show(self) -> None:
-        """Tell the progress how far training is, with the FVU of the latest log line."""
+        """Report how far training is, with the FVU of the latest log line."""
         last = self.last[0]
         note = f"tokens, FVU {last['fvu']:.3f}" if last else "tokens"
         tokens = self.step * self.config.batch_tokens
@@ -227,7 +227,7 @@ class TrainingRun:
         )
 
     def save_when_due(self) -> None:
-        """Save every `checkpoint_every` tokens, once the last state is written."""
+        """Save every `checkpoint_every` tokens, as soon as the state before is written."""
         every = max(1, self.config.checkpoint_every // self.config.batch_tokens)
         self._due = self._due or self.step % every == 0
         if self._due and self.step < self.config.steps and self.saver.ready():
@@ -235,9 +235,10 @@ class TrainingRun:
             self._due = False
 
     def save(self, *, now: bool = False) -> None:
-        """Save all that `resume` needs, beside the training unless `now`.
+        """Save all that `resume` needs: in the background, or with `now` before returning.
 
-        Raises NonFiniteError, and leaves the state before, when a GPU has left out a step.
+        When a step on a GPU was left out for its loss, raises NonFiniteError and keeps the state
+        before.
         """
         for trainer in self.trainers:
             trainer.check_finite()
@@ -250,7 +251,7 @@ class TrainingRun:
 
     def finish(self) -> list[dict[str, Any]]:
         """Write each SAE with its run.json."""
-        # Meanwhile the last state is written; only a run that can be resumed calls itself complete.
+        # The last state is still being written: wait for it before any run.json says `complete`.
         hashes = [t.save(self.files.place_of(t.variant), self.facts) for t in self.trainers]
         self.saver.wait()
         return self.files.finish(

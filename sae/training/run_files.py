@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder beside its state: logs and records of each SAE."""
+"""The logs and records of each SAE that a training run writes next to its state."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,28 +27,30 @@ class RunFiles:
         self.facts = facts
 
     def place_of(self, variant: Variant) -> Path:
+        """The folder of an SAE."""
         return self.folder if len(self.variants) == 1 else self.folder / variant.folder
 
     def metrics_of(self, variant: Variant) -> Path:
-        """The log of an SAE; made when it is not there."""
+        """The log of an SAE; created if missing."""
         path = self.place_of(variant) / "metrics.jsonl"
         path.touch()
         return path
 
     def make_folders(self) -> None:
+        """Create the folder of every SAE. Raises UserError where that fails."""
         for variant in self.variants:
             with writing(self.place_of(variant)):
                 self.place_of(variant).mkdir(exist_ok=True)
 
     def begin(self) -> None:
-        """Empty logs, and records that say whose folders these are.
+        """Write empty logs and first records.
 
-        A run that is stopped before it ends is recognised by its record as one of ours, and `force`
-        may replace it.
+        The record shows that saesteer made the folder, so that `force` may replace a run that was
+        stopped before its end.
         """
         for variant in self.variants:
             self.metrics_of(variant).write_text("")
-            started = {
+            first_record = {
                 "schema_version": 1,
                 "verb": "train",
                 "complete": False,
@@ -56,9 +58,10 @@ class RunFiles:
                 "model": self.facts["model"],
                 "data": self.facts["data"],
             }
-            write_json(self.place_of(variant) / "run.json", started)
+            write_json(self.place_of(variant) / "run.json", first_record)
 
     def log(self, variant: Variant, row: dict[str, Any]) -> None:
+        """Add a line to the log of an SAE."""
         append_jsonl(self.place_of(variant) / "metrics.jsonl", row)
 
     def finish(
@@ -71,9 +74,9 @@ class RunFiles:
         """Write the final `run.json` of each SAE; returns them, with their folders.
 
         Args:
-            hashes: SHA-256 of the weights of each.
-            last: the last log line of each.
-            run: what is the same for all: rows left out, seconds.
+            hashes: SHA-256 of the weights of each SAE.
+            last: the last log line of each SAE.
+            run: facts that all SAEs share: rows left out, seconds.
         """
         results = []
         for trainer, row, sha256 in zip(trainers, last, hashes, strict=True):

@@ -23,7 +23,7 @@ from saesteer.sae.training.optimiser import Optimiser
 
 @dataclass(frozen=True)
 class Variant:
-    """One SAE of a run: where it reads and writes, and what it is made of."""
+    """One SAE of a run: where it reads and writes, its size, architecture and seed."""
 
     reads: tuple[Place, ...]
     writes: tuple[Place, ...]
@@ -34,7 +34,7 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """A folder name that tells it from the others of a run."""
+        """A folder name that no other SAE of the run has."""
         where = "+".join(folder_name(*place) for place in self.reads)
         if self.writes != self.reads:
             where += "-to-" + "+".join(folder_name(*place) for place in self.writes)
@@ -42,15 +42,16 @@ class Variant:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """All of them, each once."""
+        """The places that it reads or writes, each once."""
         return tuple(dict.fromkeys((*self.reads, *self.writes)))
 
 
 class SAETrainer:
     """The parameters of one SAE, its optimiser, and one step of training.
 
-    A step is `forward` (the losses, and what the gradients are made of) and `step` (the move). The
-    host waits for the device in neither: what is counted is counted there, and read by `take_log`.
+    A step is `forward` (the losses, and what the gradients are made of) and `step` (the parameters
+    move). In neither does the host wait for the device: counts are kept there, and read by
+    `take_log`.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class SAETrainer:
 
     @property
     def d_in(self) -> int:
+        """Width of the input: that of all places read, side by side."""
         return sum(len(scale.mean) for scale in self.read)
 
     @property
     def d_out(self) -> int:
+        """Width of the output: that of all places written, side by side."""
         return sum(len(scale.mean) for scale in self.write)
 
     def lr(self) -> float:
@@ -96,10 +99,10 @@ class SAETrainer:
         return self.peak_lr * min(1.0, rising, falling)
 
     def forward(self, batch: PlacedRows) -> list[Pass]:
-        """The losses of a batch, and what the gradients are made of. Nothing moves.
+        """The losses of a batch, and what the gradients are made of. No parameter changes.
 
         One pass, or one for each `micro_batch_tokens` rows. Raises NonFiniteError when a loss is
-        NaN or infinite (on a GPU `take_log` does, and nothing has moved since).
+        NaN or infinite (on a GPU `take_log` does, and no parameter has changed since).
         """
         rows = {
             place: batch.at(place).to(self.device, non_blocking=True)
@@ -147,12 +150,12 @@ class SAETrainer:
             self.apply(passes)
 
     def apply(self, passes: list[Pass]) -> None:
-        """The part of `step` that the device does; what the host decides stands in tensors."""
+        """The part of `step` that runs on the device; what the host decides is in tensors."""
         counts = self.optimiser.move(passes)
-        rows = sum(done.examples for done in passes)
+        rows = sum(sae_pass.examples for sae_pass in passes)
         self.silence.count(counts, rows)
-        self._log[0] += sum(done.squared_error for done in passes)
-        self._log[1] += sum(done.squared_deviation for done in passes)
+        self._log[0] += sum(sae_pass.squared_error for sae_pass in passes)
+        self._log[1] += sum(sae_pass.squared_deviation for sae_pass in passes)
         self._log[2] += counts.sum()
         self._log[3] += rows
 
@@ -161,7 +164,7 @@ class SAETrainer:
         return self.steps_taken * self.config.batch_tokens
 
     def shape_key(self) -> object:
-        """What decides the shapes of the coming step besides its rows."""
+        """What decides the shapes of the next step, apart from its rows."""
         if not self.architecture.uses_dead:
             return None
         return self.silence.list_length(self._tokens_seen)
@@ -169,7 +172,7 @@ class SAETrainer:
     def check_finite(self) -> None:
         """Raise NonFiniteError when a step since the last log line was left out for its loss.
 
-        Waits for a GPU. A state saved after such a step would lack it, and say nothing of it.
+        Waits for a GPU. A state saved after such a step would silently lack it.
         """
         if bool(self.optimiser.failed):
             raise self._not_finite()
@@ -184,8 +187,8 @@ class SAETrainer:
     def take_log(self) -> dict[str, float]:
         """FVU, L0 and the dead fraction of the batches since the last call.
 
-        The one place where the host waits for a GPU. Raises NonFiniteError when a loss since then
-        was not finite: the parameters are those of the step before it.
+        Only here does the host wait for a GPU. Raises NonFiniteError when a loss since then was not
+        finite: the parameters are those before that step.
         """
         dead = self.silence.dead.sum()
         error, deviation, active, rows, n_dead, failed = torch.stack(
@@ -204,7 +207,7 @@ class SAETrainer:
         }
 
     def spec(self, facts: dict[str, Any]) -> SAESpec:
-        """What the SAE is called and computes, in canonical form, as trained so far."""
+        """The SAE's specification in canonical form, as trained so far; `facts` are the run's."""
         place = self.variant.reads[0]
         layer, site = place
         return SAESpec(
@@ -235,6 +238,7 @@ class SAETrainer:
         return save_sae(folder, self.spec(facts), **tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """All that a step depends on, by name; shares memory with this trainer."""
         state = self.optimiser.state_dict()
         state["tokens_since_fired"] = self.silence.tokens_since_fired
         state["step"] = torch.tensor(self.steps_taken)
@@ -243,6 +247,7 @@ class SAETrainer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where `state_dict` was taken."""
         self.optimiser.load_state_dict(state)
         self.silence.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_taken = int(state["step"])

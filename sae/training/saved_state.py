@@ -1,4 +1,4 @@
-"""A training run as tensors and JSON values, and back, to the bit."""
+"""Turns a training run into tensors and JSON values, and restores it bit for bit."""
 
 import os
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ Groups = dict[str, dict[str, Tensor]]
 
 
 def identity(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run may not change."""
+    """The settings and inputs that a resumed run must share with the run before."""
     settings = plain(asdict(config))
-    # What a person changes to get past the reason for the stop.
+    # These may change, to avoid whatever stopped the run.
     del settings["checkpoint_every"], settings["keep_states"], settings["lr"]
     del settings["cuda_graph"]
     text = settings.pop("text")
@@ -58,7 +58,7 @@ def state_of(
         "step": run.step,
         "seconds": run.seconds,
         "scales": [_factors(trainer) for trainer in run.trainers],
-        # By these a state opens as an SAE without the run's settings.
+        # With these a state can be opened as an SAE without the run's settings.
         "saes": {t.variant.folder: asdict(t.spec(run.facts)) for t in run.trainers},
         "canonical": {t.variant.folder: dict(t.architecture.canonical_names) for t in run.trainers},
         "peak_lrs": [trainer.peak_lr for trainer in run.trainers],
@@ -79,7 +79,7 @@ def restore(run: "TrainingRun") -> None:
     run.make_trainers(scales)
     for i, trainer in enumerate(run.trainers):
         trainer.load_state_dict(parts[str(i)])
-        if run.config.lr is None:  # left out, not changed
+        if run.config.lr is None:  # not given, so not changed
             trainer.peak_lr = meta["peak_lrs"][i]
         # Lines written after the state was saved will be written again.
         with run.files.metrics_of(trainer.variant).open("r+b") as file:
@@ -97,15 +97,15 @@ def _groups(tensors: dict[str, Tensor]) -> Groups:
     return parts
 
 
-def _of_places(trainer: SAETrainer) -> list[InputScale]:
+def _scales_of(trainer: SAETrainer) -> list[InputScale]:
     """The scale of each of a trainer's places, in the order of `Variant.places`."""
-    found = dict(zip(trainer.variant.reads, trainer.read, strict=True))
-    found |= zip(trainer.variant.writes, trainer.write, strict=True)
-    return [found[place] for place in trainer.variant.places]
+    scales = dict(zip(trainer.variant.reads, trainer.read, strict=True))
+    scales |= zip(trainer.variant.writes, trainer.write, strict=True)
+    return [scales[place] for place in trainer.variant.places]
 
 
 def _means(trainer: SAETrainer) -> dict[str, Tensor]:
-    scales = _of_places(trainer)
+    scales = _scales_of(trainer)
     return {_mean_name(i): scale.mean for i, scale in enumerate(scales)}
 
 
@@ -114,8 +114,8 @@ def _mean_name(number: int) -> str:
 
 
 def _factors(trainer: SAETrainer) -> float | list[float]:
-    """One number for an SAE of one place, as states have always had it."""
-    factors = [scale.factor for scale in _of_places(trainer)]
+    """The scales' factors; a single number for an SAE of one place, as in older states."""
+    factors = [scale.factor for scale in _scales_of(trainer)]
     return factors[0] if len(factors) == 1 else factors
 
 

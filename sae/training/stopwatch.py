@@ -1,4 +1,4 @@
-"""Time since the last log line, and how much of it each side waited for the other."""
+"""Time since the last log line, and how long model and trainer waited for each other."""
 
 import time
 
@@ -6,7 +6,7 @@ from saesteer.sae.activations.prefetch import Prefetch
 
 
 class Stopwatch:
-    """Times the loop over batches."""
+    """Times the loop over batches, in wall-clock seconds."""
 
     def __init__(self, prefetch: Prefetch) -> None:
         self._prefetch = prefetch
@@ -15,9 +15,11 @@ class Stopwatch:
         self._tokens = 0
 
     def got_batch(self) -> None:
+        """A batch has arrived; the time since the last step was spent waiting."""
         self._waited += time.monotonic() - self._mark
 
     def stepped(self, tokens: int) -> None:
+        """A step on `tokens` tokens has ended."""
         self._tokens += tokens
         self._mark = time.monotonic()
 
@@ -26,7 +28,7 @@ class Stopwatch:
 
         `stall_trainer`: share of the time in which the trainer waited for a batch.
         `stall_model`: share in which the model (or the reading of shards) waited for the trainer,
-        with as many batches made ahead as may wait.
+        with as many batches ready as may wait.
         """
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)

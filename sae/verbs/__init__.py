@@ -1,1 +1,1 @@
-"""The public calls of this room, one file each."""
+"""The public calls of this package, one file each."""

@@ -1,4 +1,4 @@
-"""Proof that hooks read and write where they say on this model, and what a job would cost."""
+"""Checks that hooks read and write where they should on a model; predicts what a job would cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UserError, reason_of
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD
 from saesteer.sae.config import (
@@ -33,7 +33,7 @@ from saesteer.sae.runs.memory_use import model_bytes, training_memory
 from saesteer.sae.training.architectures import architecture_named
 from saesteer.sae.verbs.metrics import metrics
 
-# Enough text for an SAE's FVU to two digits, in seconds.
+# Enough tokens for two digits of an SAE's FVU, measured within seconds.
 _SAE_TOKENS = 4096
 
 
@@ -103,14 +103,14 @@ def _run_check(check: Check, lm: LanguageModel, point: HookPoint, ids: Ids) -> d
             detail = check(lm, point, ids)
     except (_Failed, UserError) as failure:
         return {"name": name, "ok": False, "detail": str(failure)}
-    except Exception as failure:  # a model that breaks under a hook is a finding, too
-        reason = " ".join(str(failure).split())[:200]
-        return {"name": name, "ok": False, "detail": f"{type(failure).__name__}: {reason}"}
+    except Exception as failure:  # a model that raises under a hook has failed the check
+        detail = f"{type(failure).__name__}: {reason_of(failure)}"
+        return {"name": name, "ok": False, "detail": detail}
     return {"name": name, "ok": True, "detail": detail}
 
 
 class _Failed(Exception):
-    """A check found what it should not."""
+    """A check has failed; the message says how."""
 
 
 def _logits(lm: LanguageModel, ids: Ids) -> Float[Tensor, "rows seq vocabulary"]:
@@ -124,7 +124,7 @@ def _reads_what_the_model_reports(lm: LanguageModel, point: HookPoint, ids: Ids)
         return "the model reports nothing at this site to compare with"
     index = point.layer + (point.site == "resid_post")
     if index == lm.n_layers:
-        # The last entry of hidden_states is after the final norm: undo nothing, apply it.
+        # The last entry of hidden_states is after the final norm: apply that norm to ours as well.
         seen = run_to(lm, [point], input_ids=ids)[point.key]
         if lm.final_norm is None:
             return "the last block's output is not reported before the final norm"
@@ -155,7 +155,7 @@ def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
     direction = (direction / direction.norm()).to(lm.device)
     below = [resolve_site(lm, layer) for layer in range(point.layer)]
-    # What the next block gets is another module's input: it proves that the edit is passed on.
+    # The next block's input belongs to another module, so it shows that the edit is passed on.
     after = [resolve_site(lm, point.layer + 1, "resid_pre")] if _feeds_a_block(lm, point) else []
     with capture([*below, point]) as seen:
         before = _logits(lm, ids)
@@ -195,7 +195,7 @@ def _cache_agrees(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     with capture([point]) as seen:
         lm.model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
     worst = float((whole.float() - seen[point.key][:, -1].float()).abs().max())
-    # A cached pass multiplies in another order: rounding of the dtype, over all blocks.
+    # A cached pass multiplies in another order, so it differs by rounding in every block.
     slack = (0.1 if lm.dtype != torch.float32 else 1e-3) * float(whole.float().abs().max())
     if worst > slack:
         raise _Failed(f"the last position differs by up to {worst:.3g}")
@@ -208,7 +208,7 @@ def _hooks_are_gone(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     def hooks() -> int:
         return len(point.module._forward_hooks) + len(point.module._forward_pre_hooks)
 
-    # The library leaves hooks of its own once it was asked for hidden_states: count ours alone.
+    # The library leaves its own hooks after it was asked for hidden_states: count only ours.
     before = hooks()
     with hooked(point, lambda h: None):
         inside = hooks() - before
@@ -234,13 +234,13 @@ def _check_sae(
     name = "The SAE reconstructs this site"
     config = MetricsConfig(tokens=_SAE_TOKENS, bootstrap=100)
     try:
-        found = metrics(
+        measured = metrics(
             sae, lm, config, layer=point.layer, site=point.site, force=force, progress=progress
         )
     except UserError as failure:
         return {"name": name, "ok": False, "detail": str(failure)}
-    fvu, l0 = found["fvu"]["value"], found["l0"]["value"]
-    detail = f"FVU {fvu:.3f}, L0 {l0:.1f} on {found['tokens']} tokens of python-docs"
+    fvu, l0 = measured["fvu"]["value"], measured["l0"]["value"]
+    detail = f"FVU {fvu:.3f}, L0 {l0:.1f} on {measured['tokens']} tokens of python-docs"
     # An SAE at another hook point reconstructs worse than the mean activation does.
     return {"name": name, "ok": fvu < 1, "detail": detail}
 
@@ -253,10 +253,10 @@ def _predict(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Time a few batches and scale up; count bytes."""
+    """Time a few batches and extrapolate; compute bytes."""
     text = TextConfig(context=context, batch_size=batch_size)
-    job = HarvestConfig(layers=(point.layer,), site=point.site, tokens=tokens, text=text)
-    plan = predict_harvest(lm, job, progress)
+    config = HarvestConfig(layers=(point.layer,), site=point.site, tokens=tokens, text=text)
+    prediction = predict_harvest(lm, config, progress)
     d_sae, defaults = 8 * lm.d_model, TrainConfig()
     architecture = architecture_named(defaults.arch).from_config(defaults)[0]
     training = training_memory(
@@ -271,10 +271,10 @@ def _predict(
     )
     return {
         "tokens": tokens,
-        "harvest_tokens_per_second": round(plan["tokens_per_second"], 1),
-        "harvest_seconds": round(plan["seconds"], 1),
-        "harvest_memory_bytes": plan["memory_bytes"],
-        "shard_bytes": plan["bytes"],
+        "harvest_tokens_per_second": round(prediction["tokens_per_second"], 1),
+        "harvest_seconds": round(prediction["seconds"], 1),
+        "harvest_memory_bytes": prediction["memory_bytes"],
+        "shard_bytes": prediction["bytes"],
         "model_bytes": model_bytes(lm),
         "d_sae": d_sae,
         "training_bytes": training.saes + training.step,

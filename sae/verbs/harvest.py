@@ -1,4 +1,4 @@
-"""Runs text through a language model once and writes its activations to shards."""
+"""`harvest`: runs text through a language model once and writes its activations to shards."""
 
 import contextlib
 import time
@@ -22,7 +22,7 @@ from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, o
 from saesteer.sae.config import HarvestConfig, Progress, no_progress
 from saesteer.sae.model.hooks import HookPoint, keep_only_read, resolve_site
 from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
-from saesteer.sae.runs.disk_use import harvest_row_bytes
+from saesteer.sae.runs.disk_use import harvest_row_bytes, stored_dtype
 from saesteer.sae.runs.facts import as_given, check_same_run, model_facts
 from saesteer.sae.runs.memory_use import peak_bytes, resolved_text
 from saesteer.sae.runs.processes import Processes, join_processes
@@ -92,9 +92,8 @@ def harvest(
         processes.same("text, model or settings", repr((stream.identity(), lm.fingerprint, config)))
         if not processes.rank:
             _check_disk(folder, config, lm, len(points))
-        if (
-            force and not processes.rank
-        ):  # only now, when model and text were found, may it be emptied
+        if force and not processes.rank:
+            # Only now, when model and text were found: this empties the folder.
             claim_output(folder, force=True)
         processes.wait_for_first()
         recipe = {
@@ -135,7 +134,7 @@ class _Job:
         self.stream = stream
         self.processes = processes
         self.recipe = recipe
-        """What a repetition needs besides the config."""
+        """What `reproduce` needs in addition to the config."""
         self.progress = progress
         self.warn = warn
         self.stored = 0
@@ -145,7 +144,7 @@ class _Job:
         self._first: list[ActivationBatch | None] = []
 
     def open(self, resume: bool) -> dict[str, Any] | None:
-        """Start the shards, or go on with those that are there.
+        """Start new shards, or continue those in the folder.
 
         Returns the manifest when nothing is left to do, else None.
         """
@@ -165,31 +164,32 @@ class _Job:
                     f"processes, now there are {self.processes.world}: start as many, or give "
                     "another `out`"
                 )
-        if resume and self._everybody((self.folder / part_manifest(part)).exists()):
+        if resume and self._on_all((self.folder / part_manifest(part)).exists()):
             self.writer, cursor = ShardWriter.resume(self.folder, part=part)
             if self.processes.world > 1:
                 cursor = self._common_place(cursor)
             self._continue(cursor)
             return None
-        # Text that cannot be read shows here, and leaves nothing behind.
+        # Unreadable text raises here, before anything is written.
         self._first.append(self.stream.next_batch())
         options: dict[str, Any] = {
             "layers": layers,
             "sites": [self.config.site],
             "d_model": self.lm.d_model,
             "dtype": dtype,
-            # Several processes cut their shards together: see _store.
+            # Several processes end their shards together: see _store.
             "shard_tokens": self.config.shard_tokens if self.processes.world == 1 else 1 << 60,
             "shuffle_seed": self.config.text.seed if self.config.shuffle else None,
         }
         if self.processes.world > 1 and not self.processes.rank:
-            # Until the parts are merged, this manifest tells a reader what the folder is.
+            # Until the parts are merged, this manifest says what the folder is.
             ShardWriter(self.folder, facts={**facts, "processes": self.processes.world}, **options)
         self.processes.wait_for_first()
         self.writer = ShardWriter(self.folder, facts=facts, part=part, **options)
         return None
 
-    def _everybody(self, here: bool) -> bool:
+    def _on_all(self, here: bool) -> bool:
+        """Whether something is true in every process."""
         return all(bool(answer) for answer in self.processes.gather(torch.tensor([here])))
 
     def _common_place(self, cursor: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +202,13 @@ class _Job:
         return self.writer.go_back("batches", common) if own[-1] != common else cursor
 
     def _continue(self, cursor: dict[str, Any]) -> None:
-        """Go on at a cursor; `{}` is the start."""
+        """Continue at a cursor; `{}` is the start."""
         if cursor:
             self.stream.load_state_dict(cursor)
         self.stored = int(sum(self.processes.gather(torch.tensor([self.writer.tokens]))))
 
     def run(self) -> dict[str, Any]:
-        """Read, store and finish."""
+        """Read the text to its end or the wanted tokens, store the rows; returns the manifest."""
         total = self.config.tokens
         started = time.monotonic()
         self.progress("harvest", self.stored, total, "tokens")
@@ -226,7 +226,7 @@ class _Job:
                     break
                 self._store(writer, batch)
                 self.progress("harvest", self.stored, total, "tokens")
-                if self._anybody(stop()) and self.stored < total:
+                if self._on_any(stop()) and self.stored < total:
                     writer.checkpoint()
                     raise Interrupted(
                         f"stopped after {self.stored} of {total} tokens, which are in "
@@ -241,10 +241,10 @@ class _Job:
         return self._merged(extra)
 
     def _store(self, writer: BackgroundWriter, batch: ActivationBatch) -> None:
-        """Hand over this process's part of the rows that are still wanted.
+        """Give the writer this process's share of the rows that are still wanted.
 
-        Rows are counted in the order of the contexts over all processes, so that the same ones are
-        stored however many processes there are.
+        Rows are counted in the order of the contexts of all processes, so that the stored rows do
+        not depend on the number of processes.
         """
         rank, world = self.processes.rank, self.processes.world
         left = self.config.tokens - self.stored
@@ -261,7 +261,7 @@ class _Job:
             columns if self.config.keep_positions else None,
         )
         if world > 1:
-            # All cut their shards after the same batch: there every one of them can resume.
+            # All processes end their shards after the same batch, so that each can resume there.
             self.waiting = [
                 waiting + int(fresh[r::world].sum()) for r, waiting in enumerate(self.waiting)
             ]
@@ -269,10 +269,12 @@ class _Job:
                 self.waiting = [0] * world
                 writer.flush(cursor)
 
-    def _anybody(self, here: bool) -> bool:
+    def _on_any(self, here: bool) -> bool:
+        """Whether something is true in at least one process."""
         return any(bool(answer) for answer in self.processes.gather(torch.tensor([here])))
 
     def _sum(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts added up over all processes."""
         gathered = self.processes.gather(torch.tensor(list(counts.values())))
         return dict(zip(counts, torch.stack(gathered).sum(dim=0).tolist(), strict=True))
 
@@ -292,20 +294,19 @@ class _Job:
 
 
 def _stored_dtype(config: HarvestConfig, lm: LanguageModel) -> torch.dtype:
-    if config.store_dtype:
-        return DTYPES[config.store_dtype]
-    return torch.float32 if lm.dtype == torch.float32 else torch.bfloat16
+    return DTYPES[stored_dtype(config.store_dtype, str(lm.dtype).removeprefix("torch."))]
 
 
 def _check_disk(folder: Path, config: HarvestConfig, lm: LanguageModel, places: int) -> None:
-    """Refuse shards that would not fit. What the folder holds now is either kept or replaced, so it
-    counts as room."""
+    """Raise UserError when the shards would not fit on the disk. Files in the folder are kept or
+    replaced, so they count as free space."""
     row = harvest_row_bytes(lm.d_model, _stored_dtype(config, lm).itemsize, config.keep_positions)
     needed = config.tokens * row * places - folder_bytes(folder)
     need_space(folder, needed, "harvesting writes", "lower `tokens` or give fewer layers")
 
 
 def _batch_size_before(folder: Path) -> int | None:
+    """The batch size of the harvest in `folder`, which an automatic one keeps, or None."""
     with contextlib.suppress(UserError, AttributeError):
         return (files.read_json(folder / MANIFEST).get("config") or {}).get("batch_size")
     return None
@@ -318,7 +319,7 @@ def _facts(
     stream: ActivationStream,
     recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a manifest says about where its activations came from."""
+    """The part of a manifest that says where its activations come from."""
     return {
         "model": model_facts(lm),
         "hook_names": [point.name for point in points],

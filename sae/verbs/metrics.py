@@ -1,4 +1,4 @@
-"""How good an SAE is on held-out text: what it reconstructs, and what that does to the model."""
+"""How well an SAE reconstructs activations of held-out text, and what that does to the model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,10 +44,10 @@ def metrics(
       `ce_recovered` = (ce_ablated - ce_spliced) / (ce_ablated - ce_plain).
     - `kl`: KL(plain || spliced) in nats per token.
 
-    Text is read as `config.text` says, isolation and template included: give what the SAE was
-    trained with. The rows that training would keep (see `SinkFilter`) are replaced in the spliced
-    runs, where all others stay as they are and are left out of every figure; figures are over those
-    that have a next token to predict.
+    Text is read as `config.text` says, including isolation and template: give the settings that the
+    SAE was trained with. In the spliced and ablated runs only rows that training would keep (see
+    `SinkFilter`) are replaced. Figures are over those of these rows that have a next token to
+    predict.
 
     Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over documents
     (over contexts, where there are fewer than ten documents). `seen_in_training` says whether the
@@ -104,7 +104,7 @@ def metrics(
     }
 
 
-# Fewer documents than this say little about their spread: contexts are resampled instead.
+# With fewer documents than this their spread is unknown: contexts are resampled instead.
 _FEW_DOCUMENTS = 10
 
 
@@ -141,7 +141,7 @@ class _Tally:
             self._sums[document, number] = row
 
     def _table(self) -> NDArray[np.float64]:
-        """Sums of what is resampled as a whole, `[units, figures]`."""
+        """The sums of each unit that is resampled (document or context), `[units, figures]`."""
         if self.documents < _FEW_DOCUMENTS:
             return np.stack(list(self._sums.values()))
         units: dict[int, NDArray[np.float64]] = {}
@@ -182,6 +182,7 @@ class _Tally:
 
 
 def _seen_in_training(sae: SAE, text: list[dict[str, Any]]) -> bool | None:
+    """Whether the SAE was trained on one of these texts; None where its file does not say."""
     trained_on = (sae.spec.metadata.get("saesteer") or {}).get("text")
     if not isinstance(trained_on, list):
         return None
@@ -198,7 +199,7 @@ def _texts(identities: list[dict[str, Any]]) -> Iterator[str]:
             yield from hashes if isinstance(hashes, list) else [str(hashes)]
 
 
-# Three runs' log-probabilities over the vocabulary are held at once; this many of each.
+# Most log-probabilities held at once for each of the three runs.
 _LOG_PROBS = 2**25
 
 
@@ -211,7 +212,7 @@ def _vocabulary(lm: LanguageModel) -> int:
 def _pieces(
     batches: list[ContextBatch], kept: list[Bool[Tensor, "_ context"]], width: int
 ) -> Iterator[tuple[ContextBatch, Bool[Tensor, "_ context"]]]:
-    """The batches again, cut so small that `width` numbers for each token fit in memory."""
+    """The batches again, cut into pieces for which `width` numbers per token fit in memory."""
     for batch, keep in zip(batches, kept, strict=True):
         rows = max(1, _LOG_PROBS // (batch.token_ids.shape[1] * width))
         for first in range(0, len(keep), rows):
@@ -245,7 +246,7 @@ def _measure(
         reconstruction = sae.decode(latents, x).float()
         deviation = x - mean.float()
         if sae.spec.centers_input:
-            # It reads and gives back what is left without the row's mean, which stays as it is.
+            # It reads and reconstructs rows without their mean over d_model: add the mean back.
             reconstruction = reconstruction + x.mean(dim=1, keepdim=True)
             deviation = deviation - deviation.mean(dim=1, keepdim=True)
         fired.logical_or_((latents != 0).any(dim=0))

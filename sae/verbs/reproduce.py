@@ -1,4 +1,4 @@
-"""Run a recorded training or harvest once more and compare what comes out."""
+"""`reproduce`: repeats a recorded training or harvest and compares the results."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,8 @@ def reproduce(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Repeat the training whose `run.json` lies in `run`, and compare weights and metrics; or the
-    harvest whose `manifest.json` lies there, and compare every row.
+    """Repeat the training whose `run.json` is in `run`, and compare weights and metrics; or the
+    harvest whose `manifest.json` is there, and compare every row.
 
     The same machine, versions and inputs give the same bits; what differs between then and now is
     listed. The number of threads is set to the recorded one, since sums depend on it.
@@ -39,7 +39,7 @@ def reproduce(
     Args:
         run: the folder of a finished run, or of one SAE of it.
         out: keeps the repetition; by default it goes to a temporary folder.
-        model, activations: where the recorded ones lie now, when they have moved.
+        model, activations: where the recorded ones are now, if they have moved.
         force: replace an earlier run in `out`.
 
     Returns:
@@ -76,7 +76,7 @@ def reproduce(
 def _again(
     out: str | Path | None, force: bool, work: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `work` finds in `out`, or in a temporary folder."""
+    """The result of `work` in the folder `out`, or in a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="saesteer-reproduce-") as place:
             return {**work(Path(place)), "again": None}
@@ -90,11 +90,11 @@ def _reproduce_harvest(
     config = harvest_config(then, str(run))
     with _threads(_recorded_threads(then)):
         now = repeat_harvest(then, config, place, model, progress)
-    found = compare_shards(Path(run).expanduser(), place)
+    comparison = compare_shards(Path(run).expanduser(), place)
     return {
         "run": str(run),
-        "equal": found["equal"],
-        "shards": found,
+        "equal": comparison["equal"],
+        "shards": comparison,
         "differences": _all_differences(then, now),
     }
 
@@ -166,6 +166,7 @@ def _recorded_threads(record: Mapping[str, Any]) -> int | None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads inside the block; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()
@@ -184,7 +185,7 @@ def _compare(
 ) -> dict[str, Any]:
     saes = []
     for place, then in before.items():
-        # Of a run of one SAE the folder's name does not matter.
+        # For a run of one SAE the folder's name does not matter.
         same = [path for path in again if len(again) == 1 or path.name == place.name]
         if not same:
             raise UserError(f"{place}: the repetition made no SAE of that name; restore its name")
@@ -200,10 +201,10 @@ def _compare(
 
 def _all_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What differs in inputs and environment."""
-    found = []
+    differences = []
     for part in ("model", "data", "recipe", "versions", "git_revision", "machine"):
-        found += _differences(part, plain(then.get(part)), plain(now.get(part)))
-    return found
+        differences += _differences(part, plain(then.get(part)), plain(now.get(part)))
+    return differences
 
 
 def _compare_sae(
@@ -222,10 +223,10 @@ def _compare_sae(
     step = None
     if old_rows != new_rows:
         pairs = zip(old_rows, new_rows, strict=False)
-        odd = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        odd = min(len(old_rows), len(new_rows)) if odd is None else odd
-        longer = old_rows if odd < len(old_rows) else new_rows
-        step = longer[odd].get("step")
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        first = min(len(old_rows), len(new_rows)) if first is None else first
+        longer = old_rows if first < len(old_rows) else new_rows
+        step = longer[first].get("step")
     finals = [then.get("final") or {}, now.get("final") or {}]
     keys = [key for key in finals[1] if key not in _TIMINGS]
     return {
@@ -239,7 +240,7 @@ def _compare_sae(
 
 
 def _bits(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What tensors hold to the bit: 0 and -0 differ, and so do two kinds of NaN."""
+    """The exact content of tensors: 0 and -0 differ, and so do different NaN bits."""
     import torch
 
     return {
@@ -249,7 +250,7 @@ def _bits(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log without what a clock says."""
+    """The lines of a run's log without its timings."""
     rows = read_jsonl(folder / "metrics.jsonl")
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{folder / 'metrics.jsonl'} holds lines that are no objects; restore it")
@@ -257,11 +258,12 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _differences(what: str, then: Any, now: Any) -> list[dict[str, Any]]:
+    """Where two JSON values differ, each with its dotted name, `then` and `now`."""
     if then == now:
         return []
     if isinstance(then, dict) and isinstance(now, dict):
-        found = []
+        differences = []
         for key in sorted(then.keys() | now.keys()):
-            found += _differences(f"{what}.{key}", then.get(key), now.get(key))
-        return found
+            differences += _differences(f"{what}.{key}", then.get(key), now.get(key))
+        return differences
     return [{"what": what, "then": then, "now": now}]

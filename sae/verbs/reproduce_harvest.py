@@ -1,4 +1,4 @@
-"""Run a recorded harvest once more and compare its shards."""
+"""The part of `reproduce` that repeats a recorded harvest and compares its shards."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -38,7 +38,7 @@ def recorded_harvest(folder: Path) -> dict[str, Any] | None:
 
 
 def wrong_config(where: str, file: str) -> str:
-    """The beginning of an error about the config in a record."""
+    """The beginning of an error message about the config in a record."""
     return f"{where}: restore {file}, or use the saesteer that wrote it; its config is wrong"
 
 
@@ -66,7 +66,10 @@ def repeat_harvest(
     model: str | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Harvest again; the new manifest."""
+    """Harvest again; returns the new manifest.
+
+    `model` is where the recorded model is now, if it has moved.
+    """
     from saesteer.sae.model.language_model import load_model
     from saesteer.sae.verbs.harvest import harvest
 
@@ -79,12 +82,12 @@ def repeat_harvest(
         blocks_path=recipe.get("blocks"),
     )
     replies = [str(text) for text in recipe.get("replies") or ()]
-    # The model serves nothing else.
+    # The model is used for nothing else, so weights that are not needed can be freed.
     return harvest(lm, folder, config, replies=replies, consume_model=True, progress=progress)
 
 
 def compare_shards(then: Path, now: Path) -> dict[str, Any]:
-    """Row by row, whatever the cuts between shards: a harvest that was stopped has others.
+    """Compare two harvests row by row. Shards may be cut at other rows, as after an interruption.
 
     Returns `equal`, `shards_equal` (the files too), `tokens` then and now, `tokens_equal`
     (the token ids), `first_differing_row` and `max_abs_difference` of an activation.

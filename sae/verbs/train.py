@@ -1,4 +1,4 @@
-"""`train`: SAEs from a live model or from shards; what it prepares, `TrainingRun.fit` does."""
+"""`train`: SAEs from a live model or from shards. Prepares the run for `TrainingRun.fit`."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def train(
         replies: user texts that the model answers first (live only); see `harvest`.
         resume: continue from the last saved state in `out`, or start when there is none.
         consume_model: free the weights of `model` that are not needed; see `harvest`.
-        say: called with one line about the memory, before anything large is taken.
+        say: called with one line about the memory, before anything large is allocated.
 
     Returns:
         The `run.json` of each SAE, with its `folder`.
@@ -90,7 +90,7 @@ def train(
             reader = ShardReader(activations)
             source, facts = _shard_source(reader, config)
             d_model, dtype = reader.d_model, reader.dtype
-        # What a repetition needs besides the config.
+        # What `reproduce` needs in addition to the config.
         facts["recipe"] = {
             "model": None if model is None else as_given(lm.name),
             "blocks": None if model is None else lm.blocks_path,
@@ -105,7 +105,8 @@ def train(
         )
         say(run.check_memory())
         run.check_disk()
-        if force:  # only now, when nothing can go wrong at once, may the folder be emptied
+        if force:
+            # Only now, after all checks: this empties the folder.
             claim_output(folder, force=True)
         if resume:
             run.resume()
@@ -114,16 +115,16 @@ def train(
 
 def _variants(config: TrainConfig, places: Sequence[Place], d_model: int) -> list[Variant]:
     """The SAEs of a run: every combination of places, widths, settings and seeds."""
-    found = [
+    variants = [
         Variant((place,), (place,), d_sae, architecture, seed)
         for place in places
         for d_sae in config.d_sae or (8 * d_model,)
         for architecture in architecture_named(config.arch).from_config(config)
         for seed in config.init_seed
     ]
-    for variant in found:
+    for variant in variants:
         variant.architecture.check(variant.d_sae)
-    return found
+    return variants
 
 
 def _live_source(
@@ -157,7 +158,7 @@ def _shard_source(
 ) -> tuple[ActivationSource, dict[str, Any]]:
     manifest = reader.manifest
     model = manifest["model"] if isinstance(manifest["model"], dict) else {}
-    # resid_post is also what stands there when no site was asked for.
+    # resid_post is the default, so it also means that no site was asked for.
     asked = None if config.site == "resid_post" and len(reader.sites) == 1 else config.site
     layers = config.layers or tuple(reader.layers)
     if any(layer < 0 for layer in layers) and "n_layers" in model:
@@ -179,7 +180,7 @@ def _shard_source(
 
 
 def _batch_size_before(folder: Path) -> int | None:
-    """The batch size of the run in `folder`, which an automatic one keeps to."""
+    """The batch size of the run in `folder`, which an automatic one keeps; None without one."""
     for path in (folder / "run.json", *sorted(folder.glob("*/run.json"))):
         with contextlib.suppress(UserError, KeyError, TypeError):
             return int(read_json(path)["config"]["text"]["batch_size"])

@@ -1,6 +1,6 @@
-"""Malformed and hostile SAE files, built here one by one, and what loading them must end with.
+"""Builders of malformed and hostile SAE files, and the refusal that loading them must end with.
 
-`CORPUS` holds a builder for each; it takes a folder and returns what a person would give to --sae.
+`CORPUS` holds a builder for each; it takes a folder and returns what a user would give to --sae.
 """
 
 import json
@@ -25,7 +25,7 @@ from saesteer.checkpoints.sae_file import SAESpec, load_sae, save_sae
 D_MODEL, D_SAE = 6, 10
 
 SECONDS, BYTES = 120.0, 512 << 20
-"""What one bad file may take at most; the alarm ends the test run."""
+"""The most time and memory that one bad file may take; the alarm ends the test run."""
 
 Corpus = dict[str, Callable[[Path], Path]]
 
@@ -48,7 +48,7 @@ def saelens(folder: Path) -> Path:
 
 
 def with_header(change: Callable[[dict[str, Any]], Any], room: int | None = None) -> Any:
-    """A SAELens folder whose safetensors header was changed; `room` keeps so many data bytes."""
+    """A SAELens folder whose safetensors header was changed; `room` is how many data bytes stay."""
 
     def build(folder: Path) -> Path:
         path = saelens(folder) / "sae_weights.safetensors"
@@ -121,7 +121,7 @@ def pt(**changes: Any) -> Callable[[Path], Path]:
 def pt_members(
     change: Callable[[dict[str, bytes]], Any], compress: int = zipfile.ZIP_STORED
 ) -> Callable[[Path], Path]:
-    """A .pt whose archive was taken apart, changed and put together again."""
+    """A .pt file whose archive members were changed."""
 
     def build(folder: Path) -> Path:
         path = pt()(folder) / "sae.pt"
@@ -378,7 +378,7 @@ def _pt(folder: Path, content: Any) -> Path:
 def refusal(path: Path) -> str:
     """The one line that loading a bad file ends with, within the limits of time and memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not a measurement: a guard against a reader that waits or walks for ever.
+    # Not a measurement: a guard against a reader that never ends.
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         with pytest.raises(UserError) as error:

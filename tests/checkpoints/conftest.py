@@ -1,4 +1,4 @@
-"""What the tests of this folder share."""
+"""Fixtures that the tests of this folder share."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from .model_sources import write_gguf, write_wheel
 
 @pytest.fixture(scope="session")
 def faults() -> Any:
-    """The module disk_faults.py, which lies beside this file and is no package's."""
+    """The module disk_faults.py, which is next to this file and in no package."""
     spec = importlib.util.spec_from_file_location(
         "disk_faults", Path(__file__).with_name("disk_faults.py")
     )
@@ -38,7 +38,7 @@ def _no_power_cuts() -> Iterator[None]:
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """An empty cache, no memory of probes, no wheel in the environment (slow tests keep theirs)."""
+    """An empty cache, no stored probes, no wheel in the environment (slow tests keep theirs)."""
     monkeypatch.setattr(model_files, "_probes", {})
     if not request.node.get_closest_marker("slow"):
         monkeypatch.setenv("SAESTEER_CACHE", str(tmp_path / "cache"))

@@ -1,7 +1,7 @@
 """A disk that fails at a chosen system call, and one whose power is cut after it.
 
-Our writers call the system through `os` only, so a test that stands between can count every call,
-fail it, look at the disk before and after it, and work out what a power cut would leave.
+Our writers call the system through `os` only, so a test that replaces these functions can count
+every call, fail it, look at the disk before and after it, and compute what a power cut leaves.
 """
 
 import os
@@ -17,7 +17,7 @@ CALLS = ("open", "write", "fsync", "close", "replace", "unlink", "mkdir")
 
 
 class Disk:
-    """Stands between Python and the system while `watched` runs.
+    """Replaces the functions of `os` while `watched` runs.
 
     Args:
         before, after: called with the number (from 1) and the name of each call.
@@ -34,7 +34,7 @@ class Disk:
         self._looking = False
 
     def _seen(self, name: str, result: Any, *arguments: Any) -> None:
-        """For who wants to know what a call did."""
+        """Called after each call with its result; for subclasses."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Disk:
 
 
 class UnsafeDisk(Disk):
-    """Keeps, beside the real folder, what a power cut would leave of it.
+    """Tracks what a power cut would leave of a folder.
 
     The content of a file is what the last fsync of it saw, nothing before the first. Names change
     on the disk when their folder is synced; until then any number of the changes, in their order,
@@ -127,7 +127,7 @@ class UnsafeDisk(Disk):
                 names.pop(path, None)
 
     def after_power_cut(self, target: Path) -> Iterator[Path]:
-        """Every folder that could be found when the power came back, written below `target`."""
+        """Every content that the folder may have after a power cut, written below `target`."""
         for count in range(len(self._pending) + 1):
             names = dict(self._names)
             self._apply(names, self._pending[:count])

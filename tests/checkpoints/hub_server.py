@@ -34,7 +34,7 @@ class Hub:
 
 @contextmanager
 def serving() -> Iterator[tuple[str, Hub]]:
-    """The address of a running server, and what it holds."""
+    """The address of a running server, and the repositories that it holds."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -95,8 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
                     content = base64.b64decode(item["value"]["content"])
                     files[item["value"]["path"]] = content
             oid = self.hub.commit(repo, files)
-            return self._json({"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{oid}",
-                               "commitOid": oid, "success": True})  # fmt: skip
+            return self._json(
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{oid}",
+                    "commitOid": oid,
+                    "success": True,
+                }
+            )
         return self._error(404, "no such route")
 
     def _get(self) -> None:

@@ -1,4 +1,4 @@
-"""Places a model may come from, small enough for a test: a GGUF file, a wheel, a Hub cache."""
+"""Small sources of a model for tests: a GGUF file, a wheel, a Hub cache."""
 
 import zipfile
 from pathlib import Path

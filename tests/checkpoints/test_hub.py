@@ -151,7 +151,7 @@ def test_replaced_weights_are_noticed(sae: Path, tmp_path: Path) -> None:
     push(sae, str(shared))
     make_sae(tmp_path / "other", seed=1)
     shutil.copy(tmp_path / "other" / "sae_weights.safetensors", shared / HOOK)
-    with pytest.raises(UserError, match="have SHA-256 .* not .*somebody replaced"):
+    with pytest.raises(UserError, match="have SHA-256 .* not .*were replaced"):
         from_pretrained(shared)
     with pytest.raises(UserError, match="have SHA-256"):
         from_pretrained(tmp_path, "other", sha256="0" * 64)

@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised tensors hold NaN (integers: -9), so an element nobody writes shows up."""
+    """Uninitialised tensors hold NaN (integers: -9), so that elements never written show up."""
 
     def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:

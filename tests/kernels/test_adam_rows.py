@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from saesteer.kernels import adam_rows
-from saesteer.kernels.adam_rows import adam_rows_op, adam_rows_reference, round_randomly
+from saesteer.kernels.adam_rows import adam_rows_op, adam_rows_reference, round_stochastically
 from saesteer.kernels.ops import adam_rows_, adam_schedule
 
 HYPER = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
@@ -187,17 +187,17 @@ def test_the_shadow_is_the_nearest_bfloat16(unit_rows: bool) -> None:
 def test_random_rounding_is_unbiased_and_goes_to_a_neighbour() -> None:
     value = torch.full((20_000,), 1.0 + 2.0**-7 / 3)  # a third of the way to the next bfloat16
     index = torch.arange(20_000)
-    rounded = round_randomly(value, index, 1).float()
+    rounded = round_stochastically(value, index, 1).float()
     assert set(rounded.tolist()) == {1.0, 1.0 + 2.0**-7}
     # A share of 20 000 draws: one standard deviation is 0.0033.
     assert (rounded > 1).float().mean().item() == pytest.approx(1 / 3, abs=0.015)
-    assert torch.equal(round_randomly(value, index, 1).float(), rounded)
-    assert not torch.equal(round_randomly(value, index, 2).float(), rounded)
+    assert torch.equal(round_stochastically(value, index, 1).float(), rounded)
+    assert not torch.equal(round_stochastically(value, index, 2).float(), rounded)
     exact = torch.tensor([0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf])
-    assert torch.equal(round_randomly(exact, torch.arange(6), 3).float(), exact)
-    negative = round_randomly(-value, index, 1).float()
+    assert torch.equal(round_stochastically(exact, torch.arange(6), 3).float(), exact)
+    negative = round_stochastically(-value, index, 1).float()
     assert set(negative.tolist()) == {-1.0, -1.0 - 2.0**-7}
-    assert round_randomly(torch.tensor([torch.nan]), torch.arange(1), 1).isnan().all()
+    assert round_stochastically(torch.tensor([torch.nan]), torch.arange(1), 1).isnan().all()
 
 
 def test_moments_in_bfloat16_follow_those_in_float32() -> None:

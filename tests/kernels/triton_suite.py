@@ -58,7 +58,7 @@ def rows_far_apart(values: Tensor) -> Tensor:
         far.untyped_storage().resize_((2**31 + values.shape[1]) * values.element_size())
     except RuntimeError as error:
         pytest.skip(f"no room for 2**31 elements: {str(error).splitlines()[0]}")
-    far = far.as_strided(values.shape, (2**31, 1))  # pages that nobody touches cost nothing
+    far = far.as_strided(values.shape, (2**31, 1))  # pages that are never touched take no memory
     return far.copy_(values)
 
 

@@ -1,4 +1,4 @@
-"""Wrapped tiny models, shared by the tests of this room; tests never change them."""
+"""Fixtures of the tests of `sae`: wrapped tiny models, shards, an interruption."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from .training_runs import write_shards
 
 @pytest.fixture(scope="session")
 def shared_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., LanguageModel]:
-    """`shared_lm("llama")`: one wrapped model a family for the session. Leave it as it is."""
+    """`shared_lm("llama")`: one wrapped model a family for the session. Never change it."""
     made: dict[tuple[str, bool], LanguageModel] = {}
 
     def get(family: str = "llama", *, chat: bool = True) -> LanguageModel:
@@ -29,7 +29,7 @@ def shared_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., Language
 
 @pytest.fixture
 def fresh_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., LanguageModel]:
-    """`fresh_lm("llama", seed=1)`: a wrapped model of the test's own, to do with as it likes."""
+    """`fresh_lm("llama", seed=1)`: a wrapped model of its own, which the test may change."""
 
     def make(family: str = "llama", **options: Any) -> LanguageModel:
         return wrap_model(*tiny_lm(family, **options), f"tiny-{family}")
@@ -39,7 +39,7 @@ def fresh_lm(tiny_lm: Callable[..., tuple[Any, Any]]) -> Callable[..., LanguageM
 
 @pytest.fixture
 def stop_at() -> Callable[..., Callable[[str, int, int, str], None]]:
-    """`stop_at("train", 512)`: a progress that presses Ctrl-C once a stage has come so far."""
+    """`stop_at("train", 512)`: a progress that sends Ctrl-C once a stage has come that far."""
     import signal
 
     def make(stage: str, done: int) -> Callable[[str, int, int, str], None]:

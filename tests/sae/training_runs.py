@@ -1,4 +1,4 @@
-"""Runs small enough for a test: made-up shards, their settings, and what a run left behind."""
+"""Small runs for tests: made-up shards, settings, and readers of what a run wrote."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ def sparse_data(tokens: int, seed: int) -> Tensor:
 
 
 def whole_numbers(tokens: int, seed: int) -> Tensor:
-    """The like of `sparse_data` in small whole numbers: the same bytes on every CPU."""
+    """Like `sparse_data` in small whole numbers, which have the same bytes on every CPU."""
     rng = torch.Generator().manual_seed(seed)
     directions = torch.randint(-4, 5, (32, D_MODEL), generator=rng)
     chosen = torch.randint(0, 32, (tokens, 3), generator=rng)
@@ -61,14 +61,20 @@ def write_shards(
 ) -> Path:
     """Two layers of different data in a few shards."""
     writer = ShardWriter(
-        folder, layers=layers, sites=[site], d_model=D_MODEL, dtype=torch.float32,
+        folder,
+        layers=layers,
+        sites=[site],
+        d_model=D_MODEL,
+        dtype=torch.float32,
         shard_tokens=shard_tokens,
         facts={
             "model": {"name": "made-up", "hash": "0123456789abcdef", "n_layers": 8},
             "hf_hook_names": [f"model.layers.{layer}" for layer in layers],
-            "config": {"context": 77}, "prepend_bos": True, "data": [{"name": "t", "sha256": "5"}],
+            "config": {"context": 77},
+            "prepend_bos": True,
+            "data": [{"name": "t", "sha256": "5"}],
         },
-    )  # fmt: skip
+    )
     data = {(layer, site): make_rows(TOKENS, layer) for layer in layers}
     for at in range(0, TOKENS, 256):
         rows = {place: values[at : at + 256] for place, values in data.items()}
@@ -86,7 +92,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The log without what a clock says."""
+    """The log without its timings."""
     rows = read_jsonl(folder / "metrics.jsonl")
     return [{name: row[name] for name in row if name not in TIMINGS} for row in rows]
 
@@ -98,15 +104,21 @@ def all_metrics(folder: Path) -> dict[str, Any]:
     }
 
 
-def dies_at(done: int) -> Callable[[str, int, int, str], None]:
+def dies_at(limit: int) -> Callable[[str, int, int, str], None]:
+    """A progress that raises RuntimeError once training has come to `limit` tokens."""
+
     def progress(stage: str, now: int, total: int, note: str) -> None:
-        if stage == "train" and now >= done:
+        if stage == "train" and now >= limit:
             raise RuntimeError("killed")
 
     return progress
 
 
 LIVE = replace(
-    CONFIG, layers=(0, -1), tokens=1024, buffer_tokens=256, checkpoint_every=256,
+    CONFIG,
+    layers=(0, -1),
+    tokens=1024,
+    buffer_tokens=256,
+    checkpoint_every=256,
     text=TextConfig(context=24, batch_size=4),
-)  # fmt: skip
+)

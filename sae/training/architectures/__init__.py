@@ -1,4 +1,4 @@
-"""The kinds of SAE that `train` makes, one file each. A new one is a file and a line here."""
+"""The kinds of SAE that `train` makes, one file each. A new one needs a file and a line here."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -13,16 +13,21 @@ ARCHITECTURES = {
     "topk": "topk.TopK",
     "abstopk": "abstopk.AbsTopK",
 }
-"""The value of `arch`, and where its class is."""
+"""Each value of `arch`, and the module and class that implement it."""
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError for a name that no architecture has."""
+    if name not in ARCHITECTURES:
+        raise UsageError(f"`arch` must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
 
 
 def architecture_named(name: str) -> "type[Architecture]":
     """The class of an architecture. Raises UsageError for an unknown name."""
-    if name not in ARCHITECTURES:
-        raise UsageError(f"`arch` must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
-    module, _, kind = ARCHITECTURES[name].partition(".")
-    found: type[Architecture] = getattr(import_module(f"{__name__}.{module}"), kind)
-    return found
+    check_name(name)
+    module, _, class_name = ARCHITECTURES[name].partition(".")
+    architecture: type[Architecture] = getattr(import_module(f"{__name__}.{module}"), class_name)
+    return architecture
 
 
 def check_settings(config: "TrainConfig") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from saesteer.sae.training.architecture import Parameters
 from saesteer.sae.training.architectures.topk import TopK
 
-# Pre-activations that exist at once: 64 MiB in float32.
+# Most pre-activations held at once: 64 MiB in float32.
 _CHUNK_ELEMENTS = 2**24
 
 
@@ -29,8 +29,8 @@ class AbsTopK(TopK):
     ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
         """Signed activations and their latents, in ascending order of latent.
 
-        Equal sizes are taken in any order. Plain PyTorch: the dense pre-activations exist for some
-        examples at a time.
+        Among equal sizes the choice is arbitrary. In plain PyTorch, with the dense pre-activations
+        of a part of the examples at a time.
         """
         W, b = parameters["W_enc_rows"], parameters["b_enc"]
         acts, indices = [], []

@@ -53,8 +53,8 @@ class TopK(Architecture):
     ) -> Parameters:
         """Random unit decoder rows, the encoder tied to them, zero biases (appendix A.1).
 
-        The data's mean is subtracted before the encoder, so zero is the data-driven b_dec here.
-        Where input and target differ in width there is nothing to tie: the encoder is drawn too.
+        The data's mean is subtracted before the encoder, so 0 corresponds to a b_dec at the mean.
+        Where input and target differ in width the encoder cannot be tied and is drawn as well.
         """
         rng = torch.Generator().manual_seed(seed)
         decoder = _unit_rows(d_sae, d_out, rng)
@@ -113,6 +113,7 @@ class TopK(Architecture):
 
 
 def _unit_rows(rows: int, width: int, rng: torch.Generator) -> Float[Tensor, "rows width"]:
+    """Random directions of length 1."""
     drawn = torch.randn(rows, width, generator=rng)
     return drawn.div_(drawn.norm(dim=1, keepdim=True))
 

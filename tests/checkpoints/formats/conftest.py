@@ -1,4 +1,4 @@
-"""SAEs of every architecture, with nothing at a value that would hide a mistake."""
+"""SAEs of every architecture, with no value at 0 or 1 that would hide a mistake."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def make(architecture: str = "topk", skip: bool = False, seed: int = 0, **change
         tensors["b_mag"] = size * noise(spec.d_sae)
         tensors["r_mag"] = noise(spec.d_sae) / 2
     if architecture == "matching_pursuit":
-        # Rows much longer than 1 overshoot at each round, and never end.
+        # With rows much longer than 1, each round overshoots and the pursuit never ends.
         lengths = 0.8 + 0.2 * torch.rand(spec.d_sae, 1, generator=generator)
         tensors["W_dec"] *= lengths / tensors["W_dec"].norm(dim=1, keepdim=True)
         tensors["W_enc"] = tensors["W_dec"].T.contiguous()
@@ -52,7 +52,7 @@ def make(architecture: str = "topk", skip: bool = False, seed: int = 0, **change
             tensors["b_dec"] = torch.zeros(width)
     if skip:
         tensors["W_skip"] = noise(width, spec.d_model)
-    return SAE(spec=spec, **tensors).check("the zoo")
+    return SAE(spec=spec, **tensors).check("the made-up SAE")
 
 
 def activations(rows: int = 64) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Kill a run at random instants until it is done; compare it with one left in peace.
+"""Kill a run at random instants until it ends; compare it with an uninterrupted one.
 
     python tests/sae/training/kill_suite.py FOLDER shards|live|gloo SOURCE --kills 20 --seed 1
 
 `shards` and `live` train in one process; `gloo` harvests with two, of which one or both are killed.
 Children are forked from this process, which has imported everything and computed nothing, so that
-a leg starts within milliseconds and many fit into a minute. The last line on stdout is JSON.
+each starts within milliseconds and many fit into a minute. The last line on stdout is JSON.
 """
 
 import argparse
@@ -34,22 +34,37 @@ from saesteer.sae.verbs.train import train
 
 TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer")
 SHARDS = TrainConfig(
-    d_sae=(64,), k=(4,), init_seed=(0, 1), tokens=32 * 1200, batch_tokens=32, buffer_tokens=1024,
-    checkpoint_every=64, auxk=0.5, dead_after_tokens=512,
+    d_sae=(64,),
+    k=(4,),
+    init_seed=(0, 1),
+    tokens=32 * 1200,
+    batch_tokens=32,
+    buffer_tokens=1024,
+    checkpoint_every=64,
+    auxk=0.5,
+    dead_after_tokens=512,
     text=TextConfig(max_norm_ratio=1.3),
-)  # fmt: skip
+)
 LIVE = replace(
-    SHARDS, layers=(1, 2), tokens=32 * 500, init_seed=(0,),
+    SHARDS,
+    layers=(1, 2),
+    tokens=32 * 500,
+    init_seed=(0,),
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
-)  # fmt: skip
+)
 
 PARTNER_SECONDS = 5.0
 """How long a process may take to notice that the other one was killed."""
 
 HARVEST = HarvestConfig(
-    layers=(1, 2), tokens=24_000, shard_tokens=700, keep_positions=True, shuffle=True,
-    rank_timeout=30, text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
-)  # fmt: skip
+    layers=(1, 2),
+    tokens=24_000,
+    shard_tokens=700,
+    keep_positions=True,
+    shuffle=True,
+    rank_timeout=30,
+    text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
+)
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -85,8 +100,8 @@ def fork_two(work: Callable[[], object]) -> list[int]:
 def finished(pids: Sequence[int]) -> bool:
     """Whether the children ended by themselves. Raises when one failed while none was killed.
 
-    One that lost its partner says so and ends. Where it does not notice soon (two that die while
-    they look for each other), it is killed as well, as torchrun would.
+    A process whose partner was killed reports that and ends. If it does not within
+    `PARTNER_SECONDS`, it is killed as well, as torchrun would.
     """
     codes: dict[int, int] = {}
     give_up = math.inf
@@ -105,12 +120,12 @@ def finished(pids: Sequence[int]) -> bool:
     if -signal.SIGKILL in codes.values():
         return False
     if any(codes.values()):
-        sys.exit("a leg failed")
+        sys.exit("a run failed")
     return True
 
 
 def harvest_of(folder: Path) -> dict[str, Any]:
-    """All that a harvest leaves but its times: every shard, and what the manifest says."""
+    """All that a harvest writes except timings: every shard, and the manifest."""
     found: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*.*"))
@@ -133,7 +148,7 @@ def saved_step(folder: Path) -> int:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """All that a run leaves but its times: weights, logs, reports, and the last state."""
+    """All that a run writes except timings: weights, logs, records, and the last state."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("sae_weights.safetensors")):
         found[str(path.relative_to(folder))] = path.read_bytes()
@@ -200,7 +215,7 @@ def main() -> None:
         killed_here = 0
         while True:
             pids = run(out)
-            # The last leg of the last run is left in peace.
+            # The last start of the last run is not killed.
             if kills < args.kills:
                 time.sleep(rng.uniform(0, 0.5 * seconds))
                 for pid in rng.choice([pids, *([pid] for pid in pids)]):

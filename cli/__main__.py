@@ -4,11 +4,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.output import one_line, print_error
-from saesteer.cli.parser import VerbParser
+from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
+from saesteer.cli.parser import ALIASES, VerbParser
 
 VERBS = {
     "demo": "the main job on a small model, start to end: harvest, train, rank, steer, show",
@@ -77,13 +78,26 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
 
 def make_parser(verb: str) -> VerbParser:
-    """The parser of one verb. Raises UsageError for a word that is none."""
+    """The parser of one verb. Raises UsageError for an unknown verb."""
     if verb not in VERBS:
         raise UsageError(f"{_unknown(verb)}; the verbs are {', '.join(VERBS)}")
     module = import_module(f"saesteer.cli.{verb}")
     parser = VerbParser(verb, _sentence(VERBS[verb]), module.EXAMPLE)
     module.add_flags(parser)
     return parser
+
+
+@cache
+def _flags() -> dict[str, str]:
+    """The flags of all verbs, by the name of the argument that each sets."""
+    options = {option for verb in VERBS for option in make_parser(verb).flags()}
+    found = {option: option for option in options if option.startswith("--")} | ALIASES
+    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    return named | ARGUMENT_FLAGS
+
+
+# Only this module knows all verbs, and verbs import `output`: so it hands the table down.
+use_flags(_flags)
 
 
 def _unknown(word: str) -> str:

@@ -6,8 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,19 +64,16 @@ def one_line(message: object) -> str:
 def with_flags(text: str) -> str:
     """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
     argument = r"`([a-z][a-z0-9_]*(?:=False)?)`"
-    return re.sub(argument, lambda found: _flags().get(found[1], found[0]), text)
+    return re.sub(argument, lambda found: _flag_table().get(found[1], found[0]), text)
 
 
-@cache
-def _flags() -> dict[str, str]:
-    """The flags of all verbs, by the name of the argument that each sets."""
-    from saesteer.cli.__main__ import VERBS, make_parser
-    from saesteer.cli.parser import ALIASES
+def use_flags(table: Callable[[], Mapping[str, str]]) -> None:
+    """Give `with_flags` the flags by argument; `table` is called when a message names one."""
+    global _flag_table
+    _flag_table = table
 
-    options = {option for verb in VERBS for option in make_parser(verb).flags()}
-    found = {option: option for option in options if option.startswith("--")} | ALIASES
-    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
-    return named | ARGUMENT_FLAGS
+
+_flag_table: Callable[[], Mapping[str, str]] = ARGUMENT_FLAGS.copy  # until `use_flags`
 
 
 def print_error(message: object) -> None:

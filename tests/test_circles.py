@@ -11,8 +11,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "checkpoints", "sae", "steering", "cli")
 
 ALLOWED: set[tuple[str, ...]] = {
-    # The command's parser asks for the names of its verbs when it words an error.
-    ("saesteer.cli.__main__", "saesteer.cli.output"),
     # Each of the three products is a gradient of the two others.
     (
         "saesteer.kernels.gather_dot",

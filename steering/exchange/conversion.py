@@ -37,14 +37,6 @@ _EVERYWHERE = (
 )
 
 
-def plan_vector(plan: Plan) -> Float[Tensor, " d_model"]:
-    """sum_j alpha_j d_j of a plan of one part that adds a fixed vector, in float32.
-
-    Raises UserError for any other method, unit, gate or schedule.
-    """
-    return _vector(plan.part, "the plan").float()
-
-
 def check_export(
     plan: Plan, format: str, as_scope: str | None = None, hookpoint: str | None = None
 ) -> None:
@@ -91,7 +83,7 @@ def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) ->
         lm_eval_files.source_of_clamp(part, name)
         return
     if not (format == "lm-eval" and lm_eval_files.clamps_exactly(part)):
-        _vector(part, name)
+        _check_adds_one_vector(part, name)
     if part.site not in ("resid_post", "resid_pre"):
         raise UserError(
             f"{name} steers {part.site}, and {format} adds to the output of a block: only "
@@ -105,8 +97,8 @@ def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) ->
         )
 
 
-def _vector(part: PlanPart, name: str) -> Float[Tensor, " d_model"]:
-    """The one vector that a part adds everywhere, in float64."""
+def _check_adds_one_vector(part: PlanPart, name: str) -> None:
+    """Raise UserError for a part that does not add the same vector at every position."""
     for wrong, what in (
         (not part.does.adds_fixed_vector, f"method {part.method}, which does more than add"),
         (part.unit == "rel", "unit rel, whose vector grows with the activation"),
@@ -119,7 +111,7 @@ def _vector(part: PlanPart, name: str) -> Float[Tensor, " d_model"]:
                 f"{name} has {what}, and the file can only add one vector: make a plan with "
                 "`method` add `unit` raw"
             )
-    return part.added_vector()
+    part.added_vector()  # raises where the directions cancel out
 
 
 def export_plan(
@@ -183,20 +175,6 @@ def _summed(parts: list[PlanPart]) -> Float[Tensor, " d_model"]:
     return torch.stack([part.added_vector() for part in parts]).sum(dim=0).float()
 
 
-def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
-    """Vectors by the 0-based block whose output they are added to, and notes on them.
-
-    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and what
-    adds in lm-eval's `.pt` dicts and CSVs. Raises a one-line UserError for anything else, pickled
-    objects included.
-    """
-    steered, notes = _read(path)
-    clamped = [row.block for row in steered if row.action != "add"]
-    if clamped:
-        raise UserError(f"`source` {path} clamps at block {clamped[0]}: that is no vector to add")
-    return {row.block: row.vector * row.coefficient for row in steered}, notes
-
-
 def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
     """Write plans that do what another tool's file says; returns `files` and `notes`.
 
@@ -204,7 +182,7 @@ def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[st
     latent is the vector itself, added; or, for lm-eval's clamps, the vector as a linear latent that
     is set. Raises UserError for vectors that do not fit the model.
     """
-    steered, notes = _read(path)
+    steered, notes = read_blocks(path)
     source = str(Path(path).expanduser().absolute())
     plans = {}
     for row in sorted(steered, key=lambda row: row.block):
@@ -253,8 +231,13 @@ def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
     )
 
 
-def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
-    """What a file says of each block, and notes."""
+def read_blocks(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
+    """What a file does at the output of each block (0-based), and notes for its reader.
+
+    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and
+    lm-eval's `.pt` dicts and CSVs; `path` may be a folder that holds one of those `export_plan`
+    writes. Raises a one-line UserError for anything else, pickled objects included.
+    """
     given = Path(path).expanduser()
     if given.is_dir():
         inside = [given / name for name in EXPORTS.values() if (given / name).is_file()]

@@ -12,18 +12,18 @@ from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
 
 VERBS = {
-    "demo": "the main job on a small model, start to end: harvest, train, rank, steer, show",
+    "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
     "harvest": "run text through a model once and store the activations of some layers",
     "train": "train sparse autoencoders, live from a model or from stored activations",
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
-    "sweep": "try doses, numbers of latents and scopes: success against damage, the best plan",
-    "evaluate": "success, fluency and damage of a plan against every control, as a report",
-    "convert": "an SAE or a plan in another tool's format, with a report of what differs",
-    "doctor": "prove that hooks read and write where they say, and predict what a job costs",
-    "push": "share an SAE with a generated card, on the Hub or in a folder",
-    "reproduce": "run a recorded training once more and compare what comes out",
+    "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
+    "evaluate": "compare a plan with every control: a report of success, fluency and damage",
+    "convert": "write an SAE or a plan in another tool's format, and report what differs",
+    "doctor": "check that hooks work on a model, and predict time and memory of a job",
+    "push": "publish an SAE with a generated model card, on the Hub or in a folder",
+    "reproduce": "repeat a recorded training or harvest and compare the results",
 }
 _INTERRUPTED = 130
 _NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
@@ -124,8 +124,7 @@ def _help() -> str:
             "verbs:",
             *(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items()),
             "",
-            "`saesteer VERB --help` explains the flags of a verb; `saesteer --version` says which",
-            "saesteer this is.",
+            "`saesteer VERB --help` lists the flags of a verb, `saesteer --version` the version.",
             "",
             "examples:",
             "  saesteer demo --quick",

@@ -1,4 +1,4 @@
-"""What a person or a program reads: tables, colours, JSON, and the one line of an error."""
+"""How verbs print: tables, colours, numbers for people, JSON, and one-line errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
 def paint(text: str, colour: str, stream: Stream | None = None) -> str:
-    """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
+    """`text` in a colour; unchanged where the stream is not a terminal, or NO_COLOR is set."""
     stream = sys.stdout if stream is None else stream
     if not is_terminal(stream) or os.environ.get("NO_COLOR"):
         return text
@@ -53,7 +53,7 @@ ARGUMENT_FLAGS = {
     "url": "--judge",
     "ways": "--beside",
 }
-"""Flags with another name than the library's argument that they set."""
+"""Library arguments whose flag has another name, and that flag."""
 
 
 def one_line(message: object) -> str:
@@ -77,12 +77,12 @@ _flag_table: Callable[[], Mapping[str, str]] = ARGUMENT_FLAGS.copy  # until `use
 
 
 def print_error(message: object) -> None:
-    """The one line on stderr that ends a verb that failed."""
+    """Print the message of a failed verb on stderr, as one line."""
     print(f"{paint('error:', 'red', sys.stderr)} {one_line(message)}", file=sys.stderr)
 
 
 def print_json(document: object, *, one_a_line: bool = False) -> None:
-    """One JSON document on stdout, or one of several lines. NaN and infinity become null."""
+    """Print a JSON document, on one line with `one_a_line`. NaN and infinity become null."""
     # Escapes keep the document valid where stdout cannot take every character.
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     indent = None if one_a_line else 2
@@ -112,7 +112,7 @@ def print_table(
 
 
 def program() -> str:
-    """What to type to run this tool again: its name, or its path where the name is not known."""
+    """How to call this program in a shell: its name, or its path where PATH does not find it."""
     ran = sys.argv[0]
     found = shutil.which("saesteer")
     if os.path.basename(ran) != "saesteer" or (found and os.path.samefile(found, ran)):
@@ -121,7 +121,7 @@ def program() -> str:
 
 
 def print_next(*words: object) -> None:
-    """The command to type next: a verb of this tool and its flags."""
+    """Print the command to run next: a verb and its flags."""
     print(f"{paint('next:', 'cyan')} {shlex.join([program(), *map(str, words)])}")
 
 
@@ -150,14 +150,14 @@ def duration(seconds: int | float) -> str:
 
 
 def number(value: int | float | None, digits: int = 4) -> str:
-    """A measured value in a few significant digits; a dash for one that could not be had."""
+    """A measured value in a few significant digits; a dash for None and NaN."""
     if value is None or value != value:
         return "-"
     return f"{value:.{digits}g}"
 
 
 def write_run(folder: Path, verb: str, arguments: Document, **facts: object) -> None:
-    """Write `run.json`: what was asked for, what it was asked of, and with which software."""
+    """Write `run.json`: the verb, its arguments, `facts`, and the versions of the software."""
     from saesteer.checkpoints.provenance import git_revision, versions
 
     document = {
@@ -172,4 +172,4 @@ def write_run(folder: Path, verb: str, arguments: Document, **facts: object) -> 
 
 
 class Failed(UserError):
-    """A verb that ran to its end and found something wrong; its results are printed already."""
+    """A verb finished and its results, already printed, show that a check failed."""

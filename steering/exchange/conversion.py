@@ -1,7 +1,7 @@
-"""Steering plans in the files of other tools, and their vectors as plans.
+"""Export of plans to the files of other tools, and import of their vectors as plans.
 
-All of them add one fixed vector a block at every position of a text, so only plans whose parts come
-down to that can be exported; the rest are refused with the reason.
+Those tools add one fixed vector per block at every position of a text (lm-eval can also clamp one
+direction). Plans that do more are refused with the reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ EXPORTS = {
     "lm-eval": "lm_eval.pt",
     "lm-eval-csv": "lm_eval.csv",
 }
-"""Format to the name of the file it is written as."""
+"""The name of the file for each format."""
 
 _EVERYWHERE = (
     "the file steers every position, also the first and those of the chat template, which the "
@@ -62,7 +62,7 @@ def check_export(
 
 
 def _named(plan: Plan) -> Iterator[tuple[str, PlanPart]]:
-    """The parts, with what an error calls each."""
+    """The parts, each with its name in error messages."""
     for number, part in enumerate(plan.parts):
         yield "the plan" if len(plan.parts) == 1 else f"part {number}", part
 
@@ -122,11 +122,11 @@ def export_plan(
     as_scope: str | None = None,
     hookpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Write a plan's vectors into a folder; returns `files` and `notes` on what changes.
+    """Write a plan's vectors into a folder; returns `files`, and `notes` on what changes.
 
-    Parts that add at one block become one vector there. `as_scope` "all" lets a plan of a narrower
-    scope pass. `hookpoint` is lm-eval's name of the block, `layers.L` by default. Raises UserError
-    for what the format cannot hold.
+    Parts that add at the same block become one vector. `as_scope` "all" allows a plan with a
+    narrower scope. `hookpoint` is the module path of the block in lm-eval, `layers.L` by default.
+    Raises UserError or UsageError for what the format cannot hold.
     """
     check_export(plan, format, as_scope, hookpoint)
     notes = [
@@ -176,11 +176,11 @@ def _summed(parts: list[PlanPart]) -> Float[Tensor, " d_model"]:
 
 
 def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
-    """Write plans that do what another tool's file says; returns `files` and `notes`.
+    """Write plans that do the same as another tool's file; returns `files` and `notes`.
 
-    One block makes a plan in `folder`, several make one in `folder/layer-N` each. A plan's only
-    latent is the vector itself, added; or, for lm-eval's clamps, the vector as a linear latent that
-    is set. Raises UserError for vectors that do not fit the model.
+    A file for one block gives a plan in `folder`, one for several blocks gives plans in
+    `folder/layer-N`. The only latent of a plan is the vector, which is added; for lm-eval's clamps
+    it is a linear latent that is set. Raises UserError for vectors that do not fit the model.
     """
     steered, notes = read_blocks(path)
     source = str(Path(path).expanduser().absolute())
@@ -282,7 +282,7 @@ def _lm_eval(file: Path, rows: list[SteeredBlock]) -> tuple[list[SteeredBlock], 
 
 
 def _place(part: PlanPart, format: str) -> int:
-    """The block whose output the part's site is; a CSV names the part's own layer."""
+    """The block whose output the part edits; a CSV names the part's own layer."""
     inside = part.site == "resid_post" or format == "lm-eval-csv"
     return part.layer if inside else part.layer - 1
 

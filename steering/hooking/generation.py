@@ -1,4 +1,4 @@
-"""Texts in, steered texts out."""
+"""Steered generation: from texts to completions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.config import Progress
 from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
@@ -17,7 +18,7 @@ from saesteer.steering.plans.plan import Plan
 
 @dataclass(frozen=True)
 class SteeredText:
-    """One prompt with what the model said."""
+    """A prompt and the model's completion of it."""
 
     prompt: str
     completion: str
@@ -25,17 +26,38 @@ class SteeredText:
     token_ids: list[int]
     """New tokens, without the end of text and what follows it."""
     baseline: str | None = None
-    """What the model says unsteered, when asked for."""
+    """The unsteered completion, when asked for."""
     tokens_touched: int = 0
-    """Edited positions of the prompt and the completion; what was run after the end of the text,
-    while other rows of the batch went on, does not count."""
+    """Edited positions of the prompt and the completion. Positions after the end of the text, which
+    are run while other rows of the batch go on, do not count."""
     relative_dose: float | None = None
     """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
     tokens_gated_off: int = 0
-    """Positions in the scope where the gate was closed; those after the end of the text, which
-    other rows of the batch still ran, count too."""
+    """Positions in the scope where the gate was closed. Positions after the end of the text, which
+    are run while other rows of the batch go on, count too."""
     tokens_changed: int = 0
-    """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
+    """Edited positions where the edit was not 0: ablating an inactive latent changes nothing."""
+
+
+def counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
+    """Start a stage of progress; the function returned advances it, at most to the total."""
+    reached = 0
+    progress(stage, 0, total, unit)
+
+    def add(count: int) -> None:
+        nonlocal reached
+        reached = min(reached + count, total)
+        progress(stage, reached, total, unit)
+
+    return add
+
+
+def count_batches(
+    progress: Progress, stage: str, total: int, batch_size: int, unit: str = "answers"
+) -> Callable[[int], None]:
+    """The `progress` of a generation of `total` texts, shown as a stage that counts texts."""
+    add = counter(progress, stage, total, unit)
+    return lambda new_tokens: add(batch_size)
 
 
 def generate_steered(
@@ -65,12 +87,11 @@ def generate_steered(
     """Generate a completion of each text under a plan, in the order given.
 
     Args:
-        texts: what the person says; one user turn each when `chat`.
-        plan: what `steer` takes; the plans of a `ByRow` are those of `texts`, one each. None leaves
-            the model as it is.
-        chat: None is on when the tokenizer has a chat template.
-        baseline: generate without the plan too, with the same seed and batches.
-        progress: called with the number of new tokens of each batch that ended.
+        texts: the prompts; each is one user turn when `chat`.
+        plan: as for `steer`; a `ByRow` has one plan for each of `texts`. None does not steer.
+        chat: send texts through the chat template; None: when the tokenizer has one.
+        baseline: also generate without the plan, with the same seed and batches.
+        progress: called after each batch with its number of new tokens.
 
     The other arguments are those of `sae.generate` and of `steering.steer`.
 
@@ -108,7 +129,7 @@ def generate_steered(
         ]
 
     def in_batches(one: Any) -> Any:
-        """`ByRow` is given a plan for each text; texts are batched by length."""
+        """A `ByRow` over texts as one over the rows of each batch: texts are batched by length."""
         if isinstance(one, ByRow):
             return ByRow(one.plans, lambda call: batches[call])
         return one

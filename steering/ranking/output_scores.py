@@ -1,7 +1,7 @@
-"""Output-side scores: what writing a latent's direction does to what the model says next.
+"""Output scores: what adding a latent's direction does to the model's output.
 
-A detector of an instruction is often not what carries it out (AxBench, arXiv 2501.17148; Arad et
-al., arXiv 2505.20063), so these look at the other end of the model.
+A latent that detects an instruction is often not one that makes the model follow it (AxBench, arXiv
+2501.17148; Arad et al., arXiv 2505.20063), so these scores measure the effect on the output.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _SEQUENCES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two answers to one content: the model's own with the instruction, and without it."""
+    """Two answers to one content, as token ids: given with the instruction, and without it."""
 
     content: int
     prompt: list[int]
@@ -86,7 +86,7 @@ def contrast_gradients(
 
 
 def unit_steps(sae: SAE, ids: Sequence[int] | None = None) -> Float[Tensor, "n d_model"]:
-    """What one unit of a latent's activation adds to the reconstruction: its decoder row."""
+    """What one unit of activation of each latent adds to the reconstruction: its decoder row."""
     rows = sae.W_dec if ids is None else sae.W_dec[list(ids)]
     if sae.spec.rescale_acts_by_decoder_norm:
         return torch.nn.functional.normalize(rows, dim=-1)
@@ -160,7 +160,7 @@ def output_scores(
 
         def edit(h: Tensor, steps: Tensor = steps) -> Tensor:
             new = h.clone()
-            # A row more than there are latents: the last one stays as it is.
+            # The batch has one row more than latents: the last row is not edited.
             new[:-1, -1] += (strength * highest * steps).to(h.device, h.dtype)
             return new
 

@@ -238,7 +238,7 @@ def moved(plan: Plan, sae: SAE, h: Tensor, acts: Tensor, share: float) -> Tensor
 # ways to run generate
 
 
-class Heard(BaseStreamer):  # type: ignore[misc]
+class RecordingStreamer(BaseStreamer):  # type: ignore[misc]
     """A streamer that keeps what it is told: the prompt, then the new token of every row."""
 
     def __init__(self) -> None:
@@ -263,7 +263,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "beams, no cache": {"num_beams": 3, "use_cache": False},
     "beams, static": {"num_beams": 3, "cache_implementation": "static"},
     "beams, sampled": {"num_beams": 3, "do_sample": True},
-    "streamer": {"streamer": Heard},
+    "streamer": {"streamer": RecordingStreamer},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
     "assistant": {"assistant_model": None},
     "assistant, sampled": {"assistant_model": None, "do_sample": True},
@@ -280,7 +280,7 @@ def options_of(lm: LanguageModel, run: str) -> dict[str, Any]:
         # The model itself, unsteered: some of its drafts are right under steering and some wrong.
         options["assistant_model"] = copy.deepcopy(lm.model)
     if "streamer" in options:
-        options["streamer"] = Heard()
+        options["streamer"] = RecordingStreamer()
     return options
 
 

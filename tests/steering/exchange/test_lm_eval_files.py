@@ -21,7 +21,7 @@ from saesteer.steering.exchange.conversion import (
     lm_eval_files,
     read_blocks,
 )
-from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
@@ -54,7 +54,7 @@ def theirs_clamp(x: Tensor, vector: Tensor, value: float, bias: Tensor | None) -
 
 
 def ours(plan: Plan, x: Tensor) -> Tensor:
-    return x + make_edit(plan.parts).delta(x, Spots())
+    return x + make_edit(plan.parts).delta(x, EditPositions())
 
 
 def residuals() -> Tensor:

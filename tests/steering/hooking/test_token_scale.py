@@ -16,7 +16,7 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.controls import random_plan, with_directions
 from saesteer.steering.exchange.conversion import check_export
 from saesteer.steering.hooking.arrangement import ByRow
-from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import needs_sae, with_gate
 from saesteer.steering.plans.from_sae import make_plan
@@ -96,7 +96,7 @@ def plan_of(lm: LanguageModel, sae: SAE, method: str, **changes: Any) -> Plan:
 
 
 def edited(plan: Plan, x: Tensor, sae: SAE | None = None) -> Tensor:
-    return x + make_edit(plan.parts, sae).delta(x, Spots())
+    return x + make_edit(plan.parts, sae).delta(x, EditPositions())
 
 
 @pytest.mark.parametrize("method", VALUES)

@@ -178,6 +178,8 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
 
 
 def _print(args: Namespace, document: Document) -> None:
+    from saesteer.steering.evaluation.intervals import rate_text
+
     for task in document["tasks"]:
         facts = task["task"]
         seeds = f", {len(task['seeds'])} seeds" if len(task["seeds"]) > 1 else ""
@@ -189,7 +191,7 @@ def _print(args: Namespace, document: Document) -> None:
             rows.append(
                 [
                     arm["name"],
-                    *(_rate(arm[key]) for key in ("loose", "strict", "degenerate")),
+                    *(rate_text(arm[key]) for key in ("loose", "strict", "degenerate")),
                     figure(arm["fluency"]["perplexity"], 3),
                     figure(damage.get("kl"), 3),
                     figure(damage.get("relative_dose"), 3),
@@ -210,10 +212,13 @@ def _print(args: Namespace, document: Document) -> None:
 
 
 def _print_ifeval(ifeval: Document) -> None:
+    from saesteer.steering.evaluation.intervals import rate_text
+
     print(f"IFEval: {ifeval['prompts']} prompts")
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rows = [
-        [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
+        [name, *(rate_text(arm["scores"][key]) for key in keys)]
+        for name, arm in ifeval["arms"].items()
     ]
     print_table(["arm", *(key.replace("_", " ") for key in keys)], rows, "arm", indent=2)
     _print_tests(ifeval["tests"], "p", "p")
@@ -223,12 +228,14 @@ def _print_ifeval(ifeval: Document) -> None:
 
 
 def _print_tests(tests: list[Document], p: str, headed: str) -> None:
-    """Paired differences with their intervals, and p-values under `headed`."""
+    """Print paired differences with their intervals, and p-values under the header `headed`."""
+    from saesteer.steering.evaluation.intervals import difference_text
+
     rows = [
         [
             f"{test['ours']} - {test['theirs']}",
             test["measure"],
-            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+            difference_text(test),
             figure(test[p], 2),
         ]
         for test in tests
@@ -236,7 +243,3 @@ def _print_tests(tests: list[Document], p: str, headed: str) -> None:
     if rows:
         headers = ["difference", "measure", "mean", headed]
         print_table(headers, rows, "difference,measure", indent=2)
-
-
-def _rate(rate: Document) -> str:
-    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -29,9 +29,19 @@ _QUIET_ENVIRONMENT = {
     "WANDB_MODE": "disabled",
 }
 _NOISY = (
-    "transformers", "huggingface_hub", "datasets", "torch", "accelerate", "sae_lens",
-    "transformer_lens", "httpx", "urllib3", "filelock", "fsspec", "py.warnings",
-)  # fmt: skip
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "torch",
+    "accelerate",
+    "sae_lens",
+    "transformer_lens",
+    "httpx",
+    "urllib3",
+    "filelock",
+    "fsspec",
+    "py.warnings",
+)
 
 
 @dataclass

@@ -43,21 +43,20 @@ def check_export(
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
         raise UsageError(f"`format` must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
-    acting: dict[int, list[str]] = {}
     for name, part in _named(plan):
         _check_part(name, part, format, as_scope)
-        acting.setdefault(_place(part, format), []).append(name)
-    for block, names in acting.items():
-        added = all(part.does.adds for part in plan.parts)
-        if len(names) > 1 and not added:
+    by_block = _by_block(plan, format)
+    all_add = all(part.does.adds for part in plan.parts)
+    for block, parts in by_block.items():
+        if len(parts) > 1 and not all_add:
             raise UserError(
-                f"{' and '.join(names)} of the plan act on the output of block {block}, and "
+                f"{' and '.join(parts)} of the plan act on the output of block {block}, and "
                 f"{format} holds one action a block unless all only add: choose one with plan.only"
             )
-    if hookpoint is not None and len(acting) > 1:
+    if hookpoint is not None and len(by_block) > 1:
         raise UsageError(
             f"`hookpoint` {hookpoint} names one block and the plan acts on the blocks "
-            f"{', '.join(map(str, sorted(acting)))}: leave it out"
+            f"{', '.join(map(str, sorted(by_block)))}: leave it out"
         )
 
 
@@ -65,6 +64,14 @@ def _named(plan: Plan) -> Iterator[tuple[str, PlanPart]]:
     """The parts, each with its name in error messages."""
     for number, part in enumerate(plan.parts):
         yield "the plan" if len(plan.parts) == 1 else f"part {number}", part
+
+
+def _by_block(plan: Plan, format: str) -> dict[int, dict[str, PlanPart]]:
+    """For each block, the parts that act on its output, by their names in error messages."""
+    found: dict[int, dict[str, PlanPart]] = {}
+    for name, part in _named(plan):
+        found.setdefault(_place(part, format), {})[name] = part
+    return found
 
 
 def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
@@ -135,9 +142,7 @@ def export_plan(
     notes.append(_EVERYWHERE)
     path = folder / EXPORTS[format]
     folder.mkdir(parents=True, exist_ok=True)
-    by_block: dict[int, list[PlanPart]] = {}
-    for part in plan.parts:
-        by_block.setdefault(_place(part, format), []).append(part)
+    by_block = {block: [*parts.values()] for block, parts in _by_block(plan, format).items()}
     points = {block: hookpoint or f"layers.{block}" for block in by_block}
     if format == "gguf":
         vectors = {block: _summed(parts) for block, parts in by_block.items()}

@@ -24,9 +24,16 @@ from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import TaskIdentity
 
 COLUMNS = (
-    "loader", "action", "sparse_model", "hookpoint", "feature_index", "steering_coefficient",
-    "head_index", "sae_id", "description",
-)  # fmt: skip
+    "loader",
+    "action",
+    "sparse_model",
+    "hookpoint",
+    "feature_index",
+    "steering_coefficient",
+    "head_index",
+    "sae_id",
+    "description",
+)
 _MOST_ROWS = 1000
 _SAME_CLAMP = "the clamp is of the projection on the direction, as in the plan"
 _OTHER_CLAMP = (

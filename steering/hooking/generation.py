@@ -1,7 +1,7 @@
 """Steered generation: from texts to completions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import Progress
 from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.hooking.arrangement import ByRow, Plans
-from saesteer.steering.hooking.hook import SteerReport, median, steer
+from saesteer.steering.hooking.hook import median, steer
 from saesteer.steering.hooking.latent_values import SAEs
 from saesteer.steering.plans.plan import Plan
 
@@ -123,10 +123,7 @@ def generate_steered(
     plain = run() if baseline or plan is None else None
     if plan is None:
         assert plain is not None
-        return [
-            SteeredText(text, said.text, said.token_ids, said.text if baseline else None)
-            for text, said in zip(texts, plain, strict=True)
-        ]
+        return _answers(texts, plain, plain if baseline else None)
 
     def in_batches(one: Any) -> Any:
         """A `ByRow` over texts as one over the rows of each batch: texts are batched by length."""
@@ -157,35 +154,25 @@ def generate_steered(
         force=force,
     ) as report:
         completions = run()
-    touched = _touched(report, batches, prompts, completions)
-    return [
-        SteeredText(
-            prompt=texts[i],
-            completion=said.text,
-            token_ids=said.token_ids,
-            baseline=None if plain is None else plain[i].text,
-            tokens_touched=touched[i][0],
-            relative_dose=touched[i][1],
-            tokens_changed=touched[i][2],
-            tokens_gated_off=touched[i][3],
-        )
-        for i, said in enumerate(completions)
-    ]
-
-
-def _touched(
-    report: SteerReport,
-    batches: Sequence[Sequence[int]],
-    prompts: Sequence[EncodedPrompt],
-    completions: Sequence[Completion],
-) -> list[tuple[int, float | None, int, int]]:
-    """Edited positions, relative dose, changed and gated positions of each prompt, to its end."""
-    found: list[tuple[int, float | None, int, int]] = [(0, None, 0, 0)] * len(prompts)
-    if report.passes == 0:  # switched off
-        return found
-    for call, indices in enumerate(batches):
+    answers = _answers(texts, completions, plain)
+    for call, indices in enumerate(batches if report.passes else ()):  # no passes: scale 0
         for row, i in zip(report.call_rows(call), indices, strict=True):
             kept = row.before(len(prompts[i]) + len(completions[i].token_ids))
-            changed = int((kept.delta_norms > 0).sum())
-            found[i] = len(kept.positions), median([kept.relative_doses]), changed, row.gated_off
-    return found
+            answers[i] = replace(
+                answers[i],
+                tokens_touched=len(kept.positions),
+                relative_dose=median([kept.relative_doses]),
+                tokens_changed=int((kept.delta_norms > 0).sum()),
+                tokens_gated_off=row.gated_off,
+            )
+    return answers
+
+
+def _answers(
+    texts: Sequence[str], completions: Sequence[Completion], plain: Sequence[Completion] | None
+) -> list[SteeredText]:
+    """The completions of texts, with `plain` as their baselines."""
+    return [
+        SteeredText(text, said.text, said.token_ids, None if plain is None else plain[i].text)
+        for i, (text, said) in enumerate(zip(texts, completions, strict=True))
+    ]

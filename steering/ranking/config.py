@@ -9,9 +9,18 @@ READS = ("last", "template", "span", "reply")
 instruction's tokens, or in the model's own reply."""
 
 DETECTION = (
-    "saif", "rate", "logodds", "mcnemar", "meandiff", "cohen", "welch", "paired-t", "auroc", "mi",
+    "saif",
+    "rate",
+    "logodds",
+    "mcnemar",
+    "meandiff",
+    "cohen",
+    "welch",
+    "paired-t",
+    "auroc",
+    "mi",
     "corr",
-)  # fmt: skip
+)
 """Scores of how well a latent distinguishes instructed texts from plain ones."""
 
 OUTPUT = ("lens", "effect", "atp", "output")

@@ -124,13 +124,17 @@ class Report:
         """Show a warning, also with `--quiet`."""
         print(f"{paint('warning:', 'bold', self.stream)} {one_line(text)}", file=self.stream)
 
-    def on_start(self, stage: Stage) -> None: ...
+    def on_start(self, stage: Stage) -> None:
+        """A stage has started."""
 
-    def on_move(self, stage: Stage, now: float) -> None: ...
+    def on_move(self, stage: Stage, now: float) -> None:
+        """The present stage has moved; `now` is the time."""
 
-    def on_end(self, stage: Stage, seconds: float) -> None: ...
+    def on_end(self, stage: Stage, seconds: float) -> None:
+        """A stage has ended after so many seconds."""
 
     def close(self) -> None:
+        """End the present stage; nothing is shown afterwards."""
         self.end()
 
 
@@ -286,7 +290,7 @@ class _Forward(logging.Handler):
 
 @contextlib.contextmanager
 def _our_log(report: Report, verbose: bool) -> Iterator[None]:
-    """Show what our own modules log: warnings, and with `--verbose` the rest."""
+    """Show log records of saesteer: warnings, and with `--verbose` all others."""
     logger, handler = logging.getLogger("saesteer"), _Forward(report)
     level, passes_on = logger.level, logger.propagate
     logger.addHandler(handler)

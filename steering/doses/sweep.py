@@ -306,7 +306,7 @@ def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
     if chosen.arm.loose.successes == 0:
         warnings.append(
             "no setting followed the instruction once on the development contents: the plan is the "
-            "gentlest of them"
+            "setting with the smallest edit"
         )
     return warnings
 

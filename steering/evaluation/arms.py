@@ -137,18 +137,22 @@ class Arm:
 
     @property
     def loose(self) -> Rate:
+        """Answers of grade A or B."""
         return Rate.of(self.hits("loose"), self.seeds)
 
     @property
     def strict(self) -> Rate:
+        """Answers of grade A."""
         return Rate.of(self.hits("strict"), self.seeds)
 
     @property
     def degenerate(self) -> Rate:
+        """Answers where one 4-gram covers more than a fifth of the tokens."""
         return Rate.of([answer.degenerate for answer in self.answers], self.seeds)
 
     @property
     def undetermined(self) -> Rate:
+        """Answers on which the check gives no verdict."""
         return Rate.of([a.verdict is Verdict.UNDETERMINED for a in self.answers], self.seeds)
 
     @property

@@ -156,11 +156,11 @@ class NeutralProbe:
                 edited_norms.append(after[0][place, at])
                 reports.append(touched)
             for p, q, row, prompt in zip(plain, steered, rows, prompts, strict=True):
-                said = torch.tensor(row[len(prompt) :], device=q.device)[:, None]
+                answer_ids = torch.tensor(row[len(prompt) :], device=q.device)[:, None]
                 columns[0].append(float((p.exp() * (p - q)).sum(1).mean()))
                 columns[1].append(float((q.exp() * (q - p)).sum(1).mean()))
                 columns[2].append(float((p.argmax(1) == q.argmax(1)).float().mean()))
-                columns[3].append(float((p.gather(1, said) - q.gather(1, said)).mean()))
+                columns[3].append(float((p.gather(1, answer_ids) - q.gather(1, answer_ids)).mean()))
         kl, reverse, agreement, rise = (sum(column) / len(column) for column in columns)
         dose, ratio, outside = _norm_figures(usual_norms, edited_norms, reports)
         counted = self._flips(plan) if flips else {}
@@ -216,7 +216,7 @@ class NeutralProbe:
         prompts: list[EncodedPrompt],
         point: HookPoint,
         norms: list[Tensor],
-    ) -> list[Float[Tensor, "said vocabulary"]]:
+    ) -> list[Float[Tensor, "tokens vocabulary"]]:
         """Unsteered log-probabilities; the norms at the hook point are appended to `norms`."""
         place = (key, point.key)
         if key in self._plain and place in self._plain_norms:
@@ -233,7 +233,7 @@ class NeutralProbe:
 
     def _log_probs(
         self, rows: list[list[int]], prompts: list[EncodedPrompt]
-    ) -> list[Float[Tensor, "said vocabulary"]]:
+    ) -> list[Float[Tensor, "tokens vocabulary"]]:
         """For each row, log-probabilities at the positions that predict its answer's tokens."""
         ids, mask = pad_right(self.lm, rows)
         with torch.inference_mode():

@@ -55,7 +55,7 @@ def cross_entropies(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[fl
 
 
 def _split_off(order: list[int], size: int) -> tuple[list[int], list[int]]:
-    """The last `size` of a list, and the rest."""
+    """The last `size` entries of a list, and the others before them."""
     return order[-size:], order[:-size]
 
 

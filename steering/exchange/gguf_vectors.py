@@ -64,7 +64,9 @@ def read_control_vectors(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB; no control vector is")
+            raise UserError(
+                f"{path} is larger than {MAX_BYTES >> 20} MiB, too large for a control vector"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
@@ -114,7 +116,9 @@ def _parse(path: Path, data: _Bytes) -> tuple[dict[int, Tensor], dict[str, Any]]
     if version not in (2, 3):
         raise UserError(f"{path} is GGUF version {version}; 2 and 3 are read")
     if tensors > _MAX_ENTRIES or entries > _MAX_ENTRIES:
-        raise UserError(f"{path} names {tensors} tensors and {entries} facts; no control vector is")
+        raise UserError(
+            f"{path} names {tensors} tensors and {entries} facts, too many for a control vector"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = data.text()

@@ -177,7 +177,7 @@ def _share(moved: Tensor, weight: Tensor | float | None) -> Tensor:
 def _basis(directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "rank d_model"]:
     """Orthonormal rows that span the directions; directions that repeat others add none."""
     _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
-    # Directions are float32: what is smaller than their rounding is no direction of its own.
+    # Directions are float32: singular values below their rounding error do not count.
     kept: Tensor = rows[sizes > 1e-6 * sizes.max()]
     if sizes.max() == 0:
         raise UsageError("the plan's directions are all 0: choose other `latents`")

@@ -40,16 +40,22 @@ class Above:
 
 @dataclass(frozen=True)
 class Not:
+    """The negation of a condition."""
+
     part: Node
 
 
 @dataclass(frozen=True)
 class Every:
+    """Conditions joined by `&`."""
+
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Either:
+    """Conditions joined by `|`."""
+
     parts: tuple[Node, ...]
 
 

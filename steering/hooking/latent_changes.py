@@ -38,7 +38,7 @@ class LatentChange:
     before: float
     after: float
     asked: float | None
-    """The change that the plan asks for; None for `project`, which has no latent semantics."""
+    """The change that the plan asks for; None for `project`, which gives latents no values."""
     tokens: int
     on_before: float
     """Share of those tokens where the latent is on (not 0)."""
@@ -71,7 +71,7 @@ def read_back(
     """Generate under a plan and encode every residual that it changed, before and after.
 
     The latents of all parts, in their order. Raises what `steer` raises, and UserError when the
-    latents of a part can only be read with its SAE and that cannot be had.
+    latents of a part can only be read with its SAE which cannot be opened.
     """
     if not texts:
         raise UsageError("there is no text to read latents on: give at least one")

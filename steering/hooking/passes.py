@@ -29,6 +29,7 @@ class Call:
 
     @property
     def rows(self) -> int:
+        """Number of prompts."""
         return len(self.prompt_lengths)
 
     @property

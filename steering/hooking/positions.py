@@ -332,7 +332,8 @@ class _Tap:
 def _tapped(model: Any, listener: _Listener) -> Iterator[None]:
     """Let a listener see every call of `model.generate`.
 
-    The tap lies on the instance, is shared by nested contexts, and goes with the last of them.
+    The replacement is an attribute of the instance. Nested contexts share it, and the last one to
+    end removes it.
     """
     tap = vars(model).get("generate")
     if not isinstance(tap, _Tap):

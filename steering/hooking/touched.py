@@ -33,6 +33,7 @@ class TouchedRow:
 
     @property
     def relative_doses(self) -> Float[Tensor, " touched"]:
+        """||delta|| / ||h|| at each position."""
         return self.delta_norms / self.residual_norms
 
     def before(self, stop: int) -> "TouchedRow":
@@ -134,6 +135,7 @@ class Record:
 
     @classmethod
     def empty(cls, call: Call, device: torch.device) -> "Record":
+        """A record in which no position is touched."""
         nothing = torch.full((call.rows, 1), torch.nan, device=device)
         return cls(call, nothing, nothing)
 
@@ -193,7 +195,7 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
-        """Put in place what a pass did, wherever its positions lie."""
+        """Put in place what a pass did, whatever its positions."""
         self.settle()
         column = torch.where(tokens.real, tokens.p + 1, 0).to(residual.device)
         # Uncovered positions are written too, because another beam may have been recorded there.

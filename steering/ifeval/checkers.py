@@ -147,6 +147,7 @@ def response_language(text: str, *, language: str) -> bool:
 
 @_checker("length_constraints:number_sentences")
 def number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
+    """The text has `relation` (less than, at least) `num_sentences` sentences."""
     return _holds(_sentence_count(text), relation, num_sentences)
 
 
@@ -308,4 +309,5 @@ def english_lowercase(text: str) -> bool:
 
 @_checker("punctuation:no_comma")
 def no_comma(text: str) -> bool:
+    """The text has no comma."""
     return "," not in text

@@ -102,7 +102,7 @@ class PlanPart:
             if tuple(tensor.shape) != shapes[name]:
                 raise UserError(
                     f"{name} has shape {list(tensor.shape)}, but {n} latents with directions of "
-                    f"width {width} ask for {list(shapes[name])}: make the plan again"
+                    f"width {width} need {list(shapes[name])}: make the plan again"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{name} holds NaN or infinity: make the plan again")
@@ -119,6 +119,7 @@ class PlanPart:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """The numbers of the latents, in their order."""
         return tuple(latent.id for latent in self.latents)
 
     @property

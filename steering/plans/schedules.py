@@ -32,6 +32,7 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
+        """Whether every step has the weight 1."""
         return self.kind == "constant"
 
     def weights(self, steps: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:

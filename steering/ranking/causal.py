@@ -31,6 +31,7 @@ class CausalTrial:
 
     @property
     def rate(self) -> float:
+        """Share of the answers that are successes."""
         return self.successes / self.n
 
 

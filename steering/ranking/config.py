@@ -116,6 +116,7 @@ class RankConfig:
 
     @property
     def resolved_by(self) -> str:
+        """The score that latents are ranked by: `by`, or its default."""
         return self.by or self.base
 
     @property

@@ -81,6 +81,7 @@ class Texts:
 
     @cached_property
     def pairs(self) -> "Pairs":
+        """The instructed texts, each with the plain text of its content."""
         return Pairs.of(self)
 
 
@@ -109,6 +110,7 @@ class TextsBuilder:
         return acts
 
     def build(self) -> Texts:
+        """All texts added so far, with entries sorted by latent."""
         counts = [len(ids) for ids in self._latents]
         latent = np.concatenate([np.zeros(0, np.int64), *self._latents])
         value = np.concatenate([np.zeros(0), *self._values])
@@ -151,7 +153,7 @@ class Pairs:
         plain_of = {int(c): t for t, c in enumerate(texts.content) if not texts.positive[t]}
         chosen = [t for t in np.flatnonzero(texts.positive) if int(texts.content[t]) in plain_of]
         sides = np.array([[t, plain_of[int(texts.content[t])]] for t in chosen]).reshape(-1, 2)
-        # Entries of each text lie together once sorted by text.
+        # Sorted by text, so that the entries of each text are consecutive.
         order = np.argsort(texts.text, kind="stable")
         ends = np.concatenate(
             [[0], np.cumsum(np.bincount(texts.text, minlength=len(texts.content)))]

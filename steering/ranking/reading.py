@@ -136,6 +136,7 @@ class LatentReader:
         return compose(content, wording, cast(Placement, self.config.position))
 
     def encode(self, text: str) -> EncodedPrompt:
+        """A text as a prompt, through the chat template where `chat` is on."""
         return encode_prompt(self.lm, text, chat=self.chat)
 
     def residuals(

@@ -44,6 +44,7 @@ class Samples:
 
     @property
     def mean_difference(self) -> Float[Tensor, " d_sae"]:
+        """Mean activation of positives minus that of negatives."""
         return self.positive.mean - self.negative.mean
 
     def for_score(self, by: str) -> Texts:

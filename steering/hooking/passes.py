@@ -107,7 +107,7 @@ class PassTokens:
         return self.real_columns[:, self.columns - self.length :]
 
 
-def grown(buffer: Tensor, batch: int, width: int, fill: float) -> Tensor:
+def grown(buffer: Tensor, batch: int, width: int, fill: bool | float) -> Tensor:
     """`buffer` `[rows, columns]` of at least `batch` rows and `width` columns.
 
     Rows are repeated for beams and returned sequences; new columns hold `fill`.

@@ -4,25 +4,26 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.output import one_line, print_error
-from saesteer.cli.parser import VerbParser
+from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
+from saesteer.cli.parser import ALIASES, VerbParser
 
 VERBS = {
-    "demo": "the main job on a small model, start to end: harvest, train, rank, steer, show",
+    "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
     "harvest": "run text through a model once and store the activations of some layers",
     "train": "train sparse autoencoders, live from a model or from stored activations",
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
-    "sweep": "try doses, numbers of latents and scopes: success against damage, the best plan",
-    "evaluate": "success, fluency and damage of a plan against every control, as a report",
-    "convert": "an SAE or a plan in another tool's format, with a report of what differs",
-    "doctor": "prove that hooks read and write where they say, and predict what a job costs",
-    "push": "share an SAE with a generated card, on the Hub or in a folder",
-    "reproduce": "run a recorded training once more and compare what comes out",
+    "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
+    "evaluate": "compare a plan with every control: a report of success, fluency and damage",
+    "convert": "write an SAE or a plan in another tool's format, and report what differs",
+    "doctor": "check that hooks work on a model, and predict time and memory of a job",
+    "push": "publish an SAE with a generated model card, on the Hub or in a folder",
+    "reproduce": "repeat a recorded training or harvest and compare the results",
 }
 _INTERRUPTED = 130
 _NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
@@ -77,13 +78,26 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
 
 def make_parser(verb: str) -> VerbParser:
-    """The parser of one verb. Raises UsageError for a word that is none."""
+    """The parser of one verb. Raises UsageError for an unknown verb."""
     if verb not in VERBS:
         raise UsageError(f"{_unknown(verb)}; the verbs are {', '.join(VERBS)}")
     module = import_module(f"saesteer.cli.{verb}")
     parser = VerbParser(verb, _sentence(VERBS[verb]), module.EXAMPLE)
     module.add_flags(parser)
     return parser
+
+
+@cache
+def _flags() -> dict[str, str]:
+    """The flags of all verbs, by the name of the argument that each sets."""
+    options = {option for verb in VERBS for option in make_parser(verb).flags()}
+    found = {option: option for option in options if option.startswith("--")} | ALIASES
+    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
+    return named | ARGUMENT_FLAGS
+
+
+# Only this module knows all verbs, and verbs import `output`: so it hands the table down.
+use_flags(_flags)
 
 
 def _unknown(word: str) -> str:
@@ -110,8 +124,7 @@ def _help() -> str:
             "verbs:",
             *(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items()),
             "",
-            "`saesteer VERB --help` explains the flags of a verb; `saesteer --version` says which",
-            "saesteer this is.",
+            "`saesteer VERB --help` lists the flags of a verb, `saesteer --version` the version.",
             "",
             "examples:",
             "  saesteer demo --quick",

@@ -38,39 +38,46 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument(
         "--from",
         metavar="PATH",
-        help="SAE folder or file of any format, RELEASE:ID of sae_lens, plan, or vectors (needed)",
+        help="an SAE (folder or file of any supported format, RELEASE:ID of sae_lens), a plan, or "
+        "a file of vectors (needed)",
     )
     what.add_argument(
         "--format",
         metavar="NAME",
         choices=(*_SAE_FORMATS, *_PLAN_FORMATS),
-        help=f"for SAEs: {', '.join(_SAE_FORMATS)} (default: saelens); for plans: "
-        f"{', '.join(_PLAN_FORMATS)}",
+        help=f"format to write. SAEs: {', '.join(_SAE_FORMATS)} (default: saelens); plans: "
+        f"{', '.join(_PLAN_FORMATS[:-1])} (default: gguf); vectors: plan",
     )
     sae = parser.add_argument_group("SAEs")
     sae.add_argument(
         "--canonical",
         action="store_true",
-        help="fold to decoder rows of length 1 and no input bias, so that doses compare",
+        help="rescale to decoder rows of length 1 and fold away the input bias, so that doses can "
+        "be compared between SAEs",
     )
     sae.add_argument(
-        "--activations", metavar="DIR", help="compare on activations that harvest stored, too"
+        "--activations",
+        metavar="DIR",
+        help="compare the two also on activations that harvest stored",
     )
     sae.add_argument(
-        "--layer", type=one_layer, metavar="L", help="which of them (default: the SAE's own)"
+        "--layer",
+        type=one_layer,
+        metavar="L",
+        help="layer of --activations to use (default: the SAE's own)",
     )
     plan = parser.add_argument_group("plans")
     plan.add_argument(
         "--as-scope",
         metavar="SCOPE",
         choices=("all",),
-        help="`all`: export a plan of a narrower scope to a tool that steers every position "
-        "(default: refuse it)",
+        help="`all`: let a plan with a narrower scope be exported to a tool that steers every "
+        "position (default: refuse it)",
     )
     plan.add_argument(
         "--hookpoint",
         metavar="MODULE",
-        help="lm-eval's name of the block (default: layers.L, as in Llama)",
+        help="module path of the block for lm-eval (default: layers.L, as in Llama)",
     )
     plan.add_argument(
         "--model",
@@ -79,7 +86,7 @@ def add_flags(parser: VerbParser) -> None:
     )
     add_common(
         parser,
-        out="folder to write, also --to (default: report only)",
+        out="folder to write to; --to is the same (default: report only)",
         force="replace what is in --out",
         dtype_help="dtype of the weights written: float32, bfloat16, float16 or float64 "
         "(default: auto, the source's)",

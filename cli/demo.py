@@ -1,9 +1,9 @@
-"""`saesteer demo`: the main job, start to end, on a small instruct model."""
+"""`saesteer demo`: harvest, train, rank, choose doses and evaluate on a small instruct model."""
 
 import sys
 import textwrap
 import time
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,18 +33,19 @@ EXAMPLES = 3
 
 
 def add_flags(parser: VerbParser) -> None:
-    group: _ArgumentGroup = parser.add_argument_group("demo")
-    group.add_argument("--model", metavar="NAME", help=f"the model (default: {DEFAULT_MODEL})")
+    """The flags of this verb."""
+    group = parser.add_argument_group("demo")
+    group.add_argument("--model", metavar="NAME", help=f"language model (default: {DEFAULT_MODEL})")
     group.add_argument(
         "--task",
         metavar="NAME",
         default="french",
         help="the built-in instruction to find and steer by (default: french)",
     )
-    group.add_argument("--quick", action="store_true", help="about a third of the work")
+    group.add_argument("--quick", action="store_true", help="do about a third of the work")
     add_common(
         parser,
-        out="folder for every artefact (default: runs/demo-<time>)",
+        out="folder for everything that is made (default: runs/demo-<time>)",
         force="replace what an earlier demo left in --out",
     )
 
@@ -67,9 +68,9 @@ def run(args: Namespace) -> int:
             progress=progress,
             warn=progress.warn,
         )
-        for place, stage in enumerate(demo.stages(), 1):
+        for number_of_stage, stage in enumerate(demo.stages(), 1):
             if not args.json:
-                _say(f"\n{paint(f'{place}. {stage.name}', 'bold')}  {stage.what}")
+                _say(f"\n{paint(f'{number_of_stage}. {stage.name}', 'bold')}  {stage.what}")
             if stage.kind == "model":
                 progress.say(f"loading {demo.model}")
             facts = stage.run()
@@ -86,8 +87,8 @@ def run(args: Namespace) -> int:
 
 
 def _say(text: str = "") -> None:
-    """A line of the result, at once: the next stage may take minutes."""
-    # Progress keeps library output off stdout; results belong there.
+    """Print a line of the result at once, because the next stage may take minutes."""
+    # `reporting` redirects sys.stdout to stderr; results belong on the real stdout.
     print(text, file=sys.__stdout__, flush=True)
 
 

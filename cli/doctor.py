@@ -1,4 +1,4 @@
-"""`saesteer doctor`: does the hook do what it says on this model, and what will a job cost?"""
+"""`saesteer doctor`: check that hooks work on a model, and predict what a job costs."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -27,7 +27,10 @@ def add_flags(parser: VerbParser) -> None:
     what = parser.add_argument_group("what is examined")
     add_model(what)
     what.add_argument(
-        "--layer", type=one_layer, metavar="L", help="block (default: the SAE's own, or the middle)"
+        "--layer",
+        type=one_layer,
+        metavar="L",
+        help="block to examine (default: the SAE's own, or the middle)",
     )
     what.add_argument(
         "--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own, or resid_post)"
@@ -49,17 +52,17 @@ def add_flags(parser: VerbParser) -> None:
         type=count,
         default=16,
         metavar="N",
-        help="sequences through the language model at once (default: 16)",
+        help="sequences per forward pass of the language model (default: 16)",
     )
     add_common(
         parser,
         out="folder for doctor.json (default: print only)",
-        force="try an SAE that was trained on other weights; replace results in --out",
+        force="accept an SAE that was trained on other weights; replace results in --out",
     )
 
 
 def run(args: Namespace) -> int:
-    """Examine, print the findings, and fail when a check does."""
+    """Run the checks, print the results, and fail when a check fails."""
     with reserved(args, model=args.model, sae=args.sae), reporting(args) as report:
         from saesteer.sae import doctor
 

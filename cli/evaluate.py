@@ -1,4 +1,4 @@
-"""`saesteer evaluate`: a plan against every control, with intervals, tests and damage."""
+"""`saesteer evaluate`: compare a plan with every control: intervals, tests and damage."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -25,7 +25,8 @@ def add_flags(parser: VerbParser) -> None:
         "--plan",
         action=Repeated,
         metavar="DIR",
-        help="a plan of rank or sweep; repeatable: each is evaluated for its own task",
+        help="folder of a plan that rank or sweep wrote; repeatable: each is evaluated for its own "
+        "task",
     )
     what.add_argument(
         "--task",
@@ -41,15 +42,15 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument(
         "--ifeval",
         metavar="FILE",
-        help="answer and grade these IFEval prompts too (the standard .jsonl; of rows that have "
-        "prompt_without_instruction, each plan steers those whose one instruction its task is "
-        "about) (default: none)",
+        help="also answer and grade these IFEval prompts (the standard .jsonl). A plan steers the "
+        "rows that have prompt_without_instruction and whose only instruction is that of its task "
+        "(default: none)",
     )
     what.add_argument(
         "--ifeval-only",
         type=names,
         metavar="ID,...",
-        help="keep the IFEval rows all of whose instructions are among these; every plan then "
+        help="keep only IFEval rows all of whose instructions are listed here; every plan then "
         "steers all of them (default: all)",
     )
     how = parser.add_argument_group("protocol")
@@ -57,44 +58,51 @@ def add_flags(parser: VerbParser) -> None:
         "--controls",
         type=names,
         metavar="NAME,...",
-        help="prompt, random, meandiff, logit-bias, or none (default: all of them)",
+        help="what to compare with: prompt, random, meandiff, logit-bias, or none (default: all of "
+        "them)",
     )
-    how.add_argument("--n", type=count, default=40, metavar="N", help="test contents (default: 40)")
+    how.add_argument(
+        "--n", type=count, default=40, metavar="N", help="contents to answer (default: 40)"
+    )
     how.add_argument(
         "--split",
         choices=("train", "dev", "test"),
         default="test",
         metavar="NAME",
-        help="train, dev or test (default: test, which nothing else has seen)",
+        help="contents to use: train, dev or test (default: test, which no other verb uses)",
     )
     how.add_argument(
         "--seeds",
         type=counts,
         metavar="N,...",
-        help="answer every content once with each (default: --seed alone)",
+        help="answer every content once with each seed (default: only --seed)",
     )
     how.add_argument(
         "--random-draws",
         type=count,
         default=2,
         metavar="N",
-        help="arms of random latents (default: 2)",
+        help="number of controls with random latents (default: 2)",
     )
     add_answering(how)
     how.add_argument(
         "--max-new-tokens",
         type=count,
         metavar="N",
-        help="longest answer to an IFEval prompt (default: 256); tasks have their own",
+        help="longest answer to an IFEval prompt (default: 256); a task sets its own limit",
     )
-    judge = parser.add_argument_group("a language model as judge (default: none, programs alone)")
+    judge = parser.add_argument_group("a language model as judge (default: none, programs grade)")
     judge.add_argument(
         "--judge",
         metavar="URL",
-        help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; a key comes from "
-        "SAESTEER_JUDGE_KEY (default: none)",
+        help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; its key is taken from "
+        "the environment variable SAESTEER_JUDGE_KEY (default: none)",
     )
-    judge.add_argument("--judge-model", metavar="NAME", help="its model (needed with --judge)")
+    judge.add_argument(
+        "--judge-model",
+        metavar="NAME",
+        help="name of the model at that endpoint (needed with --judge)",
+    )
     add_common(
         parser,
         out="folder for report.json and report.html (default: print only)",
@@ -170,6 +178,8 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
 
 
 def _print(args: Namespace, document: Document) -> None:
+    from saesteer.steering.evaluation.intervals import rate_text
+
     for task in document["tasks"]:
         facts = task["task"]
         seeds = f", {len(task['seeds'])} seeds" if len(task["seeds"]) > 1 else ""
@@ -181,7 +191,7 @@ def _print(args: Namespace, document: Document) -> None:
             rows.append(
                 [
                     arm["name"],
-                    *(_rate(arm[key]) for key in ("loose", "strict", "degenerate")),
+                    *(rate_text(arm[key]) for key in ("loose", "strict", "degenerate")),
                     figure(arm["fluency"]["perplexity"], 3),
                     figure(damage.get("kl"), 3),
                     figure(damage.get("relative_dose"), 3),
@@ -202,10 +212,13 @@ def _print(args: Namespace, document: Document) -> None:
 
 
 def _print_ifeval(ifeval: Document) -> None:
+    from saesteer.steering.evaluation.intervals import rate_text
+
     print(f"IFEval: {ifeval['prompts']} prompts")
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rows = [
-        [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
+        [name, *(rate_text(arm["scores"][key]) for key in keys)]
+        for name, arm in ifeval["arms"].items()
     ]
     print_table(["arm", *(key.replace("_", " ") for key in keys)], rows, "arm", indent=2)
     _print_tests(ifeval["tests"], "p", "p")
@@ -215,12 +228,14 @@ def _print_ifeval(ifeval: Document) -> None:
 
 
 def _print_tests(tests: list[Document], p: str, headed: str) -> None:
-    """Paired differences with their intervals, and p-values under `headed`."""
+    """Print paired differences with their intervals, and p-values under the header `headed`."""
+    from saesteer.steering.evaluation.intervals import difference_text
+
     rows = [
         [
             f"{test['ours']} - {test['theirs']}",
             test["measure"],
-            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+            difference_text(test),
             figure(test[p], 2),
         ]
         for test in tests
@@ -228,7 +243,3 @@ def _print_tests(tests: list[Document], p: str, headed: str) -> None:
     if rows:
         headers = ["difference", "measure", "mean", headed]
         print_table(headers, rows, "difference,measure", indent=2)
-
-
-def _rate(rate: Document) -> str:
-    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"

@@ -13,6 +13,8 @@ from saesteer.cli.values import count, count_or_auto, dtype, names, number, one_
 def default(config: type, field: str) -> str:
     """The default of a field of a config dataclass, as the help of its flag shows it."""
     value = next(f.default for f in fields(config) if f.name == field)
+    if value is False:
+        return "(default: off)"
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"(default: {text})"
 
@@ -20,7 +22,7 @@ def default(config: type, field: str) -> str:
 def given(args: argparse.Namespace, config: type, **flags: str) -> dict[str, Any]:
     """The fields of a config dataclass whose flags were given; the rest keep their defaults.
 
-    `flags` names the flags that are not called like their fields.
+    `flags` maps a field to its flag (with underscores) where the two have different names.
     """
     names = {field.name: flags.get(field.name, field.name) for field in fields(config)}
     values = {name: getattr(args, flag, None) for name, flag in names.items()}
@@ -40,9 +42,15 @@ LM_DTYPE_HELP = (
 
 
 def add_common(
-    parser: VerbParser, *, out: str, force: str | None = None, dtype_help: str = LM_DTYPE_HELP
+    parser: VerbParser,
+    *,
+    out: str,
+    force: str | None = None,
+    seed_help: str = "seed of sampling and of the order of the data (default: 0)",
+    device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
+    dtype_help: str = LM_DTYPE_HELP,
 ) -> None:
-    """What every verb takes. The other arguments say what flags of these names do there."""
+    """The flags of every verb. The arguments are the help texts that differ between verbs."""
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -54,25 +62,16 @@ def add_common(
     group.add_argument("-o", "--out", metavar="DIR", help=out)
     if force is not None:
         group.add_argument("--force", action="store_true", help=force)
-    group.add_argument(
-        "--seed", type=seed, metavar="N", help="orders data and sampling (default: 0)"
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
-    )
+    group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
+    group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
-    group.add_argument(
-        "--json", action="store_true", help="print JSON on stdout, and nothing else there"
-    )
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    group.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    group.add_argument("-q", "--quiet", action="store_true", help="show no progress on stderr")
     group.add_argument(
         "-v",
         "--verbose",
         action="store_true",
-        help="log more, let libraries speak, show tracebacks",
+        help="show debug messages, warnings of other libraries, and tracebacks",
     )
 
 
@@ -81,7 +80,9 @@ def add_model(
 ) -> None:
     """`--model` and `--blocks`."""
     group.add_argument(
-        "--model", metavar="NAME", help=f"Hub name, folder, .gguf file or alias {fallback}"
+        "--model",
+        metavar="NAME",
+        help=f"language model: Hub name, folder, .gguf file or alias {fallback}",
     )
     group.add_argument(
         "--blocks",
@@ -95,12 +96,15 @@ def add_sae(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sae",
         metavar="DIR",
-        help="SAE folder or file of any format, or RELEASE:ID of sae_lens, or REPO@REVISION:ID "
-        "(needed)",
+        help="folder or file of an SAE in any supported format, RELEASE:ID of sae_lens, or "
+        "REPO@REVISION:ID on the Hub (needed)",
     )
     add_model(group, "(default: the one the SAE names)")
     group.add_argument(
-        "--layer", type=one_layer, metavar="L", help="block it reads (default: the SAE's own)"
+        "--layer",
+        type=one_layer,
+        metavar="L",
+        help="block that the SAE reads (default: the SAE's own)",
     )
     group.add_argument("--site", metavar="SITE", help=f"{SITE_HELP} (default: the SAE's own)")
 
@@ -121,13 +125,15 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             "--replies",
             type=names,
             metavar="TASK,...",
-            help="mix in what the model itself answers to these instruction tasks (default: none)",
+            help="add the model's own replies to these instruction tasks to the text (default: "
+            "none)",
         )
         group.add_argument(
             "--replies-share",
             type=number,
             metavar="SHARE",
-            help=f"share of contexts that hold replies {default(TextConfig, 'replies_share')}",
+            help="share of the contexts that are filled with replies "
+            f"{default(TextConfig, 'replies_share')}",
         )
     group.add_argument(
         "--context",
@@ -139,15 +145,15 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         "--batch-size",
         type=count_or_auto if epochs else count,
         metavar="N",
-        help="sequences through the language model at once"
-        f"{', auto: as many as fit its memory' if epochs else ''} "
+        help="sequences per forward pass of the language model"
+        f"{', or auto: as many as fit into memory' if epochs else ''} "
         f"{default(TextConfig, 'batch_size')}",
     )
     group.add_argument(
         "--max-norm-ratio",
         type=number,
         metavar="X",
-        help="leave out attention sinks: rows longer than X times the running median "
+        help="leave out attention sinks: activations whose norm exceeds X times the running median "
         f"{default(TextConfig, 'max_norm_ratio')}",
     )
     if epochs:
@@ -155,65 +161,70 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             "--epochs",
             type=count,
             metavar="N",
-            help=f"how often the corpus may be read {default(TextConfig, 'epochs')}",
+            help=f"passes over the corpus at most {default(TextConfig, 'epochs')}",
         )
 
 
 def add_answering(group: argparse._ArgumentGroup) -> None:
-    """How contents are answered where answers are graded."""
+    """Sampling of the answers that `sweep` and `evaluate` grade."""
     group.add_argument(
         "--temperature",
         type=number,
         default=0.7,
         metavar="T",
-        help="of sampling; 0 is greedy (default: 0.7)",
+        help="sampling temperature; 0 is greedy (default: 0.7)",
     )
     group.add_argument(
-        "--top-p", type=number, default=0.95, metavar="P", help="of sampling (default: 0.95)"
+        "--top-p",
+        type=number,
+        default=0.95,
+        metavar="P",
+        help="sample from the most likely tokens of total probability P (default: 0.95)",
     )
     group.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="prompts at once (default: 64)"
+        "--batch-size", type=count, default=64, metavar="N", help="prompts per batch (default: 64)"
     )
 
 
 def add_documents(group: argparse._ArgumentGroup) -> None:
-    """What attention sees and what is kept of packed documents; `train` and `metrics` alike."""
+    """How packed documents are read: the same flags for `harvest`, `train` and `metrics`."""
     from saesteer.sae.config import TextConfig
 
     group.add_argument(
         "--isolate-documents",
         action="store_true",
-        help="keep attention inside each document; slower, and every document begins with a sink "
+        help="let tokens attend only within their document; slower, and every document then begins "
+        "with an attention sink "
         f"{default(TextConfig, 'isolate_documents')}",
     )
     group.add_argument(
         "--exclude-template",
         action="store_true",
-        help="leave out what the chat template writes around messages "
+        help="leave out the tokens that the chat template adds around messages "
         f"{default(TextConfig, 'exclude_template')}",
     )
 
 
 def add_reading(group: argparse._ArgumentGroup) -> None:
-    """How `harvest` and live `train` put text through the model."""
+    """How `harvest` and live `train` run the model on text."""
     add_documents(group)
     group.add_argument(
         "--device-map",
         choices=("auto",),
         metavar="auto",
-        help="spread a large model over all devices with accelerate (default: --device alone)",
+        help="spread a large model over all devices with accelerate (default: only --device)",
     )
     group.add_argument(
         "--quantize",
         choices=("8bit", "4bit"),
         metavar="BITS",
-        help="8bit or 4bit weights for the language model, with bitsandbytes (default: none)",
+        help="load the language model in 8bit or 4bit, with bitsandbytes (default: neither)",
     )
     group.add_argument(
         "--compile",
         action="store_true",
-        help="run the model's blocks through torch.compile: some seconds at the start, faster from "
-        "then on, rounded otherwise; harvest --dry-run --compile tells what it gains "
+        help="compile the model's blocks with torch.compile: a few seconds at the start, faster "
+        "afterwards, slightly different rounding; harvest --dry-run --compile measures the gain "
         "(default: off)",
     )
 

@@ -1,4 +1,4 @@
-"""`saesteer harvest`: text through a model once, activations into shards."""
+"""`saesteer harvest`: run text through a model once and store activations in shards."""
 
 import contextlib
 from argparse import Namespace
@@ -32,7 +32,7 @@ def add_flags(parser: VerbParser) -> None:
         "--layer",
         type=layers,
         metavar="L,...",
-        help="blocks whose output is stored: 20, 10,20, 8-12, -1 for the last (needed)",
+        help="blocks to read: 20, or 10,20, or 8-12, or -1 for the last (needed)",
     )
     place.add_argument(
         "--site", metavar="SITE", help=f"{SITE_HELP} {default(HarvestConfig, 'site')}"
@@ -60,30 +60,28 @@ def add_flags(parser: VerbParser) -> None:
         metavar="N",
         help=f"activations in one file {default(HarvestConfig, 'shard_tokens')}",
     )
-    work.add_argument(
-        "--shuffle", action="store_true", help="write each shard's rows in a random order"
-    )
+    work.add_argument("--shuffle", action="store_true", help="shuffle the rows within each shard")
     work.add_argument(
         "--keep-positions",
         action="store_true",
-        help="store each row's position and the number of its context as well",
+        help="also store each row's position and the number of its context",
     )
     work.add_argument(
         "--rank-timeout",
         type=count,
         metavar="SECONDS",
-        help="under torchrun: when processes give each other up "
+        help="under torchrun: how long processes wait for each other before they fail "
         f"{default(HarvestConfig, 'rank_timeout')}",
     )
     work.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last whole shard of the harvest in --out",
+        help="continue the harvest in --out after its last complete shard",
     )
     work.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what would be done, how long it takes and what it fills; write nothing",
+        help="predict time, disk space and memory, and write nothing",
     )
     add_common(
         parser,
@@ -102,7 +100,7 @@ def run(args: Namespace) -> int:
     need(args, "--out", "the folder for the shards")
     from saesteer.sae.runs.processes import is_first
 
-    first = is_first()  # of the processes of torchrun: the one that speaks, and owns the folder
+    first = is_first()  # under torchrun, only the first process prints and reserves the folder
     args.quiet = args.quiet or not first
     folder = reserved(args, locked=False, model=args.model, data=args.data)
     with folder if first else contextlib.nullcontext(), reporting(args) as report:

@@ -1,4 +1,4 @@
-"""What verbs open before they work: a model, an SAE, prompts, and the folder for the results."""
+"""The inputs of verbs (model, SAE, prompts) and the folder for their results."""
 
 import contextlib
 import json
@@ -59,11 +59,11 @@ def check_data(args: Namespace) -> None:
     if missing:
         from saesteer.sae.text.corpora import open_corpus
 
-        open_corpus(missing[:1])  # raises, in the words of every other place that reads text
+        open_corpus(missing[:1])  # raises the usual error for a missing file
 
 
 def reply_texts(args: Namespace) -> list[str]:
-    """The user texts that `--replies` has the model answer."""
+    """The prompts that the model answers for `--replies`."""
     if not args.replies:
         return []
     from saesteer.steering.tasks.task import reply_prompts
@@ -128,13 +128,14 @@ def _prompt_of(line: str, where: str) -> str:
 def reserved(
     args: Namespace, *, locked: bool = True, **inputs: str | Path | Sequence[str] | None
 ) -> Iterator[None]:
-    """Refuse an `--out` that cannot be used before the work, and leave no empty folder if it fails.
+    """Check `--out` before the work begins, and remove a new folder that stays empty on failure.
 
-    A folder that `--force` will empty is left alone here: the results in it are the last good ones
-    until there is something to put in their place. `inputs` are the paths given with other flags.
+    A folder that `--force` will empty is not touched here: its results stay until there are new
+    ones. Raises UsageError when the folder holds one of `inputs`, the paths given with other flags,
+    because emptying it would delete them.
 
-    Two commands cannot write one folder: it is locked meanwhile, unless `locked` is False, for
-    verbs whose call does that, or puts the whole folder in place at once.
+    The folder is locked meanwhile, so that two commands cannot write to it. `locked` is False for
+    verbs whose library call locks it, or replaces the whole folder at once.
     """
     if args.out is None:
         yield
@@ -158,12 +159,12 @@ def reserved(
 
 
 def take_folder(args: Namespace) -> Path:
-    """`--out`, empty and ours, just before it is written to."""
+    """Claim `--out` and empty it, just before it is written to."""
     return claim_output(args.out, force=args.force)
 
 
 def _refuse_input(folder: Path, flag: str, path: str | Path) -> None:
-    """`--force` empties the folder: it must not hold what the verb reads."""
+    """Raise UsageError when the folder, which `--force` empties, holds what the verb reads."""
     source = Path(path).expanduser()
     if source.exists() and source.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--out {folder} holds what {flag} reads: choose another --out")

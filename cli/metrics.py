@@ -1,4 +1,4 @@
-"""`saesteer metrics`: how good an SAE is on held-out text."""
+"""`saesteer metrics`: measure an SAE on held-out text."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -24,7 +24,7 @@ _FIGURES = {
 }
 
 
-_SEEN = "this text was in the SAE's training: give --data held-out text for an honest figure"
+_SEEN = "this text was in the SAE's training: give --data held-out text for unbiased figures"
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -39,19 +39,20 @@ def add_flags(parser: VerbParser) -> None:
         "--tokens",
         type=count,
         metavar="N",
-        help=f"measure on at least N positions, whole batches {default(MetricsConfig, 'tokens')}",
+        help=f"measure on at least N tokens, in whole batches {default(MetricsConfig, 'tokens')}",
     )
     work.add_argument(
         "--bootstrap",
         type=count,
         metavar="N",
-        help="resamples of the documents behind each interval "
+        help="bootstrap resamples of the documents for each interval "
         f"{default(MetricsConfig, 'bootstrap')}",
     )
     add_common(
         parser,
         out="folder for metrics.json (default: print only)",
-        force="measure on other weights than the SAE was trained on; replace results in --out",
+        force="accept a model with other weights than the SAE was trained on; replace results in "
+        "--out",
     )
 
 

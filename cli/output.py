@@ -1,4 +1,4 @@
-"""What a person or a program reads: tables, colours, JSON, and the one line of an error."""
+"""How verbs print: tables, colours, numbers for people, JSON, and one-line errors."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,7 +32,7 @@ _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
 
 
 def paint(text: str, colour: str, stream: Stream | None = None) -> str:
-    """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
+    """`text` in a colour; unchanged where the stream is not a terminal, or NO_COLOR is set."""
     stream = sys.stdout if stream is None else stream
     if not is_terminal(stream) or os.environ.get("NO_COLOR"):
         return text
@@ -54,7 +53,7 @@ ARGUMENT_FLAGS = {
     "url": "--judge",
     "ways": "--beside",
 }
-"""Flags with another name than the library's argument that they set."""
+"""Library arguments whose flag has another name, and that flag."""
 
 
 def one_line(message: object) -> str:
@@ -65,28 +64,25 @@ def one_line(message: object) -> str:
 def with_flags(text: str) -> str:
     """`text` with every argument that is a flag here written as one: `` `d_sae` `` is --d-sae."""
     argument = r"`([a-z][a-z0-9_]*(?:=False)?)`"
-    return re.sub(argument, lambda found: _flags().get(found[1], found[0]), text)
+    return re.sub(argument, lambda found: _flag_table().get(found[1], found[0]), text)
 
 
-@cache
-def _flags() -> dict[str, str]:
-    """The flags of all verbs, by the name of the argument that each sets."""
-    from saesteer.cli.__main__ import VERBS, make_parser
-    from saesteer.cli.parser import ALIASES
+def use_flags(table: Callable[[], Mapping[str, str]]) -> None:
+    """Give `with_flags` the flags by argument; `table` is called when a message names one."""
+    global _flag_table
+    _flag_table = table
 
-    options = {option for verb in VERBS for option in make_parser(verb).flags()}
-    found = {option: option for option in options if option.startswith("--")} | ALIASES
-    named = {option.lstrip("-").replace("-", "_"): flag for option, flag in found.items()}
-    return named | ARGUMENT_FLAGS
+
+_flag_table: Callable[[], Mapping[str, str]] = ARGUMENT_FLAGS.copy  # until `use_flags`
 
 
 def print_error(message: object) -> None:
-    """The one line on stderr that ends a verb that failed."""
+    """Print the message of a failed verb on stderr, as one line."""
     print(f"{paint('error:', 'red', sys.stderr)} {one_line(message)}", file=sys.stderr)
 
 
 def print_json(document: object, *, one_a_line: bool = False) -> None:
-    """One JSON document on stdout, or one of several lines. NaN and infinity become null."""
+    """Print a JSON document, on one line with `one_a_line`. NaN and infinity become null."""
     # Escapes keep the document valid where stdout cannot take every character.
     ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     indent = None if one_a_line else 2
@@ -116,7 +112,7 @@ def print_table(
 
 
 def program() -> str:
-    """What to type to run this tool again: its name, or its path where the name is not known."""
+    """How to call this program in a shell: its name, or its path where PATH does not find it."""
     ran = sys.argv[0]
     found = shutil.which("saesteer")
     if os.path.basename(ran) != "saesteer" or (found and os.path.samefile(found, ran)):
@@ -125,7 +121,7 @@ def program() -> str:
 
 
 def print_next(*words: object) -> None:
-    """The command to type next: a verb of this tool and its flags."""
+    """Print the command to run next: a verb and its flags."""
     print(f"{paint('next:', 'cyan')} {shlex.join([program(), *map(str, words)])}")
 
 
@@ -154,14 +150,14 @@ def duration(seconds: int | float) -> str:
 
 
 def number(value: int | float | None, digits: int = 4) -> str:
-    """A measured value in a few significant digits; a dash for one that could not be had."""
+    """A measured value in a few significant digits; a dash for None and NaN."""
     if value is None or value != value:
         return "-"
     return f"{value:.{digits}g}"
 
 
 def write_run(folder: Path, verb: str, arguments: Document, **facts: object) -> None:
-    """Write `run.json`: what was asked for, what it was asked of, and with which software."""
+    """Write `run.json`: the verb, its arguments, `facts`, and the versions of the software."""
     from saesteer.checkpoints.provenance import git_revision, versions
 
     document = {
@@ -176,4 +172,4 @@ def write_run(folder: Path, verb: str, arguments: Document, **facts: object) -> 
 
 
 class Failed(UserError):
-    """A verb that ran to its end and found something wrong; its results are printed already."""
+    """A verb finished and its results, already printed, show that a check failed."""

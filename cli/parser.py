@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -59,7 +60,7 @@ class VerbParser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse a command line: its flags, then those of its config files, then defaults.
 
-        Raises UsageError for anything that cannot be.
+        Raises UsageError for unknown flags and for values that are not valid.
         """
         words = self._plain_words(argv)
         args, unknown = self.parse_known_args(words)
@@ -209,10 +210,14 @@ def _typed(action: argparse.Action, raw: object) -> object:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wider columns, and a flag's value shown once: `-o, --out DIR`."""
+    """Lines of 100 columns, and a flag's value shown once: `-o, --out DIR`."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=100)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names such as python-docs and --rank-contents stay on one line.
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = ", ".join(action.option_strings)

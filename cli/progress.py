@@ -1,4 +1,4 @@
-"""What a verb shows on stderr while it works: a bar on a terminal, lines elsewhere, or nothing."""
+"""Progress on stderr: bars on a terminal, lines elsewhere, nothing with `--quiet`."""
 
 import contextlib
 import logging
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 
-# Set before the libraries are imported; the second half of `quiet_libraries` is for those that
-# were imported earlier.
+# For libraries that are imported later; `quiet_libraries` sets the log levels of the others.
 _QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -30,14 +29,24 @@ _QUIET_ENVIRONMENT = {
     "WANDB_MODE": "disabled",
 }
 _NOISY = (
-    "transformers", "huggingface_hub", "datasets", "torch", "accelerate", "sae_lens",
-    "transformer_lens", "httpx", "urllib3", "filelock", "fsspec", "py.warnings",
-)  # fmt: skip
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "torch",
+    "accelerate",
+    "sae_lens",
+    "transformer_lens",
+    "httpx",
+    "urllib3",
+    "filelock",
+    "fsspec",
+    "py.warnings",
+)
 
 
 @dataclass
 class Stage:
-    """One stage of the work: how far it is, and since when."""
+    """A stage of the work and how far it has come."""
 
     name: str
     began: float
@@ -48,7 +57,7 @@ class Stage:
     extra: str = ""
 
     def rate(self, now: float) -> float | None:
-        """Units per second since the stage began; None while nothing was done."""
+        """Units per second since the stage began; None before the first one."""
         seconds, done = now - self.began, self.done - self.first
         return done / seconds if seconds > 0 and done > 0 else None
 
@@ -64,10 +73,10 @@ class Stage:
 
 
 class Report:
-    """Follows the stages of a verb and says nothing: the progress of `--quiet`.
+    """Keeps track of the stages of a verb and prints only warnings: the progress of `--quiet`.
 
-    It is called as a `Progress`: `report(stage, done, total, note)`, where the note is the unit,
-    and after a comma what else there is to say ("tokens, FVU 0.31").
+    It is called as a `Progress`: `report(stage, done, total, note)`. The note is the unit, and
+    after a comma anything else to show ("tokens, FVU 0.31").
     """
 
     def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +91,7 @@ class Report:
         unit, _, extra = note.partition(", ")
         ended = self.finished.get(stage)
         if self.stage is None and ended is not None and done >= ended.total == total:
-            return  # its end was reported before
+            return  # the end of this stage was reported before
         now = self.clock()
         current = self.stage
         if current is None or current.name != stage or done < current.done:
@@ -109,19 +118,23 @@ class Report:
         return None if ended is None else ended.rate(ended.began + self.seconds[stage])
 
     def say(self, text: str) -> None:
-        """One line about a step that has no length."""
+        """Show one line about a step without a known length."""
 
     def warn(self, text: str) -> None:
-        """One line that `--quiet` does not silence."""
+        """Show a warning, also with `--quiet`."""
         print(f"{paint('warning:', 'bold', self.stream)} {one_line(text)}", file=self.stream)
 
-    def on_start(self, stage: Stage) -> None: ...
+    def on_start(self, stage: Stage) -> None:
+        """A stage has started."""
 
-    def on_move(self, stage: Stage, now: float) -> None: ...
+    def on_move(self, stage: Stage, now: float) -> None:
+        """The present stage has moved; `now` is the time."""
 
-    def on_end(self, stage: Stage, seconds: float) -> None: ...
+    def on_end(self, stage: Stage, seconds: float) -> None:
+        """A stage has ended after so many seconds."""
 
     def close(self) -> None:
+        """End the present stage; nothing is shown afterwards."""
         self.end()
 
 
@@ -176,7 +189,7 @@ class Bars(Report):
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[info]}", markup=False, table_column=Column(no_wrap=True)),
             console=console or Console(file=cast(IO[str], stream)),
-            # stdout is where results go; a bar must not paint over them.
+            # Results go to stdout; a bar must not overwrite them.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -222,7 +235,7 @@ class Bars(Report):
 
 @contextlib.contextmanager
 def reporting(args: Namespace) -> Iterator[Report]:
-    """Show progress while the block works, keep stdout free for results and libraries quiet."""
+    """Show progress while the block runs, keep stdout for results, and silence libraries."""
     stream = sys.stderr
     if args.quiet:
         report = Report(stream)
@@ -232,7 +245,7 @@ def reporting(args: Namespace) -> Iterator[Report]:
         report = Lines(stream)
     with contextlib.ExitStack() as stack:
         stack.callback(report.close)
-        # Whatever a library prints, stdout holds the result and nothing else.
+        # Libraries may print: stdout has to hold the result and nothing else.
         stack.enter_context(contextlib.redirect_stdout(stream))
         if not args.verbose:
             stack.enter_context(quiet_libraries())
@@ -277,7 +290,7 @@ class _Forward(logging.Handler):
 
 @contextlib.contextmanager
 def _our_log(report: Report, verbose: bool) -> Iterator[None]:
-    """Show what our own modules log: warnings, and with `--verbose` the rest."""
+    """Show log records of saesteer: warnings, and with `--verbose` all others."""
     logger, handler = logging.getLogger("saesteer"), _Forward(report)
     level, passes_on = logger.level, logger.propagate
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""`saesteer push`: share an SAE with a generated card."""
+"""`saesteer push`: publish an SAE with a generated model card."""
 
 from argparse import Namespace
 
@@ -25,13 +25,14 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument(
         "--id",
         metavar="NAME",
-        help="name of the SAE there (default: its hook name, or its folder's in a run of several)",
+        help="name of the SAE in the repository (default: its hook name; in a run of several SAEs, "
+        "its folder)",
     )
     what.add_argument(
         "--metrics",
         metavar="DIR",
-        help="folder that metrics -o wrote for this SAE: its figures go into the card "
-        "(default: none)",
+        help="folder that metrics -o wrote for this SAE, whose figures go into the card (default: "
+        "none)",
     )
     what.add_argument(
         "--license",
@@ -41,14 +42,16 @@ def add_flags(parser: VerbParser) -> None:
     what.add_argument("--private", action="store_true", help="make a new repository private")
     add_common(
         parser,
-        out="folder for a run.json that says what was pushed (default: print only)",
+        out="folder for a run.json that records what was pushed (default: print only)",
         force="replace an SAE of that name in --repo; replace results in --out",
+        seed_help="not used (default: 0)",
+        device_help="not used (default: auto)",
         dtype_help="not used: the SAE is shared as it is (default: auto)",
     )
 
 
 def run(args: Namespace) -> int:
-    """Push, and say how to load it."""
+    """Push, and print how to load the SAE."""
     need(args, "--sae", "the folder of the SAE to share")
     need(args, "--repo", "NAMESPACE/NAME on the Hub, or a folder such as ./shared")
     with reserved(args, sae=args.sae, metrics=args.metrics), reporting(args) as report:

@@ -1,4 +1,4 @@
-"""`saesteer rank`: which latents carry an instruction, and a plan that steers with them."""
+"""`saesteer rank`: find the latents that carry an instruction, and write a plan for them."""
 
 import argparse
 from argparse import Namespace
@@ -24,7 +24,7 @@ EXAMPLE = (
 )
 
 FEW_CONTENTS = 10
-"""Fewer contents than these are worth a warning."""
+"""With fewer contents than this a warning is given."""
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -38,52 +38,54 @@ def add_flags(parser: VerbParser) -> None:
     task.add_argument(
         "--contents",
         metavar="FILE",
-        help="what the instruction is applied to: .jsonl with `text` (and `split`), or one a "
-        "line; rows without `split` are dealt half to train, which alone is ranked with, 12 %% to "
-        "dev and 38 %% to test",
+        help="texts that the instruction is applied to: .jsonl with `text` (and `split`), or one "
+        "text per line; without `split` they are divided at random: 50 %% train (the only ones "
+        "ranked with), 12 %% dev, 38 %% test",
     )
     read = parser.add_argument_group("ranking")
     read.add_argument(
         "--read",
         metavar="WHERE",
-        help="last token of the user's text (last), last prompt token (template), the instruction "
-        f"(span), the model's own replies (reply) {usual('read')}",
+        help="where latents are read: at the last token of the user's text (last), the last prompt "
+        "token (template), the tokens of the instruction (span), or the model's own replies "
+        f"(reply) {usual('read')}",
     )
     read.add_argument(
         "--by",
         metavar="SCORE",
-        help="what tells instructed texts apart: saif, rate, logodds, mcnemar, meandiff, cohen, "
-        "welch, paired-t, auroc, mi, corr; what a latent makes the model say: lens, effect, atp, "
-        "output; both: fused; steering with each of a shortlist: causal (default: saif; rate with "
-        "--read reply)",
+        help="score to rank by. How well a latent detects the instruction: saif, rate, logodds, "
+        "mcnemar, meandiff, cohen, welch, paired-t, auroc, mi, corr. What its direction does to "
+        "the output: lens, effect, atp, output. Both: fused. Steering with each latent of a "
+        "shortlist: causal (default: saif; rate with --read reply)",
     )
     read.add_argument(
         "--drop",
         type=names,
         metavar="FILTER,...",
-        help="take latents out: dense (on almost everywhere), template (on at the template and "
-        "attention sinks), duplicate (a better latent's direction), fdr (not told from chance) "
-        "(default: none, but what each would take out is said)",
+        help="remove latents: dense (active almost everywhere), template (active at the chat "
+        "template and attention sinks), duplicate (nearly the direction of a better latent), fdr "
+        "(not distinguishable from chance) (default: none; the output counts what each would "
+        "remove)",
     )
     read.add_argument(
         "--max-fdr",
         type=number,
         metavar="Q",
-        help=f"false discovery rate that --drop fdr lets pass {usual('max_fdr')}",
+        help=f"largest false discovery rate that --drop fdr keeps {usual('max_fdr')}",
     )
     read.add_argument(
         "--shuffles",
         type=count,
         metavar="N",
-        help=f"rankings with shuffled labels, to show what chance finds; 0: none "
+        help="rankings with shuffled labels, which show what chance would find; 0: none "
         f"{usual('shuffles')}",
     )
     read.add_argument(
         "--position",
         metavar="WHERE",
-        help=f"the instruction after the content (post) or before it (pre) {usual('position')}",
+        help=f"put the instruction after the content (post) or before it (pre) {usual('position')}",
     )
-    read.add_argument("--pool", metavar="HOW", help=f"max or mean over a span {usual('pool')}")
+    read.add_argument("--pool", metavar="HOW", help=f"pool a span by max or mean {usual('pool')}")
     read.add_argument(
         "--rank-contents",
         type=count,
@@ -93,13 +95,13 @@ def add_flags(parser: VerbParser) -> None:
     read.add_argument(
         "--all-replies",
         action="store_true",
-        help="with --read reply: count instructed replies that fail the task's check too",
+        help="with --read reply: also use instructed replies that fail the task's check",
     )
     read.add_argument(
         "--reply-variants",
         type=count,
         metavar="N",
-        help=f"with --read reply: wordings that the model answers {usual('reply_variants')}",
+        help=f"with --read reply: wordings of the instruction to answer {usual('reply_variants')}",
     )
     read.add_argument(
         "--max-new-tokens",
@@ -111,57 +113,59 @@ def add_flags(parser: VerbParser) -> None:
         "--temperature",
         type=number,
         metavar="T",
-        help=f"with --read reply: of sampling {usual('temperature')}",
+        help=f"with --read reply: sampling temperature {usual('temperature')}",
     )
     read.add_argument(
         "--top-p",
         type=number,
         metavar="P",
-        help=f"with --read reply: of sampling {usual('top_p')}",
+        help="with --read reply: sample from the most likely tokens of total probability P "
+        f"{usual('top_p')}",
     )
     read.add_argument(
         "--effect-contents",
         type=count,
         metavar="N",
-        help="with effect, atp, fused and causal: contents whose answers give the gradients "
+        help="with effect, atp, fused and causal: contents whose answers gradients are taken on "
         f"{usual('effect_contents')}",
     )
     read.add_argument(
         "--candidates",
         type=count,
         metavar="N",
-        help=f"with output, fused and causal: latents to try, the best so far "
+        help="with output, fused and causal: how many of the best latents are tried "
         f"{usual('candidates')}",
     )
     read.add_argument(
         "--shortlist",
         type=count,
         metavar="N",
-        help=f"with causal: latents to steer with, the best by fused {usual('shortlist')}",
+        help=f"with causal: how many latents to steer with, best by fused {usual('shortlist')}",
     )
     read.add_argument(
         "--causal-contents",
         type=count,
         metavar="N",
-        help=f"with causal: train contents to steer {usual('causal_contents')}",
+        help=f"with causal: train contents to answer while steering {usual('causal_contents')}",
     )
     read.add_argument(
         "--doses",
         type=numbers,
         metavar="X,...",
-        help=f"with causal: relative doses, the same for every latent {usual('doses')}",
+        help="with causal: doses ||delta|| / ||h|| to try, the same for every latent "
+        f"{usual('doses')}",
     )
     read.add_argument(
         "--batch-size",
         type=count,
         metavar="N",
-        help=f"texts at once {usual('batch_size')}",
+        help=f"texts per batch {usual('batch_size')}",
     )
     read.add_argument(
         "--max-norm-ratio",
         type=number,
         metavar="X",
-        help=f"leave out attention sinks: rows longer than X times the running median "
+        help="leave out attention sinks: activations whose norm exceeds X times the running median "
         f"{usual('max_norm_ratio')}",
     )
     read.add_argument(
@@ -171,12 +175,21 @@ def add_flags(parser: VerbParser) -> None:
     )
     plan = parser.add_argument_group("plan")
     plan.add_argument("--top", type=count, metavar="N", help="latents in the plan (default: 15)")
-    plan.add_argument("--method", metavar="NAME", help="how to steer with them (default: add)")
-    plan.add_argument("--unit", metavar="NAME", help="raw, sigma, max or rel (default: raw)")
+    plan.add_argument(
+        "--method", metavar="NAME", help="method of steering, see steer (default: add)"
+    )
+    plan.add_argument(
+        "--unit", metavar="NAME", help="unit of the doses: raw, sigma, max or rel (default: raw)"
+    )
     plan.add_argument(
         "--scale", type=number, metavar="X", help="alpha = scale * (mu + beta * sigma) (default: 1)"
     )
-    plan.add_argument("--beta", type=number, metavar="X", help="see --scale (default: 0)")
+    plan.add_argument(
+        "--beta",
+        type=number,
+        metavar="X",
+        help="standard deviations above mu, see --scale (default: 0)",
+    )
     plan.add_argument(
         "--scope", metavar="WHERE", help="positions to steer, see steer (default: generation)"
     )
@@ -186,13 +199,13 @@ def add_flags(parser: VerbParser) -> None:
         nargs="?",
         const=(),
         metavar="ID,...",
-        help="report all that is known of the top latents, or of these (default: not)",
+        help="report everything known about the latents of the plan, or about these (default: off)",
     )
     add_common(
         parser,
         out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
         "holds every score of every latent (default: print only)",
-        force="use another model than the SAE's; replace an earlier plan in --out",
+        force="accept another model than the SAE's; replace an earlier plan in --out",
     )
 
 
@@ -230,10 +243,10 @@ def run(args: Namespace) -> int:
             folder = take_folder(args)
             document = save_ranking(folder, lm, sae, ranking, plan, args.explain)
             write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
-        used, all_of_them = document["contents_used"]
+        used, total = document["contents_used"]
         if used < FEW_CONTENTS:
             report.warn(
-                f"ranked with {used} of {all_of_them} contents, which is few: {FEW_CONTENTS} or "
+                f"ranked with {used} of {total} contents, which is few: {FEW_CONTENTS} or "
                 "more are better (of --contents without splits, half are kept for dev and test)"
             )
     if args.json:
@@ -254,7 +267,7 @@ def _check_task_flags(args: Namespace) -> None:
 
 
 def _plan_settings(args: Namespace) -> dict[str, Any]:
-    """Settings of the plan, refused now rather than after the ranking."""
+    """The plan's settings, checked here so that errors come before the ranking runs."""
     from saesteer.steering.hooking.scope import parse_scope
     from saesteer.steering.plans.methods import METHODS, UNITS
 

@@ -1,4 +1,4 @@
-"""What `saesteer rank` prints: the table of latents, the report of one, and what was found."""
+"""What `saesteer rank` prints: the table of latents, findings, and reports of single latents."""
 
 from argparse import Namespace
 
@@ -15,6 +15,7 @@ _COLUMNS = {
 
 
 def print_ranking(args: Namespace, document: Document) -> None:
+    """Print a ranking document: latents, `--explain` reports, findings, and the next command."""
     samples = f"{document['positives']} positive and {document['negatives']} negative samples"
     print(
         f"{document['task']['name']} at layer {document['layer']} ({document['site']}), by "
@@ -60,7 +61,7 @@ def print_ranking(args: Namespace, document: Document) -> None:
 
 
 def _findings(document: Document) -> list[str]:
-    """What the filters, the tests and the comparison of parts say, a line each."""
+    """Lines about tests, filters, stability over parts of the texts, and overlap of scores."""
     found, parts = document["discoveries"], document["stability"]
     lines = [
         f"{amount(found['latents'])} latents differ at a false discovery rate of "
@@ -90,7 +91,7 @@ def _findings(document: Document) -> list[str]:
 
 
 def _chance(found: Document) -> list[str]:
-    """What the ranking finds with shuffled labels."""
+    """Lines that compare the ranking with rankings by shuffled labels."""
 
     def against(name: str) -> str:
         one = found[name]
@@ -108,7 +109,7 @@ def _chance(found: Document) -> list[str]:
 
 
 def _print_report(document: Document, row: Document) -> None:
-    """All that is known of one latent."""
+    """Print everything known about one latent."""
     place = next((r["rank"] for r in document["latents"] if r["id"] == row["id"]), None)
     where = f"rank {place}" if place else "not in the plan"
     print(f"latent {row['id']} ({where}), {document['by']} {figure(row['score'])}")
@@ -163,5 +164,5 @@ def _print_report(document: Document, row: Document) -> None:
 
 
 def _shown(tokens: list[str]) -> str:
-    """Tokens with their blanks visible."""
+    """Tokens in quotation marks, so that spaces are visible."""
     return " ".join(repr(token) for token in tokens)

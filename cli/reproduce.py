@@ -1,4 +1,4 @@
-"""`saesteer reproduce`: run a recorded training or harvest once more and compare."""
+"""`saesteer reproduce`: repeat a recorded training or harvest and compare the results."""
 
 from argparse import Namespace
 
@@ -25,21 +25,25 @@ def add_flags(parser: VerbParser) -> None:
         help="folder of a finished train run, of one SAE of it, or of a finished harvest (needed)",
     )
     what.add_argument(
-        "--model", metavar="NAME", help="where its model is now (default: where it was)"
+        "--model", metavar="NAME", help="where the run's model is now (default: where it was)"
     )
     what.add_argument(
-        "--activations", metavar="DIR", help="where its shards are now (default: where they were)"
+        "--activations",
+        metavar="DIR",
+        help="where the run's shards are now (default: where they were)",
     )
     add_common(
         parser,
         out="folder that keeps the repetition (default: a temporary one)",
         force="replace an earlier run in --out",
-        dtype_help="not used: the recorded arithmetic is repeated (default: auto)",
+        seed_help="refused: the recorded seed is used (default: 0)",
+        device_help="refused: the recorded device is used (default: auto)",
+        dtype_help="refused: the recorded arithmetic is used (default: auto)",
     )
 
 
 def run(args: Namespace) -> int:
-    """Repeat, compare, and fail when anything differs."""
+    """Repeat the run, print the comparison, and fail when anything differs."""
     if args.run is None:
         raise UsageError("RUN is missing: the folder of a finished run, such as runs/sae")
     if args.device != "auto" or args.dtype != "auto" or args.seed is not None:

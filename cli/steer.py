@@ -1,4 +1,4 @@
-"""`saesteer steer`: texts in, steered texts out."""
+"""`saesteer steer`: generate text with a steering plan."""
 
 import argparse
 from argparse import Namespace
@@ -32,34 +32,34 @@ def add_flags(parser: VerbParser) -> None:
         "--also",
         action=Repeated,
         metavar="FILE",
-        help="a further plan, which edits what the one before left; repeatable",
+        help="another plan, applied after the ones before it; repeatable",
     )
     what.add_argument(
         "--beside",
         action=Repeated,
         metavar="WAY",
-        help="answer in another way too and show both: the path of a plan, meandiff (the mean "
-        "difference of the plan's task at the same length), prompt (its instruction, unsteered) or "
-        "prompt:TEXT; repeatable",
+        help="answer in another way as well, for comparison: the path of a plan, meandiff (steer "
+        "with the mean difference of the plan's task, at the same length), prompt (the plan's "
+        "instruction in the prompt, unsteered) or prompt:TEXT; repeatable",
     )
     what.add_argument(
         "--sae",
         metavar="DIR",
-        help="folder in SAELens format, or RELEASE:ID of sae_lens; with --plan: where the plan's "
-        "SAE lies now, for methods that read latents",
+        help="folder or file of an SAE, or RELEASE:ID of sae_lens; with --plan: where the plan's "
+        "SAE is now, for methods that read latents",
     )
     what.add_argument(
         "--latents",
         type=latents,
         metavar="ID:V,...",
-        help="latents by number, such as 9143:1.2,412:0.8; method add adds V * W_dec[ID] "
-        "(ablate and project take ids alone)",
+        help="latents by number and their values, such as 9143:1.2,412:0.8; method add adds "
+        "V * W_dec[ID] (ablate and project take ids without values)",
     )
     what.add_argument(
         "--layer",
         type=one_layer,
         metavar="L",
-        help="with --latents: the block it reads (default: the SAE's own)",
+        help="with --latents: the block that the SAE reads (default: the SAE's own)",
     )
     what.add_argument(
         "--site", metavar="SITE", help=f"with --latents: {SITE_HELP} (default: the SAE's own)"
@@ -74,7 +74,7 @@ def add_flags(parser: VerbParser) -> None:
     how.add_argument(
         "--unit",
         metavar="NAME",
-        help="raw, sigma, max or rel: what doses are counted in (default with --latents: raw)",
+        help="unit of the doses: raw, sigma, max or rel (default with --latents: raw)",
     )
     how.add_argument(
         "--scale",
@@ -86,14 +86,14 @@ def add_flags(parser: VerbParser) -> None:
         "--dose",
         type=budget,
         metavar="KIND=X",
-        help="find the scale that costs so many nats a token on neutral questions: ce=0.1 (rise of "
-        "cross-entropy) or kl=0.1; with --out the plan goes to its folder plan (default: the scale "
-        "of the plan)",
+        help="find the scale that costs X nats per token on neutral questions: ce=0.1 (rise of the "
+        "cross-entropy) or kl=0.1 (KL divergence); with --out, the plan at that scale is written "
+        "to its sub-folder plan (default: the scale of the plan)",
     )
     how.add_argument(
         "--dose-on",
         metavar="FILE",
-        help="with --dose: prompts to measure on, like --prompts (default: neutral questions)",
+        help="with --dose: prompts to measure on, as for --prompts (default: neutral questions)",
     )
     how.add_argument(
         "--beta",
@@ -116,19 +116,23 @@ def add_flags(parser: VerbParser) -> None:
     how.add_argument(
         "--gate",
         metavar="IF",
-        help="edit only where latents say so: '412 > 3 & !(77 > 1)', '412 > 3 : 1' (on above 3, "
-        "off again at 1), 'prompt: 412 > 3' (decided once)",
+        help="edit only where a condition on latents holds: '412 > 3 & !(77 > 1)', '412 > 3 : 1' "
+        "(on above 3, off again at 1), 'prompt: 412 > 3' (decided once, on the prompt)",
     )
     how.add_argument(
-        "--exclude-special", action="store_true", help="every scope: leave out special tokens"
+        "--exclude-special",
+        action="store_true",
+        help="never steer special tokens, whatever the scope",
     )
     how.add_argument(
-        "--include-first", action="store_true", help="scopes prompt and all: position 0 too"
+        "--include-first",
+        action="store_true",
+        help="with scope prompt or all: steer position 0 too",
     )
     how.add_argument(
         "--include-template",
         action="store_true",
-        help="scopes prompt and all: template and special tokens too",
+        help="with scope prompt, all or assistant: steer template and special tokens too",
     )
     text = parser.add_argument_group("prompts")
     text.add_argument(
@@ -137,7 +141,7 @@ def add_flags(parser: VerbParser) -> None:
     text.add_argument(
         "--prompts",
         metavar="FILE",
-        help="prompts from .jsonl with `prompt`, from .txt one a line, or from stdin (-)",
+        help="file of prompts: .jsonl with `prompt`, .txt with one per line, or - for stdin",
     )
     text.add_argument(
         "--chat",
@@ -153,28 +157,33 @@ def add_flags(parser: VerbParser) -> None:
         type=number,
         default=0.0,
         metavar="T",
-        help="of sampling; 0 is greedy (default: 0)",
+        help="sampling temperature; 0 is greedy (default: 0)",
     )
     work.add_argument(
-        "--top-p", type=number, default=1.0, metavar="P", help="of sampling (default: 1)"
+        "--top-p",
+        type=number,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens of total probability P (default: 1)",
     )
     work.add_argument(
-        "--batch-size", type=count, default=16, metavar="N", help="prompts at once (default: 16)"
+        "--batch-size", type=count, default=16, metavar="N", help="prompts per batch (default: 16)"
     )
     work.add_argument(
         "--baseline",
         action="store_true",
-        help="generate the unsteered text too; alone, without a plan, only that",
+        help="also generate the unsteered text; without a plan, generate only that",
     )
     work.add_argument(
         "--explain",
         action="store_true",
-        help="table: change of each latent of the plan that was asked for, and that came of it",
+        help="print a table of the plan's latents: the change asked for and the change measured",
     )
     add_common(
         parser,
         out="folder for results.jsonl (default: print only)",
-        force="steer other weights than the plan's or the SAE's; replace results in --out",
+        force="accept weights that are not those the plan or the SAE was made for; replace results "
+        "in --out",
     )
 
 
@@ -207,7 +216,7 @@ def run(args: Namespace) -> int:
 
 
 def _check_flags(args: Namespace) -> None:
-    """Refuse what can never work, before anything is loaded."""
+    """Refuse flags that contradict each other, before anything is loaded."""
     if args.plan is not None and args.latents is not None:
         raise UsageError(
             "--plan and --latents exclude each other: give --plan, or --sae with --latents"
@@ -318,7 +327,7 @@ def _dosed(args: Namespace, lm: "LanguageModel", plan: "Plan", report: Report) -
 
 
 def _generation(args: Namespace) -> dict[str, Any]:
-    """Arguments that every way to answer shares."""
+    """The arguments of `generate_steered` and `generate_beside` that flags set."""
     return {
         "chat": args.chat,
         "max_new_tokens": args.max_new_tokens,
@@ -333,8 +342,8 @@ def _generation(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _said(plan: "Plan", name: str) -> str:
-    """What the parts of a plan say under one name."""
+def _values(plan: "Plan", name: str) -> str:
+    """The different values that a field has in the parts of a plan."""
     return " and ".join(dict.fromkeys(str(getattr(part, name)) for part in plan.parts))
 
 
@@ -350,12 +359,12 @@ def _add_other_ways(
     from saesteer.steering import generate_beside
 
     found = generate_beside(lm, texts, args.beside, plan=plan, progress=report, **_generation(args))
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         row["beside"] = {
             way: {
-                "completion": answers[place].completion,
-                "tokens_touched": answers[place].tokens_touched,
-                "relative_dose": answers[place].relative_dose,
+                "completion": answers[i].completion,
+                "tokens_touched": answers[i].tokens_touched,
+                "relative_dose": answers[i].relative_dose,
             }
             for way, answers in found.items()
         }
@@ -413,7 +422,7 @@ def _generate(
     )
     report("generate", done, done, "new tokens")
     rows = []
-    for number_, answer in enumerate(answers, 1):
+    for prompt_number, answer in enumerate(answers, 1):
         row = {
             "prompt": answer.prompt,
             "completion": answer.completion,
@@ -426,13 +435,15 @@ def _generate(
         if plan is None or answer.tokens_touched:
             continue
         if answer.tokens_gated_off:
-            report.warn(f"--gate {_said(plan, 'gate')} stayed closed for prompt {number_}")
+            report.warn(f"--gate {_values(plan, 'gate')} stayed closed for prompt {prompt_number}")
         else:
-            report.warn(f"--scope {_said(plan, 'scope')} touched no token of prompt {number_}")
+            report.warn(
+                f"--scope {_values(plan, 'scope')} touched no token of prompt {prompt_number}"
+            )
     touched = sum(answer.tokens_touched for answer in answers)
     if plan is not None and touched and not any(answer.tokens_changed for answer in answers):
         report.warn(
-            f"--method {_said(plan, 'method')} changed none of the {touched} tokens it touched "
+            f"--method {_values(plan, 'method')} changed none of the {touched} tokens it touched "
             "(every relative dose is 0): choose another --method, or other latents"
         )
     return rows

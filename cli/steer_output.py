@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def write_answers(
     folder: Path, args: Namespace, lm: "LanguageModel", rows: list[Document], dosed: "Plan | None"
 ) -> None:
+    """Write results.jsonl, run.json, and the plan that `--dose` found."""
     import json
 
     from saesteer.checkpoints.files import plain, write_text
@@ -30,7 +31,7 @@ def write_answers(
 
 
 def print_blocks(args: Namespace, rows: list[Document]) -> None:
-    """One block for each prompt, for people."""
+    """Print one block of text for each prompt."""
     steered = args.plan is not None or args.sae is not None
     for row in rows:
         _print_labelled("prompt", row["prompt"], "dim")
@@ -55,13 +56,13 @@ def print_blocks(args: Namespace, rows: list[Document]) -> None:
 
 
 def _print_labelled(label: str, text: str, colour: str) -> None:
-    """A label, and a text whose further lines are indented below its first."""
+    """Print a label and a text; the text's later lines are indented to align with its first."""
     indented = ("\n" + " " * 11).join(text.splitlines() or ["(nothing)"])
     print(f"{paint(label.ljust(10), colour)} {indented}")
 
 
 def _short(way: str) -> str:
-    """A way to answer as a label: plans by their folder."""
+    """The label of a value of `--beside`: a plan is named by its folder."""
     if way == "meandiff" or way.partition(":")[0] == "prompt":
         return way.partition(":")[0]
     path = Path(way)
@@ -69,7 +70,7 @@ def _short(way: str) -> str:
 
 
 def print_changes(changes: "list[LatentChange]") -> None:
-    """One line a latent: what was asked for and what was measured."""
+    """Print one line per latent: the change asked for and the change measured."""
     if not changes:
         return
     print(f"change of each latent, mean over the {changes[0].tokens} tokens that were changed")

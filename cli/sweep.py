@@ -1,4 +1,4 @@
-"""`saesteer sweep`: which dose, how many latents, where; success against damage."""
+"""`saesteer sweep`: try doses, numbers of latents and scopes; success against damage."""
 
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
@@ -30,14 +30,14 @@ def add_flags(parser: VerbParser) -> None:
         "--plan",
         action=Repeated,
         metavar="DIR",
-        help="a plan of rank; repeatable: plans of other layers or ways of ranking compete",
+        help="folder of a plan that rank wrote; repeatable: several plans are compared",
     )
     what.add_argument(
         "--sae",
         action=Repeated,
         metavar="DIR",
-        help="an SAE to rank with first; repeatable: one of each layer, or {layer} in a name with "
-        "--grid layer=...",
+        help="an SAE to rank with first; repeatable: one per layer, or {layer} in the name "
+        "together with --grid layer=...",
     )
     what.add_argument(
         "--task",
@@ -51,23 +51,24 @@ def add_flags(parser: VerbParser) -> None:
         action=Repeated,
         type=grid,
         metavar="AXIS=V,...",
-        help="values of k, beta, scale or scope, and with --sae of layer, position, read or by; "
-        "numbers also as FROM:TO:STEP; repeatable (default: k=1,5,15, scale=0.5,1,1.5,2, "
-        "scope=generation)",
+        help="values to try of k (number of latents), beta, scale or scope, and with --sae of "
+        "layer, position, read or by; a range is FROM:TO:STEP; repeatable (default: k=1,5,15, "
+        "scale=0.5,1,1.5,2, scope=generation)",
     )
     how.add_argument(
         "--rounds",
         type=rounds,
         default=((12, 4), (40, 1)),
         metavar="N:KEEP,...",
-        help="contents answered by each setting and settings kept, round by round "
+        help="for each round: contents that every setting answers, and settings kept after it "
         "(default: 12:4,40:1)",
     )
     how.add_argument(
         "--budget",
         type=budget,
         metavar="KIND=X",
-        help="most damage on neutral questions, in nats a token: kl=0.5 or ce=0.5 (default: none)",
+        help="largest damage on neutral questions, in nats per token: kl=0.5 or ce=0.5 (default: "
+        "none)",
     )
     add_answering(how)
     add_common(
@@ -104,7 +105,7 @@ def run(args: Namespace) -> int:
 
 
 def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
-    """The grid's values by axis. Raises UsageError for one that is unknown, or that cannot be."""
+    """The grid's values by axis. Raises UsageError for an unknown axis or invalid values."""
     if bool(args.plan) == bool(args.sae):
         came = "both" if args.plan else "neither"
         raise UsageError(f"--plan DIR, or --sae DIR with --task: give one, got {came}")

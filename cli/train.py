@@ -60,13 +60,13 @@ def add_flags(parser: VerbParser) -> None:
         metavar="TYPE",
         help="arithmetic of the language model: auto, float32, bfloat16 or float16 (default: auto)",
     )
-    source.add_argument("--activations", metavar="DIR", help="shards that harvest wrote")
+    source.add_argument("--activations", metavar="DIR", help="folder of shards that harvest wrote")
     source.add_argument(
         "--layer",
         type=layers,
         metavar="L,...",
-        help="blocks to train on: 20, 10,20, 8-12, -1 (needed with --model; default with "
-        "--activations: every layer in it)",
+        help="blocks to train on: 20, or 10,20, or 8-12, or -1 for the last (needed with --model; "
+        "default with --activations: every layer stored there)",
     )
     source.add_argument(
         "--site", metavar="SITE", help=f"{SITE_HELP} {default(TrainConfig, 'site')}"
@@ -76,9 +76,10 @@ def add_flags(parser: VerbParser) -> None:
     add_reading(text)
     shape = parser.add_argument_group("the SAE; several values train every combination")
     shape.add_argument(
-        "--arch", metavar="NAME",
-        help=f"{', '.join(ARCHITECTURES)} {default(TrainConfig, 'arch')}",
-    )  # fmt: skip
+        "--arch",
+        metavar="NAME",
+        help=f"architecture: {' or '.join(ARCHITECTURES)} {default(TrainConfig, 'arch')}",
+    )
     shape.add_argument(
         "--d-sae",
         type=counts,
@@ -133,44 +134,49 @@ def add_flags(parser: VerbParser) -> None:
         "--clip-norm",
         type=number,
         metavar="X",
-        help="largest norm of the whole gradient; costs a pass over it (default: no clipping)",
+        help="clip the norm of the whole gradient to X; costs one more pass over it (default: no "
+        "clipping)",
     )
     work.add_argument(
         "--micro-batch-tokens",
         type=count,
         metavar="N",
-        help="activations per pass; gradients of a step's passes add up (default: one pass)",
+        help="split a step into passes of N activations and add up their gradients (default: one "
+        "pass)",
     )
     work.add_argument(
         "--moments",
         metavar="TYPE",
-        help="Adam's moments of the matrices: float32, or bfloat16 rounded at random "
+        help="how Adam's moments of the matrices are stored: float32, or bfloat16 with stochastic "
+        "rounding "
         f"{default(TrainConfig, 'moments')}",
     )
     work.add_argument(
         "--cuda-graph",
         action="store_true",
         default=None,
-        help="on a GPU, record a step once and replay it: for narrow SAEs",
+        help="on a GPU, record a training step as a CUDA graph and replay it; faster for narrow "
+        "SAEs",
     )
     work.add_argument(
         "--auxk",
         type=number,
         metavar="X",
-        help="weight of the loss that revives dead latents, 0 is off "
+        help="weight of the loss that revives dead latents; 0 switches it off "
         f"{default(TrainConfig, 'auxk')}",
     )
     work.add_argument(
         "--dead-after-tokens",
         type=count,
         metavar="N",
-        help="silence after which a latent is dead (default: a quarter of --tokens, at most 10M)",
+        help="a latent that has not fired for N tokens is dead (default: a quarter of --tokens, at "
+        "most 10M)",
     )
     work.add_argument(
         "--buffer-tokens",
         type=count,
         metavar="N",
-        help=f"activations in the shuffle buffer {default(TrainConfig, 'buffer_tokens')}",
+        help=f"size of the shuffle buffer, in activations {default(TrainConfig, 'buffer_tokens')}",
     )
     work.add_argument(
         "--checkpoint-every",
@@ -182,21 +188,20 @@ def add_flags(parser: VerbParser) -> None:
         "--keep-states",
         type=count,
         metavar="N",
-        help="newest states that stay in --out; the best one stays too "
+        help="how many of the newest states stay in --out, besides the best one "
         f"{default(TrainConfig, 'keep_states')}",
     )
     work.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last saved state in --out, or start when there is none",
+        help="continue from the last saved state in --out, or start anew when there is none",
     )
     add_common(
         parser,
         out="folder for the SAE, or for one folder per SAE when there are several (needed)",
         force="replace an earlier run in --out",
-        dtype_help="products of the SAE, whose weights stay float32: auto, float32 or bfloat16 "
-        "(default: auto, bfloat16 on a GPU, else float32); "
-        "--lm-dtype is the language model's",
+        dtype_help="arithmetic of the SAE, whose weights stay float32: auto, float32 or bfloat16 "
+        "(default: auto, bfloat16 on a GPU, else float32); --lm-dtype is the language model's",
     )
 
 

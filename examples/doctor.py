@@ -1,4 +1,4 @@
-"""Prove that hooks read and write where they say on a model, and predict what a job would cost.
+"""Check that hooks read and write at the right place in a model, and predict what a job costs.
 
 python examples/doctor.py --model smollm2-135m-instruct --layer 20
 """

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"k {row['k']:2}, scale {row['scale']:g}: loose {row['loose']['value']:.2f}")
     print(f"chosen: k {len(plan.latents)}, scale {plan.scale:g}")
 
-    # Beside the plan: the content alone (the floor) and with the instruction (what to join).
+    # Compared with the plan: the content alone, and the content with the instruction.
     arms = evaluate(lm, task, {"steered": plan}, n=args.n, decoding=decoding, progress=show)
     print(file=sys.stderr)
     for arm in arms:

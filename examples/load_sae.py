@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = sae.spec
     print(f"{spec.architecture}, {spec.d_sae} latents, reads {spec.hook_name} of {spec.model_name}")
 
-    # What passes the place that this SAE reads.
+    # The residuals at the place that this SAE reads.
     point = sae_hook_point(sae, lm)
     ids = lm.tokenizer(args.prompt, return_tensors="pt")["input_ids"].to(lm.device)
     with torch.inference_mode():

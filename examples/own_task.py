@@ -2,7 +2,7 @@
 
     python examples/own_task.py
 
-What a model does not do when asked, no latent can make it do: so this comes before training.
+Steering cannot be expected to work where the model fails when asked, so try this before training.
 `rank`, `calibrate` and `evaluate` take the file wherever they take the name of a built-in task.
 """
 
@@ -22,7 +22,7 @@ variants:
   - {text: "Give me a numbered list.", lang: en}
   - {text: "Réponds par une liste numérotée.", lang: fr}
   - {text: "Please number the points of your answer.", lang: en, use: evaluate}
-# Without `contents` the built-in sentences are used. These are dealt to train, dev and test.
+# Without `contents` the built-in sentences are used. These are split into train, dev and test.
 contents:
   - How do I make tea?
   - What should I pack for the mountains?

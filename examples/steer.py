@@ -1,4 +1,4 @@
-"""Steer a model with a plan: the instruction is never said, and followed all the same.
+"""Steer a model with a plan, so that it follows an instruction that is not in the prompt.
 
 python examples/steer.py --plan runs/example/plan --scale 2 -p "The bridge is closed on Monday."
 """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = load_plan(args.plan)
     print(f"{len(plan.latents)} latents at layer {plan.layer}, scope {plan.scope}")
 
-    # Texts in, texts out: chat template, batches, and the unsteered text beside the steered one.
+    # Texts in, texts out: chat template, batches, and the unsteered text for comparison.
     (text,) = generate_steered(
         lm,
         [args.prompt],

@@ -1,8 +1,8 @@
 """Instruction tasks, ranking, steering plans, the generation hook and evaluation.
 
-The names below are the public calls of this room. Each loads its module on first use, so importing
-the package costs nothing. No module bears the name of a call: importing a submodule binds its name
-in the package, and would hide the call.
+The names below are the public calls of the package. Each loads its module on first use, so that
+importing the package is fast. No sub-package has the name of a call, because importing it would
+replace the call in this namespace.
 """
 
 from importlib import import_module

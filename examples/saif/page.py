@@ -33,10 +33,14 @@ CLAIMS = {
 """What the paper says of each experiment."""
 
 KINDS = {
-    "unsteered": "unsteered", "prompted": "prompted", "steered": "steered",
-    "steered+prompted": "steered + prompted", "random": "random latents",
-    "meandiff": "mean difference", "logit-bias": "logit bias",
-}  # fmt: skip
+    "unsteered": "unsteered",
+    "prompted": "prompted",
+    "steered": "steered",
+    "steered+prompted": "steered + prompted",
+    "random": "random latents",
+    "meandiff": "mean difference",
+    "logit-bias": "logit bias",
+}
 """Arms by kind, as columns are headed."""
 
 WIDTH = 40
@@ -48,7 +52,7 @@ WIDTH = 40
 
 @dataclass(frozen=True)
 class Steered:
-    """One plan of one task beside its controls."""
+    """One plan of one task, with its controls."""
 
     label: str
     task: Report
@@ -61,9 +65,10 @@ class Steered:
         shared = kind in ("unsteered", "prompted") or len(self.task["plans"]) == 1
         marker = f" ({self.arm['name']})"
         return [
-            arm for arm in self.task["arms"]
+            arm
+            for arm in self.task["arms"]
             if arm["kind"] == kind and (shared or arm["name"].endswith(marker))
-        ]  # fmt: skip
+        ]
 
     def rate(self, kind: str, measure: str) -> Report | None:
         """A rate with its interval; draws of random latents are pooled content by content."""
@@ -188,8 +193,9 @@ def wins(one: Steered, kind: str) -> bool:
 
 
 def tasks_section(rows: Sequence[Steered]) -> Iterator[str]:
-    met = [one.label for one in rows if follows(one) and wins(one, "unsteered")
-           and wins(one, "random")]  # fmt: skip
+    met = [
+        one.label for one in rows if follows(one) and wins(one, "unsteered") and wins(one, "random")
+    ]
     asked = [one.label for one in rows if follows(one)]
     yield (
         f"The prompted model follows {len(asked)} of {len(rows)} instructions at .5 or more "
@@ -198,15 +204,18 @@ def tasks_section(rows: Sequence[Steered]) -> Iterator[str]:
         f"{sentence(met)}."
     )
     drawn = ("unsteered", "random", "steered", "prompted")
-    points = [(f"{one.label}, {KINDS[kind]}", one.rate(kind, "loose")) for one in rows
-              for kind in drawn]  # fmt: skip
+    points = [
+        (f"{one.label}, {KINDS[kind]}", one.rate(kind, "loose")) for one in rows for kind in drawn
+    ]
     yield plot(points)
     for measure, what in (
         ("loose", "Loose success: the check passes and the answer is not degenerate"),
-        ("strict", "Strict success: the check passes on the answer as it is, and the content is "
-                   "right too"),
+        (
+            "strict",
+            "Strict success: the check passes on the answer as it is, and the content is right too",
+        ),
         ("degenerate", "Degenerate answers: one 4-gram covers more than a fifth of the tokens"),
-    ):  # fmt: skip
+    ):
         yield f"**{what}.**"
         cells = [[one.label, *(rate(one.rate(kind, measure)) for kind in KINDS)] for one in rows]
         yield table(["task", *KINDS.values()], cells)
@@ -231,12 +240,19 @@ def tasks_section(rows: Sequence[Steered]) -> Iterator[str]:
     yield table(
         ["task", "layer", "latents", "scale", "beta", "scope", "test contents", "seeds"],
         [
-            [one.label, str(one.plan["layer"]), ", ".join(map(str, one.plan["latents"])),
-             f"{one.plan['scale']:g}", f"{one.plan['beta']:g}", one.plan["scope"],
-             str(one.task["n"]), str(len(one.task["seeds"]))]
+            [
+                one.label,
+                str(one.plan["layer"]),
+                ", ".join(map(str, one.plan["latents"])),
+                f"{one.plan['scale']:g}",
+                f"{one.plan['beta']:g}",
+                one.plan["scope"],
+                str(one.task["n"]),
+                str(len(one.task["seeds"])),
+            ]
             for one in rows
         ],
-    )  # fmt: skip
+    )
 
 
 def first_answers(one: Steered) -> list[str]:
@@ -259,10 +275,17 @@ def damage_table(rows: Sequence[Steered]) -> str:
                 if found.get("right_to_wrong") is not None:
                     flips = f"{found['right_to_wrong']} of {found['right_before']}"
                 cells.append(
-                    [one.label, arm["name"], number(arm["fluency"]["perplexity"], ".1f"),
-                     *(number(found.get(key)) for key in
-                       ("relative_dose", "kl", "delta_ce", "top1_agreement")), flips]
-                )  # fmt: skip
+                    [
+                        one.label,
+                        arm["name"],
+                        number(arm["fluency"]["perplexity"], ".1f"),
+                        *(
+                            number(found.get(key))
+                            for key in ("relative_dose", "kl", "delta_ce", "top1_agreement")
+                        ),
+                        flips,
+                    ]
+                )
     headers = ["task", "arm", "perplexity", "‖delta‖/‖h‖", "KL", "ΔCE", "top-1 kept", "flips"]
     return table(headers, cells)
 
@@ -273,15 +296,30 @@ def rankings_section(rankings: Mapping[str, Report]) -> Iterator[str]:
         label = f"{found['task']['name']} ({name})"
         for row in found["latents"][:5]:
             lens = " ".join(f"`{token.strip() or repr(token)}`" for token in row["lens"])
-            rows.append([label, str(row["id"]), number(row["score"], ".3f"),
-                         number(row["rate_positive"], ".3f"), number(row["rate_negative"], ".3f"),
-                         number(row["mu"], ".1f"), lens.replace("|", "\\|")])  # fmt: skip
+            rows.append(
+                [
+                    label,
+                    str(row["id"]),
+                    number(row["score"], ".3f"),
+                    number(row["rate_positive"], ".3f"),
+                    number(row["rate_negative"], ".3f"),
+                    number(row["mu"], ".1f"),
+                    lens.replace("|", "\\|"),
+                ]
+            )
         alike = found["stability"]
         parts.append(
-            [label, found["by"], found["read"], str(found["discoveries"]["latents"]),
-             *(number(alike.get(part, {}).get("jaccard")) for part in
-               ("variants", "languages", "contents"))]
-        )  # fmt: skip
+            [
+                label,
+                found["by"],
+                found["read"],
+                str(found["discoveries"]["latents"]),
+                *(
+                    number(alike.get(part, {}).get("jaccard"))
+                    for part in ("variants", "languages", "contents")
+                ),
+            ]
+        )
     yield "The best five latents of each ranking, and what they say through the unembedding:"
     yield table(["task", "latent", "score", "on with", "on without", "mu", "lens"], rows)
     best = next(iter(rankings.values()))["stability"]["k"]
@@ -290,8 +328,9 @@ def rankings_section(rankings: Mapping[str, Report]) -> Iterator[str]:
         f"{best} agree (mean Jaccard index) between wordings, between their languages and between "
         "quarters of the contents:"
     )
-    yield table(["task", "by", "read", "latents that differ", "wordings", "languages", "contents"],
-                parts)  # fmt: skip
+    yield table(
+        ["task", "by", "read", "latents that differ", "wordings", "languages", "contents"], parts
+    )
 
 
 def failures(rows: Sequence[Steered], reports: Mapping[str, Report]) -> list[str]:
@@ -320,15 +359,23 @@ def failures(rows: Sequence[Steered], reports: Mapping[str, Report]) -> list[str
             said.append(f"{label}: {broken['value']:.0%} of the steered answers are degenerate.")
         damage = one.arm["damage"] or {}
         if damage.get("leaves_norm_range"):
-            said.append(f"{label}: the dose leaves the model's usual norms "
-                        f"({damage['norm_ratio']:.2g} times the unedited length).")  # fmt: skip
+            said.append(
+                f"{label}: the dose leaves the model's usual norms "
+                f"({damage['norm_ratio']:.2g} times the unedited length)."
+            )
         if damage.get("right_before") and damage["right_to_wrong"] > damage["right_before"] / 2:
-            said.append(f"{label}: {damage['right_to_wrong']} of {damage['right_before']} neutral "
-                        "questions turn from right to wrong.")  # fmt: skip
+            said.append(
+                f"{label}: {damage['right_to_wrong']} of {damage['right_before']} neutral "
+                "questions turn from right to wrong."
+            )
         for warning in (one.task.get("sweep") or {}).get("warnings", ()):
             said.append(f"{label}: sweep warned: {warning}.")
-    said += [f"{note}." for report in reports.values() for task in report["tasks"]
-             for note in task["notes"]]  # fmt: skip
+    said += [
+        f"{note}."
+        for report in reports.values()
+        for task in report["tasks"]
+        for note in task["notes"]
+    ]
     return list(dict.fromkeys(said))
 
 
@@ -340,20 +387,32 @@ def claims_table(rows: Sequence[Steered], experiments: Sequence[Report]) -> str:
     if rows:
         good = [one for one in rows if one.arm["strict"]["value"] > 0.3]
         told = [f"{one.label} {rate(one.arm['strict'])}" for one in rows]
-        cells.append(["steered strict accuracy over .30 across tasks",
-                      f"above .30 in {len(good)} of {len(rows)}: {sentence(told)}"])  # fmt: skip
+        cells.append(
+            [
+                "steered strict accuracy over .30 across tasks",
+                f"above .30 in {len(good)} of {len(rows)}: {sentence(told)}",
+            ]
+        )
         tests = [(one, one.test("prompted", "loose")) for one in rows]
         known = [(one, test) for one, test in tests if test is not None]
         near = sum(test["high"] >= 0 for _, test in known)
         told = [f"{one.label} {gap(test)}" for one, test in known]
-        cells.append(["steered loose accuracy comparable with prompting",
-                      f"the interval of steered minus prompted reaches 0 in {near} of "
-                      f"{len(known)}: {sentence(told)}"])  # fmt: skip
+        cells.append(
+            [
+                "steered loose accuracy comparable with prompting",
+                f"the interval of steered minus prompted reaches 0 in {near} of "
+                f"{len(known)}: {sentence(told)}",
+            ]
+        )
     for report in experiments:
         facts = report["settings"]
         told = [f"{arm['name']} {arm['loose']['value']:.2f}" for arm in report["arms"]]
-        cells.append([f"{facts['experiment']}: {CLAIMS[facts['experiment']]}",
-                      f"{facts['task']}, {where(facts)}, loose: {sentence(told)}"])  # fmt: skip
+        cells.append(
+            [
+                f"{facts['experiment']}: {CLAIMS[facts['experiment']]}",
+                f"{facts['task']}, {where(facts)}, loose: {sentence(told)}",
+            ]
+        )
     return table(["the paper says", "measured here"], cells)
 
 
@@ -382,17 +441,23 @@ def experiment_section(report: Report) -> Iterator[str]:
     yield table(
         ["arm", "loose", "minus unsteered", "strict", "degenerate", "‖delta‖/‖h‖"],
         [
-            [arm["name"], rate(arm["loose"]), gain(arm.get("gain")), rate(arm["strict"]),
-             rate(arm["degenerate"]), number(arm["relative_dose"])]
+            [
+                arm["name"],
+                rate(arm["loose"]),
+                gain(arm.get("gain")),
+                rate(arm["strict"]),
+                rate(arm["degenerate"]),
+                number(arm["relative_dose"]),
+            ]
             for arm in report["arms"]
         ],
-    )  # fmt: skip
+    )
 
 
 def gain(found: Report | None) -> str:
-    return "–" if found is None else (
-        f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-    )  # fmt: skip
+    if found is None:
+        return "–"
+    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -426,8 +491,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rows:
         model = next(iter(reports.values()))["model"]
         graders = sentence(list(dict.fromkeys(report["graded_by"] for report in reports.values())))
-        parts += ["## Steered beside every control",
-                  f"{model['name']}, {model['dtype']}; graded by {graders}."]  # fmt: skip
+        parts += [
+            "## Steered beside every control",
+            f"{model['name']}, {model['dtype']}; graded by {graders}.",
+        ]
         parts += tasks_section(rows)
         said = failures(rows, reports)
         parts += ["## What failed", "\n".join(f"- {line}" for line in said) or "Nothing above."]

@@ -50,12 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained = train(
         args.out / "sae",
         TrainConfig(
-            d_sae=tuple(args.widths), k=(args.k,), tokens=args.train_tokens,
+            d_sae=tuple(args.widths),
+            k=(args.k,),
+            tokens=args.train_tokens,
             batch_tokens=args.batch_tokens,
         ),
         activations=args.out / "activations",
         progress=show,
-    )  # fmt: skip
+    )
     print(file=sys.stderr)
     for made in trained:
         print(f"{made['folder']}: FVU {made['final']['fvu']:.3f}, L0 {made['final']['l0']:.1f}")

@@ -43,9 +43,7 @@ from saesteer.steering.evaluation.intervals import paired_difference
 
 COUNTS = (1, 2, 5, 10, 15, 20, 30)
 BETAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-EXPERIMENTS = (
-    "latents", "layers", "width", "position", "read", "beta", "variants", "logit-bias"
-)  # fmt: skip
+EXPERIMENTS = ("latents", "layers", "width", "position", "read", "beta", "variants", "logit-bias")
 
 
 def show(stage: str, done: int, total: int, note: str) -> None:

@@ -1,1 +1,1 @@
-"""Programs that tell whether a reply follows an instruction."""
+"""Checks: programs that decide whether a reply follows an instruction."""

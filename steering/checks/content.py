@@ -1,4 +1,4 @@
-"""Checks of what a reply says: a question, a keyword, a summary, a phrase at its end."""
+"""Checks of the content of a reply: questions, keywords, summaries, phrases."""
 
 import re
 from collections.abc import Sequence
@@ -100,9 +100,9 @@ def check_summary(
 
 @check("forbidden")
 def check_forbidden(output: str, source: str, *, keywords: Sequence[str]) -> Verdict:
-    """None of the keywords occurs as whole words, whatever their case, in a reply of its own words.
+    """None of the keywords occurs as whole words, ignoring case, in a reply that is not a copy.
 
-    A copy of the source fails. Undetermined under 5 words: nearly nothing avoids every word.
+    A copy of the source fails. Undetermined under 5 words, where keywords are absent by chance.
     """
     if not keywords or not all(isinstance(word, str) and word.strip() for word in keywords):
         raise UsageError(f"keywords must be non-empty texts, got {keywords!r}")
@@ -117,9 +117,9 @@ def check_forbidden(output: str, source: str, *, keywords: Sequence[str]) -> Ver
 
 @check("end_phrase")
 def check_end_phrase(output: str, source: str, *, phrase: str) -> Verdict:
-    """The reply says something and then ends with exactly this phrase, whatever its case.
+    """The reply ends with exactly this phrase, ignoring case, after at least one other word.
 
-    Quotation marks and asterisks around the reply or its end are no part of it.
+    Quotation marks and asterisks around the reply or the phrase are ignored.
     """
     ours, wanted = _plain_edge(output), _plain_edge(phrase)
     if not wanted:
@@ -130,7 +130,7 @@ def check_end_phrase(output: str, source: str, *, phrase: str) -> Verdict:
 
 @check("start_phrase")
 def check_start_phrase(output: str, source: str, *, phrase: str) -> Verdict:
-    """The reply begins with exactly this phrase, whatever its case, and goes on.
+    """The reply begins with exactly this phrase, ignoring case, and continues after it.
 
     Undetermined when the source begins with it too: a copy would pass.
     """

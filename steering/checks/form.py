@@ -1,4 +1,4 @@
-"""Checks of the shape of a reply: JSON, code, lists, case, quotation marks, length."""
+"""Checks of the form of a reply: JSON, code, lists, case, quotation marks, length."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def check_json(output: str, source: str, *, kind: str = "any") -> Verdict:
         return Verdict.FAIL
     blocks = fences(text)
     cut_off = False
-    # the whole first: backticks may stand inside a JSON string
+    # The whole reply first, because backticks may be part of a JSON string.
     for body in (text, blocks[0][1].strip()) if len(blocks) == 1 else (text,):
         try:
             value = json.loads(body, parse_constant=_refuse_constant)
@@ -74,7 +74,7 @@ _LONGEST_PROGRAM = 20_000  # characters; a bound on the parser's work, far above
 
 
 def _is_program(text: str) -> bool | None:
-    """Whether the text parses as Python and does something; None when it does not parse.
+    """Whether the text is a Python program; None when it does not parse.
 
     English can parse: "soup", "salt, pepper", "note: bread" and "return home" are Python. So words
     alone, annotations without a value, imports and lone keywords do not make a program.
@@ -227,9 +227,9 @@ _FEWEST_WORDS_WITHOUT_COMMA = 8
 
 @check("no_comma")
 def check_no_comma(output: str, source: str) -> Verdict:
-    """The reply holds no comma of any script, and is no copy of the source.
+    """The reply has no comma of any script, and is not a copy of the source.
 
-    Undetermined under 8 words: nearly every short reply has none.
+    Undetermined under 8 words, because nearly every short reply has none.
     """
     ours = words(output)
     if not ours or ours == words(source) or re.search("[,，、،﹐︐]", output):

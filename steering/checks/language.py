@@ -12,9 +12,9 @@ from saesteer.steering.checks.words import CJK, letters, prose, words
 LANGUAGES = tuple(
     "ar cs da de el en es fi fr he hi hu it ja ko la nl pl pt ro ru sv th tr uk vi zh".split()
 )
-"""Languages that are told apart. A short list: with all of py3langid's 140, near relatives
-(Occitan, Aragonese, Luxembourgish, Nigerian Pidgin) take the probability that short French,
-Spanish, German and English texts deserve."""
+"""Languages that the check distinguishes. The list is short because with all of py3langid's 140,
+similar languages (Occitan, Aragonese, Luxembourgish, Nigerian Pidgin) take probability away from
+short French, Spanish, German and English texts."""
 
 _LANGUAGE_PROBABILITY = 0.5
 _FOREIGN_WORD_SHARE = 0.25
@@ -58,8 +58,8 @@ FUNCTION_WORDS: dict[str, frozenset[str]] = {
         tenía tiene toda todas todo todos tras tu un una uno unos y ya yo""".split()
     ),
 }
-"""Common words per language, split at apostrophes ("n" and "t" of contractions): the second opinion
-of the language check, and the stop list of `content_words`."""
+"""Common words per language, split at apostrophes ("n" and "t" of contractions). They are
+the second criterion of the language check, and the stop words of `content_words`."""
 
 
 @functools.cache
@@ -72,9 +72,9 @@ def _identifier() -> Any:
 
 
 def _function_words_agree(text: str, lang: str) -> bool | None:
-    """Whether the common words belong to `lang`, not to another language; None: cannot tell.
+    """Whether the common words in a text are those of `lang`; None when there are none.
 
-    Catches half-translated text, which the identifier's letter statistics let pass.
+    This finds half-translated text, which the identifier's letter statistics miss.
     """
     if lang not in FUNCTION_WORDS:
         return None
@@ -88,15 +88,15 @@ def _function_words_agree(text: str, lang: str) -> bool | None:
     )
     if own + foreign == 0:
         return None
-    # one stray word proves nothing: a name, a quotation, a word missing in our own list
+    # A single foreign word may be a name, a quotation, or a word missing in our list.
     return foreign < 2 or foreign <= _FOREIGN_WORD_SHARE * (own + foreign)
 
 
 @check("language")
 def check_language(output: str, source: str, *, lang: str) -> Verdict:
-    """The reply is written in `lang` (ISO 639-1), code blocks and URLs apart.
+    """The reply, without code blocks and URLs, is written in `lang` (ISO 639-1).
 
-    Two opinions must agree: py3langid restricted to `LANGUAGES` (probability at least .5), and,
+    Two criteria must agree: py3langid restricted to `LANGUAGES` (probability at least .5), and,
     for en, fr, de and es, the common words (one, or at most a quarter of them, another language's).
     Undetermined under 20 letters (10 for zh, ja, ko).
     """

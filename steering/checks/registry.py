@@ -1,4 +1,4 @@
-"""What a check is, what it says, and the table that task files name checks from."""
+"""The verdicts of checks, and the table of checks by the names that task files use."""
 
 from collections.abc import Callable
 from enum import Enum
@@ -8,7 +8,7 @@ from saesteer.checkpoints.errors import UsageError
 
 
 class Verdict(Enum):
-    """What a check says of one reply. Only PASS counts as success."""
+    """The verdict of a check on one reply. Only PASS counts as success."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -21,7 +21,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str) -> Callable[[Check], Check]:
-    """Enter a check into `CHECKS`."""
+    """Decorator that adds a check to `CHECKS` under a name."""
 
     def register(function: Check) -> Check:
         CHECKS[name] = function
@@ -38,6 +38,6 @@ def run_check(name: str, output: str, source: str, **arguments: Any) -> Verdict:
 
 
 def need_whole(name: str, value: object, least: int) -> None:
-    """Refuse an argument of a check that is no whole number from `least`."""
+    """Raise UsageError unless a check's argument is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{name} must be a whole number from {least}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Words, sentences and code fences of a reply: what the checks and the grades count."""
+"""Words, sentences and code blocks of a reply, for checks and grades."""
 
 import re
 
@@ -17,8 +17,8 @@ def words(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """Split a text at . ! ? (and their CJK forms) where a new sentence begins.
 
-    A stop after a known abbreviation or a single letter ends nothing unless the text ends there;
-    a full stop before a lower-case word ends nothing either.
+    A full stop does not end a sentence after a known abbreviation or a single letter, nor before a
+    lower-case word. The rest of the text is the last sentence.
     """
     found: list[str] = []
     start = 0
@@ -57,4 +57,5 @@ def prose(text: str) -> str:
 
 
 def letters(text: str) -> int:
+    """The number of letters of any script."""
     return sum(character.isalpha() for character in text)

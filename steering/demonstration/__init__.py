@@ -1,1 +1,1 @@
-"""The main job, start to end, as one call."""
+"""The whole pipeline on a small model, as one call."""

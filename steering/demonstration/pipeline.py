@@ -1,4 +1,4 @@
-"""The main job, start to end: model, activations, SAEs, rankings, doses, an evaluation."""
+"""The demo: load a model, harvest, train SAEs, rank, choose doses, evaluate."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +28,14 @@ TEST_CONTENTS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much of everything. The defaults take some minutes on two CPU cores."""
+    """Sizes of the demo's stages. The defaults take some minutes on two CPU cores."""
 
     reply_tasks: tuple[str, ...] = ("german", "json")
-    """Built-in tasks whose replies the SAEs see besides those of the task itself."""
+    """Built-in tasks whose replies the SAEs are trained on, besides those of the task itself."""
     reply_contents: int = 48
-    """Contents that each of them is asked about."""
+    """Contents that each of these tasks is applied to."""
     plain: int = 2
-    """Times that every content is answered without an instruction."""
+    """How often every content is answered without an instruction."""
     harvest_tokens: int = 160_000
     train_tokens: int = 480_000
     rank_contents: int = 48
@@ -44,7 +44,7 @@ class DemoSize:
     scales: tuple[float, ...] = (1.0, 1.5, 2.0)
     scopes: tuple[str, ...] = ("generation", "all")
     rounds: tuple[tuple[int, int], ...] = ((10, 4), (55, 1))
-    """Of the race for the dose: contents answered, settings kept."""
+    """Rounds of the choice of a dose: contents answered, settings kept."""
     greedy: bool = True
     """Evaluate with greedy decoding as well."""
     latents_per_d_model: int = 8
@@ -65,7 +65,7 @@ QUICK = DemoSize(
 
 @dataclass
 class Setting:
-    """One way to steer: where it reads and ranks, and which doses are tried."""
+    """One way to steer: a layer, a ranking there, and the doses to try."""
 
     name: str
     layer: int
@@ -83,7 +83,7 @@ class Setting:
 
 @dataclass
 class Stage:
-    """One stage of the demo, which `run` does."""
+    """One stage of the demo."""
 
     kind: str
     """model, harvest, train, rank, choose dose or evaluate."""
@@ -94,14 +94,11 @@ class Stage:
     run: Callable[[], dict[str, Any]]
     """Does the work. Returns its figures, JSON-ready, `seconds` among them."""
     setting: Setting | None = None
-    """What is ranked, or whose dose is chosen."""
+    """The setting that is ranked, or whose dose is chosen."""
 
 
 class Demo:
-    """The stages of the demo and what they made, for those who want to look between two stages.
-
-    `demo` runs them all.
-    """
+    """The stages of the demo and their results, for use one by one; `demo` runs them all."""
 
     def __init__(
         self,
@@ -133,11 +130,11 @@ class Demo:
         write_json(self.out / "demo.json", self.document)
 
     def stages(self) -> Iterator[Stage]:
-        """The stages in order. Each has to be run with `run` before the next is asked for."""
+        """The stages in order. Each has to be run before the next one is taken."""
         name = self.model if isinstance(self.model, str) else self.model.name
         what = f"load {name} (its first use converts the weights once)"
         yield self._stage("model", what, self._load)
-        # Two thirds of the way up: late enough to act on words, early enough to be read again.
+        # Two thirds of the depth: late enough to act on words, and later blocks still process it.
         middle, last = 2 * self.lm.n_layers // 3, self.lm.n_layers - 1
         tasks, texts = self._prompts()
         what = (
@@ -156,7 +153,7 @@ class Demo:
                 RankConfig(read="reply", contents=contents, seed=self.seed),
                 Grid(k=size.latents, scale=size.scales, scope=size.scopes),
             ),
-            # As in the paper: last block, last token of the user's text, sensitivity, fifteen.
+            # As in the paper: last block, last token of the user's text, score saif, 15 latents.
             Setting(
                 "paper's setting",
                 last,
@@ -194,7 +191,7 @@ class Demo:
         work: Callable[[], dict[str, Any]],
         setting: Setting | None = None,
     ) -> Stage:
-        """A stage that times its work and puts the figures into the document."""
+        """A stage whose `run` times the work and adds its figures to the document."""
         name = kind if setting is None else f"{kind}, layer {setting.layer}"
 
         def run() -> dict[str, Any]:
@@ -202,7 +199,7 @@ class Demo:
             facts = work()
             facts["seconds"] = round(time.monotonic() - started, 1)
             self.document["stages"][name] = facts
-            # Written after each stage: a demo that is stopped leaves what it found so far.
+            # Written after each stage, so that a demo that is stopped keeps its results so far.
             write_json(self.out / "demo.json", self.document)
             return facts
 
@@ -213,7 +210,7 @@ class Demo:
         return model_facts(self.lm)
 
     def _prompts(self) -> tuple[list[str], list[str]]:
-        """The names of the tasks that the model answers to, and what it is asked."""
+        """The names of the tasks whose prompts the model answers, and the prompts."""
         tasks: dict[str, str | Task] = {self.task.name: self.task}
         tasks |= {name: name for name in self.size.reply_tasks if name not in tasks}
         prompts = reply_prompts(
@@ -322,22 +319,22 @@ def demo(
     progress: Progress = no_progress,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Go from a model to a steered and evaluated one, and leave every artefact in a folder.
+    """Run every stage from a model to an evaluated steering plan, and keep all files in a folder.
 
     The model answers prompts with the task's instruction and others; its activations at two layers
     train an SAE each; the latents that carry the instruction make a plan for each; doses are chosen
     on development contents; unsteered, prompted and steered answers to test contents are graded.
 
     Args:
-        out: the folder; refused where it holds something, unless `force` empties it.
-        size: how much of everything: `FULL`, or `QUICK`, which is about a third of the work.
+        out: the folder; an error when it is not empty, unless `force` empties it.
+        size: sizes of the stages: `FULL`, or `QUICK`, which is about a third of the work.
 
     Returns:
         What `demo.json` holds: `stages` with the figures of each by name, and `seconds`.
 
     Raises:
         UsageError: a folder in use, an unknown task.
-        UserError: a model that cannot be had, a task without a check.
+        UserError: a model that cannot be loaded, a task without a check.
     """
     claim_output(Path(out), force=force)
     made = Demo(

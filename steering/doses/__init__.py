@@ -1,1 +1,1 @@
-"""How strong a plan should be: by success and damage, or in nats."""
+"""The strength of a plan, chosen by success and damage, or as a cost in nats."""

@@ -1,6 +1,6 @@
-"""Doses in nats: the scale at which a plan costs the model a given amount on neutral questions.
+"""Doses in nats: the scale at which a plan has a given cost on neutral questions.
 
-What a scale costs is measured by `NeutralProbe`: the rise of the cross-entropy of the unsteered
+The cost of a scale is measured by `NeutralProbe`: the rise of the cross-entropy of the unsteered
 model's own answers (`ce`), or KL(plain || steered) (`kl`), both in nats per answer token.
 """
 
@@ -23,22 +23,22 @@ _BISECTIONS = 20
 
 @dataclass(frozen=True)
 class Dose:
-    """A scale that was found, and what it was measured to cost."""
+    """The scale that was found, and its measured cost."""
 
     plan: Plan
-    """With the scale, and with `facts` under `dose` of its metrics."""
+    """The plan at that scale, with `facts` in its metrics under `dose`."""
     target: Budget
     cost: float
     damage: Damage
     trials: tuple[tuple[float, float], ...]
-    """Scale and cost of every measurement, in the order they were made."""
+    """Scale and cost of every measurement, in order."""
     texts: int
-    """Texts that it was measured on."""
+    """Number of texts that it was measured on."""
     neutral: bool
     """Whether they were the built-in neutral questions."""
 
     def facts(self) -> dict[str, Any]:
-        """What was asked and what was measured, JSON-ready."""
+        """The target and the measurement, JSON-ready."""
         return {
             "unit": self.target.kind,
             "asked": self.target.limit,
@@ -65,19 +65,18 @@ def dose_plan(
     """Find the scale at which a plan costs a given number of nats, by doubling and bisection.
 
     The search begins at the plan's scale and keeps its sign. It brackets the target between a
-    scale that costs less and one that costs as much or more, so it finds a crossing also where the
-    cost is no steady function of the scale.
+    scale that costs less and one that costs as much or more, so it finds a crossing even where the
+    cost is not monotonic in the scale.
 
     Args:
         target: `Budget("ce", 0.1)` for a rise of 0.1 nats per token, `Budget("kl", 0.1)`.
-        texts: what the model answers to be measured on (by default the neutral questions); the
-            contents of the plan's task, for example.
-        tolerance: how far from the target the cost may lie, as a share of it.
+        texts: prompts on whose unsteered answers the cost is measured, such as the contents of the
+            plan's task; by default the neutral questions.
+        tolerance: largest distance of the cost from the target, as a share of the target.
         max_new_tokens: length of the answers.
 
     Raises:
-        UsageError: a method whose edit does not grow with the scale, texts or a tolerance that
-            mean nothing.
+        UsageError: a method whose edit does not grow with the scale, or a tolerance outside (0, 1).
         UserError: no scale reaches the target, or the cost jumps over it; a plan for another model.
     """
     growing = [name for name, method in METHODS.items() if method.grows]
@@ -108,7 +107,7 @@ def dose_plan(
 
 
 class _Search:
-    """Bracket, then halve the bracket, in the logarithm of the scale."""
+    """Brackets the target by doubling or halving the scale, then bisects on a log scale."""
 
     def __init__(self, probe: NeutralProbe, plan: Plan, target: Budget, progress: Progress) -> None:
         self._probe, self._plan, self._target = probe, plan, target
@@ -117,10 +116,10 @@ class _Search:
         self.trials: list[tuple[float, float]] = []
 
     def run(self, tolerance: float) -> tuple[float, Damage]:
-        """The scale and its damage."""
+        """The scale that was found, and its damage. Raises UserError when there is none."""
         goal, size = self._target.limit, abs(self._plan.scale) or 1.0
         low, (high, damage) = 0.0, (size, self._measure(size))
-        # Up to where it costs enough; if it does at once, down to where it does not.
+        # Double until the cost reaches the target; if the first scale does, halve until below it.
         while self._cost(damage) < goal:
             if len(self.trials) > _DOUBLINGS:
                 raise self._out_of_reach(damage)
@@ -159,7 +158,7 @@ class _Search:
 
     def _cost(self, damage: Damage) -> float:
         cost = self._target.spent(damage)
-        return cost if math.isfinite(cost) else math.inf  # a broken model's cost may be NaN
+        return cost if math.isfinite(cost) else math.inf  # NaN when the edit breaks the model
 
     def _near(self, damage: Damage, tolerance: float) -> bool:
         return abs(self._cost(damage) - self._target.limit) <= tolerance * self._target.limit

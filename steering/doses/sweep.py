@@ -1,4 +1,4 @@
-"""Chooses how many latents, how strong and where, on the development split, and at what cost."""
+"""Chooses numbers of latents, doses and scopes on the development split, and measures damage."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Grid:
     """Multiples of mu + beta * sigma."""
     scope: tuple[str, ...] = ("generation",)
     beta: tuple[float, ...] = ()
-    """Standard deviations above mu; the plan's own when there are none."""
+    """Standard deviations above mu; empty keeps the plan's own."""
 
     def __post_init__(self) -> None:
         for name in ("k", "scale", "scope"):
@@ -52,7 +52,8 @@ class Grid:
     def plans(self, plan: Plan) -> list[Plan]:
         """The plans of the grid.
 
-        A k beyond the plan's latents is left out; where that leaves none, all latents are tried.
+        A k larger than the plan's number of latents is left out; if none is left, all latents are
+        used.
         """
         held = len(plan.latents)
         ks = [k for k in self.k if k <= held] or [held]
@@ -66,7 +67,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Budget:
-    """The damage that a setting may do, in nats per token on neutral questions."""
+    """The largest damage that a setting may do, in nats per token on neutral questions."""
 
     kind: str
     """`kl` or `ce`."""
@@ -79,23 +80,23 @@ class Budget:
             raise UsageError(f"`budget` {self.kind}={self.limit:g} must be a number above 0")
 
     def spent(self, damage: Damage) -> float:
-        """What a setting costs."""
+        """The damage of a setting in the budget's measure, in nats per token."""
         return damage.kl if self.kind == "kl" else damage.delta_ce
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and how it did."""
+    """One setting and its results."""
 
     plan: Plan
     arm: Arm
     damage: Damage | None = None
     label: str = ""
-    """Which of several plans it comes from."""
+    """The name of the plan it comes from, where there are several."""
 
     @property
     def merit(self) -> tuple[float, float, float]:
-        """More loose successes, then fewer broken answers, then the gentler edit."""
+        """Sort key: more loose successes, then fewer degenerate answers, then a smaller edit."""
         return self.arm.loose.value, -self.arm.degenerate.value, -self.relative_dose
 
     @property
@@ -105,7 +106,7 @@ class Trial:
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What tells one setting from another."""
+        """What identifies the setting."""
         plan = self.plan
         return self.label, plan.layer, plan.ids, plan.scale, plan.beta, plan.scope
 
@@ -126,34 +127,34 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every trial of a sweep, the one chosen, and what there is to beat."""
+    """Every trial of a sweep, the chosen one, and the unsteered and prompted arms."""
 
     task: Task
     chosen: Trial
     trials: tuple[Trial, ...]
-    """In the order they were made: the rounds of the race, one after the other."""
+    """In the order they were made, round by round."""
     unsteered: Arm
     prompted: Arm
     budget: Budget | None = None
     within_budget: bool = True
-    """False when no setting kept to the budget and the cheapest was taken."""
+    """False when every setting was over the budget and only the cheapest was tried."""
     skipped: tuple[tuple[Plan, Damage], ...] = ()
-    """Settings that were over the budget and therefore answered nothing."""
+    """Settings over the budget, which were not tried."""
     warnings: tuple[str, ...] = field(default=())
 
     @property
     def latest(self) -> list[Trial]:
-        """The last trial of every setting, on the most contents it came to."""
+        """The last trial of every setting, which is that on the most contents."""
         found = {trial.setting: trial for trial in self.trials}
         return list(found.values())
 
     @property
     def front(self) -> list[Trial]:
-        """Settings that no other beats in loose success without more KL, cheapest first."""
+        """Settings with more loose success than all of lower KL, by increasing KL."""
         return pareto(trial for trial in self.latest if trial.damage is not None)
 
     def plan(self) -> Plan:
-        """The chosen plan, with what the sweep found written into its metrics."""
+        """The chosen plan, with the results of the sweep in its metrics."""
         chosen = self.chosen
         facts = {
             "task": self.task.name,
@@ -207,7 +208,7 @@ class Sweep:
 
 
 def pareto(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that none beats: more loose success for no more KL. Cheapest first."""
+    """The Pareto front of trials: more loose success than all of lower KL; by increasing KL."""
     measured = [trial for trial in trials if trial.damage is not None]
     measured.sort(key=lambda t: (t.damage.kl if t.damage else 0.0, -t.arm.loose.value))
     front: list[Trial] = []
@@ -232,11 +233,11 @@ def sweep(
 ) -> Sweep:
     """Try every setting on the development split: success against damage on neutral questions.
 
-    First the damage of every setting; those over the budget answer nothing. Then successive
-    halving, as in `calibrate`.
+    First the damage of every setting is measured, and those over the budget are left out. Then
+    successive halving chooses, as in `calibrate`.
 
     Args:
-        plans: one plan, or several by name: other layers, other ways of ranking.
+        plans: one plan, or several by name, such as those of several layers or rankings.
 
     Raises:
         UserError: a task without a check or without development contents.
@@ -289,25 +290,25 @@ def sweep(
 
 
 def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
-    said = []
+    warnings = []
     damage = chosen.damage
     if budget is not None and not within and damage is not None:
-        said.append(
+        warnings.append(
             f"no setting keeps to the budget {budget.kind}={budget.limit:g}: the cheapest of them "
             f"costs {budget.spent(damage):.2g} nats; raise `budget`, or give smaller scales"
         )
     if damage is not None and damage.leaves_norm_range:
-        said.append(
+        warnings.append(
             f"the dose leaves the model's norm range: {100 * (damage.outside_norms or 0):.0f} % of "
             f"the edited residuals are longer or shorter than 98 % of the others "
             f"({damage.norm_ratio:.2g} times as long); a smaller scale is safer"
         )
     if chosen.arm.loose.successes == 0:
-        said.append(
+        warnings.append(
             "no setting followed the instruction once on the development contents: the plan is the "
-            "gentlest of them"
+            "setting with the smallest edit"
         )
-    return said
+    return warnings
 
 
 def calibrate(
@@ -324,12 +325,12 @@ def calibrate(
 ) -> tuple[Plan, list[Trial]]:
     """Pick a setting on the development split, by successive halving; damage is not measured.
 
-    Each round `(n, keep)` grades the settings still in the race on the first n development
-    contents and keeps the best: many settings on few contents, then few on many. Test contents
-    are never seen.
+    Each round `(n, keep)` grades the remaining settings on the first n development contents and
+    keeps the best `keep`: many settings on few contents, then few on many. Test contents are never
+    used.
 
     Returns:
-        The plan of the winner, and every trial in the order they were made.
+        The plan of the best setting, and every trial in the order they were made.
 
     Raises:
         UserError: a task without a check or without development contents.
@@ -360,7 +361,7 @@ def _race(
     decoding: Decoding,
     progress: Progress,
 ) -> list[Trial]:
-    """Successive halving; every trial in the order they were made."""
+    """Successive halving; returns every trial in the order they were made."""
     if not racing:
         raise UserError("no setting is left to try")
     trials: list[Trial] = []
@@ -372,7 +373,7 @@ def _race(
         for done, (label, candidate, damage) in enumerate(racing):
             progress(stage, done, len(racing), f"settings, on {len(sample)} contents each")
             texts = answer(lm, sample, candidate, task.max_new_tokens, decoding)
-            # Success on this split is the check alone; being on topic is judged on the test split.
+            # On this split only the check counts; being on topic is judged on the test split.
             arm = grade_arm("steered", task, sample, texts, sample, kind="steered")
             latest.append(Trial(candidate, arm, damage, label))
         progress(stage, len(racing), len(racing), f"settings, on {len(sample)} contents each")
@@ -383,7 +384,7 @@ def _race(
 
 
 def _winner(trials: Sequence[Trial]) -> Trial:
-    """The best of the last round: those on as many contents as the last trial, the last of all."""
+    """The best trial of the last round: those on as many contents as the last trial."""
     last = len(trials[-1].arm.answers)
     final = [trial for trial in trials if len(trial.arm.answers) == last]
     return max(final, key=lambda trial: trial.merit)

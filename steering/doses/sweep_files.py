@@ -1,4 +1,4 @@
-"""What a sweep starts from and what it leaves: plans of several rankings, and a folder."""
+"""Plans of several rankings to sweep over, and the folder that a sweep writes."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -31,15 +31,14 @@ def ranked_plans(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> dict[str, Plan]:
-    """Rank with every SAE in every way asked for, and make a plan of each, for `sweep` to compare.
+    """Rank with every SAE and every combination of settings, and make a plan of each ranking.
 
     Args:
-        position: values of `RankConfig.position` to try; `read` and `by` likewise. Its defaults
-            where none are given.
-        top: latents in each plan: as many as the largest k of the sweep.
+        position, read, by: values of these fields of `RankConfig` to try; empty uses the default.
+        top: latents in each plan; at least the largest k of the sweep.
 
     Returns:
-        The plans by name: the layer (the SAE's folder where two SAEs share a layer) and the values.
+        The plans by name: the layer, or the SAE's folder where SAEs share a layer, and the values.
 
     Raises what `rank` does.
     """
@@ -64,11 +63,11 @@ def ranked_plans(
 def save_sweep(
     folder: str | Path, lm: LanguageModel, found: Sweep, *, ranked: str | Path | None = None
 ) -> dict[str, Any]:
-    """Write the chosen plan, `sweep.json` with every trial, and their picture `sweep.svg`.
+    """Write the chosen plan, `sweep.json` with every trial, and the chart `sweep.svg`.
 
     Args:
-        ranked: the folder of the plan that was swept over: its `ranking.json`, where there is one,
-            is copied, so that a report of the chosen plan shows it.
+        ranked: the folder of the plan that was swept over. Its `ranking.json`, if any, is copied,
+            so that a report of the chosen plan can show it.
 
     Returns:
         What `sweep.json` holds: `Sweep.document` and the model.

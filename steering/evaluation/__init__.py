@@ -1,1 +1,1 @@
-"""How well a plan steers, beside everything it should be compared with, and what it breaks."""
+"""How well a plan steers, compared with controls, and what damage it does."""

@@ -1,4 +1,4 @@
-"""Grades and rates: how often an arm follows an instruction, on topic, or comes out broken."""
+"""Arms of an evaluation: ways of answering contents, graded, with rates of success."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from saesteer.steering.evaluation.grading import (
 )
 from saesteer.steering.evaluation.intervals import bootstrap_mean, wilson
 from saesteer.steering.hooking.arrangement import Plans
-from saesteer.steering.hooking.generation import SteeredText, generate_steered
+from saesteer.steering.hooking.generation import SteeredText, count_batches, generate_steered
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, compose, load_task
 
@@ -34,8 +34,8 @@ from saesteer.steering.tasks.task import Task, compose, load_task
 class Rate:
     """Successes out of n with their 95 % interval.
 
-    Wilson's where every content was answered once; over resampled contents where several seeds
-    answered each, because those answers are not independent.
+    Wilson's interval where every content was answered once; a bootstrap over contents where each
+    was answered with several seeds, because those answers are not independent.
     """
 
     value: float
@@ -48,7 +48,7 @@ class Rate:
     def of(hits: Sequence[bool], seeds: int = 1) -> "Rate":
         """The rate of hits, given seed by seed, each seed in the order of the contents."""
         successes, n = sum(hits), len(hits)
-        # Where all hits are alike, resampling gives no width: Wilson's, with contents as trials.
+        # A bootstrap of equal values has no width: then Wilson's interval over contents is used.
         low, high = wilson(successes // seeds, n // seeds)
         if seeds > 1 and 0 < successes < n:
             interval = bootstrap_mean(per_content(hits, seeds))
@@ -77,7 +77,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Graded:
-    """One answer and what the checks say of it."""
+    """One answer with its verdict and grade."""
 
     content: str
     prompt: str
@@ -95,7 +95,7 @@ class Graded:
     seed: int = 0
     token_ids: tuple[int, ...] = ()
     judged: Grade | None = None
-    """What a language model says of it, where one was asked."""
+    """The grade by a language model, where one was asked."""
 
     def row(self) -> dict[str, Any]:
         """Every field but the token ids, JSON-ready."""
@@ -107,7 +107,7 @@ class Graded:
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """One way of asking: with the instruction or without, steered or not."""
+    """One way of answering: with the instruction in the prompt or without, steered or not."""
 
     name: str
     kind: str
@@ -120,7 +120,7 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class Arm:
-    """All answers of one way of asking, with their rates.
+    """All answers of one `ArmSpec`, with their rates.
 
     `loose`: the check passes, or passes on one of IFEval's loose readings, and the answer is not
     degenerate (grades A and B); `strict`: it passes as it is and is on topic too (grade A);
@@ -131,24 +131,28 @@ class Arm:
     answers: tuple[Graded, ...]
     """Seed by seed, each in the order of the contents."""
     floor: float
-    """Content overlap that answers reach with the wrong content; grade A must exceed it."""
+    """Content overlap that answers reach with wrong contents; grade A must exceed it."""
     kind: str = ""
     seeds: int = 1
 
     @property
     def loose(self) -> Rate:
+        """Answers of grade A or B."""
         return Rate.of(self.hits("loose"), self.seeds)
 
     @property
     def strict(self) -> Rate:
+        """Answers of grade A."""
         return Rate.of(self.hits("strict"), self.seeds)
 
     @property
     def degenerate(self) -> Rate:
+        """Answers where one 4-gram covers more than a fifth of the tokens."""
         return Rate.of([answer.degenerate for answer in self.answers], self.seeds)
 
     @property
     def undetermined(self) -> Rate:
+        """Answers on which the check gives no verdict."""
         return Rate.of([a.verdict is Verdict.UNDETERMINED for a in self.answers], self.seeds)
 
     @property
@@ -215,7 +219,7 @@ def grade_arm(
         degenerate = is_degenerate(text.token_ids)
         overlap = content_overlap(text.completion, reference)
         loosely = verdict is Verdict.PASS or task.passes_loosely(text.completion, content)
-        # A translation shares few words with its source; its numbers it must share.
+        # A translation shares few words with its source, but has to keep its numbers.
         kept = not translated or keeps_numbers(text.completion, content)
         answers.append(
             Graded(
@@ -249,7 +253,7 @@ def evaluate(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> list[Arm]:
-    """Run every arm on the same contents and grade what comes out.
+    """Answer the same contents in every arm and grade the answers.
 
     Arms: `unsteered` (the content alone), `prompted` (the content with an evaluation wording of
     the instruction), and one per plan (the content alone, steered). `steering.compare`
@@ -263,7 +267,7 @@ def evaluate(
 
     Raises:
         UserError: a task without a check, a split without contents.
-        UsageError: a plan that bears the name of another arm, `n` below 1.
+        UsageError: a plan with the name of another arm, `n` below 1.
     """
     if n < 1:
         raise UsageError(f"`n` must be at least 1, got {n}")
@@ -290,13 +294,13 @@ def run_arms(
     seeds: Sequence[int] | None = None,
     progress: Progress = no_progress,
 ) -> list[Arm]:
-    """Answer the contents in every way asked for, and grade the answers.
+    """Answer the contents in every arm, and grade the answers.
 
     A task without evaluation wordings is prompted with its instruction. Where an answer cannot be
-    compared with its source, as in translation, the reference is the model's own answer when asked
-    in another way than the prompted arm, which would otherwise be compared with itself.
+    compared with its source, as in translation, the reference is the model's own answer to another
+    wording than that of the prompted arm, which would otherwise be compared with itself.
 
-    Greedy decoding needs one seed: more would give the same answers again.
+    Raises UsageError for no seeds, or several with temperature 0, which give the same answers.
     """
     seeds = (decoding.seed,) if seeds is None else tuple(seeds)
     if not seeds:
@@ -341,7 +345,7 @@ def run_arms(
 
 @contextlib.contextmanager
 def biased_logits(lm: LanguageModel, bias: Float[Tensor, " vocabulary"] | None) -> Iterator[None]:
-    """Add a constant to the output of the unembedding while the context is open (None: nothing)."""
+    """Add a constant to the output of the unembedding inside the context; None adds nothing."""
     if bias is None:
         yield
         return
@@ -370,7 +374,7 @@ def contents_to_grade(task: Task, split: str) -> list[str]:
 
 
 def two_ways_to_ask(task: Task, contents: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Each content with an evaluation wording, and with another wording (or place) of it."""
+    """Each content with an evaluation wording, and with another wording (or position) of it."""
     wording, *others = dict.fromkeys(
         variant.text for variant in (*task.evaluate_variants, *task.select_variants)
     )
@@ -389,15 +393,7 @@ def answer(
     stage: str = "generate",
     progress: Progress = no_progress,
 ) -> list[SteeredText]:
-    """Answer texts, steered or not, showing the answers made so far as progress of a stage."""
-    done = 0
-    progress(stage, 0, len(texts), "answers")
-
-    def on_batch(new_tokens: int) -> None:
-        nonlocal done
-        done = min(done + decoding.batch_size, len(texts))
-        progress(stage, done, len(texts), "answers")
-
+    """Answer texts, steered or not, and show the number of answers as progress of a stage."""
     return generate_steered(
         lm,
         texts,
@@ -407,5 +403,5 @@ def answer(
         top_p=decoding.top_p,
         seed=decoding.seed,
         batch_size=decoding.batch_size,
-        progress=on_batch,
+        progress=count_batches(progress, stage, len(texts), decoding.batch_size),
     )

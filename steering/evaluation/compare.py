@@ -1,4 +1,4 @@
-"""A plan against everything it should be compared with: arms, paired tests, damage."""
+"""Comparison of plans with controls: arms, paired tests, fluency and damage."""
 
 import dataclasses
 import math
@@ -36,8 +36,8 @@ from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 
 CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
-"""What a plan is compared with besides the unsteered model; with `prompt`, also the plan and the
-prompted instruction together."""
+"""What a plan is compared with besides the unsteered model. `prompt` adds two arms: the prompted
+instruction, and the plan together with it."""
 
 Grader = Callable[[Task, str, str], Grade | None]
 """From a task, a content and a reply to a grade, or None where there is none. A `Judge` is one."""
@@ -45,19 +45,19 @@ Grader = Callable[[Task, str, str], Grade | None]
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """How much is compared, and with what."""
+    """Settings of a comparison: contents, seeds and controls."""
 
     controls: tuple[str, ...] = CONTROLS
     n: int = 40
     """Contents of the split."""
     split: str = "test"
     seeds: tuple[int, ...] = (0,)
-    """Every content is answered once with each."""
+    """Every content is answered once with each seed."""
     random_draws: int = 2
-    """Arms of random latents."""
+    """Number of arms with random latents."""
     decoding: Decoding = field(default_factory=Decoding)
     damage: bool = True
-    """Measure each plan on the neutral questions too."""
+    """Also measure each plan on neutral questions."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.controls if name not in CONTROLS]
@@ -74,7 +74,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Ours against theirs, content by content."""
+    """A test of one arm against another, paired by content."""
 
     ours: str
     theirs: str
@@ -87,9 +87,9 @@ class PairedTest:
     wins: int
     losses: int
     p: float
-    """Exact sign test over contents; with one seed, McNemar's."""
+    """Exact sign test over contents; with one seed, McNemar's exact test."""
     p_holm: float
-    """Holm's correction over the tests of the task, all of which were decided on beforehand."""
+    """p with Holm's correction over all tests of the task, which are fixed in advance."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Comparison:
     fluency: Mapping[str, Fluency]
     damage: Mapping[str, Damage]
     notes: tuple[str, ...]
-    """What could not be done, and why."""
+    """What could not be measured, and why."""
 
     def arm(self, kind: str) -> Arm:
         """The first arm of a kind. Raises KeyError where there is none."""
@@ -126,23 +126,23 @@ def compare(
     dtype: str = "auto",
     progress: Progress = no_progress,
 ) -> Comparison:
-    """Evaluate plans for one task with every control, on contents that nothing was chosen by.
+    """Evaluate plans and controls for one task, by default on its test contents.
 
     Arms, all on the same contents: unsteered; prompted; for each plan: steered, steered and
     prompted, random latents, the mean-difference vector and the logit bias at the same ||delta||.
 
-    Announced tests, corrected together (Holm): loose and strict success of each steered arm against
-    unsteered, prompted, each kind of control; random draws are averaged.
+    Tests, corrected together (Holm): loose and strict success of each steered arm against
+    unsteered, prompted and each kind of control; random draws are averaged.
 
     Args:
-        plans: by the name that their arms bear.
-        sae: where random latents are drawn from; by default the SAE that each plan names, and where
-            that cannot be opened, random directions (a note says so).
-        judge: grades every answer as well.
+        plans: by the names of their arms.
+        sae: where random latents are drawn from; by default the SAE that each plan names. Where
+            that cannot be opened, random directions are drawn instead, and a note says so.
+        judge: also grades every answer.
 
     Raises:
         UserError: a task without a check or contents, a plan for another model.
-        UsageError: controls that need an adding plan, for another one.
+        UsageError: controls that need a plan that adds a vector, with another plan.
     """
     if not plans:
         raise UsageError("nothing to evaluate: give at least one plan")
@@ -221,7 +221,7 @@ def _specs(
 
 
 def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
-    """The SAE that a plan names, or None with a note where it cannot be had."""
+    """The SAE that a plan names, or None and a note where it cannot be opened."""
     try:
         return load_sae(plan.sae.source)
     except UserError as error:
@@ -240,10 +240,10 @@ def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress) -> Arm:
 
 
 def paired_tests(arms: Sequence[Arm]) -> list[PairedTest]:
-    """Each steered arm against every other kind, on the same contents, corrected together.
+    """Tests of each steered arm against the other kinds of arm, corrected together.
 
-    Arms of random latents of the same plan are averaged per content; other steered arms are not
-    tested against each other.
+    Arms of random latents of the same plan are averaged per content. Steered arms are not tested
+    against each other.
     """
     found: list[tuple[str, str, str, list[float], list[float]]] = []
     steered = [arm for arm in arms if arm.kind == "steered"]
@@ -283,7 +283,7 @@ def paired_tests(arms: Sequence[Arm]) -> list[PairedTest]:
 def _fluency(
     lm: LanguageModel, task: Task, arms: Sequence[Arm], progress: Progress
 ) -> dict[str, Fluency]:
-    """Fluency of every arm; the first is the unsteered one, whose 5th percentile is the floor."""
+    """Fluency of every arm. The first is the unsteered one, whose 5th percentile is the floor."""
     floor: float | None = None
     found: dict[str, Fluency] = {}
     for done, arm in enumerate(arms):

@@ -1,4 +1,4 @@
-"""What a plan is compared with: edits of the same length that know less, or act elsewhere.
+"""Controls for a plan: edits of the same length with other directions, or at another place.
 
 - random latents of the same SAE, or random directions, at the same ||delta||;
 - the mean-difference vector of the same samples, at the same ||delta||;
@@ -31,8 +31,10 @@ _REPLY_TOKENS = 40
 
 
 def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
-    """What an adding plan adds to each residual, in float64; with unit `rel`, per unit of ||h||,
-    and of an SAE that normalises tokens per unit of the token's scale.
+    """What an adding plan adds to each residual, in float64.
+
+    With unit `rel` it is per unit of ||h||, and with an SAE that normalises tokens per unit of the
+    token's scale.
 
     Raises UsageError for a plan that does not add the same vector everywhere.
     """
@@ -55,7 +57,7 @@ def with_directions(
     """The plan with other directions in these proportions, at the same ||delta|| and scope.
 
     Args:
-        source: where the directions come from, in place of the plan's SAE where that is not it.
+        source: where the directions come from; stored in place of the plan's SAE.
         weights: dose of each direction, before the sum is scaled to the plan's ||delta||.
     """
     length = float(delta_vector(plan).norm())
@@ -67,7 +69,7 @@ def with_directions(
     return plan.with_changes(
         sae=plan.sae
         if source == plan.sae.source
-        # Lengths stay in the same unit, also where that is each token's own.
+        # Lengths keep their unit, also where it is the scale of each token.
         else SAEIdentity(source, "", normalize_activations=plan.sae.normalize_activations),
         latents=tuple(
             PlannedLatent(id=i, value=weight * factor)
@@ -85,9 +87,10 @@ def with_directions(
 
 
 def random_plan(plan: Plan, sae: SAE | None, seed: int = 0) -> Plan:
-    """As many latents of the same SAE drawn at random, or random directions without an SAE.
+    """The plan with as many random latents of its SAE, or random directions without an SAE.
 
-    Latents of the plan, and latents without a direction, are never drawn.
+    Latents of the plan, and latents whose decoder row is 0, are never drawn. Raises UserError when
+    the SAE has too few others.
     """
     doses = plan.doses()
     generator = random.Random(seed)
@@ -118,9 +121,10 @@ def mean_difference_plan(
 ) -> Plan:
     """The mean residual of instructed samples minus that of plain ones, at the plan's ||delta||.
 
-    The samples are train contents, read where the plan's latents were: with `read: reply` at the
-    last prompt token and every token of the model's own sampled replies (instructed ones that pass
-    the check, where any does), else at the last token of the user's text or of the prompt.
+    The samples are train contents, read at the same place as for the plan's ranking: for replies at
+    the last prompt token and every token of the model's own sampled replies (only instructed ones
+    that pass the check, if any does), else at the last token of the user's text or of the prompt.
+    Raises UserError for a task without train contents.
     """
     point = resolve_site(lm, plan.layer, plan.site)
     read = str(plan.metrics.get("read", "last"))
@@ -159,9 +163,9 @@ def _replies(
     progress: Progress,
     kind: str,
 ) -> list[Passage]:
-    """Prompts with sampled replies, read from the last prompt token on.
+    """Prompts with sampled replies, to be read from the last prompt token on.
 
-    Of instructed ones those that pass the check, or all when none does.
+    With `sources`, only those whose reply passes the check, or all of them when none does.
     """
     prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
     stage = f"mean difference: {kind} replies"
@@ -224,7 +228,7 @@ def logit_bias(lm: LanguageModel, plan: Plan, texts: Sequence[str]) -> Float[Ten
 
 
 def _spread(norm: nn.Module, h: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
-    """What a norm divides by, epsilon apart."""
+    """What a norm divides by, without its epsilon."""
     if isinstance(norm, nn.LayerNorm):
         h = h - h.mean(dim=-1, keepdim=True)
     return h.square().mean(dim=-1).sqrt()
@@ -233,10 +237,10 @@ def _spread(norm: nn.Module, h: Float[Tensor, "... d_model"]) -> Float[Tensor, "
 def _linear_part(norm: nn.Module, v: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """The norm's gain (and centering) applied to a vector, without division and bias.
 
-    Read off the norm's own output, so that every way of storing the gain is right.
+    Computed from the norm's own output, so that it does not matter how the gain is stored.
     """
     kind = next(norm.parameters()).dtype
-    # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
+    # The length only matters relative to the norm's epsilon, negligible at a length of 1000.
     long = v * (1e3 / v.norm().clamp_min(1e-12))
     zero: Tensor = norm(torch.zeros_like(v, dtype=kind)[None])[0].float()
     out: Tensor = norm(long.to(kind)[None])[0].float() - zero

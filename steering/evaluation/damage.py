@@ -1,7 +1,7 @@
-"""What a plan breaks: on neutral questions, how far it moves the model and which answers it loses.
+"""Damage of a plan on neutral questions: how far it moves the model, and which answers it loses.
 
-The unsteered model answers the questions once, greedily; each plan is then measured teacher forced
-on those answers, and its own answers are compared with the right ones.
+The unsteered model answers the questions once, greedily. Each plan is measured on those answers
+with teacher forcing, and its own answers are compared with the right ones.
 """
 
 import contextlib
@@ -31,19 +31,19 @@ from saesteer.steering.tasks.task import BUILTIN_FOLDER
 NEUTRAL_FILE = BUILTIN_FOLDER / "neutral.jsonl"
 
 _ROWS_AT_ONCE = 8
-# The unsteered log-probabilities are kept between plans when they are no more numbers than these.
+# The unsteered log-probabilities are kept between plans up to this many numbers.
 _NUMBERS_KEPT = 2**27
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that has nothing to do with any instruction, and what counts as its answer."""
+    """A question unrelated to any instruction, and the answers that count as right."""
 
     prompt: str
     answers: tuple[str, ...]
 
     def is_right(self, reply: str) -> bool:
-        """Whether a right answer occurs as whole words, whatever its case."""
+        """Whether a right answer occurs as whole words, ignoring case."""
         return any(
             re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
             for answer in self.answers
@@ -51,7 +51,7 @@ class Question:
 
 
 def neutral_questions() -> list[Question]:
-    """The built-in neutral questions: short facts that small models know some of."""
+    """The built-in neutral questions: short facts, some of which small models know."""
     lines = NEUTRAL_FILE.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
     return [Question(row["prompt"], tuple(row["answers"])) for row in rows]
@@ -59,35 +59,35 @@ def neutral_questions() -> list[Question]:
 
 @dataclass(frozen=True)
 class Damage:
-    """Averages over answers, each weighing the same, of values per answer token (in nats)."""
+    """Damage of a plan. Values in nats are per answer token; answers have equal weight."""
 
     kl: float
     """KL(plain || steered)."""
     kl_reverse: float
     """KL(steered || plain)."""
     top1_agreement: float
-    """Share of positions where both would say the same token next."""
+    """Share of positions where both models' most likely next token is the same."""
     delta_ce: float
     """Rise of the cross-entropy of the unsteered model's own answers."""
     relative_dose: float | None
     """Median ||delta|| / ||h|| over the edited positions."""
     norm_ratio: float | None
-    """Median length of an edited residual over the median length there without the edit."""
+    """Median norm of the edited residuals divided by their median norm without the edit."""
     outside_norms: float | None
-    """Share of edited residuals longer or shorter than the middle 98 % of the unedited ones."""
+    """Share of edited residuals whose norm is outside the middle 98 % of unedited norms."""
     right_before: int | None = None
-    """Questions the unsteered model answers right; None where the flips were not counted."""
+    """Questions that the unsteered model answers right; None where flips were not counted."""
     right_to_wrong: int | None = None
     wrong_to_right: int | None = None
     questions: int = 0
 
     @property
     def leaves_norm_range(self) -> bool:
-        """Whether most edited residuals are longer or shorter than unedited ones ever are."""
+        """Whether most edited residuals have a norm outside the middle 98 % of unedited ones."""
         return (self.outside_norms or 0.0) > 0.5
 
     def row(self) -> dict[str, Any]:
-        """Every field and what follows from them, JSON-ready."""
+        """Every field and derived value, JSON-ready."""
         flips = None
         if self.right_to_wrong is not None and self.wrong_to_right is not None:
             total = self.right_to_wrong + self.wrong_to_right
@@ -100,7 +100,7 @@ class Damage:
 
 
 class NeutralProbe:
-    """Measures plans on neutral questions; the unsteered model is run once for all of them.
+    """Measures plans on neutral questions; the unsteered model is run only once.
 
     Args:
         questions: by default the built-in ones.
@@ -129,13 +129,13 @@ class NeutralProbe:
         self._plain_norms: dict[tuple[int, Place], Tensor] = {}
 
     def measure(self, plan: Plan, *, flips: bool = False) -> Damage:
-        """What a plan does to the answers; with `flips`, also how many of its own are wrong.
+        """The damage of a plan; with `flips`, answers that turn right or wrong are counted too.
 
-        Raises UserError for a scope that a question has no position of (such as
-        `after-instruction`).
+        Raises UserError for a scope without a position in some question, such as
+        `after-instruction`.
         """
         lm = self.lm
-        # Norms are compared behind the last edit.
+        # Norms are compared after the last edit.
         deepest = max(plan.parts, key=lambda part: part.layer)
         point = resolve_site(lm, deepest.layer, deepest.site)
         columns: list[list[float]] = [[], [], [], []]
@@ -149,18 +149,18 @@ class NeutralProbe:
             with steer(lm, plan, prompts=prompts) as report, _norms(point) as after:
                 steered = self._log_probs(rows, prompts)
             before = norms_before[0]
-            # Attention sinks are a hundred times longer than the rest: any length would be usual.
+            # Attention sinks, a hundred times longer than the rest, would make any norm look usual.
             usual_norms.append(before[reader.keep(before[None], *pad_right(lm, rows))])
             for place, touched in enumerate(report.rows):
                 at = touched.positions
                 edited_norms.append(after[0][place, at])
                 reports.append(touched)
             for p, q, row, prompt in zip(plain, steered, rows, prompts, strict=True):
-                said = torch.tensor(row[len(prompt) :], device=q.device)[:, None]
+                answer_ids = torch.tensor(row[len(prompt) :], device=q.device)[:, None]
                 columns[0].append(float((p.exp() * (p - q)).sum(1).mean()))
                 columns[1].append(float((q.exp() * (q - p)).sum(1).mean()))
                 columns[2].append(float((p.argmax(1) == q.argmax(1)).float().mean()))
-                columns[3].append(float((p.gather(1, said) - q.gather(1, said)).mean()))
+                columns[3].append(float((p.gather(1, answer_ids) - q.gather(1, answer_ids)).mean()))
         kl, reverse, agreement, rise = (sum(column) / len(column) for column in columns)
         dose, ratio, outside = _norm_figures(usual_norms, edited_norms, reports)
         counted = self._flips(plan) if flips else {}
@@ -202,7 +202,7 @@ class NeutralProbe:
                 f"{self.lm.name} answers every neutral question with nothing, so damage cannot be "
                 "measured on its answers"
             )
-        # The longest first, as a PromptReader has them.
+        # The longest first, as in PromptReader.
         order.sort(key=lambda i: -len(self._prompts[i]) - len(replies[i]))
         for first in range(0, len(order), _ROWS_AT_ONCE):
             chunk = order[first : first + _ROWS_AT_ONCE]
@@ -216,8 +216,8 @@ class NeutralProbe:
         prompts: list[EncodedPrompt],
         point: HookPoint,
         norms: list[Tensor],
-    ) -> list[Float[Tensor, "said vocabulary"]]:
-        """Unsteered log-probabilities; the norms at the hook point go into `norms`."""
+    ) -> list[Float[Tensor, "tokens vocabulary"]]:
+        """Unsteered log-probabilities; the norms at the hook point are appended to `norms`."""
         place = (key, point.key)
         if key in self._plain and place in self._plain_norms:
             norms.append(self._plain_norms[place])
@@ -233,7 +233,7 @@ class NeutralProbe:
 
     def _log_probs(
         self, rows: list[list[int]], prompts: list[EncodedPrompt]
-    ) -> list[Float[Tensor, "said vocabulary"]]:
+    ) -> list[Float[Tensor, "tokens vocabulary"]]:
         """For each row, log-probabilities at the positions that predict its answer's tokens."""
         ids, mask = pad_right(self.lm, rows)
         with torch.inference_mode():
@@ -246,7 +246,7 @@ class NeutralProbe:
 
 @contextlib.contextmanager
 def _norms(point: HookPoint) -> Iterator[list[Tensor]]:
-    """Collect the lengths of what passes a hook point, after every edit made so far."""
+    """Collect the norms of the activations at a hook point, after the edits registered so far."""
     seen: list[Tensor] = []
 
     def read(h: Float[Tensor, "batch seq d_model"]) -> None:

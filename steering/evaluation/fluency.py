@@ -1,4 +1,4 @@
-"""How broken a text is: repetition, variety, how surprised the unsteered model is by it."""
+"""Fluency of answers: repetition, variety, and perplexity under the unsteered model."""
 
 import math
 import zlib
@@ -18,7 +18,7 @@ _TOKENS_AT_ONCE = 512
 
 
 def distinct(tokens: Sequence[Hashable], n: int) -> float | None:
-    """Distinct n-grams over n-grams; None for a text too short to hold one."""
+    """Number of distinct n-grams over number of n-grams; None for fewer than n tokens."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -30,9 +30,9 @@ def zlib_ratio(text: str) -> float | None:
 
 
 def cross_entropies(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[float | None]:
-    """Nats per token of each row of token ids under the model, alone and unprompted.
+    """Nats per token of each row of token ids under the model, without a prompt.
 
-    A start token precedes every row, so that its first token counts as well. None for empty rows.
+    A start token precedes every row, so that its first token counts too. None for empty rows.
     """
     start = lm.tokenizer.bos_token_id
     start = lm.tokenizer.eos_token_id if start is None else start
@@ -55,7 +55,7 @@ def cross_entropies(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[fl
 
 
 def _split_off(order: list[int], size: int) -> tuple[list[int], list[int]]:
-    """The last `size` of a list, and the rest."""
+    """The last `size` entries of a list, and the others before them."""
     return order[-size:], order[:-size]
 
 
@@ -66,12 +66,12 @@ class Fluency:
     perplexity: float | None
     """exp of the median answer's nats per token under the unsteered model, without its prompt."""
     too_predictable: float | None
-    """Share of answers below the unsteered arm's 5th percentile: loops are cheap to predict."""
+    """Share of answers below the 5th percentile of the unsteered arm: loops are easy to predict."""
     distinct_1: float | None
     distinct_2: float | None
     distinct_3: float | None
     repetition: float
-    """Mean share of an answer's tokens under its most repeated 4-gram."""
+    """Mean share of an answer's tokens that its most repeated 4-gram covers."""
     zlib_ratio: float | None
     truncated: float
     """Share of answers that ran into the token limit."""

@@ -1,4 +1,4 @@
-"""From a verdict to a grade: is the reply broken, is it on topic, does it follow only loosely?"""
+"""Grades of replies: from the check's verdict, degeneration, and overlap with the content."""
 
 import math
 import random
@@ -130,12 +130,12 @@ _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
 
 def numbers(text: str) -> frozenset[str]:
-    """The numbers written in digits, as digits alone: 3,000 and 3.000 are both 3000."""
+    """The numbers in digits, without separators: 3,000 and 3.000 are both 3000."""
     return frozenset(re.sub(r"\D", "", found) for found in _NUMBER.findall(text))
 
 
 def keeps_numbers(output: str, source: str) -> bool:
-    """Whether every number in the source that has digits stands in the reply too."""
+    """Whether the reply has every number that the source has in digits."""
     return numbers(source) <= numbers(output)
 
 
@@ -165,8 +165,8 @@ def grade(
     """A, B or C of one reply.
 
     C: the reply is degenerate, or the check passes on none of its eight readings. A: the check
-    passes on the reply as it is, its overlap with the reference exceeds the floor, and what else
-    is asked of the content holds. B: everything between.
+    passes on the reply as it is, its overlap with the reference exceeds the floor, and
+    `content_kept` holds. B: everything else.
 
     Args:
         loosely: the check passes on one of `loose_variants`.

@@ -1,8 +1,9 @@
 """Intervals and tests for rates: Wilson, bootstrap over contents, exact sign test, Holm."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,16 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """A rate in a document, with its interval: 0.50 [0.35, 0.65]."""
+    return str(Interval(rate["value"], rate["low"], rate["high"]))
+
+
+def difference_text(test: Mapping[str, Any]) -> str:
+    """The difference of a paired test in a document, with its interval: +0.20 [+0.05, +0.35]."""
+    return f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]"
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

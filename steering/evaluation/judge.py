@@ -1,7 +1,7 @@
-"""A language model as judge, behind any OpenAI-compatible endpoint: never the default.
+"""A language model as judge, behind an OpenAI-compatible endpoint. Not used by default.
 
-Nothing is sent anywhere unless an address was given. The figures of a judge are reported next to
-those of the programs, with its name.
+Nothing is sent unless an address is given. A judge's grades are reported with its name, next to
+those of the checks.
 """
 
 import json
@@ -17,7 +17,7 @@ from saesteer.steering.evaluation.grading import Grade
 from saesteer.steering.tasks.task import Task
 
 KEY_VARIABLE = "SAESTEER_JUDGE_KEY"
-"""Environment variable with the key of the endpoint, where it wants one."""
+"""Environment variable with the API key, for endpoints that need one."""
 
 PROMPT = """\
 You grade how well a reply follows an instruction.

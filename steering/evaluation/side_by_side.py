@@ -1,4 +1,4 @@
-"""A plan compared with other ways to the same end: other plans, a mean difference, a prompt."""
+"""Answers of a plan next to those of other plans, of a mean difference, or of a prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from saesteer.steering.plans.plan_file import load_plan
 from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
 
 WAYS = ("prompt", "prompt:TEXT", "meandiff")
-"""`prompt`: the plan's own instruction after the prompt, unsteered; `prompt:TEXT`: this one;
-`meandiff`: the mean difference of the plan's task at the plan's ||delta||. Anything else is the
-path of a plan."""
+"""`prompt`: the plan's instruction appended to the prompt, unsteered; `prompt:TEXT`: that text
+instead; `meandiff`: steered with the mean difference of the plan's task at the plan's ||delta||.
+Anything else is the path of a plan."""
 
 
 def generate_beside(
@@ -30,16 +30,16 @@ def generate_beside(
     progress: Progress = no_progress,
     **options: Any,
 ) -> dict[str, list[SteeredText]]:
-    """Answer every text in each of the ways named, see `WAYS`; in the order given.
+    """Answer every text in each of several ways, see `WAYS`; the answers by way, in text order.
 
     Args:
-        plan: what the others are compared with: it says the instruction and the task.
-        task: of the plan, for `meandiff`; by default the built-in task that bears its name.
-        options: those of `generate_steered`.
+        plan: the plan that the answers are compared with; gives the instruction and the task.
+        task: the plan's task, for `meandiff`; by default the built-in task of that name.
+        options: passed to `generate_steered`.
 
     Raises:
-        UsageError: a way that needs a plan made by rank, for another one; the same way twice.
-        UserError: a plan that cannot be read, or is for another model.
+        UsageError: a way twice; a way that needs a plan made by `rank`, without one.
+        UserError: a plan that cannot be read, or that is for another model.
     """
     twice = sorted({way for way in ways if list(ways).count(way) > 1})
     if twice:

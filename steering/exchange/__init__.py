@@ -1,1 +1,1 @@
-"""Plans in the files of other tools, and their vectors as plans."""
+"""Export of plans to the files of other tools, and import of their vectors."""

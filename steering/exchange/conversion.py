@@ -1,7 +1,7 @@
-"""Steering plans in the files of other tools, and their vectors as plans.
+"""Export of plans to the files of other tools, and import of their vectors as plans.
 
-All of them add one fixed vector a block at every position of a text, so only plans whose parts come
-down to that can be exported; the rest are refused with the reason.
+Those tools add one fixed vector per block at every position of a text (lm-eval can also clamp one
+direction). Plans that do more are refused with the reason.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,20 +29,12 @@ EXPORTS = {
     "lm-eval": "lm_eval.pt",
     "lm-eval-csv": "lm_eval.csv",
 }
-"""Format to the name of the file it is written as."""
+"""The name of the file for each format."""
 
 _EVERYWHERE = (
     "the file steers every position, also the first and those of the chat template, which the "
     "scope `all` leaves out here"
 )
-
-
-def plan_vector(plan: Plan) -> Float[Tensor, " d_model"]:
-    """sum_j alpha_j d_j of a plan of one part that adds a fixed vector, in float32.
-
-    Raises UserError for any other method, unit, gate or schedule.
-    """
-    return _vector(plan.part, "the plan").float()
 
 
 def check_export(
@@ -51,28 +43,35 @@ def check_export(
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
         raise UsageError(f"`format` must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
-    acting: dict[int, list[str]] = {}
     for name, part in _named(plan):
         _check_part(name, part, format, as_scope)
-        acting.setdefault(_place(part, format), []).append(name)
-    for block, names in acting.items():
-        added = all(part.does.adds for part in plan.parts)
-        if len(names) > 1 and not added:
+    by_block = _by_block(plan, format)
+    all_add = all(part.does.adds for part in plan.parts)
+    for block, parts in by_block.items():
+        if len(parts) > 1 and not all_add:
             raise UserError(
-                f"{' and '.join(names)} of the plan act on the output of block {block}, and "
+                f"{' and '.join(parts)} of the plan act on the output of block {block}, and "
                 f"{format} holds one action a block unless all only add: choose one with plan.only"
             )
-    if hookpoint is not None and len(acting) > 1:
+    if hookpoint is not None and len(by_block) > 1:
         raise UsageError(
             f"`hookpoint` {hookpoint} names one block and the plan acts on the blocks "
-            f"{', '.join(map(str, sorted(acting)))}: leave it out"
+            f"{', '.join(map(str, sorted(by_block)))}: leave it out"
         )
 
 
 def _named(plan: Plan) -> Iterator[tuple[str, PlanPart]]:
-    """The parts, with what an error calls each."""
+    """The parts, each with its name in error messages."""
     for number, part in enumerate(plan.parts):
         yield "the plan" if len(plan.parts) == 1 else f"part {number}", part
+
+
+def _by_block(plan: Plan, format: str) -> dict[int, dict[str, PlanPart]]:
+    """For each block, the parts that act on its output, by their names in error messages."""
+    found: dict[int, dict[str, PlanPart]] = {}
+    for name, part in _named(plan):
+        found.setdefault(_place(part, format), {})[name] = part
+    return found
 
 
 def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
@@ -91,7 +90,7 @@ def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) ->
         lm_eval_files.source_of_clamp(part, name)
         return
     if not (format == "lm-eval" and lm_eval_files.clamps_exactly(part)):
-        _vector(part, name)
+        _check_adds_one_vector(part, name)
     if part.site not in ("resid_post", "resid_pre"):
         raise UserError(
             f"{name} steers {part.site}, and {format} adds to the output of a block: only "
@@ -105,8 +104,8 @@ def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) ->
         )
 
 
-def _vector(part: PlanPart, name: str) -> Float[Tensor, " d_model"]:
-    """The one vector that a part adds everywhere, in float64."""
+def _check_adds_one_vector(part: PlanPart, name: str) -> None:
+    """Raise UserError for a part that does not add the same vector at every position."""
     for wrong, what in (
         (not part.does.adds_fixed_vector, f"method {part.method}, which does more than add"),
         (part.unit == "rel", "unit rel, whose vector grows with the activation"),
@@ -119,7 +118,7 @@ def _vector(part: PlanPart, name: str) -> Float[Tensor, " d_model"]:
                 f"{name} has {what}, and the file can only add one vector: make a plan with "
                 "`method` add `unit` raw"
             )
-    return part.added_vector()
+    part.added_vector()  # raises where the directions cancel out
 
 
 def export_plan(
@@ -130,11 +129,11 @@ def export_plan(
     as_scope: str | None = None,
     hookpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Write a plan's vectors into a folder; returns `files` and `notes` on what changes.
+    """Write a plan's vectors into a folder; returns `files`, and `notes` on what changes.
 
-    Parts that add at one block become one vector there. `as_scope` "all" lets a plan of a narrower
-    scope pass. `hookpoint` is lm-eval's name of the block, `layers.L` by default. Raises UserError
-    for what the format cannot hold.
+    Parts that add at the same block become one vector. `as_scope` "all" allows a plan with a
+    narrower scope. `hookpoint` is the module path of the block in lm-eval, `layers.L` by default.
+    Raises UserError or UsageError for what the format cannot hold.
     """
     check_export(plan, format, as_scope, hookpoint)
     notes = [
@@ -143,9 +142,7 @@ def export_plan(
     notes.append(_EVERYWHERE)
     path = folder / EXPORTS[format]
     folder.mkdir(parents=True, exist_ok=True)
-    by_block: dict[int, list[PlanPart]] = {}
-    for part in plan.parts:
-        by_block.setdefault(_place(part, format), []).append(part)
+    by_block = {block: [*parts.values()] for block, parts in _by_block(plan, format).items()}
     points = {block: hookpoint or f"layers.{block}" for block in by_block}
     if format == "gguf":
         vectors = {block: _summed(parts) for block, parts in by_block.items()}
@@ -183,28 +180,14 @@ def _summed(parts: list[PlanPart]) -> Float[Tensor, " d_model"]:
     return torch.stack([part.added_vector() for part in parts]).sum(dim=0).float()
 
 
-def read_vectors(path: str | Path) -> tuple[dict[int, Float[Tensor, " d_model"]], list[str]]:
-    """Vectors by the 0-based block whose output they are added to, and notes on them.
-
-    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and what
-    adds in lm-eval's `.pt` dicts and CSVs. Raises a one-line UserError for anything else, pickled
-    objects included.
-    """
-    steered, notes = _read(path)
-    clamped = [row.block for row in steered if row.action != "add"]
-    if clamped:
-        raise UserError(f"`source` {path} clamps at block {clamped[0]}: that is no vector to add")
-    return {row.block: row.vector * row.coefficient for row in steered}, notes
-
-
 def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
-    """Write plans that do what another tool's file says; returns `files` and `notes`.
+    """Write plans that do the same as another tool's file; returns `files` and `notes`.
 
-    One block makes a plan in `folder`, several make one in `folder/layer-N` each. A plan's only
-    latent is the vector itself, added; or, for lm-eval's clamps, the vector as a linear latent that
-    is set. Raises UserError for vectors that do not fit the model.
+    A file for one block gives a plan in `folder`, one for several blocks gives plans in
+    `folder/layer-N`. The only latent of a plan is the vector, which is added; for lm-eval's clamps
+    it is a linear latent that is set. Raises UserError for vectors that do not fit the model.
     """
-    steered, notes = _read(path)
+    steered, notes = read_blocks(path)
     source = str(Path(path).expanduser().absolute())
     plans = {}
     for row in sorted(steered, key=lambda row: row.block):
@@ -253,8 +236,13 @@ def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
     )
 
 
-def _read(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
-    """What a file says of each block, and notes."""
+def read_blocks(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
+    """What a file does at the output of each block (0-based), and notes for its reader.
+
+    Reads GGUF control vectors, safetensors with `layer.N`, `.pt` dicts of {N: tensor}, and
+    lm-eval's `.pt` dicts and CSVs; `path` may be a folder that holds one of those `export_plan`
+    writes. Raises a one-line UserError for anything else, pickled objects included.
+    """
     given = Path(path).expanduser()
     if given.is_dir():
         inside = [given / name for name in EXPORTS.values() if (given / name).is_file()]
@@ -299,7 +287,7 @@ def _lm_eval(file: Path, rows: list[SteeredBlock]) -> tuple[list[SteeredBlock], 
 
 
 def _place(part: PlanPart, format: str) -> int:
-    """The block whose output the part's site is; a CSV names the part's own layer."""
+    """The block whose output the part edits; a CSV names the part's own layer."""
     inside = part.site == "resid_post" or format == "lm-eval-csv"
     return part.layer if inside else part.layer - 1
 

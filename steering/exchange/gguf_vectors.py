@@ -1,7 +1,7 @@
-"""GGUF control vectors, as llama.cpp and repeng keep them: tensors `direction.N`, float32.
+"""GGUF control vectors in the format of llama.cpp and repeng: tensors `direction.N`, float32.
 
-The reader takes files of strangers: every length is checked against what is left of the file before
-it is believed.
+A file may come from anyone, so every length is checked against the rest of the file before it is
+used.
 """
 
 import struct
@@ -29,7 +29,7 @@ _SCALARS = {
 
 
 def write_control_vectors(path: Path, vectors: Mapping[int, Tensor], model_hint: str) -> None:
-    """Write one direction for each 0-based block (whose output it is added to), as float32.
+    """Write one direction for each 0-based block, to whose output it is added, as float32.
 
     Raises UserError for block 0, because llama.cpp refuses a whole file for it.
     """
@@ -57,14 +57,16 @@ def write_control_vectors(path: Path, vectors: Mapping[int, Tensor], model_hint:
 
 
 def read_control_vectors(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]:
-    """The directions by block, and the metadata's texts and numbers.
+    """The directions by block, each `[d_model]`, and the metadata.
 
     Raises a one-line UserError for anything but a whole GGUF file of float32 directions.
     """
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB; no control vector is")
+            raise UserError(
+                f"{path} is larger than {MAX_BYTES >> 20} MiB, too large for a control vector"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
@@ -75,7 +77,7 @@ def read_control_vectors(path: Path) -> tuple[dict[int, Tensor], dict[str, Any]]
 
 
 class _Bytes:
-    """A file's bytes with a place in them."""
+    """The bytes of a file and a position in them."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -114,7 +116,9 @@ def _parse(path: Path, data: _Bytes) -> tuple[dict[int, Tensor], dict[str, Any]]
     if version not in (2, 3):
         raise UserError(f"{path} is GGUF version {version}; 2 and 3 are read")
     if tensors > _MAX_ENTRIES or entries > _MAX_ENTRIES:
-        raise UserError(f"{path} names {tensors} tensors and {entries} facts; no control vector is")
+        raise UserError(
+            f"{path} names {tensors} tensors and {entries} facts, too many for a control vector"
+        )
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = data.text()

@@ -1,5 +1,4 @@
-"""lm-evaluation-harness' files of steering, read and written: a `.pt` dict of vectors, and a CSV of
-latents.
+"""Steering files of lm-evaluation-harness: a `.pt` dict of vectors, and a CSV of latents.
 
 Its `add` adds coefficient * vector; its `clamp` moves x to x + d (value - (x - bias) d) with d the
 vector at length 1, which is the method `set` of a linear latent with column d and bias -bias d.
@@ -25,9 +24,16 @@ from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import TaskIdentity
 
 COLUMNS = (
-    "loader", "action", "sparse_model", "hookpoint", "feature_index", "steering_coefficient",
-    "head_index", "sae_id", "description",
-)  # fmt: skip
+    "loader",
+    "action",
+    "sparse_model",
+    "hookpoint",
+    "feature_index",
+    "steering_coefficient",
+    "head_index",
+    "sae_id",
+    "description",
+)
 _MOST_ROWS = 1000
 _SAME_CLAMP = "the clamp is of the projection on the direction, as in the plan"
 _OTHER_CLAMP = (
@@ -38,7 +44,7 @@ _OTHER_CLAMP = (
 
 @dataclass(frozen=True, eq=False)
 class SteeredBlock:
-    """What lm-eval does at the output of one block."""
+    """What a steering file does at the output of one block."""
 
     block: int
     action: str
@@ -52,12 +58,12 @@ class SteeredBlock:
 
 
 def is_dict_of_vectors(content: Mapping[Any, Any]) -> bool:
-    """Whether what a `.pt` file holds looks like lm-eval's."""
+    """Whether the content of a `.pt` file has lm-eval's format."""
     return bool(content) and all(isinstance(row, dict) for row in content.values())
 
 
 def read_dict(path: Path, content: Mapping[Any, Any]) -> list[SteeredBlock]:
-    """The rows of a `.pt` dict. Raises UserError for what lm-eval itself would not run."""
+    """The entries of a `.pt` dict. Raises UserError for those that lm-eval would not run."""
     return [
         _checked(
             path,
@@ -78,8 +84,8 @@ def read_csv(path: Path) -> list[SteeredBlock]:
     """The rows of a CSV, with the SAEs that they name opened.
 
     `sae_lens` rows name RELEASE and ID, `sparsify` rows a folder. lm-eval attaches the SAE's b_dec
-    to a clamp; its `add` asserts that there is none, so it runs no such row, but what is meant is
-    clear. Raises UserError for rows that lm-eval does not know.
+    to a clamp. Its `add` asserts that there is no bias and so runs no such row, but the meaning is
+    clear and the row is read. Raises UserError for rows that lm-eval does not know.
     """
     text = _text(path)
     reader = csv.DictReader(io.StringIO(text), strict=True)
@@ -132,7 +138,7 @@ def _csv_row(path: Path, row: Mapping[str, Any]) -> SteeredBlock:
 
 
 def added_row(vector: Float[Tensor, " d_model"]) -> dict[str, Any]:
-    """What a `.pt` dict says of a block to which a vector is added."""
+    """The entry of a `.pt` dict that adds a vector to a block."""
     return {
         "head_index": None,
         "bias": None,
@@ -143,11 +149,11 @@ def added_row(vector: Float[Tensor, " d_model"]) -> dict[str, Any]:
 
 
 def clamped_row(part: PlanPart) -> dict[str, Any]:
-    """What it says of a block where the part's one direction is clamped."""
+    """The entry of a `.pt` dict that clamps the one direction of a part."""
     direction = part.directions[0].float()
     bias = None
     if part.does.reads_latents and part.b_enc is not None and bool(part.b_enc != 0):
-        # Its part along the direction is all that a clamp sees of a bias.
+        # A clamp depends only on the component of the bias along the direction.
         bias = -float(part.b_enc[0]) * direction / direction.norm().square()
     return {
         "head_index": None,
@@ -159,7 +165,7 @@ def clamped_row(part: PlanPart) -> dict[str, Any]:
 
 
 def write_dict(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """A `.pt` dict of rows by their hook points."""
+    """Write a `.pt` dict of entries by their hook points."""
     write_by(path, lambda temporary: torch.save(dict(rows), temporary))
 
 
@@ -175,15 +181,15 @@ def clamps_exactly(part: PlanPart) -> bool:
         part.sae.architecture == "linear"
         and part.W_enc is not None
         and torch.equal(part.W_enc[:, 0], direction)
-        # A length of 1, as far as float32 can say.
+        # Length 1, up to float32 rounding.
         and abs(float(direction.norm()) - 1) < 1e-5
     )
 
 
 def source_of_clamp(part: PlanPart, name: str) -> tuple[str, str]:
-    """RELEASE and ID of the SAE of a part that sets one latent; UserError for any other.
+    """RELEASE and ID of the SAE of a part that sets one latent.
 
-    `name` is what the error calls the part.
+    Raises UserError, which calls the part `name`, for parts that a CSV row cannot describe.
     """
     source = part.sae.source
     release, colon, sae_id = source.partition(":")
@@ -202,7 +208,7 @@ def source_of_clamp(part: PlanPart, name: str) -> tuple[str, str]:
 
 
 def write_csv(path: Path, parts: Mapping[str, PlanPart], task: TaskIdentity | None) -> list[str]:
-    """A CSV with one clamped latent at each hook point; returns what has to be known of it."""
+    """Write a CSV with one clamped latent at each hook point; returns notes for the user."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

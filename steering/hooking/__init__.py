@@ -1,1 +1,1 @@
-"""Steering itself: which positions of which rows are edited, and how, while a model runs."""
+"""The steering hook: which positions of which rows are edited, and how, while a model runs."""

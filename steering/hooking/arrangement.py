@@ -1,4 +1,4 @@
-"""Which parts of which plans steer which rows: one plan for all, several in turn, one per row."""
+"""Which parts steer which rows: one plan for all rows, several plans in turn, or one per row."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ OnePlan = Plan | str | Path
 
 @dataclass(frozen=True, eq=False)
 class ByRow:
-    """A plan for each row of a batch, None for rows that are left alone.
+    """A plan for each row of a batch; None for rows that are not steered.
 
-    The rows are those of the prompts, before beams and returned sequences multiply them. Plans
-    whose parts add a vector by the same method, unit and schedule at the same place cost no more
-    together than one.
+    There is one row per prompt, before beams and returned sequences multiply them. Plans whose
+    parts add a vector at the same hook point by the same method, unit and schedule share one hook
+    and so cost no more than one plan.
     """
 
     plans: Sequence[OnePlan | None]
     rows: Callable[[int], Sequence[int]] | None = None
-    """For several calls of `generate` inside one context: the number of the call gives the place
-    in `plans` of each row's plan. By default every call has the rows of `plans`."""
+    """For several calls of `generate` inside one context: from the number of the call to the index
+    in `plans` for each of its rows. By default every call has the rows of `plans`."""
 
 
 Plans = OnePlan | ByRow | Sequence[OnePlan | ByRow]
@@ -34,22 +34,22 @@ Plans = OnePlan | ByRow | Sequence[OnePlan | ByRow]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Parts that one hook makes: one part, or adding parts of different rows' plans."""
+    """The parts that one hook applies: a single part, or adding parts of different rows' plans."""
 
     parts: tuple[PlanPart, ...]
     tasks: tuple[TaskIdentity | None, ...]
-    """Of the plan of each part."""
+    """The task of the plan that each part belongs to."""
     row_part: tuple[int, ...] | None = None
-    """For each row of `ByRow.plans`, the place in `parts` or -1; None: every row has part 0."""
+    """For each row of `ByRow.plans`, an index into `parts`, or -1; None: every row has part 0."""
     rows: Callable[[int], Sequence[int]] | None = None
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is edited; parts that are off have a group of their own."""
+        """Whether nothing is edited. A part with scale 0 never shares a group."""
         return self.parts[0].scale == 0
 
     def parts_of(self, call: int, count: int) -> list[int]:
-        """The place in `parts` of each of a call's rows, -1 where another or no part is meant.
+        """For each row of a call, the index in `parts` of its part, or -1 for none of them.
 
         Raises UsageError when there are not as many plans as rows.
         """
@@ -69,16 +69,16 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Arranged:
-    """What one of the plans given, or one ByRow, comes to."""
+    """One of the plans given to `steer`, or one `ByRow`, as groups of parts."""
 
     plans: tuple[Plan, ...]
     groups: tuple[Group, ...]
-    """In the order in which they edit; for a plan, a group for each of its parts."""
+    """In the order in which they edit. A plan has one group for each of its parts."""
     by_row: bool
 
 
 def arrange(plans: Plans, changes: Mapping[str, Any]) -> list[Arranged]:
-    """The groups of hooks that each of the plans given asks for, in their order.
+    """The groups of parts of each plan or `ByRow` given, in their order.
 
     `changes` replaces fields of every plan, see `Plan.with_changes`. Raises UsageError when there
     is no plan.
@@ -114,13 +114,13 @@ def _by_row(rows: ByRow, changes: Mapping[str, Any]) -> Arranged:
     if not opened:
         raise UsageError("ByRow has no plan for any row: give at least one")
     groups: list[Group] = []
-    # First parts before second ones, so that each plan's own parts keep their order.
+    # All first parts, then all second ones, so that the parts of each plan keep their order.
     for number in range(max(len(plan.parts) for plan in opened)):
-        alone = count()
+        unshared = count()
         alike: dict[Any, list[int]] = {}
         for i, plan in enumerate(opened):
             if number < len(plan.parts):
-                kind = _kind(plan.parts[number]) or (next(alone),)
+                kind = _kind(plan.parts[number]) or (next(unshared),)
                 alike.setdefault(kind, []).append(i)
         groups += [
             Group(
@@ -135,7 +135,7 @@ def _by_row(rows: ByRow, changes: Mapping[str, Any]) -> Arranged:
 
 
 def _kind(part: PlanPart) -> tuple[Any, ...] | None:
-    """Parts of one kind share a hook; None is a part that shares none."""
+    """What parts must have in common to share a hook; None for a part that shares none."""
     if part.does.adds and not part.gate and part.scale != 0:
         scaled = part.sae.normalize_activations
         return part.layer, part.site, part.method, part.unit == "rel", part.schedule, scaled

@@ -1,4 +1,4 @@
-"""Conversations of several turns, and where the turns of the assistant lie in them."""
+"""Conversations of several turns, and the positions of the assistant's turns in them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from saesteer.sae.text.prompts import EncodedPrompt
 
 @dataclass(frozen=True, eq=False)
 class EncodedChat(EncodedPrompt):
-    """A conversation as the model sees it; `text` is the last message of the user."""
+    """A rendered and tokenized conversation; `text` is the last message of the user."""
 
     messages: tuple[tuple[str, int, int], ...] = ()
-    """Role, first character and one past the last in `rendered`, of each message's content."""
+    """Of each message: its role, and the range [start, end) of its content in `rendered`."""
 
     @cached_property
     def template_mask(self) -> Bool[Tensor, " tokens"]:
-        """True for tokens outside every message, and for the system's message."""
+        """True for tokens outside all messages, and for the system message."""
         mask = torch.ones(len(self), dtype=torch.bool)
         for role, start, end in self.messages:
             if role != "system":
@@ -31,7 +31,7 @@ class EncodedChat(EncodedPrompt):
 
     @cached_property
     def replies(self) -> tuple[tuple[int, int], ...]:
-        """First token, and one past the last, of each answer of the assistant."""
+        """The token range [start, end) of each reply of the assistant."""
         return tuple(
             _tokens(self, start, end) for role, start, end in self.messages if role == "assistant"
         )
@@ -40,8 +40,9 @@ class EncodedChat(EncodedPrompt):
 def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> EncodedChat:
     """Render and tokenize a conversation that ends with a turn of the user.
 
-    Raises UsageError for a conversation that does not end so; UserError without a chat template,
-    or when the template rewrites a message so that it cannot be found again.
+    `messages` have the keys `role` and `content`. Raises UsageError for a conversation that ends
+    otherwise; UserError without a chat template, or when the template changes a message so that it
+    cannot be located.
     """
     if not messages or messages[-1].get("role") != "user":
         raise UsageError("a conversation must end with a message of the role user")
@@ -52,7 +53,7 @@ def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> Enc
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
     )
-    # The same conversation with other words shows where the template puts each message.
+    # Rendered with a marker in place of each content, to see where the template puts it.
     marks = [f"\u2042 {number} \u2042" for number in range(len(messages))]
     marked = str(
         lm.tokenizer.apply_chat_template(
@@ -116,6 +117,6 @@ def header_start(prompt: EncodedPrompt, header: str) -> int:
 
 
 def _tokens(prompt: EncodedPrompt, start: int, end: int) -> tuple[int, int]:
-    """First token and one past the last that overlap characters [start, end) of `rendered`."""
+    """The range of tokens that overlap the characters [start, end) of `rendered`."""
     inside = [i for i, (a, b) in enumerate(prompt.offsets) if a < end and b > start and b > a]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,8 +1,8 @@
 """The edits a plan can make to a residual vector, all as a difference that is added.
 
 For the chosen latents, with present value a_j and new value a'_j, the residual moves by
-sum_j (a'_j - a_j) d_j: what the SAE does not reconstruct stays as it was, exactly. A weight in
-[0, 1] makes that share of the move. The latents of an SAE that normalises tokens are in units of
+sum_j (a'_j - a_j) d_j: what the SAE does not reconstruct is left exactly as it was. A weight in
+[0, 1] scales the move. The latents of an SAE that normalises tokens are in units of
 the token's own scale (its standard deviation, or ||h|| / sqrt(D)), which multiplies the move.
 """
 
@@ -31,17 +31,16 @@ from saesteer.steering.plans.part import PlanPart
 
 
 @dataclass(frozen=True, eq=False)
-class Spots:
-    """Which tokens of a pass are edited, and all that an edit may depend on besides the residual.
+class EditPositions:
+    """Which tokens of a pass are edited, and what an edit may depend on besides the residual.
 
-    `tokens` and `prompt_lengths` tell the position of each, and so how far it is behind or before
-    the end of its prompt.
+    `tokens` and `prompt_lengths` give the position of each token relative to the end of its prompt.
     """
 
     mask: Bool[Tensor, "batch seq"] | None = None
-    """None is everywhere."""
+    """True where to edit; None is everywhere."""
     weight: Float[Tensor, "batch seq"] | float | None = None
-    """The share of the edit at each token; None makes all of it."""
+    """The share of the edit that is made at each token; None is all of it."""
     part_of_row: Int[Tensor, " batch"] | None = None
     """Which of the edit's parts each row follows, where it holds several."""
     tokens: PassTokens | None = None
@@ -54,17 +53,17 @@ class Edit(ABC):
 
     @abstractmethod
     def delta(
-        self, h: Float[Tensor, "batch seq d_model"], spots: Spots
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
     ) -> Float[Tensor, "#batch #seq d_model"]:
-        """What to add to `h` (float32); right at the spots, anything elsewhere."""
+        """What to add to `h` (float32); only the values at the edited positions are used."""
 
 
 def make_edit(parts: Sequence[PlanPart], saes: SAEs = None, force: bool = False) -> Edit:
     """The edit of one part, or of several that add by the same method and unit.
 
-    `saes` serve methods that read latents; where one is needed and none is given, it is loaded from
-    where the part says. Raises UserError when it cannot be had, UsageError when the directions
-    leave nothing to add.
+    Methods that read latents use one of `saes`; where an SAE is needed and not given, it is loaded
+    from the source that the part names. Raises UserError when that fails, UsageError when the
+    directions cancel out.
     """
     first = parts[0]
     if first.does.adds:
@@ -93,15 +92,15 @@ class AddEdit(Edit):
         self._vectors = torch.stack([part.added_vector().float() for part in parts])
 
     def delta(
-        self, h: Float[Tensor, "batch seq d_model"], spots: Spots
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
     ) -> Float[Tensor, "#batch #seq d_model"]:
         self._vectors = on_device({"vectors": self._vectors}, h.device)["vectors"]
-        if len(self._vectors) == 1 or spots.part_of_row is None:
+        if len(self._vectors) == 1 or where.part_of_row is None:
             moved = self._vectors[:1, None]
         else:
-            # Rows without a part are never in the mask; any vector will do there.
-            moved = self._vectors[spots.part_of_row.clamp(min=0)][:, None]
-        moved = _share(moved, spots.weight)
+            # Rows without a part are never in the mask, so any vector may stand there.
+            moved = self._vectors[where.part_of_row.clamp(min=0)][:, None]
+        moved = _share(moved, where.weight)
         if self._normalization != "none":
             moved = moved * token_scale(h, self._normalization)
         if not (self._relative or self._keep_norm):
@@ -123,11 +122,11 @@ class ProjectEdit(Edit):
         self._basis = _basis(part.directions.float())
 
     def delta(
-        self, h: Float[Tensor, "batch seq d_model"], spots: Spots
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
     ) -> Float[Tensor, "#batch #seq d_model"]:
         basis = self._basis = on_device({"basis": self._basis}, h.device)["basis"]
         moved = torch.neg((h @ basis.T) @ basis)
-        return _share(moved, spots.weight)
+        return _share(moved, where.weight)
 
 
 class LatentEdit(Edit):
@@ -149,10 +148,10 @@ class LatentEdit(Edit):
         self._tensors = {"doses": torch.tensor(part.doses()), "directions": directions}
 
     def delta(
-        self, h: Float[Tensor, "batch seq d_model"], spots: Spots
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
     ) -> Float[Tensor, "#batch #seq d_model"]:
         t = self._tensors = on_device(self._tensors, h.device)
-        mask, weight = spots.mask, spots.weight
+        mask, weight = where.mask, where.weight
         rows = h.flatten(0, 1) if mask is None else h[mask]
         now = self._reader.read(rows)
         moved = (self._new_value(now, t["doses"]) - now) @ t["directions"]
@@ -169,7 +168,7 @@ class LatentEdit(Edit):
 
 
 def _share(moved: Tensor, weight: Tensor | float | None) -> Tensor:
-    """The part of a move that is made; a tensor weighs each vector."""
+    """A move scaled by its weight: one number, or one per vector."""
     if weight is None:
         return moved
     return moved * (weight[..., None] if isinstance(weight, Tensor) else weight)
@@ -178,7 +177,7 @@ def _share(moved: Tensor, weight: Tensor | float | None) -> Tensor:
 def _basis(directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "rank d_model"]:
     """Orthonormal rows that span the directions; directions that repeat others add none."""
     _, sizes, rows = torch.linalg.svd(directions.double(), full_matrices=False)
-    # Directions are float32: what is smaller than their rounding is no direction of its own.
+    # Directions are float32: singular values below their rounding error do not count.
     kept: Tensor = rows[sizes > 1e-6 * sizes.max()]
     if sizes.max() == 0:
         raise UsageError("the plan's directions are all 0: choose other `latents`")

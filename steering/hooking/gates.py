@@ -5,9 +5,9 @@
     412 > 3 & !(77 > 1 | 5 > 2) and, not, or; the words `and`, `or`, `not` mean the same
     prompt: 412 > 3             decided once: on for a row where it held at a token of its prompt
 
-Latents are read from the residual as it arrives, before the plan's own edit. What a row remembers
-is kept by position, so that drafts that are rolled back and chunks change nothing, and it moves
-with its row when beams are reordered.
+Latents are read from the residual before the plan's own edit. The state of a row is kept for each
+position, so that rolled-back drafts and chunked passes do not change it, and it moves with its row
+when beams are reordered.
 """
 
 import math
@@ -21,8 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.steering.hooking.passes import grown
 
-_ROOM = 64
+# Generation adds one column at a time: a history grows by this many more than it needs.
+_SPARE_COLUMNS = 64
 
 Node = Union["Above", "Not", "Every", "Either"]
 
@@ -38,16 +40,22 @@ class Above:
 
 @dataclass(frozen=True)
 class Not:
+    """The negation of a condition."""
+
     part: Node
 
 
 @dataclass(frozen=True)
 class Every:
+    """Conditions joined by `&`."""
+
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Either:
+    """Conditions joined by `|`."""
+
     parts: tuple[Node, ...]
 
 
@@ -172,7 +180,7 @@ def _leaves(node: Node) -> list[Above]:
 
 @dataclass(eq=False)
 class GateState:
-    """What the rows of one call remember: the state of each condition after each position.
+    """The state of each condition of a gate after each position, for the rows of one call.
 
     Column p + 1 holds position p; column 0 is the state before the row begins, off.
     """
@@ -189,7 +197,7 @@ class GateState:
         prompt_lengths: Int[Tensor, " batch"],
         columns: int,
     ) -> Bool[Tensor, "batch seq"]:
-        """Where the gate is open; what the pass showed is remembered.
+        """Where the gate is open; the states after the pass are stored.
 
         Args:
             acts: the latents of `gate.ids`, in that order.
@@ -224,7 +232,7 @@ class GateState:
         return _wide(held_at, batch, 1).any(dim=1)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Row i takes over what row `rows[i]` remembers."""
+        """Row i takes over the states of row `rows[i]`."""
         self._history = [
             history.index_select(0, rows.to(history.device)) for history in self._history
         ]
@@ -251,6 +259,7 @@ class GateState:
         real: Bool[Tensor, "batch seq"],
         columns: int,
     ) -> list[Bool[Tensor, "rows columns"]]:
+        """Store the states at the pass's positions; returns the whole histories."""
         batch, width = len(p), columns + 1
         if not self._history:
             empty = torch.zeros((batch, 1), dtype=torch.bool, device=p.device)
@@ -258,9 +267,9 @@ class GateState:
         column = torch.where(real, p + 1, 0)
         kept = []
         for history, state in zip(self._history, states, strict=True):
-            grown = _wide(history.to(p.device), batch, width).scatter(1, column, state & real)
-            grown[:, 0] = False  # where padding was written
-            kept.append(grown)
+            later = _wide(history.to(p.device), batch, width).scatter(1, column, state & real)
+            later[:, 0] = False  # the column that padding is written to
+            kept.append(later)
         self._history = kept
         return kept
 
@@ -271,7 +280,7 @@ def _with_memory(
     before: Bool[Tensor, " batch"],
     real: Bool[Tensor, "batch seq"],
 ) -> Bool[Tensor, "batch seq"]:
-    """The state after each token: that of the last token that switched, else the one before."""
+    """The state after each token: set by the last token that switched it, else as before."""
     switched = (on | off) & real
     steps = torch.arange(on.shape[1], device=on.device).expand(on.shape)
     last = torch.where(switched, steps, -1).cummax(dim=1).values
@@ -292,11 +301,7 @@ def _evaluate(node: Node, states: Iterator[Tensor]) -> Tensor:
 
 
 def _wide(history: Tensor, batch: int, width: int) -> Tensor:
-    """`history` with room for `batch` rows and `width` columns, off where it is new."""
-    if len(history) < batch:
-        history = history.repeat_interleave(batch // len(history), dim=0)
+    """`history` of at least `batch` rows and `width` columns, off where it is new."""
     if history.shape[1] < width:
-        # With room for what follows: generation adds one column at a time.
-        more = history.new_zeros((len(history), width + _ROOM - history.shape[1]))
-        history = torch.cat([history, more], dim=1)
-    return history
+        width += _SPARE_COLUMNS
+    return grown(history, batch, width, False)

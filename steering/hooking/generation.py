@@ -1,23 +1,24 @@
-"""Texts in, steered texts out."""
+"""Steered generation: from texts to completions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.config import Progress
 from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.hooking.arrangement import ByRow, Plans
-from saesteer.steering.hooking.hook import SteerReport, median, steer
+from saesteer.steering.hooking.hook import median, steer
 from saesteer.steering.hooking.latent_values import SAEs
 from saesteer.steering.plans.plan import Plan
 
 
 @dataclass(frozen=True)
 class SteeredText:
-    """One prompt with what the model said."""
+    """A prompt and the model's completion of it."""
 
     prompt: str
     completion: str
@@ -25,17 +26,38 @@ class SteeredText:
     token_ids: list[int]
     """New tokens, without the end of text and what follows it."""
     baseline: str | None = None
-    """What the model says unsteered, when asked for."""
+    """The unsteered completion, when asked for."""
     tokens_touched: int = 0
-    """Edited positions of the prompt and the completion; what was run after the end of the text,
-    while other rows of the batch went on, does not count."""
+    """Edited positions of the prompt and the completion. Positions after the end of the text, which
+    are run while other rows of the batch go on, do not count."""
     relative_dose: float | None = None
     """Median of ||delta|| / ||h|| over them; None where nothing was touched."""
     tokens_gated_off: int = 0
-    """Positions in the scope where the gate was closed; those after the end of the text, which
-    other rows of the batch still ran, count too."""
+    """Positions in the scope where the gate was closed. Positions after the end of the text, which
+    are run while other rows of the batch go on, count too."""
     tokens_changed: int = 0
-    """Touched positions where the edit was not 0 (ablating a latent that is off changes none)."""
+    """Edited positions where the edit was not 0: ablating an inactive latent changes nothing."""
+
+
+def counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
+    """Start a stage of progress; the function returned advances it, at most to the total."""
+    reached = 0
+    progress(stage, 0, total, unit)
+
+    def add(count: int) -> None:
+        nonlocal reached
+        reached = min(reached + count, total)
+        progress(stage, reached, total, unit)
+
+    return add
+
+
+def count_batches(
+    progress: Progress, stage: str, total: int, batch_size: int, unit: str = "answers"
+) -> Callable[[int], None]:
+    """The `progress` of a generation of `total` texts, shown as a stage that counts texts."""
+    add = counter(progress, stage, total, unit)
+    return lambda new_tokens: add(batch_size)
 
 
 def generate_steered(
@@ -65,12 +87,11 @@ def generate_steered(
     """Generate a completion of each text under a plan, in the order given.
 
     Args:
-        texts: what the person says; one user turn each when `chat`.
-        plan: what `steer` takes; the plans of a `ByRow` are those of `texts`, one each. None leaves
-            the model as it is.
-        chat: None is on when the tokenizer has a chat template.
-        baseline: generate without the plan too, with the same seed and batches.
-        progress: called with the number of new tokens of each batch that ended.
+        texts: the prompts; each is one user turn when `chat`.
+        plan: as for `steer`; a `ByRow` has one plan for each of `texts`. None does not steer.
+        chat: send texts through the chat template; None: when the tokenizer has one.
+        baseline: also generate without the plan, with the same seed and batches.
+        progress: called after each batch with its number of new tokens.
 
     The other arguments are those of `sae.generate` and of `steering.steer`.
 
@@ -102,13 +123,10 @@ def generate_steered(
     plain = run() if baseline or plan is None else None
     if plan is None:
         assert plain is not None
-        return [
-            SteeredText(text, said.text, said.token_ids, said.text if baseline else None)
-            for text, said in zip(texts, plain, strict=True)
-        ]
+        return _answers(texts, plain, plain if baseline else None)
 
     def in_batches(one: Any) -> Any:
-        """`ByRow` is given a plan for each text; texts are batched by length."""
+        """A `ByRow` over texts as one over the rows of each batch: texts are batched by length."""
         if isinstance(one, ByRow):
             return ByRow(one.plans, lambda call: batches[call])
         return one
@@ -136,35 +154,25 @@ def generate_steered(
         force=force,
     ) as report:
         completions = run()
-    touched = _touched(report, batches, prompts, completions)
-    return [
-        SteeredText(
-            prompt=texts[i],
-            completion=said.text,
-            token_ids=said.token_ids,
-            baseline=None if plain is None else plain[i].text,
-            tokens_touched=touched[i][0],
-            relative_dose=touched[i][1],
-            tokens_changed=touched[i][2],
-            tokens_gated_off=touched[i][3],
-        )
-        for i, said in enumerate(completions)
-    ]
-
-
-def _touched(
-    report: SteerReport,
-    batches: Sequence[Sequence[int]],
-    prompts: Sequence[EncodedPrompt],
-    completions: Sequence[Completion],
-) -> list[tuple[int, float | None, int, int]]:
-    """Edited positions, relative dose, changed and gated positions of each prompt, to its end."""
-    found: list[tuple[int, float | None, int, int]] = [(0, None, 0, 0)] * len(prompts)
-    if report.passes == 0:  # switched off
-        return found
-    for call, indices in enumerate(batches):
+    answers = _answers(texts, completions, plain)
+    for call, indices in enumerate(batches if report.passes else ()):  # no passes: scale 0
         for row, i in zip(report.call_rows(call), indices, strict=True):
             kept = row.before(len(prompts[i]) + len(completions[i].token_ids))
-            changed = int((kept.delta_norms > 0).sum())
-            found[i] = len(kept.positions), median([kept.relative_doses]), changed, row.gated_off
-    return found
+            answers[i] = replace(
+                answers[i],
+                tokens_touched=len(kept.positions),
+                relative_dose=median([kept.relative_doses]),
+                tokens_changed=int((kept.delta_norms > 0).sum()),
+                tokens_gated_off=row.gated_off,
+            )
+    return answers
+
+
+def _answers(
+    texts: Sequence[str], completions: Sequence[Completion], plain: Sequence[Completion] | None
+) -> list[SteeredText]:
+    """The completions of texts, with `plain` as their baselines."""
+    return [
+        SteeredText(text, said.text, said.token_ids, None if plain is None else plain[i].text)
+        for i, (text, said) in enumerate(zip(texts, completions, strict=True))
+    ]

@@ -1,4 +1,4 @@
-"""One hook on the residual stream: it edits what passes by the parts of one group."""
+"""One hook on the residual stream, which applies the edit of one group of parts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.hooks import HookPoint, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.arrangement import Group
-from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.hooking.gates import GateState
 from saesteer.steering.hooking.latent_values import (
     SAEs,
@@ -30,43 +30,46 @@ from saesteer.steering.plans.schedules import parse_schedule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _CallRows:
-    """What the parts and prompts say of the rows of a pass, one entry for each row."""
+    """What parts and prompts determine for the rows of a pass, one entry per row."""
 
     covered: Rows
     prompt: Rows | None
     """The prompt's own tokens, for gates that are decided on it."""
     prompt_lengths: Int[Tensor, " batch"]
     part_of_row: Int[Tensor, " batch"] | None
-    behind: "_Behind"
+    after_prompts: "_AfterPrompts"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Behind:
-    """Where the scopes lie behind the prompts, as plain numbers: asking waits for no device.
+class _AfterPrompts:
+    """Which columns after the prompts the scopes cover, as Python numbers.
 
-    Column n behind its prompt has position length + n in each row, and scopes are intervals.
+    Numbers on the host, because reading a tensor would wait for its device. Column n after a prompt
+    has position length + n in its row, and a scope is an interval of positions that begins in the
+    prompt.
     """
 
-    some_until: int
-    """From this column on no row is covered: scopes that reach behind a prompt begin in it."""
+    none_from: int
+    """From this column on, no row is covered."""
     all_until: int
-    """Up to this column every row is covered."""
+    """Before this column, every row is covered."""
 
     @classmethod
-    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_Behind":
+    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_AfterPrompts":
+        """For the rows of a call and the positions that each one's scope covers."""
         ends = call.lengths
         pairs = list(zip(covered, ends, strict=True))
-        some_until = max(row.stop - end for row, end in pairs)
+        none_from = max(row.stop - end for row, end in pairs)
         exact = call.prompt_lengths == ends and all(
             not row.excluded or row.excluded[-1] < end for row, end in pairs
         )
         if not exact or any(row.start > end for row, end in pairs):
             return cls(NO_END, 0)
-        return cls(some_until, min(row.stop - end for row, end in pairs))
+        return cls(none_from, min(row.stop - end for row, end in pairs))
 
 
 class GroupHook:
-    """Edits what passes the hook point by one group of parts, and writes down what it did."""
+    """Applies the edit of one group of parts at its hook point, and records what it changed."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class GroupHook:
     def __call__(self, h: Tensor) -> Tensor | None:
         tokens = self._tracker.current
         if tokens is None:
-            return None  # a block that is run by itself is in no row
+            return None  # a block that is run on its own belongs to no row
         self._report.passes = self._tracker.passes
         if h.shape != (tokens.batch, tokens.length, self._d_model):
             raise UserError(
@@ -118,11 +121,14 @@ class GroupHook:
             )
         rows = self._call_rows(tokens)
         if tokens.after is not None:
-            if tokens.after >= rows.behind.some_until:
+            if tokens.after >= rows.after_prompts.none_from:
                 return None
-            if self._special is None and tokens.after + tokens.length <= rows.behind.all_until:
+            if (
+                self._special is None
+                and tokens.after + tokens.length <= rows.after_prompts.all_until
+            ):
                 if self._schedule.is_constant or tokens.length == 1:
-                    return self._behind(h, tokens, rows)
+                    return self._edit_after_prompts(h, tokens, rows)
         covered = self._mask(tokens, rows)
         weight = None
         if not self._schedule.is_constant:
@@ -135,15 +141,15 @@ class GroupHook:
         touched = covered
         if self._gate is not None:
             touched = covered & self._open(wide, tokens, rows).to(h.device)
-        delta = self._edit.delta(wide, self._spots(h, tokens, rows, touched, weight))
+        delta = self._edit.delta(wide, self._positions(h, tokens, rows, touched, weight))
         self._write(tokens, covered, touched, wide, delta)
-        # Untouched positions keep their very bits: `where`, not a product with the mask.
+        # `where` and not a product with the mask: untouched positions stay bit-equal.
         return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
 
-    def _behind(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
-        """The same for a pass behind the prompts that is covered in every row: decoding.
+    def _edit_after_prompts(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
+        """`__call__` for a pass after the prompts whose rows are all covered: decoding.
 
-        Nothing here waits for a device, nor builds a mask where none is needed.
+        It waits for no device and builds no mask that is not needed.
         """
         assert tokens.after is not None
         weight = None
@@ -160,24 +166,24 @@ class GroupHook:
         if touched is not None and h.device.type == "cpu" and not touched.any():
             record.log(tokens.after, touched, norms, norms[:1, :1])
             return None
-        delta = self._edit.delta(wide, self._spots(h, tokens, rows, None, weight))
+        delta = self._edit.delta(wide, self._positions(h, tokens, rows, None, weight))
         record.log(tokens.after, touched, norms, delta.detach().norm(dim=-1))
         moved = (wide + delta).to(h.dtype)
         return moved if touched is None else torch.where(touched[..., None], moved, h)
 
-    def _spots(
+    def _positions(
         self,
         h: Tensor,
         tokens: PassTokens,
         rows: _CallRows,
         touched: Bool[Tensor, "batch seq"] | None,
         weight: Float[Tensor, "batch seq"] | float | None,
-    ) -> Spots:
+    ) -> EditPositions:
         part_of_row = None if rows.part_of_row is None else rows.part_of_row.to(h.device)
-        return Spots(touched, weight, part_of_row, tokens, rows.prompt_lengths)
+        return EditPositions(touched, weight, part_of_row, tokens, rows.prompt_lengths)
 
     def _call_rows(self, tokens: PassTokens) -> _CallRows:
-        """The rows of the present call, once for each number of rows per prompt."""
+        """The rows of the present call, computed once for each number of rows per prompt."""
         call, device = tokens.call, tokens.device
         if self._rows_call is not call:
             self._rows, self._rows_call = {}, call
@@ -200,7 +206,7 @@ class GroupHook:
                 part_of_row=(
                     _expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
                 ),
-                behind=_Behind.of(call, covered),
+                after_prompts=_AfterPrompts.of(call, covered),
             )
         return self._rows[factor]
 
@@ -223,7 +229,7 @@ class GroupHook:
     def _open(
         self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
     ) -> Bool[Tensor, "batch seq"]:
-        """Where the gate is open, by the residual as it arrives."""
+        """Where the gate is open, judged by the residual before the edit."""
         assert self._gate is not None
         if self._gate.on_prompt and tokens.after is not None:
             decided = self._states[tokens.call.number].decided(tokens.batch)
@@ -249,14 +255,14 @@ class GroupHook:
         record.write(tokens, covered, touched, h.detach().norm(dim=-1), norms)
 
     def _record(self, tokens: PassTokens, device: torch.device) -> Record:
-        """The record of the present call; one that ended before its first pass has one too."""
+        """The record of the present call. Earlier calls without a pass get an empty one."""
         records, calls = self._report._records, self._tracker.calls
         while len(records) <= tokens.call.number:
             records.append(Record.empty(calls[len(records)], device))
         return records[tokens.call.number]
 
     def _reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Beams moved: what was remembered and written of a row moves with it."""
+        """Move the records and gate states of rows along with their beams."""
         if self._report._records:
             self._report._records[-1].reorder(rows)
         if self._gate is not None and self._states:
@@ -264,5 +270,5 @@ class GroupHook:
 
 
 def _expanded(values: Sequence[int], factor: int, device: torch.device) -> Int[Tensor, " batch"]:
-    """One number per row of a pass, every prompt's `factor` times."""
+    """One number per row of a pass: that of each prompt, `factor` times."""
     return torch.tensor(list(values), dtype=torch.int64, device=device).repeat_interleave(factor)

@@ -45,38 +45,37 @@ def steer(
     batch, beams or sampling. Contexts may be nested; each adds its own edit, the outer one first.
     What was compiled with `torch.compile` runs uncompiled meanwhile.
 
-    All parts of a plan are installed, and several plans at once are given as a list: each edits
-    what the one before left. `parts` of the report says what each plan did, and `parts` of its
-    report what each of its parts did. `ByRow([a, None, b])` gives each row of the batch its own
-    plan; beams and returned sequences follow the plan of their prompt.
+    All parts of a plan act together. Several plans are given as a list, and each edits the result
+    of the one before; `parts` of the report then holds one report per plan, whose own `parts` hold
+    one per part. `ByRow([a, None, b])` gives each row of the batch its own plan; beams and returned
+    sequences follow the plan of their prompt.
 
-    What `generate` is given is the prompt. When the model is called directly, the first row it is
-    given is the prompt, and a later row that repeats it and appends to it goes on from there;
-    `prompt_lengths` or `prompts` say where the prompt ends in a row that holds an answer too.
+    The input of `generate` is the prompt. When the model is called directly, its first input is the
+    prompt, and a later input that repeats it and appends tokens continues it. For inputs that
+    already hold an answer, `prompt_lengths` or `prompts` say where the prompt ends.
 
     Args:
         plan: a plan or the path of one, a `ByRow` of plans, or a list of any of these.
-        scope, scale, beta, schedule: replace those of every plan, whose parts have to agree on
-            them; see `Plan.with_changes`. `scale` 0 is off: the model is not touched.
+        scope, scale, beta, schedule: replace those of every plan; see `Plan.with_changes` for plans
+            of several parts. With `scale` 0 the model is not touched.
         prompts: the prompts that will be run, in any order. Needed for the scopes `span` and
-            `after-instruction`, and for `prompt`, `all` and `assistant` to know template tokens
-            (without them only special tokens are left out).
+            `after-instruction`, and for `prompt`, `all` and `assistant` to leave out template
+            tokens (without them only special tokens are left out).
         prompt_lengths: real tokens of each row's prompt.
         instructions: texts for the scope `after-instruction`; by default those of the plan's task.
         include_first: scopes `prompt` and `all` keep position 0.
         include_template: scopes `prompt`, `all` and `assistant` keep template and special tokens.
         exclude_special: every scope leaves out special tokens.
-        sae: the SAE of the plans, or a list of which each part takes its own, for methods and
-            gates that read latents; what a part cannot do without is otherwise loaded from where
-            it says.
+        sae: the SAE of the plans, or a list with that of each part, for methods and gates that read
+            latents. An SAE that is needed and not given is loaded from the source in the plan.
         force: steer a model with other weights than the plan's.
 
     Raises:
         UserError: a plan for another model; on leaving: the model did not run, or the scope of a
             plan's part covered no token (unless its scale is 0 or the block raised). A gate that
             stayed closed is no error: see `tokens_gated_off` in the report.
-        UsageError: a scope, schedule, gate or dose that means nothing, or that the parts of a plan
-            do not agree on.
+        UsageError: an invalid scope, schedule, gate or dose, or a change of a field whose values
+            differ between the parts of a plan.
     """
     changes = {"scope": scope, "scale": scale, "beta": beta, "schedule": schedule}
     entries = arrange(plan, {k: v for k, v in changes.items() if v is not None})
@@ -107,12 +106,12 @@ def steer(
 
 
 def _report(groups: Sequence[Group]) -> SteerReport:
-    """A report with one inside for each group, where there are several."""
+    """A report; where there are several groups, with one in `parts` for each."""
     return SteerReport(parts=tuple(SteerReport() for _ in groups) if len(groups) > 1 else ())
 
 
 def _check_entry(report: SteerReport, passes: int, entry: Arranged) -> None:
-    """Every part of a plan has to cover some token; of ByRow's plans, any of them."""
+    """Raise UserError unless every part of a plan, or any part of a ByRow, covered some token."""
     if entry.by_row:
         groups = [group for group in entry.groups if not group.is_off]
         if groups:
@@ -124,7 +123,7 @@ def _check_entry(report: SteerReport, passes: int, entry: Arranged) -> None:
 
 
 def _check(report: SteerReport, passes: int, groups: Sequence[Group]) -> None:
-    """A run that was meant to be steered and was not is an error."""
+    """Raise UserError when the model did not run, or the scopes covered no token."""
     if passes == 0:
         raise UserError(
             "the model did not run inside steer(...): run the model that was given to it, inside "

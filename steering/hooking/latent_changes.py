@@ -1,4 +1,4 @@
-"""Whether an edit did to its latents what it says: each residual is encoded before and after it.
+"""Checks whether an edit changes its latents as asked: residuals are encoded before and after it.
 
 Adding alpha d_j raises latent j by alpha only where its encoder column has the product 1 with d_j,
 no other latent of the plan overlaps with it, and the activation function lets it through.
@@ -38,7 +38,7 @@ class LatentChange:
     before: float
     after: float
     asked: float | None
-    """The change that the plan asks for; None for `project`, which has no latent semantics."""
+    """The change that the plan asks for; None for `project`, which gives latents no values."""
     tokens: int
     on_before: float
     """Share of those tokens where the latent is on (not 0)."""
@@ -48,7 +48,7 @@ class LatentChange:
 
     @property
     def measured(self) -> float:
-        """The change that came of it."""
+        """The change that was measured."""
         return self.after - self.before
 
     @property
@@ -71,7 +71,7 @@ def read_back(
     """Generate under a plan and encode every residual that it changed, before and after.
 
     The latents of all parts, in their order. Raises what `steer` raises, and UserError when the
-    latents of a part can only be read with its SAE and that cannot be had.
+    latents of a part can only be read with its SAE which cannot be opened.
     """
     if not texts:
         raise UsageError("there is no text to read latents on: give at least one")
@@ -81,21 +81,21 @@ def read_back(
     ]
     measured = []
     with contextlib.ExitStack() as stack:
-        # Nested contexts edit in the order of the parts, with a look before and after each.
+        # Nested contexts edit in the order of the parts; hooks around each see its residuals.
         for number in range(len(plan.parts)):
-            around = _Around(lm, plan, number, sae, force)
-            measured.append(around)
-            stack.enter_context(hooked(around.point, around.keep))
+            seen = _BeforeAndAfter(lm, plan, number, sae, force)
+            measured.append(seen)
+            stack.enter_context(hooked(seen.point, seen.keep))
             stack.enter_context(
-                steer(lm, plan.only(number), prompts=prompts, sae=around.sae, force=force)
+                steer(lm, plan.only(number), prompts=prompts, sae=seen.sae, force=force)
             )
-            stack.enter_context(hooked(around.point, around.compare))
+            stack.enter_context(hooked(seen.point, seen.compare))
         generate(lm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [change for around in measured for change in around.changes()]
+    return [change for seen in measured for change in seen.changes()]
 
 
-class _Around:
-    """The residuals that one part changes, as they come and as they leave."""
+class _BeforeAndAfter:
+    """The residuals that one part changes, before its edit and after it."""
 
     def __init__(self, lm: LanguageModel, plan: Plan, number: int, saes: SAEs, force: bool) -> None:
         self._part, self._number = plan.parts[number], number
@@ -103,18 +103,21 @@ class _Around:
         if self.sae is not None or not readable(self._part):
             self.sae = matching_sae(self._part, self.sae, force)
         self.point = resolve_site(lm, self._part.layer, self._part.site)
-        self._came: list[Tensor] = []
+        self._waiting: list[Tensor] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def keep(self, h: Float[Tensor, "batch seq d_model"]) -> None:
-        self._came.append(h)
+        """The hook before the edit."""
+        self._waiting.append(h)
 
     def compare(self, h: Float[Tensor, "batch seq d_model"]) -> None:
-        before = self._came.pop()
+        """The hook after the edit: keeps the residuals that it changed."""
+        before = self._waiting.pop()
         changed = (h != before).any(dim=-1)
         self._pairs.append((before[changed].float(), h[changed].float()))
 
     def changes(self) -> list[LatentChange]:
+        """Means over all changed residuals, for each latent of the part."""
         reader = edit_reader(self._part, self.sae)
         h, moved = (torch.cat(rows) for rows in zip(*self._pairs, strict=True))
         before, after = reader.read(h).double().cpu(), reader.read(moved).double().cpu()

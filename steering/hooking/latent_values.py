@@ -1,8 +1,8 @@
-"""The present values of chosen latents at each token, by their own encoder columns where they can.
+"""The values of some latents at each token, from their own encoder columns where that is possible.
 
-A latent of a standard, JumpReLU or linear encoder depends on its own column alone: k columns cost
-O(k d) a token. A TopK latent also has to be among the k largest of all, which takes the whole
-encoder, and so the SAE itself.
+A latent of a standard, JumpReLU or linear encoder depends only on its own column, so n latents cost
+O(n d_model) per token. A TopK latent also has to be among the k largest of all, which needs the
+whole encoder, and so the SAE itself.
 """
 
 from collections.abc import Sequence
@@ -57,15 +57,15 @@ class LatentReader:
         return torch.cat(parts) if parts else h.new_zeros((0, len(self._ids)))
 
     def _encoded(self, sae: SAE, h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens n"]:
-        """What `sae.encode` says of the latents, without its dense result where none is needed."""
+        """The latents of `sae.encode`, without its dense result where that can be avoided."""
         if sae.spec.architecture != "topk" or h.device.type != "cpu" or not len(h):
             return sae.encode(h)[:, self._ids]
         assert sae.spec.k is not None
         q = sae.pre_acts(h)
         largest = q.topk(sae.spec.k, dim=-1).values
         last, own = largest[:, -1:], q[:, self._ids]
-        # Among equals the lowest index wins, and NaN is never among the largest: both are rare and
-        # for the SAE itself to say.
+        # Among equal values the SAE keeps the lowest index, and it never keeps NaN. Both cases are
+        # rare and left to the SAE itself.
         tied = (own == last) & (own > 0)
         if bool(largest[:, 0].isnan().any()) or (
             bool(tied.any()) and bool(((q >= last).sum(dim=-1) > sae.spec.k).any())
@@ -78,28 +78,29 @@ def on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     """The tensors on a device, moved at the first use there."""
     if all(tensor.device == device for tensor in tensors.values()):
         return tensors
-    # Not as inference tensors: the same plan may be used later where gradients are taken.
+    # No inference tensors: the same plan may be used later where gradients are taken.
     with torch.inference_mode(False):
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def needs_sae(part: PlanPart) -> bool:
-    """Whether the part can only be run with its SAE at hand."""
+    """Whether running the part needs its SAE."""
     return (part.does.reads_latents and _edit_columns(part) is None) or (
         part.gate != "" and _gate_columns(part) is None
     )
 
 
 def readable(part: PlanPart) -> bool:
-    """Whether the part holds what reading its own latents takes."""
+    """Whether the part's own latents can be read without its SAE."""
     return _edit_columns(part) is not None
 
 
 def with_gate(plan: Plan, gate: str, sae: SAE | None = None, *, part: int | None = None) -> Plan:
-    """The plan with another gate ("" for none), in the part of that number where it has several.
+    """The plan with another gate ("" for none), in part number `part` if it has several.
 
-    Encoder columns of the gate's latents are copied out of `sae`, so that the plan needs it no
-    more; not for topk SAEs. Raises UsageError for a gate that is not in the gates' language.
+    The encoder columns of the gate's latents are copied out of `sae`, so that the plan no longer
+    needs the SAE for its gate (topk SAEs are always needed). Raises UsageError for a gate that
+    cannot be parsed.
     """
     if part is None:
         part = plan.parts.index(plan.part)
@@ -116,12 +117,12 @@ def with_gate(plan: Plan, gate: str, sae: SAE | None = None, *, part: int | None
 
 
 def _edit_columns(part: PlanPart) -> dict[str, Tensor] | None:
-    """The part's own encoder columns, where it holds what reading them takes."""
+    """The encoder columns of the part's latents; None where they are not enough to read them."""
     return _complete(part, part.W_enc, part.b_enc, part.threshold)
 
 
 def _gate_columns(part: PlanPart) -> dict[str, Tensor] | None:
-    """The columns of the gate's latents: kept for it, or those of the part's own latents."""
+    """The encoder columns of the gate's latents: the gate's own, or among those of the part."""
     if part.gate_ids:
         return _complete(part, part.gate_W_enc, part.gate_b_enc, part.gate_threshold)
     own = _edit_columns(part)
@@ -144,12 +145,12 @@ def _complete(
 
 
 def edit_reader(part: PlanPart, sae: SAE | None) -> LatentReader:
-    """Reads the part's own latents; with an SAE by that SAE, else by what the part holds."""
+    """A reader of the part's own latents, by the SAE if given, else by the part's own columns."""
     return _reader(part, part.ids, _edit_columns(part), sae)
 
 
 def gate_reader(part: PlanPart, sae: SAE | None) -> LatentReader:
-    """Reads the latents of the part's gate, likewise."""
+    """A reader of the latents of the part's gate, likewise."""
     return _reader(part, part.parsed_gate.ids, _gate_columns(part), sae)
 
 
@@ -164,26 +165,27 @@ def _reader(
             None if columns else sae,
             normalization=sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
         )
-    assert columns is not None, "matching_sae comes first"
+    assert columns is not None, "call matching_sae before"
     linear = part.sae.architecture == "linear"
     return LatentReader(ids, columns, None, linear, part.sae.normalize_activations)
 
 
 SAEs = SAE | Sequence[SAE] | None
-"""The SAE of every part, or several of which each part takes its own."""
+"""One SAE for all parts, or several, of which each part uses its own."""
 
 
 def given_sae(part: PlanPart, saes: SAEs) -> SAE | None:
-    """The SAE among those given that is to be the part's; of several, the one of its weights."""
+    """The given SAE that the part should use; of several, the one with the part's SHA-256."""
     if saes is None or isinstance(saes, SAE):
         return saes
     return next((sae for sae in saes if sae.sha256 == part.sae.sha256), None)
 
 
 def matching_sae(part: PlanPart, sae: SAE | None, force: bool) -> SAE:
-    """The SAE that the part was made from: the one given, or the one at the part's source.
+    """The SAE that the part was made from: `sae` if given, else loaded from the part's source.
 
-    Raises UserError when it cannot be opened, has other weights (unless `force`) or does not fit.
+    Raises UserError when it cannot be opened, has other weights (unless `force`), or has another
+    width or too few latents.
     """
     reason = f"`method` {part.method}" if part.does.reads_latents else "`gate`"
     if sae is None:

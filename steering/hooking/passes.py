@@ -1,4 +1,4 @@
-"""A call of the model and its forward passes: which rows there are and where their tokens lie."""
+"""A call of the model and its forward passes: their rows, and the positions of their tokens."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,11 +24,12 @@ class Call:
     ids: Int[Tensor, "rows width"] | None
     generating: bool
     first_pass: int = 0
-    """Number of the first pass of the model that belongs to it."""
+    """Number of the first forward pass that belongs to the call, from 1."""
     _ends: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
+        """Number of prompts."""
         return len(self.prompt_lengths)
 
     @property
@@ -38,7 +39,7 @@ class Call:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Real tokens that each row began with: the position of its first column behind them."""
+        """Real tokens that each row began with: the position of the first column after them."""
         found: list[int] = self.real.sum(dim=1).tolist()
         return found
 
@@ -51,10 +52,10 @@ class Call:
             )
         return batch // self.rows
 
-    def behind(
+    def positions_after(
         self, batch: int, start: int, count: int, device: torch.device
     ) -> Int[Tensor, "batch count"]:
-        """Positions of `count` columns from the `start`-th behind the prompts on."""
+        """Positions of `count` columns from the `start`-th after the prompts on."""
         key = batch, device
         if key not in self._ends:
             with torch.inference_mode(False):
@@ -77,13 +78,13 @@ class PassTokens:
     ids: Int[Tensor, "batch seq"] | None
     """Token ids, where the pass was given ids and not embeddings."""
     real_columns: Bool[Tensor, "batch columns"] | None
-    """Which columns hold tokens; None behind the prompts of `generate`, where all do."""
+    """Which columns hold tokens; None after the prompts of `generate`, where all do."""
 
     @property
     def after(self) -> int | None:
-        """How many columns behind the prompts the pass begins, the same in every row of it.
+        """How many columns after the prompts the pass begins, the same in all of its rows.
 
-        None when it holds a part of the prompts, or is not a pass of `generate` with a cache.
+        None when the pass holds a part of the prompts, or is not one of `generate` with a cache.
         """
         if self.real_columns is not None:
             return None
@@ -94,7 +95,7 @@ class PassTokens:
         """Position of each token among the real tokens of its row."""
         after = self.after
         if after is not None:
-            return self.call.behind(self.batch, after, self.length, self.device)
+            return self.call.positions_after(self.batch, after, self.length, self.device)
         assert self.real_columns is not None
         return (self.real_columns.cumsum(dim=1) - 1)[:, self.columns - self.length :]
 
@@ -104,3 +105,16 @@ class PassTokens:
         if self.real_columns is None:
             return torch.ones((self.batch, self.length), dtype=torch.bool, device=self.device)
         return self.real_columns[:, self.columns - self.length :]
+
+
+def grown(buffer: Tensor, batch: int, width: int, fill: bool | float) -> Tensor:
+    """`buffer` `[rows, columns]` of at least `batch` rows and `width` columns.
+
+    Rows are repeated for beams and returned sequences; new columns hold `fill`.
+    """
+    if len(buffer) < batch:
+        buffer = buffer.repeat_interleave(batch // len(buffer), dim=0)
+    if buffer.shape[1] < width:
+        more = buffer.new_full((len(buffer), width - buffer.shape[1]), fill)
+        buffer = torch.cat([buffer, more], dim=1)
+    return buffer

@@ -1,10 +1,10 @@
-"""Where the tokens of a forward pass lie in their rows, whatever way the model is driven.
+"""The positions of a forward pass's tokens in their rows, however the model is run.
 
 A block sees a chunk of each row: the whole prompt, a piece of it, one new token, or everything
 again when there is no cache. `PositionTracker` watches the model's inputs and says which absolute
 position each token of the present pass has, counted in real tokens from the start of its row, and
-how long the row's prompt is. Passes are never counted: chunked prefill, drafts that are rolled back
-and cacheless decoding would all fool a count.
+how long the row's prompt is. It never counts passes, because chunked prefill, drafts that are
+rolled back and decoding without a cache would make such a count wrong.
 """
 
 import contextlib
@@ -64,14 +64,14 @@ class PositionTracker:
             outer, text = self._lm.model, self._lm.text_model
             if hasattr(outer, "generate"):
                 stack.enter_context(_tapped(outer, self._generate_call))
-            # Code that was compiled before the hooks were there would never run them.
+            # Code that was compiled before the hooks were registered would not run them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             handles = [
                 outer.register_forward_pre_hook(self._on_outer, with_kwargs=True),
                 outer.register_forward_hook(self._after_outer, always_call=True),
             ]
             if text is not outer:
-                # For those who run the text tower alone (no logits), or through another wrapper.
+                # The text model may be run alone (no logits), or through another wrapper.
                 handles.append(text.register_forward_pre_hook(self._on_text, with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
@@ -95,7 +95,7 @@ class PositionTracker:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = embeds if ids is None else ids
         if not isinstance(tokens, Tensor):
-            return  # the model itself says what is missing
+            return  # the model itself raises for missing inputs
         if self._drafting:
             self.current = None
             return
@@ -111,7 +111,7 @@ class PositionTracker:
             real = self._real_columns(mask, batch, past + length, tokens.device)
             if not self._generating and past == 0 and not self._continues(ids, real):
                 call = None
-        # else: nothing that follows the prompts of `generate` is padding.
+        # else: no token after the prompts of `generate` is padding.
         if call is None:
             assert real is not None
             call = self._call = self._open(ids, real, self._generating)
@@ -133,7 +133,7 @@ class PositionTracker:
             )
 
     def _watch_cache(self, cache: Any) -> None:
-        """Hear of every `reorder_cache` of the present cache, and of no earlier one."""
+        """Call the listeners at every `reorder_cache` of the present cache only."""
         if cache is self._tapped_cache:
             return
         if self._tapped_cache is not None:
@@ -184,8 +184,8 @@ class PositionTracker:
     def _generate_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """One call of `generate`: its inputs are the prompts."""
         if self._generating:
-            # The model drafts for itself (early exit). Drafts are left alone: what is kept of them
-            # passes again, and is steered then.
+            # The model drafts for itself (early exit). Drafts are not steered: the tokens that are
+            # kept are run again, and steered then.
             self._drafting = True
             try:
                 yield
@@ -201,7 +201,7 @@ class PositionTracker:
                 self._call = self._open(ids, _prompt_mask(self._lm.model, ids, args, kwargs), True)
             elif isinstance(embeds, Tensor):
                 self._call = self._open(None, _prompt_mask(None, embeds, args, kwargs), True)
-            # else: generate starts from a token of its own, and the first pass shows it
+            # else: `generate` adds a start token, and the prompt is seen at the first pass
             yield
         finally:
             self._generating, self._call = False, None
@@ -252,11 +252,11 @@ def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 _CACHES = ("past_key_values", "cache", "cache_params")
-"""What releases of transformers call the cache; `cache` since 5.24."""
+"""Names of the cache argument in releases of transformers; `cache` since 5.24."""
 
 
 def _cache_in(given: dict[str, Any]) -> Any:
-    """The cache among a pass's arguments, by its name or by what it can do."""
+    """The cache among a pass's arguments, found by `get_seq_length` or by its name."""
     named = [given[name] for name in _CACHES if given.get(name) is not None]
     able = [value for value in given.values() if hasattr(value, "get_seq_length")]
     return next(iter(able or named), None)
@@ -332,7 +332,8 @@ class _Tap:
 def _tapped(model: Any, listener: _Listener) -> Iterator[None]:
     """Let a listener see every call of `model.generate`.
 
-    The tap lies on the instance, is shared by nested contexts, and goes with the last of them.
+    The replacement is an attribute of the instance. Nested contexts share it, and the last one to
+    end removes it.
     """
     tap = vars(model).get("generate")
     if not isinstance(tap, _Tap):

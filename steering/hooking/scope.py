@@ -31,12 +31,12 @@ SCOPES = (
 )
 
 NO_END = 2**62
-"""A stop that no position reaches."""
+"""The `stop` of a scope without an end; no position is that large."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """A parsed `--scope`; make one with `parse_scope`."""
+    """A parsed scope; made by `parse_scope`."""
 
     kind: str
     """The word before the colon."""
@@ -45,13 +45,13 @@ class Scope:
     last: int = 0
     """B of `span:A-B`."""
     instructions: tuple[str, ...] = ()
-    """Texts of which one is in every prompt, for `after-instruction`."""
+    """The wordings of the instruction, of which every prompt holds one, for `after-instruction`."""
     include_first: bool = False
     """`prompt` and `all` keep position 0."""
     include_template: bool = False
     """`prompt`, `all` and `assistant` keep template tokens and special tokens."""
     exclude_special: bool = False
-    """Special tokens are left out of this scope, whichever it is."""
+    """Special tokens are left out, whatever the kind."""
     reply_header: str = ""
     """What the chat template writes before a reply, for `assistant`."""
 
@@ -62,12 +62,12 @@ class Scope:
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether positions depend on the text of the prompt and not on its length alone."""
+        """Whether positions depend on the prompt's text, not only on its length."""
         return self.kind in ("span", "after-instruction", "assistant")
 
     @property
     def leaves_out_special(self) -> bool:
-        """Whether special tokens are left out, wherever they are (but see `include_first`)."""
+        """Whether special tokens are left out, except position 0 with `include_first`."""
         if self.exclude_special:
             return True
         return self.kind in ("prompt", "all") and not self.include_template
@@ -75,9 +75,9 @@ class Scope:
     def row(self, prompt_length: int, prompt: EncodedPrompt | None = None) -> "RowInfo":
         """The positions of a row whose prompt has `prompt_length` real tokens.
 
-        `prompt` says where the person's text lies in the row; without it no token is known to
-        belong to a template. Raises UserError when the prompt has no token in the span, or none
-        of the instructions.
+        `prompt` tells the user's text from the template; without it no template token is left out.
+        Raises UsageError when the scope needs `prompt` and it is None, UserError when the prompt
+        has no token in the span, or holds none of the instructions.
         """
         start, stop = self._interval(prompt_length, prompt)
         excluded: set[int] = set()
@@ -159,7 +159,7 @@ class RowInfo:
 
 
 NOWHERE = RowInfo(0, 0)
-"""A row of which nothing is covered."""
+"""A row without covered positions."""
 
 
 def parse_scope(
@@ -170,7 +170,7 @@ def parse_scope(
     include_template: bool = False,
     exclude_special: bool = False,
 ) -> Scope:
-    """Parse the value of `--scope`; the other arguments are fields of `Scope`.
+    """Parse a scope; the other arguments are fields of `Scope`.
 
     `generation` (p >= P-1), `generated` (p >= P), `prompt` (p < P), `all`, `last-prompt`
     (p = P-1), `first:N` (P-1 <= p < P-1+N), `span:A-B` (tokens that overlap characters [A, B) of

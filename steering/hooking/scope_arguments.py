@@ -1,4 +1,4 @@
-"""What the arguments of `steer` add to the scopes that plans name."""
+"""Scopes of plans, completed with the arguments of `steer`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from saesteer.steering.plans.plan import TaskIdentity
 
 @dataclass(frozen=True)
 class ScopeArguments:
-    """The arguments of `steer` that say more of a scope than its name."""
+    """The arguments of `steer` that scopes depend on."""
 
     prompts: Sequence[EncodedPrompt] | None
     instructions: Sequence[str] | None
@@ -23,7 +23,10 @@ class ScopeArguments:
     exclude_special: bool
 
     def resolve(self, lm: LanguageModel, text: str, task: TaskIdentity | None) -> Scope:
-        """The scope with everything it needs; raises at once what would fail at the first pass."""
+        """The scope with all it needs, checked here rather than at the first forward pass.
+
+        Raises what `Scope.row` raises for the prompts.
+        """
         scope = parse_scope(
             text,
             include_first=self.include_first,
@@ -49,7 +52,7 @@ def _wordings(task: TaskIdentity | None) -> Sequence[str]:
         return () if task is None else task.instructions
     from saesteer.steering.tasks.task import builtin_tasks, load_task
 
-    # An older plan: a built-in task of that name is the right one only when nothing else changed.
+    # Older plans do not hold wordings. The built-in task is the same one if its hash is equal.
     if task.name in builtin_tasks():
         built_in = load_task(task.name)
         if built_in.hash == task.hash:

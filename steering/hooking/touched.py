@@ -1,4 +1,4 @@
-"""What steering did: which positions of which rows were edited, and by how much."""
+"""The report of steering: which positions of which rows were edited, and by how much."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.steering.hooking.passes import Call, PassTokens
+from saesteer.steering.hooking.passes import Call, PassTokens, grown
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class TouchedRow:
 
     @property
     def relative_doses(self) -> Float[Tensor, " touched"]:
+        """||delta|| / ||h|| at each position."""
         return self.delta_norms / self.residual_norms
 
     def before(self, stop: int) -> "TouchedRow":
@@ -48,22 +49,22 @@ class TouchedRow:
 
 @dataclass(eq=False)
 class SteerReport:
-    """What `steer` did so far; a position that passes again (no cache, drafts) counts once.
+    """What `steer` did so far. A position that is run again (no cache, drafts) counts once.
 
-    Where several plans or parts edit one position it counts once too, with the norms of the edit
-    that is longest for its residual.
+    A position that several plans or parts edit also counts once, with the norms of the edit that is
+    longest relative to its residual.
     """
 
     passes: int = 0
     """Forward passes of the model inside the context."""
     parts: tuple["SteerReport", ...] = ()
-    """What each of several plans did, in their order; of one plan, each of several parts. Of a
-    `ByRow`, the parts that act alike share one."""
+    """One report for each of several plans, in their order; for a single plan, one for each of
+    several parts. Parts of a `ByRow` that share a hook share a report."""
     _records: list["Record"] = field(default_factory=list)
 
     @property
     def rows(self) -> list[TouchedRow]:
-        """Every row of every call, in order; rows where nothing was touched are among them."""
+        """Every row of every call, in order, including rows where nothing was touched."""
         calls = max([len(self._records), *(len(part._records) for part in self._leaves())])
         return [row for call in range(calls) for row in self.call_rows(call)]
 
@@ -103,13 +104,13 @@ class SteerReport:
         return [leaf for part in self.parts for leaf in part._leaves()] if self.parts else [self]
 
 
-# At most this many columns of passes behind the prompts wait to be written into the record.
+# At most this many columns of passes after the prompts wait to be written into the record.
 _LOGGED_COLUMNS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class _Logged:
-    """What a pass did whose positions all lie behind their prompts and are covered."""
+    """What a pass did whose positions all lie after their prompts and are covered."""
 
     after: int
     touched: Bool[Tensor, "batch seq"] | None
@@ -122,8 +123,8 @@ class _Logged:
 class Record:
     """Norms by row and position of one call; NaN where nothing was touched.
 
-    Column p + 1 holds position p; column 0 takes padding, so that writing needs no look at the
-    mask's content. `residual` is also there where a gate kept an edit off.
+    Column p + 1 holds position p. Padding is written to column 0, so that writing need not read the
+    mask. `residual` is also recorded where a closed gate prevented the edit.
     """
 
     call: Call
@@ -134,6 +135,7 @@ class Record:
 
     @classmethod
     def empty(cls, call: Call, device: torch.device) -> "Record":
+        """A record in which no position is touched."""
         nothing = torch.full((call.rows, 1), torch.nan, device=device)
         return cls(call, nothing, nothing)
 
@@ -144,9 +146,9 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
-        """Note what a pass did whose positions all lie behind their prompts and are covered.
+        """Log a pass whose positions all lie after their prompts and are covered.
 
-        It is written into its place when the record is read.
+        It is put in place later, by `settle`, together with the passes that follow it.
         """
         self._log.append(_Logged(after, touched, residual, delta))
         self._logged += residual.shape[1]
@@ -154,7 +156,7 @@ class Record:
             self.settle()
 
     def settle(self) -> None:
-        """Put in place what was logged: passes that follow each other at once."""
+        """Put logged passes in place; consecutive ones are written together."""
         entries, self._log, self._logged = self._log, [], 0
         first = 0
         for i in range(1, len(entries) + 1):
@@ -182,7 +184,7 @@ class Record:
             delta = delta.masked_fill(~touched, torch.nan)
         batch, count = residual.shape
         after = entries[0].after
-        column = self.call.behind(batch, after, count, residual.device) + 1
+        column = self.call.positions_after(batch, after, count, residual.device) + 1
         self._scatter(column, self.call.width + after + count + 1, residual, delta)
 
     def write(
@@ -193,10 +195,10 @@ class Record:
         residual: Float[Tensor, "batch seq"],
         delta: Float[Tensor, "#batch #seq"],
     ) -> None:
-        """Put in place what any pass did."""
+        """Put in place what a pass did, whatever its positions."""
         self.settle()
         column = torch.where(tokens.real, tokens.p + 1, 0).to(residual.device)
-        # What is not covered is written too: another beam may have been here.
+        # Uncovered positions are written too, because another beam may have been recorded there.
         nothing = torch.nan
         self._scatter(
             column,
@@ -213,11 +215,11 @@ class Record:
         delta: Float[Tensor, "batch seq"],
     ) -> None:
         batch = len(residual)
-        self.residual = _grown(self.residual, batch, width).scatter(1, column, residual)
-        self.delta = _grown(self.delta, batch, width).scatter(1, column, delta)
+        self.residual = grown(self.residual, batch, width, torch.nan).scatter(1, column, residual)
+        self.delta = grown(self.delta, batch, width, torch.nan).scatter(1, column, delta)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Row i becomes what row `rows[i]` was, as beams do."""
+        """Row i takes over what row `rows[i]` recorded, as beams do."""
         self.settle()
         if len(rows) == len(self.residual):
             rows = rows.to(self.residual.device)
@@ -233,7 +235,7 @@ def median(parts: Iterable[Tensor]) -> float | None:
 
 
 def _touched(records: Sequence[Record]) -> list[TouchedRow]:
-    """The rows of one call, as one or more plans left them."""
+    """The rows of one call, merged over the records of one or more parts."""
     call = records[0].call
     for record in records:
         record.settle()
@@ -242,8 +244,8 @@ def _touched(records: Sequence[Record]) -> list[TouchedRow]:
     residual = torch.full((batch, width - 1), torch.nan)
     delta = residual.clone()
     for record in records:
-        theirs = _grown(record.residual.cpu(), batch, width)[:, 1:]
-        moved = _grown(record.delta.cpu(), batch, width)[:, 1:]
+        theirs = grown(record.residual.cpu(), batch, width, torch.nan)[:, 1:]
+        moved = grown(record.delta.cpu(), batch, width, torch.nan)[:, 1:]
         longer = ~moved.isnan() & (delta.isnan() | (moved * residual > delta * theirs))
         residual = torch.where(longer | residual.isnan(), theirs, residual)
         delta = torch.where(longer, moved, delta)
@@ -255,13 +257,3 @@ def _touched(records: Sequence[Record]) -> list[TouchedRow]:
         length = call.prompt_lengths[i // factor]
         rows.append(TouchedRow(call.number, i, length, at, residual[i, at], norms[at], closed))
     return rows
-
-
-def _grown(buffer: Tensor, batch: int, width: int) -> Tensor:
-    """`buffer` with room for `batch` rows and `width` columns, NaN where it is new."""
-    if len(buffer) < batch:
-        buffer = buffer.repeat_interleave(batch // len(buffer), dim=0)
-    if buffer.shape[1] < width:
-        more = buffer.new_full((len(buffer), width - buffer.shape[1]), torch.nan)
-        buffer = torch.cat([buffer, more], dim=1)
-    return buffer

@@ -1,4 +1,4 @@
-"""IFEval: the standard JSONL, strict and loose verdicts, accuracies by prompt and instruction."""
+"""IFEval: reads the standard JSONL, answers the prompts, and computes its four accuracies."""
 
 import json
 from collections import defaultdict
@@ -31,7 +31,7 @@ INSTRUCTION_OF = {
     "keyword": "keywords:existence",
     "forbidden": "keywords:forbidden_words",
 }
-"""The instruction of IFEval that a task of ours is about, by the name of the task's check."""
+"""The IFEval instruction that corresponds to a task, by the name of the task's check."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class IFEvalPrompt:
     kwargs: tuple[Mapping[str, Any], ...]
     """One mapping for each instruction."""
     plain: str | None = None
-    """The prompt without its instruction, in data that has such pairs."""
+    """The prompt without its instruction, where the data has it."""
 
 
 @dataclass(frozen=True)
-class Followed:
+class InstructionVerdict:
     """The verdicts on one instruction of one prompt."""
 
     instruction: str
@@ -113,7 +113,7 @@ def _row(line: str, where: str) -> IFEvalPrompt:
     return prompt
 
 
-def follow(prompt: IFEvalPrompt, reply: str) -> list[Followed]:
+def follow(prompt: IFEvalPrompt, reply: str) -> list[InstructionVerdict]:
     """Strict and loose verdicts on every instruction of a prompt. An empty reply follows none.
 
     Strict: the checker accepts the reply as it is. Loose: it accepts one of its eight readings.
@@ -124,13 +124,13 @@ def follow(prompt: IFEvalPrompt, reply: str) -> list[Followed]:
         checker = CHECKERS[name]
         strict = bool(reply.strip()) and checker(reply, **kwargs)
         loose = strict or any(checker(text, **kwargs) for text in readings)
-        found.append(Followed(name, strict, loose))
+        found.append(InstructionVerdict(name, strict, loose))
     return found
 
 
 @dataclass(frozen=True)
 class IFEvalScores:
-    """The four accuracies of IFEval, and those by type."""
+    """The four accuracies of IFEval, and those by instruction."""
 
     prompt_strict: Rate
     prompt_loose: Rate
@@ -153,10 +153,10 @@ class IFEvalScores:
         }
 
 
-def ifeval_scores(verdicts: Sequence[Sequence[Followed]]) -> IFEvalScores:
+def ifeval_scores(verdicts: Sequence[Sequence[InstructionVerdict]]) -> IFEvalScores:
     """Accuracies of replies, given the verdicts on each."""
     flat = [one for row in verdicts for one in row]
-    by_type: defaultdict[str, list[Followed]] = defaultdict(list)
+    by_type: defaultdict[str, list[InstructionVerdict]] = defaultdict(list)
     for one in flat:
         by_type[one.instruction].append(one)
     return IFEvalScores(
@@ -172,9 +172,9 @@ def ifeval_scores(verdicts: Sequence[Sequence[Followed]]) -> IFEvalScores:
 
 
 def plan_for_row(row: IFEvalPrompt, plans: Sequence[tuple[Task, Plan]]) -> Plan | None:
-    """The first plan whose task is about the row's only instruction; None where there is none.
+    """The first plan whose task corresponds to the row's only instruction, or None.
 
-    A language, a phrase to end with and keywords have to be those of the task.
+    A language, an end phrase and keywords have to be equal to those of the task.
     """
     if len(row.instructions) != 1:
         return None
@@ -210,21 +210,21 @@ def evaluate_ifeval(
 ) -> dict[str, Any]:
     """Answer IFEval prompts and grade the answers.
 
-    Arms: `prompted` (the prompts as they are); where rows have their prompt without the
-    instruction, also `unsteered` (that) and each plan (that, steered). With `matched`, the arms
-    `steered` and `steered + prompted` give each row the plan for its instruction.
+    Arms: `prompted` (the prompts as they are). Where all rows have a prompt without instruction,
+    also `unsteered` (that prompt) and each plan (that prompt, steered). With `matched`, the arms
+    `steered` and `steered + prompted` use for each row the plan for its instruction.
 
     Args:
         plans: each steers every row.
-        matched: plans with the tasks they are for; rows that `plan_for_row` has no plan for are
-            left out. Not together with `plans`.
-        only: keep rows all of whose instructions are among these ids; with plans, give those that
-            the plans are for.
-        n: keep the first so many rows.
+        matched: plans with the tasks they are for; rows without a plan by `plan_for_row` are left
+            out. Not together with `plans`.
+        only: keep rows all of whose instructions are among these ids; with `plans`, give the ids
+            that the plans are for.
+        n: keep at most this many rows, the first ones.
 
     Returns:
         JSON-ready: scores and answers by arm, paired tests of every steered arm against the other
-        two (prompts are the units), and what stood in for missing packages.
+        two, prompt by prompt, and the replacements used for missing packages.
 
     Raises:
         UserError: no row is left, or plans were given and no row has a prompt without instruction.
@@ -253,7 +253,7 @@ def evaluate_ifeval(
             by_row = ByRow([plan_for_row(row, matched) for row in chosen])
             arms += [("steered", plain, by_row), ("steered + prompted", asked, by_row)]
     found: dict[str, Any] = {}
-    verdicts_of: dict[str, list[list[Followed]]] = {}
+    verdicts_of: dict[str, list[list[InstructionVerdict]]] = {}
     for name, texts, plan in arms:
         replies = answer(
             lm, texts, plan, max_new_tokens, replace(decoding), f"IFEval: {name}", progress
@@ -282,7 +282,9 @@ def evaluate_ifeval(
     }
 
 
-def _paired_tests(verdicts: Mapping[str, Sequence[Sequence[Followed]]]) -> list[dict[str, Any]]:
+def _paired_tests(
+    verdicts: Mapping[str, Sequence[Sequence[InstructionVerdict]]],
+) -> list[dict[str, Any]]:
     """Every steered arm against unsteered and prompted, prompt by prompt."""
     tests = []
     for ours in verdicts:

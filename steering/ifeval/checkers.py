@@ -3,9 +3,9 @@ behaviour of its released code.
 
 Each is `checker(text, **kwargs) -> bool`, where the keyword arguments are those of the standard
 JSONL; arguments that a row leaves out or sets to null are not passed. Three instructions need a
-language identifier, and two a sentence splitter. Where langdetect or NLTK with its punkt data is
-installed they are used, as in the released code; otherwise py3langid and our own splitter stand in,
-and `stand_ins` says so.
+language identifier, and two a sentence splitter. As in the released code these are langdetect, and
+NLTK with its punkt data, where installed. Otherwise py3langid and our own splitter replace them,
+and `stand_ins` lists the instructions concerned.
 """
 
 import functools
@@ -64,7 +64,7 @@ def _punkt() -> Any:
 
 
 def stand_ins() -> dict[str, str]:
-    """Instructions judged with something else than the released code uses, and with what."""
+    """Instructions not judged as in the released code, and what is used instead."""
     found = {}
     if _langdetect() is None:
         for name in ("language:response_language", *_CASE):
@@ -79,7 +79,7 @@ _CASE = ("change_case:english_capital", "change_case:english_lowercase")
 
 
 def _language_is(text: str, lang: str) -> bool:
-    """Whether the text is in a language; text that cannot be told passes, as in the release."""
+    """Whether the text is in a language; unidentifiable text passes, as in the released code."""
     package = _langdetect()
     if package is None:
         from py3langid.langid import classify
@@ -114,13 +114,13 @@ def _tokens(text: str) -> Sequence[str]:
 
 @_checker("keywords:existence")
 def existence(text: str, *, keywords: Sequence[str]) -> bool:
-    """Every keyword occurs, as a pattern, whatever its case."""
+    """Every keyword, as a regular expression, occurs, ignoring case."""
     return all(re.search(keyword, text, re.IGNORECASE) for keyword in keywords)
 
 
 @_checker("keywords:frequency")
 def keyword_frequency(text: str, *, keyword: str, frequency: int, relation: str) -> bool:
-    """The keyword occurs less often than, or at least so often."""
+    """The keyword occurs `relation` (less than, at least) `frequency` times."""
     return _holds(len(re.findall(keyword, text, re.IGNORECASE)), relation, frequency)
 
 
@@ -132,7 +132,7 @@ def forbidden_words(text: str, *, forbidden_words: Sequence[str]) -> bool:
 
 @_checker("keywords:letter_frequency")
 def letter_frequency(text: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """A letter (or another character) occurs less often than, or at least so often."""
+    """A character occurs `let_relation` (less than, at least) `let_frequency` times."""
     return _holds(text.lower().count(letter.lower()), let_relation, let_frequency)
 
 
@@ -147,6 +147,7 @@ def response_language(text: str, *, language: str) -> bool:
 
 @_checker("length_constraints:number_sentences")
 def number_sentences(text: str, *, num_sentences: int, relation: str) -> bool:
+    """The text has `relation` (less than, at least) `num_sentences` sentences."""
     return _holds(_sentence_count(text), relation, num_sentences)
 
 
@@ -158,7 +159,7 @@ def number_words(text: str, *, num_words: int, relation: str) -> bool:
 
 @_checker("length_constraints:number_paragraphs")
 def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
-    """Exactly so many paragraphs between lines of ***; empty ones only at either end."""
+    """Exactly `num_paragraphs` paragraphs between lines of ***; only outer ones may be empty."""
     parts = re.split(r"\s?\*\*\*\s?", text)
     if any(not part.strip() for part in parts[1:-1]):
         return False
@@ -169,7 +170,8 @@ def number_paragraphs(text: str, *, num_paragraphs: int) -> bool:
 def nth_paragraph_first_word(
     text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str
 ) -> bool:
-    """Exactly so many paragraphs between blank lines, and one of them begins with a word."""
+    """Exactly `num_paragraphs` paragraphs between blank lines; number `nth_paragraph` begins with
+    `first_word`."""
     parts = text.split("\n\n")
     count = sum(bool(part.strip()) for part in parts)
     if nth_paragraph > count:
@@ -188,7 +190,7 @@ def nth_paragraph_first_word(
 
 @_checker("detectable_content:number_placeholders")
 def number_placeholders(text: str, *, num_placeholders: int) -> bool:
-    """At least so many placeholders in square brackets."""
+    """At least `num_placeholders` placeholders in square brackets."""
     return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
 
 
@@ -204,7 +206,7 @@ def postscript(text: str, *, postscript_marker: str) -> bool:
 
 @_checker("detectable_format:number_bullet_lists")
 def number_bullet_lists(text: str, *, num_bullets: int) -> bool:
-    """Exactly so many lines that start with * (but not **) or -."""
+    """Exactly `num_bullets` lines that start with * (but not **) or -."""
     stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == num_bullets
@@ -218,7 +220,7 @@ def constrained_response(text: str) -> bool:
 
 @_checker("detectable_format:number_highlighted_sections")
 def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
-    """At least so many *highlights*; a **bold** one counts for itself and not for its stars."""
+    """At least `num_highlights` passages marked as *highlight* or **highlight**."""
     single = [part for part in re.findall(r"\*[^\n\*]*\*", text) if part.strip("*").strip()]
     double = [part for part in re.findall(r"\*\*[^\n\*]*\*\*", text) if part[2:-2].strip()]
     return len(single) + len(double) >= num_highlights
@@ -226,14 +228,14 @@ def number_highlighted_sections(text: str, *, num_highlights: int) -> bool:
 
 @_checker("detectable_format:multiple_sections")
 def multiple_sections(text: str, *, section_spliter: str, num_sections: int) -> bool:
-    """At least so many numbered sections, such as `Section 1`."""
+    """At least `num_sections` numbered sections, such as `Section 1`."""
     parts = re.split(rf"\s?{section_spliter}\s?\d+\s?", text)
     return len(parts) - 1 >= num_sections
 
 
 @_checker("detectable_format:json_format")
 def json_format(text: str) -> bool:
-    """The whole text, a fence around it apart, is JSON."""
+    """The whole text, without a fence around it, is JSON."""
     body = text.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         body = body.removeprefix(fence)
@@ -256,7 +258,7 @@ def title(text: str) -> bool:
 
 @_checker("combination:two_responses")
 def two_responses(text: str) -> bool:
-    """Two different responses between six asterisks; empty parts only at either end."""
+    """Two different responses separated by six asterisks; only outer parts may be empty."""
     parts = text.split("******")
     if any(not part.strip() for part in parts[1:-1]):
         return False
@@ -272,7 +274,7 @@ def repeat_prompt(text: str, *, prompt_to_repeat: str) -> bool:
 
 @_checker("startend:end_checker")
 def end_checker(text: str, *, end_phrase: str) -> bool:
-    """The text ends with a phrase, a quotation mark after it apart."""
+    """The text ends with a phrase, apart from a quotation mark after it."""
     return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
@@ -288,7 +290,7 @@ def quotation(text: str) -> bool:
 
 @_checker("change_case:capital_word_frequency")
 def capital_word_frequency(text: str, *, capital_frequency: int, capital_relation: str) -> bool:
-    """Words in capitals alone occur less often than, or at least so often."""
+    """Words in capitals: `capital_relation` (less than, at least) `capital_frequency` of them."""
     capitals = sum(word.isupper() for word in _tokens(text))
     return _holds(capitals, capital_relation, capital_frequency)
 
@@ -307,4 +309,5 @@ def english_lowercase(text: str) -> bool:
 
 @_checker("punctuation:no_comma")
 def no_comma(text: str) -> bool:
+    """The text has no comma."""
     return "," not in text

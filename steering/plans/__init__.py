@@ -1,1 +1,1 @@
-"""Steering plans: what is written where, how strongly and by which method."""
+"""Steering plans: which directions are used, where, how strongly and by which method."""

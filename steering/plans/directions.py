@@ -1,8 +1,8 @@
-"""Plans from directions of no SAE: a mean difference, or any vector of the residual stream.
+"""Plans without an SAE: from a mean difference, or any vectors of the residual stream.
 
-A direction is kept as a linear latent: row d of length 1, read as a = h d. Every method then means
-what it means for an SAE's latents: add moves along d, set puts the projection to a value, project
-takes it away, and gates may ask for it.
+A direction is kept as a linear latent: a row d of length 1, whose value is a = h d. Every method
+then means what it means for an SAE's latents: add moves h along d, set changes the projection to a
+value, project removes it, and gates can test it.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from saesteer.steering.plans.plan import (
 )
 
 READ_AT = ("last", "template")
-"""last token of the user's text; last token of the prompt."""
+"""Where texts are read: the last token of the user's text, or the last token of the prompt."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """The tokens of one text, and which of them are read: [start, end)."""
+    """The tokens of one text, and the range [start, end) of them that is read."""
 
     token_ids: list[int]
     start: int
@@ -51,7 +51,7 @@ class MeanDifference:
     vector: Float[Tensor, " d_model"]
     """In float64."""
     spread: float
-    """Standard deviation of the first kind along it."""
+    """Standard deviation of the positive passages along `vector`."""
 
 
 def plan_from_directions(
@@ -68,14 +68,14 @@ def plan_from_directions(
     scope: str = "generation",
     task: TaskIdentity | None = None,
 ) -> Plan:
-    """A plan for directions in residual units: with method add and scale 1, their sum is added.
+    """A plan for vectors in units of the residual: with method add and scale 1, their sum is added.
 
-    Each is stored with length 1, its own length as `mu` (so that `scale` 1 is the vector given and
-    unit `rel` a share of ||h||). Latents are numbered from 0 in the order given.
+    Each is stored with length 1 and its own length as `mu`, so that `scale` 1 adds the vector given
+    and unit `rel` counts in ||h||. Latents are numbered from 0 in the order given.
 
     Args:
-        source: where the directions come from, for the plan's `sae.source`.
-        sigma: standard deviation of h d for each, for unit `sigma`.
+        source: where the directions come from; stored as the plan's `sae.source`.
+        sigma: standard deviation of h d for each direction; needed for unit `sigma`.
 
     Raises:
         UsageError: a layer or site that the model does not have, a direction of length 0, another
@@ -151,9 +151,18 @@ def mean_difference(
         kinds.append([Passage.last_of(prompt, read) for prompt in prompts])
     found = difference_of_means(lm, point, *kinds, batch_size=batch_size)
     return plan_from_directions(
-        lm, found.vector[None], layer=layer, site=site, source="mean difference",
-        sigma=[found.spread], method=method, unit=unit, scale=scale, scope=scope, task=task,
-    )  # fmt: skip
+        lm,
+        found.vector[None],
+        layer=layer,
+        site=site,
+        source="mean difference",
+        sigma=[found.spread],
+        method=method,
+        unit=unit,
+        scale=scale,
+        scope=scope,
+        task=task,
+    )
 
 
 def difference_of_means(
@@ -164,10 +173,11 @@ def difference_of_means(
     *,
     batch_size: int = 16,
 ) -> MeanDifference:
-    """The mean over every position read of one kind minus that of the other, sinks left out.
+    """The mean residual over the positive passages minus that over the negative ones.
 
-    Raises UserError when only sinks would be read or both means are the same, NonFiniteError when
-    the model's activations are NaN or infinite.
+    Every position read has the same weight; attention sinks are left out. Raises UserError when
+    only sinks would be read or both means are equal, NonFiniteError when the model's activations
+    are NaN or infinite.
     """
     reader = PromptReader(lm, [point], batch_size=batch_size)
     rows = []

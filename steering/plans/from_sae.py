@@ -1,4 +1,4 @@
-"""Plans for latents of an SAE: what steering with them takes is copied out of it."""
+"""Plans for latents of an SAE, with everything needed to steer copied out of the SAE."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -46,12 +46,12 @@ def make_plan(
         UsageError: a latent that the SAE does not have, a layer or site that contradicts it.
         UserError: an SAE for another width or for a deeper model.
     """
-    # Whether the weights are those that the SAE was trained on is for the caller to ask.
+    # force: the caller checks whether the SAE was trained on these weights.
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
     if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
         raise UserError(
             f"`sae` {sae.source} scales each token by its length without its mean, which a plan "
-            "cannot say: choose another SAE"
+            "cannot express: choose another SAE"
         )
     for latent in latents:
         if not 0 <= latent.id < sae.spec.d_sae:
@@ -64,7 +64,7 @@ def make_plan(
     return Plan(
         model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
         sae=SAEIdentity(
-            _lasting(sae.source),
+            _absolute_if_local(sae.source),
             sae.sha256,
             sae.spec.architecture,
             sae.spec.k,
@@ -88,8 +88,8 @@ def make_plan(
     )
 
 
-def _lasting(source: str) -> str:
-    """A local folder by its absolute path, so that the plan finds it from any folder."""
+def _absolute_if_local(source: str) -> str:
+    """The absolute path of a local folder, so that the plan finds it from any working directory."""
     folder = Path(source).expanduser()
     return str(folder.absolute()) if source and folder.is_dir() else source
 
@@ -108,9 +108,11 @@ def plan_from_latents(
     scope: str = "generation",
     schedule: str = "constant",
 ) -> Plan:
-    """A plan for latents chosen by number (`--latents`), with the values given for them.
+    """A plan for latents chosen by number, with the values given for them.
 
-    Raises what `make_plan` raises, and UsageError for a missing value or a `beta` that is not 0.
+    `values` maps latents to values (None for methods without a dose); the other arguments are those
+    of `make_plan`. Raises what `make_plan` raises, and UsageError for a missing value or a `beta`
+    that is not 0.
     """
     if not values:
         raise UsageError("`latents` is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
@@ -137,7 +139,7 @@ def plan_from_latents(
 
 
 def parse_latents(text: str) -> dict[int, float | None]:
-    """Parse `--latents`: `9143:1.2,412:0.8`, or ids alone for methods without a value.
+    """Parse the text of `--latents`: `9143:1.2,412:0.8`, or `9143,412` for methods without a dose.
 
     Raises UsageError for anything else.
     """
@@ -160,12 +162,12 @@ def parse_latents(text: str) -> dict[int, float | None]:
 
 
 def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
-    """The encoder of chosen latents, in float32 and free of b_dec: W_enc, b_enc, threshold.
+    """The encoder of some latents in float32: W_enc `[d_model, n]`, b_enc `[n]`, threshold `[n]`.
 
-    Whatever is subtracted from the input is folded in: (x - b_dec) W + b = x W + (b - b_dec W), and
-    the same for a token's own mean, which is linear in x. Empty where a latent's value depends on
-    more than its column: on all the others (topk), or on a gate. Where the SAE normalises tokens,
-    x W is to be divided by `token_divisor` before the bias comes in.
+    Subtractions from the input are folded in: (x - b_dec) W + b = x W + (b - b_dec W), and likewise
+    a token's own mean, which is linear in x. Empty where a latent's value depends on more than its
+    column: on all other latents (topk), or on a gate. Where the SAE normalises tokens, x W has to
+    be divided by `token_divisor` before the bias is added.
     """
     if not sae.spec.reads_alone:
         return {}

@@ -1,4 +1,4 @@
-"""The latents of a plan and the number that a method gives each: its dose."""
+"""The latents of a plan, and their doses: the number that the method uses for each."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from saesteer.steering.plans.methods import METHODS, UNITS
 
 @dataclass(frozen=True)
 class PlannedLatent:
-    """One latent of a plan. `mu`, `sigma` and `max` are in the SAE file's units."""
+    """One latent of a plan. `mu`, `sigma` and `max` are in the units of the SAE's activations."""
 
     id: int
     """Row of W_dec."""
     score: float | None = None
-    """What it was ranked by."""
+    """The score that it was ranked by."""
     mu: float | None = None
     """Mean activation over the samples where it is active."""
     sigma: float | None = None
     """Standard deviation over the same samples."""
     lens: tuple[str, ...] = ()
-    """Tokens that its direction raises most."""
+    """Tokens whose logits its direction raises most."""
     value: float | None = None
     """A value chosen by hand, which replaces mu + beta * sigma."""
     max: float | None = None
-    """Largest activation seen, for `--unit max`."""
+    """Largest activation seen, for unit `max`."""
 
 
 def doses(
@@ -72,7 +72,7 @@ def _statistic(latent: PlannedLatent, name: str, reason: str) -> float:
 
 
 def check_latents(latents: Sequence[PlannedLatent]) -> None:
-    """Raise UsageError for no latents, or latents that are named twice or cannot be."""
+    """Raise UsageError for no latents, latents named twice, or negative numbers."""
     if not latents:
         raise UsageError("a plan needs at least one latent: give `latents` ID:VALUE,...")
     ids = [latent.id for latent in latents]
@@ -86,7 +86,7 @@ def check_latents(latents: Sequence[PlannedLatent]) -> None:
 def check_doses(
     latents: Sequence[PlannedLatent], *, method: str, unit: str, scale: float, beta: float
 ) -> None:
-    """Raise UsageError, naming the argument, for methods, units and doses that mean nothing."""
+    """Raise UsageError, naming the argument, for invalid or contradictory settings of a dose."""
     if method not in METHODS:
         raise UsageError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
     if unit not in UNITS:

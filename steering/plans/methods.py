@@ -1,7 +1,7 @@
-"""What a plan can do to its latents: one row for each method, and the units of doses.
+"""The methods of steering, one row for each, and the units of doses.
 
-A new method is a row here and, where it neither adds a vector nor rewrites latents, an edit in
-`hooking.edits`.
+A new method is a row in `METHODS`; one that neither adds a vector nor gives latents new values also
+needs an edit in `hooking.edits`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 UNITS = ("raw", "sigma", "max", "rel")
-"""The value itself; times sigma; times the largest activation seen; share of ||h||."""
+"""Units of a dose: the value itself; sigma; the largest activation seen; the ratio
+||delta|| / ||h||."""
 
 _LATENT_UNITS = ("raw", "sigma", "max")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What one method does, needs and fits into."""
+    """Properties of one method: what it does, what it needs, which exports can hold it."""
 
     adds: bool = False
     """Adds the same vector sum_j alpha_j d_j everywhere (with unit `rel`: per unit of ||h||)."""
     keeps_norm: bool = False
-    """Brings the residual back to its former length after adding."""
+    """After adding, rescales the residual to the length it had before."""
     new_value: Callable[[Tensor, Tensor], Tensor] | None = None
-    """The new values of latents, from the present ones `[tokens, n]` and the doses `[n]`; None
-    where the edit does not depend on them."""
+    """From the latents' present values `[tokens, n]` and the doses `[n]` to new values; None where
+    the edit does not depend on present values."""
     takes_dose: bool = True
     is_factor: bool = False
     """The dose is a factor, 1 where none is given, and has no unit."""
@@ -35,7 +36,7 @@ class Method:
     grows: bool = False
     """Does nothing at scale 0 and more at every larger scale."""
     exports: tuple[str, ...] = ()
-    """Formats of `exchange` that can hold it, under conditions that are checked there."""
+    """Formats of `exchange` that can hold it; further conditions are checked there."""
 
     @property
     def reads_latents(self) -> bool:
@@ -54,7 +55,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({
         adds=True, units=UNITS, grows=True, exports=("gguf", "steering-vectors", "lm-eval")
     ),
     "add-keep-norm": Method(adds=True, keeps_norm=True, units=UNITS, grows=True),
-    # a' = v; at least v; at most v; v a; 0.
+    # New value a': v; max(a, v); min(a, v); v a; 0.
     "set": Method(new_value=lambda now, v: v.expand_as(now), exports=("lm-eval", "lm-eval-csv")),
     "min": Method(new_value=torch.maximum, grows=True),
     "max": Method(new_value=torch.minimum),
@@ -62,6 +63,6 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "ablate": Method(
         new_value=lambda now, v: torch.zeros_like(now), takes_dose=False, units=("raw",)
     ),
-    # h without its part in the span of the directions.
+    # h minus its projection onto the span of the directions.
     "project": Method(takes_dose=False, units=("raw",), exports=("lm-eval",)),
 })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Names for plans that are compared: those of their folders."""
+"""Plans loaded from several folders and named after them, and the task of a plan."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from saesteer.steering.tasks.task import Task, builtin_tasks, load_task
 
 
 def load_plans(paths: Sequence[str | Path]) -> dict[str, Plan]:
-    """The plans of several folders, each by its path as it was given.
+    """The plans of several folders, by their paths as given.
 
     Raises what `load_plan` does.
     """
@@ -18,17 +18,16 @@ def load_plans(paths: Sequence[str | Path]) -> dict[str, Plan]:
 
 
 def by_folder(plans: Mapping[str, Plan]) -> dict[str, Plan]:
-    """Plans by the names of their folders; by their whole paths where two of those are alike."""
+    """Plans by the names of their folders, or by their paths where two names are equal."""
     short = [Path(path).name for path in plans]
     names = short if len(set(short)) == len(short) else list(plans)
     return dict(zip(names, plans.values(), strict=True))
 
 
 def task_of(plan: Plan, path: str = "") -> Task:
-    """The task that a plan was ranked for.
+    """The built-in task that a plan was ranked for.
 
-    Raises UsageError where the plan names none, or one that is not built in; the message names
-    `path`.
+    Raises UsageError, naming `path`, where the plan has no task or one that is not built in.
     """
     if plan.task is None or plan.task.name not in builtin_tasks():
         what = "names no task" if plan.task is None else f"is for {plan.task.name!r}"

@@ -18,14 +18,14 @@ from saesteer.steering.plans.schedules import parse_schedule
 
 @dataclass(frozen=True)
 class SAEIdentity:
-    """The SAE that the latents of a part come from."""
+    """The SAE that a part's latents come from."""
 
     source: str
     sha256: str
     architecture: str = "topk"
     k: int | None = None
     normalize_activations: str = "none"
-    """How each token is scaled before the SAE reads it; what its latents add is scaled back."""
+    """How the SAE scales each token before encoding it; added directions are scaled back."""
 
     def __post_init__(self) -> None:
         if self.normalize_activations not in ("none", *TOKEN_NORMALIZATIONS):
@@ -36,13 +36,13 @@ class SAEIdentity:
 
     @property
     def scales_tokens(self) -> bool:
-        """Whether a latent's unit is a length of its own at each token."""
+        """Whether the unit of a latent differs from token to token."""
         return self.normalize_activations != "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanPart:
-    """Latents with their doses and directions, and where in the model and the text they act."""
+    """Latents with their directions and doses, and where in the model and the text they act."""
 
     sae: SAEIdentity
     site: str
@@ -62,14 +62,14 @@ class PlanPart:
     gate: str = ""
     """A condition on latents under which the scope's positions are edited; see `gates`."""
     W_enc: Float[Tensor, "d_model n"] | None = None
-    """Encoder columns with the input's centering folded in; None where a latent depends on all."""
+    """Encoder columns with the input's centering folded in; None where they are not enough."""
     b_enc: Float[Tensor, " n"] | None = None
     threshold: Float[Tensor, " n"] | None = None
-    """JumpReLU's own."""
+    """Thresholds of a JumpReLU SAE."""
     gate_ids: tuple[int, ...] = ()
-    """The latents that the `gate_` tensors are of: those of the gate, or none."""
+    """The latents of the `gate_` tensors: those that the gate reads, or none."""
     gate_W_enc: Float[Tensor, "d_model gated"] | None = None
-    """Encoder columns of the gate's latents, as `W_enc`; None where the SAE itself is read."""
+    """Encoder columns of the gate's latents, as `W_enc`; None where the gate needs the SAE."""
     gate_b_enc: Float[Tensor, " gated"] | None = None
     gate_threshold: Float[Tensor, " gated"] | None = None
 
@@ -102,28 +102,29 @@ class PlanPart:
             if tuple(tensor.shape) != shapes[name]:
                 raise UserError(
                     f"{name} has shape {list(tensor.shape)}, but {n} latents with directions of "
-                    f"width {width} ask for {list(shapes[name])}: make the plan again"
+                    f"width {width} need {list(shapes[name])}: make the plan again"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise UserError(f"{name} holds NaN or infinity: make the plan again")
 
     @property
     def where(self) -> str:
-        """The place in words, for messages."""
+        """Layer and scope, for messages."""
         return f"layer {self.layer}, {self.scope}"
 
     @property
     def does(self) -> Method:
-        """What the part's method does."""
+        """The properties of the part's method."""
         return METHODS[self.method]
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """The numbers of the latents, in their order."""
         return tuple(latent.id for latent in self.latents)
 
     @property
     def parsed_gate(self) -> Gate:
-        """The gate; only where there is one."""
+        """The gate, parsed. Only for parts with a gate."""
         return parse_gate(self.gate)
 
     def doses(self) -> list[float]:
@@ -133,10 +134,10 @@ class PlanPart:
         )
 
     def added_vector(self) -> Float[Tensor, " d_model"]:
-        """What an adding method adds to each residual, in float64: sum_j alpha_j d_j.
+        """The vector that an adding method adds to each residual, in float64: sum_j alpha_j d_j.
 
-        With unit `rel` it has the length |scale|, to be multiplied by ||h||; of an SAE that
-        normalises tokens it is to be multiplied by the token's scale. Raises UsageError when the
+        With unit `rel` it has length |scale| and is multiplied by ||h|| when added; with an SAE
+        that normalises tokens it is multiplied by the token's scale. Raises UsageError when the
         directions cancel out.
         """
         vector = weighted_sum(self.doses(), self.directions)
@@ -151,12 +152,12 @@ class PlanPart:
         return vector * (self.scale / length) if self.unit == "rel" else vector
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that the part holds, by name."""
         everything = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in everything.items() if tensor is not None}
 
     def select(self, indices: Sequence[int]) -> "PlanPart":
-        """The part with the latents at these places of `latents`, in this order."""
+        """The part with only the latents at these indices of `latents`, in this order."""
         picked = list(indices)
         return replace(
             self,

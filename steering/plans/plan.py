@@ -1,7 +1,7 @@
-"""A steering plan: the model it is for, and the parts that act on it.
+"""A steering plan: the model it is for, and the parts that edit it.
 
-Plans are made by `rank`, from latents by number (`from_sae`), from directions (`directions`) or
-from parts, and kept on disk by `plan_file`.
+Plans are made from a ranking, from latents by number (`from_sae`), from directions (`directions`)
+or from parts; `plan_file` reads and writes them.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ class TaskIdentity:
     name: str
     hash: str
     instructions: tuple[str, ...] = ()
-    """Every wording, for the scope `after-instruction`; older plans hold none."""
+    """Every wording of the instruction, for the scope `after-instruction`; empty in older plans."""
 
 
 class _OfParts(Generic[T]):
-    """A field of the parts, read from the plan: what all parts agree on, else a UsageError."""
+    """A field of the parts as an attribute of the plan; UsageError where the parts differ in it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -56,10 +56,11 @@ class _OfParts(Generic[T]):
 class Plan:
     """Parts, in the order in which they edit, and the model that they are for.
 
-    Most plans have one part, and are made and read as if its fields were the plan's own:
+    Most plans have one part, whose fields can be used as if they were the plan's own:
     `Plan(model=..., sae=..., site=..., layer=..., latents=..., directions=...)`, `plan.layer`,
-    `plan.with_changes(scale=2.0)`. Of a plan of several parts a field can be read, or changed for
-    all parts, where they agree on it; otherwise use `plan.parts` and `with_changes(part=...)`.
+    `plan.with_changes(scale=2.0)`. In a plan of several parts a field can be read, or changed in
+    all of them, where they have the same value; otherwise use `plan.parts` and
+    `with_changes(part=...)`.
     """
 
     model: ModelIdentity
@@ -67,7 +68,7 @@ class Plan:
     task: TaskIdentity | None
     metrics: Mapping[str, Any]
 
-    # PlanPart says what each is.
+    # See PlanPart for these fields.
     sae = _OfParts[SAEIdentity]()
     site = _OfParts[str]()
     layer = _OfParts[int]()
@@ -99,11 +100,11 @@ class Plan:
         metrics: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> None:
-        """A plan of these parts, `fields` changed in them, or of the one part that `fields` say.
+        """A plan of `parts` with `fields` changed in them, or of one part made from `fields`.
 
         Raises:
-            UsageError: a layer that the model does not have; a change that the parts do not agree
-                on.
+            UsageError: a layer that the model does not have; a change of a field whose values
+                differ between the parts.
             UserError: directions of another width than the model's.
         """
         made = _changed(parts, fields) if parts else (PlanPart(**fields),)
@@ -136,17 +137,18 @@ class Plan:
         return self.parts[0]
 
     def only(self, number: int) -> "Plan":
-        """The plan of one of the parts, counted from 0."""
+        """The plan with only one of the parts, counted from 0."""
         return Plan(
             model=self.model, parts=(self.parts[number],), task=self.task, metrics=self.metrics
         )
 
     def with_changes(self, *, part: int | None = None, **changes: Any) -> "Plan":
-        """The plan with other values, checked again: of its own fields or of those of its parts.
+        """A copy of the plan with other values of its own fields or of those of its parts.
 
-        A field of the parts is changed in the part of that number (from 0), or in all of them. All
-        of them have to agree on it before, or the change would have several meanings; `scale=0`,
-        which switches parts off, is always the same. Raises UsageError otherwise.
+        A field of the parts is changed in part number `part` (from 0), or in all of them. Then all
+        parts must have the same value before, because a change relative to different values would
+        be ambiguous; only `scale=0`, which switches parts off, is always allowed. Raises UsageError
+        otherwise, and for values that are not valid.
         """
         values: dict[str, Any] = {
             "model": self.model,
@@ -163,27 +165,27 @@ class Plan:
 
     @property
     def is_off(self) -> bool:
-        """Whether no part does anything."""
+        """Whether every part is switched off (scale 0)."""
         return all(part.scale == 0 for part in self.parts)
 
     def doses(self) -> list[float]:
-        """One number per latent of the only part, in the order of `latents`."""
+        """One number per latent of a plan of one part, in the order of `latents`."""
         return self.part.doses()
 
     def top(self, k: int) -> "Plan":
-        """The plan of one part with its first `k` latents. Raises UsageError for fewer latents."""
+        """The plan, of one part, with its first `k` latents. Raises UsageError if it has fewer."""
         if not 1 <= k <= len(self.part.latents):
             raise UsageError(f"`top` must be in 1..{len(self.latents)} for this plan, got {k}")
         return self.select(range(k))
 
     def select(self, indices: Sequence[int]) -> "Plan":
-        """The plan of one part with the latents at these places of `latents`, in this order."""
+        """The plan, of one part, with only the latents at these indices, in this order."""
         return self.with_changes(parts=(self.part.select(indices),))
 
     def check_model(self, lm: LanguageModel, force: bool = False) -> None:
         """Raise UserError when the plan was made for another model.
 
-        `force` lets other weights and another depth pass; another width never fits.
+        `force` accepts other weights and another depth; another width is always an error.
         """
         ours, name = self.model, lm.name
         if ours.d_model != lm.d_model:

@@ -1,10 +1,10 @@
 """Plans on disk: `plan.yaml` and `plan.safetensors` in one folder.
 
-The first is everything a person may read or edit, the second the decoder rows, and the encoder
-columns of SAEs whose latents can be read one by one.
+The first holds everything a person may read or edit. The second holds the decoder rows, and the
+encoder columns where latents can be read one by one.
 
 A plan of one part is written as schema 1, with the part's fields at the top; a plan of several
-parts as schema 2, with a list `parts`, each of which names its `tensors` in the second file.
+parts as schema 2, with a list `parts`; each names the prefix of its tensors in the second file.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def _part_row(part: PlanPart, tensors: str) -> dict[str, Any]:
-    """What the file says of one part; what a part does not use is left out, as older files do."""
+    """The keys of one part; those it does not use are left out, as in older files."""
     sae = dataclasses.asdict(part.sae)
     if not part.sae.scales_tokens:
         del sae["normalize_activations"]
@@ -103,13 +103,13 @@ def _part_row(part: PlanPart, tensors: str) -> dict[str, Any]:
 
 
 def _task_row(task: TaskIdentity) -> dict[str, Any]:
-    """What the file says of the task; wordings that are not known are left out."""
+    """The keys of the task; wordings that are not known are left out."""
     row = {"name": task.name, "hash": task.hash}
     return {**row, "instructions": list(task.instructions)} if task.instructions else row
 
 
 def _latent_row(latent: PlannedLatent) -> dict[str, Any]:
-    """What the file says of one latent; what was never measured is left out."""
+    """The keys of one latent; what was never measured is left out."""
     row = dataclasses.asdict(latent)
     return {
         key: value
@@ -154,10 +154,10 @@ class _PartRow:
 
 @dataclass(frozen=True, kw_only=True)
 class _NamedPartRow(_PartRow):
-    """A part of several."""
+    """The keys of a part in a plan of several."""
 
     tensors: str
-    """What the names of its tensors begin with."""
+    """The prefix of the names of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class _Schema2(_About):
 
 @dataclass(frozen=True)
 class _PartTensors:
-    """The tensors of a part, the latents they are of, and those of its gate."""
+    """The tensors of a part, and the numbers of its latents and of its gate's."""
 
     tensors: Mapping[str, Tensor]
     ids: list[int]
@@ -231,13 +231,13 @@ def _part_from(row: _PartRow, own: _PartTensors) -> PlanPart:
         )
     picked = [places[latent.id] for latent in row.latents]
     tensors: dict[str, Any] = {
-        # The latents are the last axis of all but the directions.
+        # Latents are the first axis of `directions` and the last one of all other tensors.
         name: tensor[picked] if name == "directions" else tensor[..., picked]
         for name, tensor in own.tensors.items()
         if not name.startswith("gate_")
     }
     gate = row.gate or ""
-    # A gate that was changed by hand leaves its columns behind; the SAE is read instead.
+    # Columns of a gate that was edited by hand belong to other latents: the SAE is read instead.
     if gate and own.gate_ids and parse_gate(gate).ids == tuple(own.gate_ids):
         tensors |= {n: tensor for n, tensor in own.tensors.items() if n.startswith("gate_")}
         tensors["gate_ids"] = tuple(own.gate_ids)
@@ -259,7 +259,7 @@ def _part_from(row: _PartRow, own: _PartTensors) -> PlanPart:
 
 def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
     """The tensors by the name of their part, which is empty for a plan of one part."""
-    # Reading maps the file: own the memory, so that the plan may be written again meanwhile.
+    # Reading maps the file. Copies let the same file be written while the plan is in use.
     tensors = {name: tensor.clone() for name, tensor in files.read_tensors(file).items()}
     found: dict[str, _PartTensors] = {}
     try:
@@ -282,7 +282,7 @@ def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
 
 
 def _is_whole(part: _PartTensors) -> bool:
-    """Whether a part's tensors are known, of floats, and as many as its latents."""
+    """Whether a part's tensors have known names, hold floats, and match the number of latents."""
     rows, n = part.tensors.get("directions"), len(part.ids) if isinstance(part.ids, list) else -1
     return (
         all(
@@ -303,6 +303,6 @@ def _is_whole(part: _PartTensors) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error message, cut where it grows long."""
+    """A value in an error message, cut after 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,8 +1,8 @@
 """How an edit's strength changes while text is generated.
 
-The step of a position is g = max(0, p - (P - 1)): 0 on the prompt up to its last token, whose
-logits give the first new token, then 1, 2, ... It depends on the position alone, so that drafts,
-chunks and cacheless passes weigh a token alike.
+The step of a position p after a prompt of P tokens is g = max(0, p - (P - 1)): 0 up to the last
+prompt token, whose logits give the first new token, then 1, 2, ... It depends on the position
+alone, so that drafts, chunked passes and passes without a cache weight a token alike.
 """
 
 import math
@@ -16,11 +16,12 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError
 
 SCHEDULES = ("constant", "first:N", "linear:N", "decay:OMEGA,K")
+"""The forms that `parse_schedule` accepts."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A parsed `--schedule`; make one with `parse_schedule`."""
+    """A parsed schedule; made by `parse_schedule`."""
 
     kind: str
     """The word before the colon."""
@@ -31,6 +32,7 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
+        """Whether every step has the weight 1."""
         return self.kind == "constant"
 
     def weights(self, steps: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
@@ -49,7 +51,7 @@ class Schedule:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """Parse the value of `--schedule`.
+    """Parse a schedule.
 
     `constant`; `first:N` (full strength for the first N new tokens, then none); `linear:N` (from
     full strength to none over N tokens); `decay:OMEGA,K` with weight (1 + OMEGA g)^-K (arXiv

@@ -1,1 +1,1 @@
-"""Which latents carry an instruction."""
+"""Ranking: which latents carry an instruction."""

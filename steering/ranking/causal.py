@@ -11,7 +11,7 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.evaluation.grading import is_degenerate
 from saesteer.steering.hooking.arrangement import ByRow
-from saesteer.steering.hooking.generation import generate_steered
+from saesteer.steering.hooking.generation import count_batches, generate_steered
 from saesteer.steering.plans.from_sae import make_plan
 from saesteer.steering.plans.plan import Plan, PlannedLatent
 from saesteer.steering.ranking.config import RankConfig
@@ -20,7 +20,7 @@ from saesteer.steering.tasks.task import Task
 
 @dataclass(frozen=True)
 class CausalTrial:
-    """One latent steered at one relative dose; no latent and dose 0 for the unsteered model."""
+    """One latent steered at one relative dose. The unsteered model has latent None and dose 0."""
 
     latent: int | None
     dose: float
@@ -31,6 +31,7 @@ class CausalTrial:
 
     @property
     def rate(self) -> float:
+        """Share of the answers that are successes."""
         return self.successes / self.n
 
 
@@ -57,16 +58,7 @@ def causal_trials(
     settings: list[tuple[int | None, float]] = [(None, 0.0)]
     settings += [(latent, dose) for latent in ids for dose in config.doses]
     plans = [_plan(lm, sae, point, *setting) for setting in settings]
-    total, done = len(settings) * len(sample), 0
-    stage = "rank: steer the shortlist"
-    progress(stage, 0, total, "answers")
-
-    def on_batch(new_tokens: int) -> None:
-        nonlocal done
-        done = min(done + config.batch_size, total)
-        progress(stage, done, total, "answers")
-
-    # All trials of a content lie together: prompts of one length, so no batch pads much.
+    # The trials of a content are neighbours: their prompts have one length, so padding is small.
     rows = [(content, trial) for content in sample for trial in range(len(settings))]
     by_row = [plans[trial] for _, trial in rows]
     texts = generate_steered(
@@ -76,9 +68,9 @@ def causal_trials(
         chat=config.chat,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        # Whether the SAE belongs to the model was asked at the start.
+        # `rank` has checked that the SAE belongs to the model.
         force=True,
-        progress=on_batch,
+        progress=count_batches(progress, "rank: steer the shortlist", len(rows), config.batch_size),
     )
     good, broken = [0] * len(settings), [0] * len(settings)
     for (content, trial), text in zip(rows, texts, strict=True):
@@ -117,7 +109,7 @@ def require_check(task: Task) -> None:
 
 
 def causal_scores(trials: Sequence[CausalTrial]) -> dict[int, float]:
-    """Of each latent: its best success rate over the doses, minus the unsteered model's."""
+    """For each latent, its best success rate over the doses minus the unsteered model's."""
     floor = next(trial.rate for trial in trials if trial.latent is None)
     best: dict[int, float] = {}
     for trial in trials:

@@ -1,8 +1,8 @@
-"""What a ranking finds where there is nothing to find: the same scores with shuffled labels.
+"""A chance baseline for rankings: the same scores with shuffled labels.
 
-Each shuffle draws, within each content, which of its texts count as plain and which as instructed,
-so a latent that follows the content alone scores as before. What is left is chance, and a real
-score has to exceed the best of many latents by chance.
+Each shuffle permutes, within each content, which of its texts count as plain and which as
+instructed, so a latent that depends only on the content scores as before. A real score should
+exceed the best score that any latent reaches with shuffled labels.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from saesteer.steering.ranking.stability import jaccard, top_places
 
 
 @dataclass(frozen=True)
-class Look:
+class Figures:
     """The figures by which a ranking is compared with those of shuffled labels."""
 
     best: float
@@ -31,34 +31,34 @@ class Look:
     """The score of the k-th best latent."""
     best_auroc: float
     discoveries: int
-    """Latents at the false discovery rate asked for, by the test that goes with the score."""
+    """Latents found at the largest false discovery rate, by the test that goes with the score."""
     overlap: float
     """Jaccard index of its top k with that of the real labels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shuffled:
-    """What the real labels give and what shuffled ones do, by a detection score."""
+    """A detection score with the real labels and with shuffled ones."""
 
     by: str
     k: int
-    real: Look
-    looks: tuple[Look, ...]
+    real: Figures
+    per_shuffle: tuple[Figures, ...]
     """One for each shuffle."""
     latents: Ints
     """Numbers of the latents that are ever on, in order."""
     scores: Array
     """Their scores with the real labels."""
     aurocs: Array
-    """Their AUROC likewise. It knows no scale: where a score does, as a mean difference, the best
-    by chance is a latent with large values."""
+    """Their AUROC likewise. AUROC is scale-free; by a score that is not, such as a mean difference,
+    the best latent by chance is one with large values."""
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready: for each figure the real one, and mean and highest of the shuffles."""
-        figures = {}
+        rows = {}
         for name in ("best", "last", "best_auroc", "discoveries", "overlap"):
-            column = [float(getattr(look, name)) for look in self.looks]
-            figures[name] = {
+            column = [float(getattr(one, name)) for one in self.per_shuffle]
+            rows[name] = {
                 "real": float(getattr(self.real, name)),
                 "mean": float(np.mean(column)),
                 "highest": max(column),
@@ -67,24 +67,24 @@ class Shuffled:
             "by": self.by,
             "test": significance_of(self.by),
             "k": self.k,
-            "shuffles": len(self.looks),
-            **figures,
+            "shuffles": len(self.per_shuffle),
+            **rows,
         }
 
     def of(self, latent: int) -> dict[str, float]:
-        """For one latent: its score, the share of shuffles whose best latent scores as much, and
-        what that is as a p-value for all latents at once (max-T: Westfall and Young, 1993); the
-        same p-value of its AUROC.
+        """For one latent: `score`, `reached`, `p` and `auroc_p`; empty where it is never active.
 
-        Empty where the latent is never on.
+        `reached` is the share of shuffles whose best latent has at least its score; `p` is that as
+        a p-value corrected for all latents (max-T: Westfall and Young, 1993); `auroc_p` is the same
+        p-value for its AUROC.
         """
         place = int(np.searchsorted(self.latents, latent))
         if place == len(self.latents) or self.latents[place] != latent:
             return {}
         score, auroc = float(self.scores[place]), float(self.aurocs[place])
-        reached = sum(look.best >= score for look in self.looks)
-        by_auroc = sum(look.best_auroc >= auroc for look in self.looks)
-        total = len(self.looks)
+        reached = sum(one.best >= score for one in self.per_shuffle)
+        by_auroc = sum(one.best_auroc >= auroc for one in self.per_shuffle)
+        total = len(self.per_shuffle)
         return {
             "score": score,
             "reached": reached / total,
@@ -102,27 +102,27 @@ def shuffled(
         return None
     generator = np.random.default_rng(seed)
 
-    def look(one: Texts, real_top: set[int] | None) -> tuple[Look, Detection, set[int]]:
+    def measure(one: Texts, real_top: set[int] | None) -> tuple[Figures, Detection, set[int]]:
         test = significance_of(by)
         found = detect(one, [by, test, "auroc"])
         score = found.scores[by]
         top = top_places(score, k, by)
-        seen = Look(
+        figures = Figures(
             best=float(score.max()),
             last=float(np.sort(score)[-min(k, len(score))]),
             best_auroc=float(found.scores["auroc"].max()),
             discoveries=_discoveries(found.p[test], texts.d_sae, max_fdr),
             overlap=1.0 if real_top is None else jaccard(top, real_top),
         )
-        return seen, found, top
+        return figures, found, top
 
-    real, found, top = look(small, None)
-    looks = tuple(look(relabelled(small, generator), top)[0] for _ in range(shuffles))
-    return Shuffled(by, k, real, looks, latents, found.scores[by], found.scores["auroc"])
+    real, found, top = measure(small, None)
+    per_shuffle = tuple(measure(relabelled(small, generator), top)[0] for _ in range(shuffles))
+    return Shuffled(by, k, real, per_shuffle, latents, found.scores[by], found.scores["auroc"])
 
 
 def relabelled(texts: Texts, generator: np.random.Generator) -> Texts:
-    """The same texts, their labels (kind, wording, success) permuted within each content."""
+    """The same texts with their labels (kind, wording, success) permuted within each content."""
     draw = generator.random(len(texts.content))
     given = np.argsort(texts.content, kind="stable")
     drawn = np.lexsort((draw, texts.content))

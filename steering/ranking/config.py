@@ -1,27 +1,37 @@
-"""What a ranking is asked to do. No torch here: the command line reads these names for its help."""
+"""Settings of a ranking. Imports no torch, because the command line's help reads these names."""
 
 from dataclasses import dataclass
 
 from saesteer.checkpoints.errors import UsageError
 
 READS = ("last", "template", "span", "reply")
-"""last token of the user's text; last prompt token; instruction tokens; the model's own reply."""
+"""Where samples are read: at the last token of the user's text, at the last prompt token, at the
+instruction's tokens, or in the model's own reply."""
 
 DETECTION = (
-    "saif", "rate", "logodds", "mcnemar", "meandiff", "cohen", "welch", "paired-t", "auroc", "mi",
+    "saif",
+    "rate",
+    "logodds",
+    "mcnemar",
+    "meandiff",
+    "cohen",
+    "welch",
+    "paired-t",
+    "auroc",
+    "mi",
     "corr",
-)  # fmt: skip
-"""Scores that say how well a latent tells instructed texts from plain ones."""
+)
+"""Scores of how well a latent distinguishes instructed texts from plain ones."""
 
 OUTPUT = ("lens", "effect", "atp", "output")
-"""Scores that say what writing a latent's direction does to what the model says."""
+"""Scores of what adding a latent's direction does to the model's output."""
 
 SCORES = (*DETECTION, *OUTPUT, "fused", "causal")
-"""Everything a ranking can go by."""
+"""All scores that latents can be ranked by."""
 
 FILTERS = ("dense", "template", "duplicate", "fdr")
-"""What may be dropped: on almost everywhere; on at the template and attention sinks; nearly the
-same direction as a better latent; not told from chance."""
+"""Filters on latents: active almost everywhere; active at the template and attention sinks; nearly
+the direction of a better latent; not distinguishable from chance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,26 +47,26 @@ class RankConfig:
     pool: str = "max"
     """`max` or `mean` over the tokens of a span."""
     drop: tuple[str, ...] = ()
-    """Filters that take latents out of the ranking: some of `FILTERS`. What the others would take
-    out is reported all the same."""
+    """Filters that remove latents from the ranking: some of `FILTERS`. What the others would remove
+    is reported."""
     max_fdr: float = 0.05
-    """Largest false discovery rate (Benjamini-Hochberg) that the filter `fdr` lets pass."""
+    """Largest false discovery rate (Benjamini-Hochberg) that the filter `fdr` keeps."""
     shuffles: int = 20
-    """Times that the texts are scored with shuffled labels, to show what chance finds."""
+    """How often the texts are scored with shuffled labels, as a chance baseline."""
     contents: int = 48
     """Contents of the train split to use."""
     reply_variants: int = 2
-    """Wordings that the model answers when replies are read; every selection wording otherwise."""
+    """Wordings that the model answers when replies are read; other reads use all of them."""
     all_replies: bool = False
-    """Count instructed replies that fail the task's check too."""
+    """Also use instructed replies that fail the task's check."""
     effect_contents: int = 16
-    """Contents whose answers the gradients of `effect` and `atp` are taken on."""
+    """Contents on whose answers the gradients of `effect` and `atp` are taken."""
     candidates: int = 100
-    """Latents that `output` tries, the best by the scores before it."""
+    """Latents that `output` is measured for: the best by the scores computed before."""
     shortlist: int = 20
     """Latents that `causal` steers with, the best by `fused`."""
     causal_contents: int = 8
-    """Train contents that `causal` steers."""
+    """Train contents that are answered for `causal`."""
     doses: tuple[float, ...] = (0.3, 0.6)
     """Relative doses ||delta|| / ||h|| that `causal` tries, the same for every latent."""
     max_new_tokens: int = 40
@@ -106,19 +116,20 @@ class RankConfig:
 
     @property
     def resolved_by(self) -> str:
+        """The score that latents are ranked by: `by`, or its default."""
         return self.by or self.base
 
     @property
     def base(self) -> str:
-        """The detection score of this way of reading, where another score needs one as its base."""
+        """The default detection score for this `read`; other scores build on it."""
         return "rate" if self.read == "reply" else "saif"
 
     @property
     def detection(self) -> str:
-        """The detection score that stability is measured on: `by` itself where it is one.
+        """The detection score that stability and chance are measured with: `by` where it is one.
 
-        A reply of forty tokens fires almost any latent once, so the mean difference of replies
-        stands for the firing rate there.
+        In a reply of forty tokens almost every latent is active once, so the mean difference of
+        replies replaces the firing rate there.
         """
         found = self.resolved_by if self.resolved_by in DETECTION else self.base
         return "meandiff" if self.read == "reply" and found == "rate" else found

@@ -27,13 +27,13 @@ LARGEST = 1e9
 
 
 def _sums(places: Ints, weights: Array | None, length: int) -> Array:
-    """For each of `length` places, the sum of the weights there, or how often it comes."""
+    """For each index below `length`, the sum of its weights in `places`, or its count."""
     return np.bincount(places, weights, minlength=length).astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Pooled latent activations of texts, sparse, and what each text is.
+    """Pooled latent activations of texts, stored sparsely, and the labels of each text.
 
     `latent`, `text` and `value` `[entries]` hold the activations above 0, sorted by latent; the
     other arrays are `[texts]`.
@@ -44,16 +44,16 @@ class Texts:
     text: Ints
     value: Array
     positive: Bools
-    """With the instruction."""
+    """Whether the text has the instruction."""
     content: Ints
     variant: Ints
-    """Which wording; `NO_VARIANT` without the instruction."""
+    """The number of its wording; `NO_VARIANT` without the instruction."""
     success: Bools
-    """What `corr` correlates with: the reply passes the check; where prompts are read, the
-    instruction is there."""
+    """What `corr` correlates with: whether the reply passes the check or, where prompts are read,
+    whether the text has the instruction."""
 
     def select(self, chosen: Bools) -> "Texts":
-        """Some of the texts."""
+        """The chosen texts."""
         kept = chosen[self.text]
         places = np.cumsum(chosen) - 1
         return replace(
@@ -68,12 +68,12 @@ class Texts:
         )
 
     def compact(self) -> tuple["Texts", Ints]:
-        """The same texts with only the latents that are ever on, and the numbers of those."""
+        """The same texts with only the latents that are ever active, and the latents' numbers."""
         ids, places = np.unique(self.latent, return_inverse=True)
         return replace(self, d_sae=len(ids), latent=places.astype(np.int64)), ids
 
     def total(self, weights: Array | None = None, chosen: Bools | None = None) -> Array:
-        """For each latent, the sum of `weights` over its entries (or how many there are)."""
+        """For each latent, the sum of `weights` over its chosen entries, or their number."""
         latent = self.latent if chosen is None else self.latent[chosen]
         if weights is not None and chosen is not None:
             weights = weights[chosen]
@@ -81,6 +81,7 @@ class Texts:
 
     @cached_property
     def pairs(self) -> "Pairs":
+        """The instructed texts, each with the plain text of its content."""
         return Pairs.of(self)
 
 
@@ -109,6 +110,7 @@ class TextsBuilder:
         return acts
 
     def build(self) -> Texts:
+        """All texts added so far, with entries sorted by latent."""
         counts = [len(ids) for ids in self._latents]
         latent = np.concatenate([np.zeros(0, np.int64), *self._latents])
         value = np.concatenate([np.zeros(0), *self._values])
@@ -129,9 +131,10 @@ class TextsBuilder:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Entries of pairs: each instructed text with the plain text of the same content.
+    """Each instructed text paired with the plain text of the same content, stored sparsely.
 
-    `latent`, `pair`, `instructed` and `plain` `[entries]` are there where either is above 0.
+    `latent`, `pair`, `instructed` and `plain` `[entries]` have an entry where a latent is active in
+    either text of a pair; the last two are its activations there.
     """
 
     d_sae: int
@@ -150,7 +153,7 @@ class Pairs:
         plain_of = {int(c): t for t, c in enumerate(texts.content) if not texts.positive[t]}
         chosen = [t for t in np.flatnonzero(texts.positive) if int(texts.content[t]) in plain_of]
         sides = np.array([[t, plain_of[int(texts.content[t])]] for t in chosen]).reshape(-1, 2)
-        # Entries of each text lie together once sorted by text.
+        # Sorted by text, so that the entries of each text are consecutive.
         order = np.argsort(texts.text, kind="stable")
         ends = np.concatenate(
             [[0], np.cumsum(np.bincount(texts.text, minlength=len(texts.content)))]
@@ -181,16 +184,17 @@ class Pairs:
         )
 
     def count(self, chosen: Bools) -> Array:
-        """How many pairs of each latent are chosen (one choice for each entry)."""
+        """For each latent, the number of its chosen entries."""
         return _sums(self.latent[chosen], None, self.d_sae)
 
     @cached_property
     def on_off(self) -> Array:
-        """Pairs where the latent is on with the instruction and off without."""
+        """For each latent, the pairs where it is active only with the instruction."""
         return self.count((self.instructed > 0) & ~(self.plain > 0))
 
     @cached_property
     def off_on(self) -> Array:
+        """For each latent, the pairs where it is active only without the instruction."""
         return self.count(~(self.instructed > 0) & (self.plain > 0))
 
     def on_off_of(self, variant: int) -> tuple[Array, int]:
@@ -201,9 +205,10 @@ class Pairs:
 
     @cached_property
     def by_content(self) -> tuple[Ints, Ints, Array, int]:
-        """Mean difference of each content over its wordings: latent, content, value, and how many.
+        """Mean difference of each content over its wordings: latents, contents, values `[entries]`,
+        and the number of contents.
 
-        Wordings of one content are no independent samples; contents are.
+        Wordings of one content are not independent samples; contents are.
         """
         contents, place, wordings = np.unique(self.content, return_inverse=True, return_counts=True)
         n = len(contents)
@@ -216,7 +221,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, firing, mean and unbiased variance of each latent over some texts."""
+    """Over `n` texts and for each latent: active texts, mean and unbiased variance."""
 
     n: int
     on: Array
@@ -228,7 +233,7 @@ class Moments:
         mine, n = chosen[texts.text], int(chosen.sum())
         on = texts.total(chosen=mine)
         mean = texts.total(texts.value, mine) / max(n, 1)
-        # Around the mean, not from sums of squares: nothing cancels.
+        # Deviations from the mean and not sums of squares, which would lose digits.
         squares = texts.total(np.square(texts.value - mean[texts.latent]), mine)
         return Moments(n, on, mean, (squares + (n - on) * np.square(mean)) / max(n - 1, 1))
 
@@ -247,7 +252,7 @@ TEST_OF = {
     "cohen": "welch",
     **{name: name for name in ("logodds", "mcnemar", "welch", "paired-t", "auroc", "mi", "corr")},
 }
-"""The test whose p-value goes with a score; paired-t, whose unit is the content, otherwise."""
+"""The test whose p-value goes with a score. For all others: paired-t, whose unit is the content."""
 
 
 def significance_of(by: str) -> str:
@@ -256,7 +261,7 @@ def significance_of(by: str) -> str:
 
 
 NEUTRAL = {"auroc": 0.5}
-"""The score that says nothing, where that is not 0: latents at or below it are never chosen."""
+"""The neutral value of a score where that is not 0. Latents at or below it are never chosen."""
 
 
 def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
@@ -287,7 +292,7 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
         scores["saif"] = b / max(pairs.n, 1)
         scores["mcnemar"] = np.sign(b - c) * np.square(b - c) / np.maximum(b + c, 1)
         p["mcnemar"] = mcnemar(b, c)
-    # Whole numbers, divided once: latents that tie have the very same score.
+    # Integers, divided once at the end: tied latents get exactly the same score.
     crossed = positive.on * negative.n - negative.on * positive.n
     scores["rate"] = crossed / max(positive.n * negative.n, 1)
     scores["meandiff"] = difference
@@ -306,7 +311,7 @@ def detect(texts: Texts, only: Sequence[str] | None = None) -> Detection:
         scores["logodds"] = np.log(n11 * n00 / (n10 * n01))
         spread = np.sqrt(1 / n11 + 1 / n00 + 1 / n10 + 1 / n01)
         p["logodds"] = _normal_two_sided(scores["logodds"] / spread)
-        # Equal rates of unequal classes leave a rest of the 1/2: not a sign of anything.
+        # With classes of unequal size the added 1/2 gives equal rates a score that is not 0.
         scores["logodds"] = np.where(crossed == 0, 0.0, scores["logodds"])
     if "mi" in wanted:
         information = _mutual_information(positive, negative)
@@ -334,7 +339,7 @@ def mcnemar(on_off: Array, off_on: Array) -> Array:
 
 
 def _normal_two_sided(z: Array) -> Array:
-    """P(|Z| >= |z|) of a standard normal: P(X >= z^2) of chi-squared with one degree of freedom."""
+    """P(|Z| >= |z|) of a standard normal; also P(X >= z^2) of chi-squared with one degree."""
     from scipy import special
 
     found: Array = 2 * special.ndtr(-np.abs(z))

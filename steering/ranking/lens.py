@@ -1,4 +1,4 @@
-"""The logit lens: what a direction in the residual stream says through the unembedding."""
+"""The logit lens: the tokens whose logits a direction of the residual stream raises."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def lens_ids(lm: LanguageModel, directions: Float[Tensor, "n d_model"], k: int) 
     """Ids of the k tokens that each direction raises most, best first."""
     with torch.inference_mode():
         logits = lm.unembed(normed(lm, directions))
-        # Padded vocabularies have rows behind the last token; nothing ever trained those.
+        # Padded vocabularies have untrained rows after the last token.
         logits = logits[:, : len(lm.tokenizer)].float()
         found: list[list[int]] = logits.topk(k).indices.tolist()
     return found
@@ -31,7 +31,7 @@ def normed(lm: LanguageModel, directions: Float[Tensor, "n d_model"]) -> Tensor:
     """Directions through the final norm, as the unembedding sees them."""
     weight = next(lm.unembed.parameters())
     d = directions.to(weight.device, weight.dtype)
-    # Length matters to a norm's epsilon only; a typical residual length keeps that negligible.
+    # The length only matters relative to the norm's epsilon, negligible at sqrt(d_model).
     lengths = d.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
     factor: Tensor = math.sqrt(d.shape[-1]) / lengths
     d = d * factor.to(d.dtype)
@@ -47,12 +47,11 @@ def lens_scores(
     texts: Sequence[str],
     controls: Sequence[str],
 ) -> Float[Tensor, " d_sae"]:
-    """How much each direction speaks of `texts`: mean logit over their tokens, minus the controls'.
+    """How much each direction raises the tokens of `texts`: mean logit minus that of `controls`.
 
-    Each token counts once, and one that is in both counts in neither. The mean over tokens is
-    taken of the unembedding first, so that all latents cost one product.
-
-    Returns zeros when the texts hold no token that the controls lack.
+    Each distinct token counts once; tokens in both count in neither. The unembedding is averaged
+    over the tokens first, so that all latents cost one product. Returns zeros when either has no
+    token that the other lacks.
     """
 
     def ids(strings: Sequence[str]) -> set[int]:
@@ -68,7 +67,7 @@ def lens_scores(
     with torch.inference_mode():
         weight = next(head.parameters()).float()
         axis = weight[sorted(ours)].mean(dim=0) - weight[sorted(theirs)].mean(dim=0)
-        # A bias of the head is the same for every direction, and no direction's doing.
+        # A bias of the head is the same for every direction and is left out.
         for first in range(0, len(directions), _ROWS_AT_ONCE):
             part = normed(lm, directions[first : first + _ROWS_AT_ONCE]).float()
             scores[first : first + len(part)] = (part @ axis).double().cpu()

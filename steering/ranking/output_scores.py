@@ -1,7 +1,7 @@
-"""Output-side scores: what writing a latent's direction does to what the model says next.
+"""Output scores: what adding a latent's direction does to the model's output.
 
-A detector of an instruction is often not what carries it out (AxBench, arXiv 2501.17148; Arad et
-al., arXiv 2505.20063), so these look at the other end of the model.
+A latent that detects an instruction is often not one that makes the model follow it (AxBench, arXiv
+2501.17148; Arad et al., arXiv 2505.20063), so these scores measure the effect on the output.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _SEQUENCES_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two answers to one content: the model's own with the instruction, and without it."""
+    """Two answers to one content, as token ids: given with the instruction, and without it."""
 
     content: int
     prompt: list[int]
@@ -39,55 +39,23 @@ class Contrast:
     plain: list[int]
 
 
-def contrast_metric(
-    lm: LanguageModel,
-    point: HookPoint,
-    contrasts: Sequence[Contrast],
-    added: Float[Tensor, " d_model"] | None = None,
-) -> Float[Tensor, " n"]:
-    """m of each contrast: mean log-probability per token of `followed`, minus that of `plain`.
-
-    Both come after the content alone. `added` is added to the residual at every steered position:
-    from the last prompt token to the end.
-    """
-    found = torch.zeros(len(contrasts), dtype=torch.float64)
-    with torch.no_grad():
-        for row, value, _ in _scored(lm, point, contrasts, added):
-            found[row] += float(value)
-    return found
-
-
 def contrast_gradients(
     lm: LanguageModel, point: HookPoint, contrasts: Sequence[Contrast]
 ) -> Float[Tensor, "n d_model"]:
     """Sum over steered positions t of dm / dh_t for each contrast, in float32 on the CPU.
 
-    `d_j . g` is the first-order change in m, in nats per token, for each unit of residual length
-    that latent j's direction adds at every steered position; the latent need not be active.
+    m is the mean log-probability per token of `followed` minus that of `plain`, each after the
+    content alone. Steered positions are those from the last prompt token to the end. `d_j . g` is
+    the first-order change in m, in nats per token, for each unit of residual length that latent j's
+    direction adds at every steered position; the latent need not be active.
     """
     found = torch.zeros(len(contrasts), lm.d_model)
-    for row, _, gradient in _scored(lm, point, contrasts, None, gradients=True):
-        assert gradient is not None
-        found[row] += gradient
-    return found
-
-
-def _scored(
-    lm: LanguageModel,
-    point: HookPoint,
-    contrasts: Sequence[Contrast],
-    added: Tensor | None,
-    *,
-    gradients: bool = False,
-) -> list[tuple[int, Tensor, Tensor | None]]:
-    """Each contrast's number twice, with each answer's share of m and of its gradient."""
     rows = [
         (i, sign, contrast.prompt, answer)
         for i, contrast in enumerate(contrasts)
         for sign, answer in ((1.0, contrast.followed), (-1.0, contrast.plain))
     ]
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))
-    found: list[tuple[int, Tensor, Tensor | None]] = []
     for first in range(0, len(rows), _SEQUENCES_AT_ONCE):
         batch = rows[first : first + _SEQUENCES_AT_ONCE]
         ids, mask = pad_right(lm, [prompt + answer for _, _, prompt, answer in batch])
@@ -97,17 +65,11 @@ def _scored(
         steered = steered.to(ids.device)
         delta: list[Tensor] = []
 
-        def edit(
-            h: Tensor, steered: Tensor = steered, delta: list[Tensor] = delta
-        ) -> Tensor | None:
-            if gradients:
-                delta.append(torch.zeros_like(h, requires_grad=True))
-                return h + delta[0]
-            if added is None:
-                return None
-            return h + steered[..., None] * added.to(h.device, h.dtype)
+        def edit(h: Tensor, delta: list[Tensor] = delta) -> Tensor:
+            delta.append(torch.zeros_like(h, requires_grad=True))
+            return h + delta[0]
 
-        with torch.set_grad_enabled(gradients), hooked(point, edit):
+        with torch.enable_grad(), hooked(point, edit):
             out = lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
             values = []
             for place, (_, sign, prompt, answer) in enumerate(batch):
@@ -116,17 +78,15 @@ def _scored(
                 chosen = ids[place, len(prompt) : len(prompt) + len(answer)]
                 logp = logits.log_softmax(dim=-1).gather(1, chosen[:, None])
                 values.append(sign * logp.mean())
-            slope = None
-            if gradients:
-                (slope,) = torch.autograd.grad(torch.stack(values).sum(), delta[0])
-                slope = (slope.float() * steered[..., None]).sum(dim=1).cpu()
-        for place, (i, *_) in enumerate(batch):
-            found.append((i, values[place].detach().cpu(), None if slope is None else slope[place]))
+            (slopes,) = torch.autograd.grad(torch.stack(values).sum(), delta[0])
+        slopes = (slopes.float() * steered[..., None]).sum(dim=1).cpu()
+        for (i, *_), slope in zip(batch, slopes, strict=True):
+            found[i] += slope
     return found
 
 
 def unit_steps(sae: SAE, ids: Sequence[int] | None = None) -> Float[Tensor, "n d_model"]:
-    """What one unit of a latent's activation adds to the reconstruction: its decoder row."""
+    """What one unit of activation of each latent adds to the reconstruction: its decoder row."""
     rows = sae.W_dec if ids is None else sae.W_dec[list(ids)]
     if sae.spec.rescale_acts_by_decoder_norm:
         return torch.nn.functional.normalize(rows, dim=-1)
@@ -200,7 +160,7 @@ def output_scores(
 
         def edit(h: Tensor, steps: Tensor = steps) -> Tensor:
             new = h.clone()
-            # A row more than there are latents: the last one stays as it is.
+            # The batch has one row more than latents: the last row is not edited.
             new[:-1, -1] += (strength * highest * steps).to(h.device, h.dtype)
             return new
 

@@ -1,4 +1,4 @@
-"""Which latents carry an instruction: the call, and how its columns are made."""
+"""`rank` scores every latent for an instruction; `plan_from_ranking` makes a plan of the best."""
 
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,16 @@ def rank(
     count replies, each by its mean over those positions. Only instructed replies that pass the
     task's check count, except in `corr`.
 
-    Attention sinks are left out everywhere. A text that is read at sinks alone is no sample, and
-    neither is the other one of its pair: a content that is in no pair any more counts nowhere.
+    Attention sinks are left out everywhere. A text that would be read only at sinks is left out
+    with the other text of its pair, and a content without any pair left is not used at all.
 
     Args:
         model: a name, folder or `.gguf` file, or a loaded `LanguageModel`.
         sae: a folder or `RELEASE:ID`, or a loaded `SAE`.
         task: a built-in name, a `task.yaml`, or a `Task`. Its dev and test contents and its
             evaluation wordings are never read.
-        layer: where the SAE does not say what it reads; `site` likewise.
-        force: let an SAE of other weights pass.
+        layer, site: what the SAE reads; needed where the SAE does not say.
+        force: accept an SAE that was trained on other weights.
 
     Raises:
         UserError: SAE and model do not fit, the task has no train contents, no reply passes, only
@@ -115,7 +115,7 @@ def rank(
 
 
 class _Ranker:
-    """Makes the columns of a ranking, the expensive ones only when they are asked for."""
+    """Computes the scores of a ranking, one column each; expensive ones only when needed."""
 
     def __init__(
         self, reader: LatentReader, task: Task, contents: list[str], samples: Samples
@@ -131,7 +131,7 @@ class _Ranker:
         if success is not None:
             self.columns["corr"] = to_tensor(success.scores["corr"])
             self.p["corr"] = to_tensor(success.p["corr"])
-        # Counted over positions where there are many in a sample.
+        # With replies these two count positions, of which a sample has many.
         self.columns["rate"] = samples.rate_difference
         self.columns["meandiff"] = samples.mean_difference
         if self.config.read == "reply":
@@ -140,17 +140,18 @@ class _Ranker:
         p = self.p[significance_of(self.config.resolved_by)]
         self.p_chosen, self.q = p, to_tensor(stats.false_discovery_control(p.numpy()))
         self.filters = filter_masks(reader.control, self.q, self.config.max_fdr)
-        if self.config.read == "template":  # which is where this ranking looks
+        if self.config.read == "template":  # latents active at the template are wanted here
             self.filters["template"] = torch.zeros_like(self.filters["template"])
         self.trials: tuple[CausalTrial, ...] = ()
 
     def ranking(self) -> Ranking:
+        """All columns, statistics, filters and baselines."""
         config, samples, by = self.config, self.samples, self.config.resolved_by
         if by not in self.columns:
             self._output_side(by)
         score = self.columns[by]
-        gone = masked_out(self.filters, config.drop)
-        masked = score if gone is None else score.masked_fill(gone, -torch.inf)
+        dropped = masked_out(self.filters, config.drop)
+        masked = score if dropped is None else score.masked_fill(dropped, -torch.inf)
         leaders = best_first(masked, self.mu)[:LEADERS].tolist()
         leaders = [i for i in leaders if masked[i] > NEUTRAL.get(by, 0.0)]
         texts = samples.for_score(config.detection)
@@ -193,7 +194,7 @@ class _Ranker:
         )
 
     def _output_side(self, by: str) -> None:
-        """Add the column `by`, and those that it is made of."""
+        """Add the column `by`, which is not a detection score, and those that it is made of."""
         lm, sae = self.reader.lm, self.reader.sae
         wordings = [variant.text for variant in self.task.select_variants]
         self.columns["lens"] = lens_scores(lm, sae.W_dec, wordings, self.contents)
@@ -219,10 +220,10 @@ class _Ranker:
         return fuse({name: self.columns[name] for name in names}, self.mu)
 
     def _for_some(self, score: Tensor, count: int, measure: Any) -> Tensor:
-        """A column measured for the best `count` latents by another, NaN for the rest."""
-        gone = masked_out(self.filters, self.config.drop)
-        if gone is not None:
-            score = score.masked_fill(gone, -torch.inf)
+        """A column that is measured for the best `count` latents by `score`; NaN for the others."""
+        dropped = masked_out(self.filters, self.config.drop)
+        if dropped is not None:
+            score = score.masked_fill(dropped, -torch.inf)
         ids = best_first(score, self.mu)[:count]
         ids = ids[score[ids] > 0]
         column = torch.full_like(score, torch.nan)
@@ -266,7 +267,11 @@ def plan_from_ranking(
     beta: float = 0.0,
     scope: str = "generation",
 ) -> Plan:
-    """A steering plan of the best `top` latents, with their statistics and lens tokens."""
+    """A steering plan of the best `top` latents, with their statistics and lens tokens.
+
+    Raises UsageError for `top` below 1 and what `make_plan` raises, UserError when no latent scores
+    above neutral.
+    """
     if top < 1:
         raise UsageError(f"`top` must be at least 1, got {top}")
     latents = [

@@ -1,4 +1,4 @@
-"""A ranking on disk: the plan, `ranking.json`, and every score of every latent."""
+"""A ranking as a document, and on disk: plan, `ranking.json` and all scores of all latents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ def ranking_document(
     plan: Plan,
     explain: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """What a ranking found, JSON-ready: the latents of its plan, and what was tested.
+    """A ranking, JSON-ready: settings, tests and filters, and the latents of its plan.
 
     Args:
         plan: made from the ranking by `plan_from_ranking`.
-        explain: latents of which all that is known is added under `explain`; with none named, those
-            of the plan.
+        explain: latents about which everything known is added under `explain`; those of the plan
+            when empty; no such key when None.
     """
     config = ranking.config
     lens = {latent.id: list(latent.lens) for latent in plan.latents}
@@ -54,7 +54,7 @@ def ranking_document(
         "stability": ranking.stability.summary(),
         "overlap": ranking.overlap(),
         "shuffled": None if ranking.shuffled is None else ranking.shuffled.summary(),
-        # How the unsteered model did on the contents that the shortlist was steered on.
+        # The unsteered model on the contents that `causal` steers on.
         "unsteered": plain and {"successes": plain.successes, "n": plain.n},
         "contents_used": [
             min(config.contents, len(ranking.task.contents["train"])),
@@ -85,8 +85,8 @@ def save_ranking(
 ) -> dict[str, Any]:
     """Write a plan, the `ranking.json` that explains it, and `scores.safetensors`.
 
-    The last holds every column of the ranking, `[d_sae]` each: all scores that were computed, p and
-    q, mu and sigma, and how often each latent is on elsewhere.
+    The last holds every column of the ranking, each `[d_sae]`: all scores that were computed, p, q,
+    mu, sigma, and the rates at which each latent is active elsewhere.
 
     Returns:
         What `ranking.json` holds: `ranking_document`, with the path of the plan.

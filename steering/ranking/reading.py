@@ -1,4 +1,4 @@
-"""Reading for a ranking: texts in, latent activations at the chosen positions out."""
+"""Latent activations of texts and replies at the positions that a ranking reads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.hooks import HookPoint
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+from saesteer.steering.hooking.generation import count_batches
 from saesteer.steering.ranking.config import RankConfig
 from saesteer.steering.tasks.task import Placement, compose
 
@@ -24,7 +25,7 @@ _ACTS_AT_ONCE = 2**24
 
 @dataclass
 class ActiveMoments:
-    """Sums over the samples of one class, `[d_sae]` each, in float64."""
+    """Statistics of latents over the samples of one class; each tensor is `[d_sae]`, in float64."""
 
     d_sae: int
     count: int = 0
@@ -39,7 +40,7 @@ class ActiveMoments:
         )
 
     def add(self, acts: Float[Tensor, "samples d_sae"]) -> None:
-        """Add samples; activations are never negative, so sums over all are sums over active."""
+        """Add samples. Activations are never negative, so sums over all are sums over active."""
         wide = acts.double().cpu()
         self.count += len(wide)
         self.on += (wide > 0).sum(dim=0)
@@ -50,27 +51,31 @@ class ActiveMoments:
 
     @property
     def rate(self) -> Tensor:
+        """Share of the samples where the latent is active."""
         return self.on / max(self.count, 1)
 
     @property
     def mean(self) -> Tensor:
+        """Mean over all samples."""
         return self.total / max(self.count, 1)
 
     @property
     def active_mean(self) -> Tensor:
+        """Mean over the samples where the latent is active (mu)."""
         return self.total / self.on.clamp_min(1)
 
     @property
     def active_std(self) -> Tensor:
+        """Standard deviation over the same samples (sigma)."""
         variance = self.squares / self.on.clamp_min(1) - self.active_mean.square()
         return variance.clamp_min(0).sqrt()
 
 
 @dataclass
 class ControlRates:
-    """How often each latent fires on plain texts: within them, and at what surrounds them.
+    """How often each latent is active at the tokens of plain texts, and at the others around them.
 
-    What surrounds a text is position 0, the chat template's tokens and attention sinks.
+    The others are position 0, the chat template's tokens and attention sinks.
     """
 
     d_sae: int
@@ -85,7 +90,7 @@ class ControlRates:
         )
 
     def add(self, on: Bool[Tensor, "tokens d_sae"], other: Bool[Tensor, " tokens"]) -> None:
-        """Count tokens; `other` marks those that are no part of the text."""
+        """Count tokens; `other` marks those that do not belong to the text."""
         self.text_tokens += int((~other).sum())
         self.other_tokens += int(other.sum())
         self.text_on += on[~other].sum(dim=0).double().cpu()
@@ -100,19 +105,6 @@ class ControlRates:
     def other(self) -> Tensor:
         """Firing rate at the template, position 0 and attention sinks."""
         return self.other_on / max(self.other_tokens, 1)
-
-
-def counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:
-    """Start a stage; the function returned adds to how far it has come, up to the total."""
-    reached = 0
-    progress(stage, 0, total, unit)
-
-    def add(count: int) -> None:
-        nonlocal reached
-        reached = min(reached + count, total)
-        progress(stage, reached, total, unit)
-
-    return add
 
 
 class LatentReader:
@@ -132,7 +124,7 @@ class LatentReader:
         self.config = config
         self.progress = progress
         self.sinks = 0
-        """Attention sinks left out of what samples are read at."""
+        """Positions that would have been read and were left out as attention sinks."""
         self.control = ControlRates(sae.spec.d_sae)
         self.chat = lm.has_chat_template if config.chat is None else config.chat
         self._residuals = PromptReader(
@@ -140,18 +132,19 @@ class LatentReader:
         )
 
     def instructed(self, content: str, wording: str) -> str:
-        """A positive sample."""
+        """A content with a wording of the instruction: the text of a positive sample."""
         return compose(content, wording, cast(Placement, self.config.position))
 
     def encode(self, text: str) -> EncodedPrompt:
+        """A text as a prompt, through the chat template where `chat` is on."""
         return encode_prompt(self.lm, text, chat=self.chat)
 
     def residuals(
         self, texts: Sequence[Sequence[int]], count: Callable[[int], None]
     ) -> Iterator[tuple[int, Float[Tensor, "tokens d_model"], Bool[Tensor, " tokens"]]]:
-        """For each text: its number, its residuals, and which rows are no attention sinks.
+        """For each text, in any order: its number, its residuals, and which are no attention sinks.
 
-        `count` is called with the number of texts of each batch when it has been used up.
+        `count` is called after each batch with its number of texts.
         """
         for read in self._residuals.read(texts, count):
             yield read.number, read.rows[self.point.key], read.keep
@@ -180,7 +173,7 @@ class LatentReader:
         keep: Bool[Tensor, " tokens"],
         prompt: EncodedPrompt,
     ) -> None:
-        """Count where latents fire in a plain text (`z` may go on behind the prompt: its reply)."""
+        """Count where latents are active in a plain text; `z` may continue with its reply."""
         other = ~keep
         other[: len(prompt)] |= prompt.template_mask
         other[0] = True
@@ -193,9 +186,9 @@ class LatentReader:
 def read_texts(
     reader: LatentReader, texts: list[str], instruction: str | None, count: Callable[[int], None]
 ) -> Iterator[tuple[int, Float[Tensor, " d_sae"] | None]]:
-    """Latents of each text, pooled at the read position, with the text's number; in any order.
+    """The number of each text and its latents, pooled over the positions read; in any order.
 
-    Attention sinks are left out of what is pooled; a text with nothing left gives None.
+    Attention sinks are not pooled; a text with no other position gives None.
     """
     config = reader.config
     prompts = [reader.encode(text) for text in texts]
@@ -216,7 +209,7 @@ def _span(prompt: EncodedPrompt, instruction: str | None, config: RankConfig) ->
     if config.read == "last" or instruction is None:
         return last - 1, last
     length = len(instruction.strip())
-    # By its place and not by search: a content may hold the words of the instruction too.
+    # By position and not by search, because a content may hold the same words.
     start = 0 if config.position == "pre" else len(prompt.text) - length
     return prompt.token_span(start, start + length)
 
@@ -227,7 +220,6 @@ def answers(
     """The model's replies to texts, in order."""
     config = reader.config
     prompts = [reader.encode(text) for text in texts]
-    count = counter(reader.progress, stage, len(texts), "replies")
     replies = generate(
         reader.lm,
         prompts,
@@ -236,6 +228,8 @@ def answers(
         top_p=config.top_p,
         seed=config.seed,
         batch_size=config.batch_size,
-        progress=lambda new_tokens: count(config.batch_size),
+        progress=count_batches(
+            reader.progress, stage, len(texts), config.batch_size, unit="replies"
+        ),
     )
     return list(zip(prompts, replies, strict=True))

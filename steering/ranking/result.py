@@ -1,4 +1,4 @@
-"""What a ranking found: scores of every latent, what speaks against some, and the best of them."""
+"""The result of a ranking: scores and statistics of every latent, filters, and the best ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,32 +51,31 @@ class Ranking:
     q: Float[Tensor, " d_sae"]
     """The same, adjusted for all latents at once (Benjamini-Hochberg)."""
     filters: Mapping[str, Tensor]
-    """Which latents `dense`, `template` and `fdr` take out, or would."""
+    """Masks `[d_sae]` of the latents that `dense`, `template` and `fdr` remove, or would."""
     control_rate: Float[Tensor, " d_sae"]
     """Share of plain texts' tokens where the latent is on."""
     template_rate: Float[Tensor, " d_sae"]
     """The same at the template, position 0 and attention sinks."""
     duplicate_of: Mapping[int, int]
-    """Of the best latents, those whose direction a better one has already; and that one."""
+    """Among the best latents: those with nearly the direction of a better one, and that one."""
     stability: Stability
     shuffled: Shuffled | None = None
-    """The detection score with shuffled labels; None when that was not asked for."""
+    """The chance baseline; None when it was not asked for."""
     trials: tuple[CausalTrial, ...] = ()
-    """What `by="causal"` steered with."""
+    """The trials of `by="causal"`."""
     replies_used: tuple[int, int] | None = None
-    """Instructed replies that passed the check, and all of them."""
+    """Number of instructed replies that are used, and of all of them."""
     excluded: dict[str, int] = field(default_factory=lambda: {"sinks": 0})
     """Positions that would have been read and were left out, by reason."""
 
     def top(self, k: int) -> list[int]:
-        """The best k latents that no filter in `config.drop` takes out: by score, ties by mu, then
-        by number.
+        """The best k latents that no filter in `config.drop` removes: by score, mu, then number.
 
-        Raises UserError when no latent scores above neutral (zero; 1/2 for auroc).
+        Raises UserError when none scores above neutral (0; 1/2 for auroc).
         """
         neutral = NEUTRAL.get(self.config.resolved_by, 0.0)
-        gone = masked_out(self.filters, self.config.drop)
-        score = self.score if gone is None else self.score.masked_fill(gone, -torch.inf)
+        dropped = masked_out(self.filters, self.config.drop)
+        score = self.score if dropped is None else self.score.masked_fill(dropped, -torch.inf)
         skipped = self.duplicate_of if "duplicate" in self.config.drop else {}
         order = best_first(score, self.mu)[: k + len(skipped)].tolist()
         ids = [i for i in order if score[i] > neutral and i not in skipped][:k]
@@ -101,7 +100,7 @@ class Ranking:
         return ids
 
     def flags(self, latent: int) -> dict[str, str]:
-        """The filters that take a latent out, or would, and why."""
+        """The filters that remove a latent, or would, with the reason."""
         reasons = {
             "dense": f"on at {self.control_rate[latent]:.0%} of plain text's tokens",
             "template": f"on at {self.template_rate[latent]:.0%} of the template's tokens and "
@@ -114,7 +113,7 @@ class Ranking:
         return found
 
     def dropped(self) -> dict[str, int]:
-        """How many latents with a score above neutral each filter takes out, or would."""
+        """How many latents with a score above neutral each filter removes, or would."""
         scored = self.score > NEUTRAL.get(self.config.resolved_by, 0.0)
         counts = {name: int((mask & scored).sum()) for name, mask in self.filters.items()}
         return {**counts, "duplicate": len(self.duplicate_of)}
@@ -130,7 +129,7 @@ class Ranking:
         return {name: jaccard(best(name, column), own) for name, column in self.columns.items()}
 
     def explain(self, latent: int) -> dict[str, Any]:
-        """Everything that is known of one latent, JSON-ready."""
+        """Everything known about one latent, JSON-ready."""
         row: dict[str, Any] = {
             "id": latent,
             "score": float(self.score[latent]),

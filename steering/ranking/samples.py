@@ -1,4 +1,4 @@
-"""The samples of a ranking: texts with and without the instruction, read once, and summed up."""
+"""The samples of a ranking: texts with and without the instruction, and their statistics."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks.catalogue import Verdict
+from saesteer.steering.hooking.generation import counter
 from saesteer.steering.ranking.detection_scores import NO_VARIANT, Texts, TextsBuilder, to_tensor
 from saesteer.steering.ranking.output_scores import Contrast
 from saesteer.steering.ranking.reading import (
     ActiveMoments,
     LatentReader,
     answers,
-    counter,
     read_texts,
 )
 from saesteer.steering.tasks.task import Task
@@ -23,36 +23,40 @@ from saesteer.steering.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What one pass over the texts leaves."""
+    """The samples and their statistics, after all texts have been read."""
 
     texts: Texts
-    """One entry for each text that counts."""
+    """The texts that are used."""
     positive: ActiveMoments
     """Over the samples with the instruction: texts, or positions where replies are read."""
     negative: ActiveMoments
     by_variant: Float[Tensor, "variants d_sae"]
     every_reply: Texts | None = None
-    """With the replies that fail the check too."""
+    """The same with the replies that fail the check."""
     replies_used: tuple[int, int] | None = None
 
     @property
     def rate_difference(self) -> Float[Tensor, " d_sae"]:
-        """Firing rate of positives minus that of negatives, rounded once, so that ties hold."""
+        """Firing rate of positives minus that of negatives, divided once so that ties stay ties."""
         first, second = self.positive, self.negative
         crossed = first.on * second.count - second.on * first.count
         return crossed / max(first.count * second.count, 1)
 
     @property
     def mean_difference(self) -> Float[Tensor, " d_sae"]:
+        """Mean activation of positives minus that of negatives."""
         return self.positive.mean - self.negative.mean
 
     def for_score(self, by: str) -> Texts:
-        """The texts that a detection score is taken over."""
+        """The texts that a detection score is computed on."""
         return self.every_reply if by == "corr" and self.every_reply else self.texts
 
 
 def read_prompts(reader: LatentReader, task: Task, contents: list[str]) -> Samples:
-    """Samples read at one place each, positives and negatives in pairs."""
+    """Samples that are prompts, read where `config.read` says; positives and negatives in pairs.
+
+    Raises UserError when only attention sinks would be read.
+    """
     d_sae, variants = reader.sae.spec.d_sae, task.select_variants
     total = len(contents) * (1 + len(variants))
     count = counter(reader.progress, "rank: read prompts", total, "samples")
@@ -89,7 +93,11 @@ def read_prompts(reader: LatentReader, task: Task, contents: list[str]) -> Sampl
 
 
 def read_replies(reader: LatentReader, task: Task, contents: list[str]) -> Samples:
-    """Samples are the positions of replies that the model itself gives."""
+    """Samples that are positions of the model's own replies.
+
+    Raises UsageError for a task without a check, unless all replies are used; UserError when no
+    reply passes the check.
+    """
     config, d_sae = reader.config, reader.sae.spec.d_sae
     if task.check_name is None and not config.all_replies:
         raise UsageError(
@@ -138,14 +146,18 @@ def read_replies(reader: LatentReader, task: Task, contents: list[str]) -> Sampl
             if not len(kept):
                 continue
             number, content = instructed[i][:2] if with_instruction else (NO_VARIANT, i)
-            ok = passed[i] if with_instruction else (
-                task.verdict(reply.text, contents[i]) is Verdict.PASS
-            )  # fmt: skip
+            if with_instruction:
+                ok = passed[i]
+            else:
+                ok = task.verdict(reply.text, contents[i]) is Verdict.PASS
             counted.append(counts)
             builder.add(
                 reader.pooled(kept, "mean"),
-                positive=with_instruction, content=content, variant=number, success=ok,
-            )  # fmt: skip
+                positive=with_instruction,
+                content=content,
+                variant=number,
+                success=ok,
+            )
     everything = builder.build()
     return Samples(
         everything.select(np.array(counted, bool)),

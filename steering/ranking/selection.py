@@ -13,10 +13,11 @@ DENSE_RATE = 0.2
 """A latent on at more than this share of plain text's tokens is dense."""
 
 TEMPLATE_SHARE = 0.9
-"""A latent belongs to the template when this much of its firing lies there, at equal exposure."""
+"""A latent belongs to the template when its rate there makes up more than this share of the sum of
+its rates there and in texts."""
 
 DUPLICATE_COSINE = 0.9
-"""Two latents whose decoder rows agree more than this are one."""
+"""Two latents whose decoder rows have a larger cosine are duplicates."""
 
 LEADERS = 500
 """Latents, best first, among which duplicates are looked for."""
@@ -35,7 +36,7 @@ def best_first(score: Float[Tensor, " d_sae"], mu: Float[Tensor, " d_sae"]) -> T
 
 
 def filter_masks(control: ControlRates, q: Float[Tensor, " d_sae"], max_fdr: float) -> FilterMasks:
-    """Which latents each filter would take out.
+    """Which latents each filter would remove, `[d_sae]` each.
 
     - `dense`: on at more than `DENSE_RATE` of the tokens of plain texts;
     - `template`: on at the template, position 0 and attention sinks rather than in plain texts:
@@ -55,7 +56,7 @@ def filter_masks(control: ControlRates, q: Float[Tensor, " d_sae"], max_fdr: flo
 def masked_out(
     filters: Mapping[str, Bool[Tensor, " d_sae"]], drop: Sequence[str]
 ) -> Bool[Tensor, " d_sae"] | None:
-    """The latents that the chosen filters take out; `duplicate` needs an order and is not here."""
+    """The latents that the filters in `drop` remove, without `duplicate`, which needs an order."""
     masks = [filters[name] for name in drop if name != "duplicate"]
     return torch.stack(masks).any(dim=0) if masks else None
 
@@ -63,8 +64,8 @@ def masked_out(
 def duplicates(leaders: Sequence[int], directions: Float[Tensor, "n d_model"]) -> dict[int, int]:
     """For each latent whose direction a better one already has: that better one.
 
-    `leaders` are best first and `directions` are their decoder rows. A duplicate stands for
-    nothing itself: what is near a duplicate alone is kept.
+    `leaders` are latents, best first, and `directions` their decoder rows. A latent that resembles
+    only a duplicate is kept.
     """
     rows = torch.nn.functional.normalize(directions.detach().float(), dim=-1).cpu()
     alike = rows @ rows.T > DUPLICATE_COSINE
@@ -84,7 +85,7 @@ def fuse(
 ) -> Float[Tensor, " d_sae"]:
     """Reciprocal rank fusion: sum over columns of 1 / (60 + rank), rank from 1.
 
-    A latent that a column does not speak for (NaN, or no better than neutral) gets nothing there.
+    A latent gets nothing from a column where it is NaN or not above neutral.
     """
     total = torch.zeros(len(mu), dtype=torch.float64)
     for name, column in columns.items():

@@ -1,4 +1,4 @@
-"""Does a ranking follow the meaning? The same score on parts of the texts, compared."""
+"""Stability of a ranking: the same score on parts of the texts, compared with each other."""
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -10,12 +10,12 @@ from saesteer.steering.ranking.detection_scores import NEUTRAL, Array, Bools, In
 from saesteer.steering.tasks.task import Task
 
 FOLDS = 4
-"""Parts that the contents are dealt into."""
+"""Number of parts that the contents are divided into."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike the rankings of some parts are, over all pairs of parts."""
+    """Similarity of the rankings on some parts, over all pairs of parts."""
 
     parts: tuple[str, ...]
     jaccard: float
@@ -25,7 +25,7 @@ class Agreement:
     """Mean rank correlation of the scores, over latents that are on in any text."""
     spearman_lowest: float
     jaccard_pairs: tuple[tuple[float, ...], ...] = ()
-    """The index of each part with each, `[parts, parts]`."""
+    """The Jaccard index of every two parts, `[parts, parts]`."""
     spearman_pairs: tuple[tuple[float, ...], ...] = ()
 
 
@@ -36,7 +36,7 @@ class Stability:
     by: str
     k: int
     agreement: dict[str, Agreement]
-    """Under `variants`, `languages` and `contents`; one with fewer than two parts is left out."""
+    """By `variants`, `languages` and `contents`, except where there are fewer than two parts."""
     latents: Ints
     """Numbers of the latents that are ever on, in order."""
     parts: dict[str, tuple[tuple[str, ...], Array]]
@@ -51,7 +51,7 @@ class Stability:
         }
 
     def of(self, latent: int) -> dict[str, dict[str, float]]:
-        """For one latent, by part: its lowest and highest score, and its share of top k sets."""
+        """For one latent, by kind of part: lowest and highest score, and share of top k sets."""
         place = int(np.searchsorted(self.latents, latent))
         if place == len(self.latents) or self.latents[place] != latent:
             return {}
@@ -67,10 +67,10 @@ class Stability:
 
 
 def stability(by: str, texts: Texts, task: Task, k: int) -> Stability:
-    """Score parts of the texts by `by` and compare.
+    """Score parts of the texts by `by` and compare them.
 
-    A wording's or language's part holds its instructed texts and all plain ones; a content's part
-    holds everything that was said of a quarter of the contents.
+    The part of a wording or a language has its instructed texts and all plain ones; a part of the
+    contents has all texts of a quarter of the contents.
     """
     small, latents = texts.compact()
     variants = task.select_variants

@@ -1,1 +1,1 @@
-"""Reports as JSON and as self-contained pages, and their charts."""
+"""Reports of evaluations, as JSON and as self-contained HTML pages, and their charts."""

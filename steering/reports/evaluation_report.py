@@ -11,6 +11,7 @@ from typing import Any
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.arms import Rate
 from saesteer.steering.evaluation.compare import Comparison, comparison_document
+from saesteer.steering.evaluation.intervals import difference_text, rate_text
 from saesteer.steering.reports.svg import Bar, Point, bars, scatter
 from saesteer.steering.reports.sweep_charts import dose_response, pareto_chart, stability_section
 
@@ -76,9 +77,14 @@ overflow-wrap:anywhere;white-space:pre-wrap}
 """.strip()
 
 _KIND_COLOURS = {
-    "unsteered": 6, "prompted": 2, "steered": 0, "steered+prompted": 5,
-    "random": 7, "meandiff": 4, "logit-bias": 3,
-}  # fmt: skip
+    "unsteered": 6,
+    "prompted": 2,
+    "steered": 0,
+    "steered+prompted": 5,
+    "random": 7,
+    "meandiff": 4,
+    "logit-bias": 3,
+}
 
 
 def render_html(document: Mapping[str, Any]) -> str:
@@ -173,14 +179,13 @@ def _in_short(task: Mapping[str, Any]) -> list[str]:
         if arm["kind"] != "steered":
             continue
         gaps = [
-            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] over "
-            f"{escape(test['theirs'])}"
+            f"{difference_text(test)} over {escape(test['theirs'])}"
             for test in task["tests"]
             if test["ours"] == arm["name"] and test["measure"] == "loose"
         ]
         lines.append(
-            f"<b>{escape(arm['name'])}, in short</b>: loose {_rate(arm['loose'])}, strict "
-            f"{_rate(arm['strict'])}, degenerate {_rate(arm['degenerate'])}"
+            f"<b>{escape(arm['name'])}, in short</b>: loose {rate_text(arm['loose'])}, strict "
+            f"{rate_text(arm['strict'])}, degenerate {rate_text(arm['degenerate'])}"
             + (f". Loose: {'; '.join(gaps)}." if gaps else ".")
         )
     return lines
@@ -221,10 +226,6 @@ def _figure(value: Any, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def _rate(rate: Mapping[str, Any]) -> str:
-    return f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]"
-
-
 def _grades_table(arms: Sequence[Mapping[str, Any]]) -> str:
     judged = any("judged" in arm for arm in arms)
     headers = ["arm", "n", "A", "B", "C", "degenerate", "undetermined"]
@@ -232,10 +233,10 @@ def _grades_table(arms: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for arm in arms:
         row = [arm["name"], str(arm["n"]), *(str(arm["grades"][g]) for g in "ABC")]
-        row += [_rate(arm["degenerate"]), _rate(arm["undetermined"])]
+        row += [rate_text(arm["degenerate"]), rate_text(arm["undetermined"])]
         if judged:
             found = arm.get("judged")
-            row += [_rate(found[m]) if found else "–" for m in ("loose", "strict")]
+            row += [rate_text(found[m]) if found else "–" for m in ("loose", "strict")]
         rows.append(row)
     return _table(headers, rows)
 
@@ -247,7 +248,7 @@ def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
         [
             f"{test['ours']} − {test['theirs']}",
             test["measure"],
-            f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+            difference_text(test),
             f"{test['wins']} / {test['losses']}",
             _figure(test["p"], 2),
             _figure(test["p_holm"], 2),
@@ -262,14 +263,22 @@ def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
 
 
 _ANSWERS = {
-    "perplexity": "perplexity", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
-    "distinct_3": "distinct-3", "repetition": "repetition", "zlib_ratio": "zlib",
+    "perplexity": "perplexity",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "repetition": "repetition",
+    "zlib_ratio": "zlib",
     "truncated": "truncated",
-}  # fmt: skip
+}
 _NEUTRAL = {
-    "relative_dose": "‖delta‖/‖h‖", "kl": "KL(plain‖steered)", "kl_reverse": "KL(steered‖plain)",
-    "delta_ce": "ΔCE", "top1_agreement": "top-1 kept", "norm_ratio": "length",
-}  # fmt: skip
+    "relative_dose": "‖delta‖/‖h‖",
+    "kl": "KL(plain‖steered)",
+    "kl_reverse": "KL(steered‖plain)",
+    "delta_ce": "ΔCE",
+    "top1_agreement": "top-1 kept",
+    "norm_ratio": "length",
+}
 
 
 def _damage_tables(arms: Sequence[Mapping[str, Any]]) -> str:
@@ -358,7 +367,8 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
     parts = [f"<h2>IFEval</h2><p>{ifeval['prompts']} prompts.</p>"]
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rows = [
-        [name, *(_rate(arm["scores"][key]) for key in keys)] for name, arm in ifeval["arms"].items()
+        [name, *(rate_text(arm["scores"][key]) for key in keys)]
+        for name, arm in ifeval["arms"].items()
     ]
     parts.append(_table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
     if ifeval.get("tests"):
@@ -366,7 +376,7 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
             [
                 f"{test['ours']} − {test['theirs']}",
                 test["measure"],
-                f"{test['difference']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}]",
+                difference_text(test),
                 _figure(test["p"], 2),
             ]
             for test in ifeval["tests"]
@@ -378,7 +388,9 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
     rows = []
     for kind in types:
         found = [ifeval["arms"][name]["scores"]["by_type"][kind] for name in names]
-        rows.append([kind, str(found[0]["loose"]["n"]), *(_rate(one["loose"]) for one in found)])
+        rows.append(
+            [kind, str(found[0]["loose"]["n"]), *(rate_text(one["loose"]) for one in found)]
+        )
     parts.append("<h3>Loose, by instruction</h3>" + _table(["instruction", "n", *names], rows))
     for name, what in ifeval["stand_ins"].items():
         parts.append(f'<p class="note">{escape(name)}: judged with {escape(what)}.</p>')

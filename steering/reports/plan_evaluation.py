@@ -1,4 +1,4 @@
-"""Plans evaluated for their tasks with every control, and the report of it, in one call."""
+"""Evaluates plans for their tasks with every control, and makes the report, in one call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ class TaskPlans:
 
     task: Task
     plans: Mapping[str, Plan]
-    """By the path of each, or another name that tells them apart."""
+    """By their paths, or other distinct names."""
 
     def arms(self) -> dict[str, Plan]:
-        """The plans by the names that their arms bear, see `arm_names`."""
+        """The plans by the names of their arms, see `arm_names`."""
         return arm_names(self.plans)
 
     def found_with_it(self) -> dict[str, Any]:
-        """What lies in the folder of the first plan: `sweep`, and of its ranking `stability` and
-        `shuffled`; empty where there is no such folder."""
+        """Earlier results in the folder of the first plan: `sweep` from sweep.json, `stability` and
+        `shuffled` from ranking.json, as far as these files exist."""
         given = Path(next(iter(self.plans))).expanduser()
         folder = given if given.is_dir() else given.parent
         found: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
     """One for each task."""
     warnings: tuple[str, ...]
-    """What could not be done, and doses that leave the model's norm range."""
+    """What could not be measured, and doses that leave the model's norm range."""
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and `report.html` into a folder, made if missing."""
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 def arm_names(plans: Mapping[str, Plan]) -> dict[str, Plan]:
-    """`steered` for one plan; the folders' names for several, as far as those differ."""
+    """A single plan as `steered`; several plans by their folders' names, or their paths."""
     if len(plans) == 1:
         return {"steered": next(iter(plans.values()))}
     return by_folder(plans)
@@ -79,9 +79,9 @@ def plans_by_task(
     """Plans, or their folders, grouped by the task that each is evaluated for.
 
     Args:
-        task: for all of them; by default the built-in task that each was ranked for.
+        task: the task of all plans; by default the built-in task that each was ranked for.
 
-    Raises UsageError for a plan of no built-in task where `task` is not given.
+    Raises UsageError, without `task`, for a plan that was not ranked for a built-in task.
     """
     named = dict(plans) if isinstance(plans, Mapping) else load_plans(plans)
     if not named:
@@ -113,8 +113,8 @@ def evaluate_plans(
 
     Args:
         groups: what `plans_by_task` returns; none for IFEval alone.
-        ifeval: rows of `load_ifeval`. Each plan steers those whose one instruction its task is
-            about, or with `only` those all of whose instructions are among these ids.
+        ifeval: rows of `load_ifeval`. Each plan steers the rows whose only instruction corresponds
+            to its task; with `only`, the rows all of whose instructions are among these ids.
         max_new_tokens: longest answer to an IFEval prompt; tasks have their own.
 
     Raises:
@@ -143,13 +143,13 @@ def evaluate_plans(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    with_them = {group.task.name: group.found_with_it() for group in groups}
+    earlier = {group.task.name: group.found_with_it() for group in groups}
     document = report_document(
         lm,
         comparisons,
-        sweeps={name: found.get("sweep") for name, found in with_them.items()},
-        stability={name: found.get("stability") for name, found in with_them.items()},
-        shuffled={name: found.get("shuffled") for name, found in with_them.items()},
+        sweeps={name: found.get("sweep") for name, found in earlier.items()},
+        stability={name: found.get("stability") for name, found in earlier.items()},
+        shuffled={name: found.get("shuffled") for name, found in earlier.items()},
         ifeval=answered,
         judge=None if judge is None else judge.model,
     )
@@ -168,11 +168,11 @@ def _in_ifeval(group: TaskPlans) -> Sequence[Plan]:
 
 def _warnings(comparison: Comparison) -> list[str]:
     name = comparison.task.name
-    said = [f"{name}: {note}" for note in comparison.notes]
+    warnings = [f"{name}: {note}" for note in comparison.notes]
     for arm, damage in comparison.damage.items():
         if damage.leaves_norm_range and arm in comparison.plans:
-            said.append(
+            warnings.append(
                 f"{name}: the dose of {arm} leaves the model's norm range "
                 f"({damage.norm_ratio:.2g} times the usual length)"
             )
-    return said
+    return warnings

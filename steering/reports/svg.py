@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b0a000")
-"""Colours that stay apart for most colour-blind readers (Okabe and Ito)."""
+"""Colours that most colour-blind readers can distinguish (Okabe and Ito)."""
 
 _TEXT = 'font-family="system-ui, sans-serif" font-size="12" fill="currentColor"'
 _CHAR = 6.6  # pixels of a character of 12 px text, on average
@@ -190,7 +190,7 @@ def scatter(
 ) -> str:
     """Shares against a cost: one colour a series, the front as a stair, series joined by lines.
 
-    `limit` is drawn as a dotted line across where it lies on the axis.
+    `limit` is drawn as a dotted vertical line, if it is within the axis.
     """
     series = list(dict.fromkeys(point.series for point in points))
     frame = _Frame([*points, *front], x_label, y_label, _SHARES, series, width, height)

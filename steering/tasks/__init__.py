@@ -1,1 +1,1 @@
-"""Instruction tasks: one meaning, many wordings, and the contents it is applied to."""
+"""Instruction tasks: an instruction in several wordings, and the contents it is applied to."""

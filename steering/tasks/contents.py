@@ -1,4 +1,4 @@
-"""Contents of a task: the texts an instruction is applied to, read and dealt to splits."""
+"""Contents of a task, the texts that its instruction is applied to: reading and splitting."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ SPLIT_SHARES = (0.50, 0.12, 0.38)
 
 
 def read_text(path: Path, what: str) -> str:
+    """The text of a file. Raises UserError, which begins with `what`, when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -26,11 +27,12 @@ def read_text(path: Path, what: str) -> str:
 
 
 def normal_form(text: str) -> str:
-    """The form in which two texts count as the same: case-folded, blanks and final stops apart."""
+    """A form that equal texts share: case-folded, single spaces, no final . ! or ?"""
     return " ".join(text.casefold().split()).rstrip(".!?")
 
 
 def inline_rows(path: Path, items: Sequence[object]) -> list[tuple[str, str | None]]:
+    """Texts and splits (or None) of the contents in a task file. Raises UserError for others."""
     return [_row(f"{path}: contents[{number}]", item) for number, item in enumerate(items, 1)]
 
 
@@ -52,6 +54,11 @@ def _row(where: str, item: object) -> tuple[str, str | None]:
 def read_contents(
     path: Path, splits: Sequence[str], seed: int, *, what: str
 ) -> dict[str, tuple[str, ...]]:
+    """The contents of a .jsonl file, or of a text file with one per line, by split.
+
+    Rows without a split are divided by a hash of `seed` and text. Raises UserError, which begins
+    with `what`, for a file that cannot be read or a row without text.
+    """
     lines = read_text(path, what).split("\n")
     rows: list[tuple[str, str | None]] = []
     for number, line in enumerate(lines, 1):
@@ -72,7 +79,7 @@ def read_contents(
 def split_rows(
     where: str, rows: Sequence[tuple[str, str | None]], splits: Sequence[str], seed: int
 ) -> dict[str, tuple[str, ...]]:
-    """Contents by split; refuses repeated texts, within one split and across two."""
+    """Contents by split. Raises UserError for repeated texts, in one split or across two."""
     seen: dict[str, str | None] = {}
     for text, split in rows:
         key = normal_form(text)
@@ -86,7 +93,7 @@ def split_rows(
             f"{where}: {without} of {len(rows)} rows have no split; give every row one, or none"
         )
     if without:
-        rows = _deal(where, [text for text, _ in rows], seed)
+        rows = _assign_splits(where, [text for text, _ in rows], seed)
     contents = {name: tuple(text for text, split in rows if split == name) for name in splits}
     empty = [name for name in splits if not contents[name]]
     if empty:
@@ -94,8 +101,8 @@ def split_rows(
     return contents
 
 
-def _deal(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | None]]:
-    """Give each text a split by the order of a hash: the order of the file does not matter."""
+def _assign_splits(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | None]]:
+    """Assign splits by the order of hashes, so that the order of the file does not matter."""
     if len(texts) < len(SPLITS):
         raise UserError(
             f"{where}: {len(texts)} contents; at least 3 are needed, one for each split"
@@ -116,7 +123,7 @@ def _deal(where: str, texts: Sequence[str], seed: int) -> list[tuple[str, str | 
 def join_contents(
     path: Path, contents: dict[str, tuple[str, ...]], per_item: int
 ) -> dict[str, tuple[str, ...]]:
-    """Join each `per_item` neighbouring contents of a split into one; a short rest is dropped."""
+    """Join each `per_item` consecutive contents of a split into one; a remainder is dropped."""
     if per_item == 1:
         return contents
     joined = {

@@ -1,9 +1,10 @@
-"""Instruction tasks: one meaning, many wordings of it, and the contents it is applied to.
+"""Instruction tasks: an instruction in several wordings, and the contents it is applied to.
 
-A task is a YAML file with the keys of ``_TaskFile``; the built-in ones lie in ``builtin/``. What
-selects latents and what evaluates them never meet: contents carry a split (train, dev, test), and
-wordings carry a use. The ``instruction`` itself and every variant without ``use: evaluate`` serve
-selection (ranking, replies to train on); variants with ``use: evaluate`` are kept for evaluation.
+A task is a YAML file with the keys of `_TaskFile`; the built-in ones are in `builtin/`. Data that
+selects latents and data that evaluates them are kept apart: contents have a split (train, dev,
+test) and wordings have a use. The `instruction` itself and every variant without `use: evaluate`
+are for selection (ranking, replies to train on); variants with `use: evaluate` are only for
+evaluation.
 """
 
 import hashlib
@@ -46,11 +47,11 @@ class Variant:
     """One wording of an instruction."""
 
     text: str
-    """The wording, to be joined to a content with `compose`."""
+    """The wording, which `compose` joins to a content."""
     lang: str = "en"
     """ISO 639-1 code of the language the wording is written in."""
     use: Use = "select"
-    """What the wording may serve: choosing latents, or evaluating them."""
+    """What the wording is for: selecting latents, or evaluating them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Task:
     name: str
     """Short name, used in plans, reports and file names."""
     instruction: str
-    """The main wording. It serves selection, as the first of `select_variants`."""
+    """The main wording, for selection: the first of `select_variants`."""
     variants: tuple[Variant, ...]
     """Reformulations and translations of the instruction, without the main wording."""
     contents: dict[str, tuple[str, ...]]
@@ -70,7 +71,7 @@ class Task:
     check_arguments: Mapping[str, Any] | None = None
     """Keyword arguments of the check."""
     max_new_tokens: int = 64
-    """Tokens a reply may take, enough for the prompted model to finish an answer."""
+    """Longest reply in tokens: enough for the prompted model to finish an answer."""
 
     @cached_property
     def hash(self) -> str:
@@ -89,18 +90,18 @@ class Task:
 
     @property
     def select_variants(self) -> tuple[Variant, ...]:
-        """Wordings that may choose latents: the instruction first, then English, then others."""
+        """The wordings for selection: the instruction first, then English ones, then others."""
         chosen = [Variant(self.instruction), *(v for v in self.variants if v.use == "select")]
         return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        """The texts of every wording, whatever its use: the instruction first."""
+        """The texts of all wordings, whatever their use; the instruction first."""
         return (self.instruction, *(variant.text for variant in self.variants))
 
     @property
     def evaluate_variants(self) -> tuple[Variant, ...]:
-        """Wordings kept for evaluation, English first; none of them is a selection wording."""
+        """The wordings for evaluation, English first."""
         chosen = [v for v in self.variants if v.use == "evaluate"]
         return tuple(sorted(chosen, key=lambda variant: variant.lang != "en"))
 
@@ -119,7 +120,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Instructed:
-    """One user text for the model to answer: a content with an instruction, or a content alone."""
+    """A prompt for the model to answer: a content with an instruction, or a content alone."""
 
     task: str
     """The task's name, or "plain" for a content alone."""
@@ -128,7 +129,7 @@ class Instructed:
     content: str
     """The content without an instruction."""
     text: str
-    """What the user says: the composed text, or the content itself when plain."""
+    """The prompt: the composed text, or the content itself when plain."""
 
 
 def builtin_tasks() -> list[str]:
@@ -169,8 +170,9 @@ def task_from_instruction(instruction: str, contents_file: str | Path, *, seed: 
     """A task from a bare instruction and a file of contents.
 
     The file is JSONL with the field `text` (and, on every row or on none, `split`), or plain text
-    with one content a line. Without splits, contents are dealt 50/12/38 % to train, dev and test by
-    a hash of `seed` and text, so the order of the lines does not matter. The task has no check.
+    with one content per line. Without splits, contents are divided 50/12/38 % into train, dev and
+    test by a hash of `seed` and text, so the order of the lines does not matter. The task has no
+    check. Raises UsageError for an empty instruction, UserError for a file that cannot be read.
     """
     if not instruction.strip():
         raise UsageError("`instruction` is empty: give the instruction's text")
@@ -187,12 +189,15 @@ def reply_prompts(
     seed: int = 0,
     placement: Placement = "post",
 ) -> list[Instructed]:
-    """User texts for the model to answer, so that an SAE sees the instructed behaviour.
+    """Prompts for the model to answer, so that SAEs can be trained on the instructed behaviour.
 
-    For each task (name, path or `Task`), at most `contents` contents of its **train** split, drawn
-    with `seed`, each with the first `variants` selection wordings (English first). Then every
-    content drawn, alone, `plain` times. Two tasks with the same contents draw the same ones. Dev
-    and test contents and evaluation wordings never appear.
+    For each task (name, path or `Task`), at most `contents` contents of its **train** split are
+    drawn with `seed`, and each is joined to the first `variants` selection wordings (English
+    first). Then every content drawn follows alone, `plain` times. Two tasks with the same contents
+    draw the same ones. Dev and test contents and evaluation wordings are never used.
+
+    Raises UsageError for numbers out of range or a task given twice, UserError for a task without
+    train contents.
     """
     for name, value, least in (
         ("`contents`", contents, 1),
@@ -234,7 +239,7 @@ class _CheckLine:
 
 @dataclass(frozen=True)
 class _TaskFile:
-    """A task file as it was written."""
+    """The keys of a task file."""
 
     name: str
     instruction: str
@@ -313,7 +318,7 @@ def _check_arguments(path: Path, check: _CheckLine) -> dict[str, Any]:
         )
     try:
         inspect.signature(CHECKS[name]).bind("", "", **arguments)
-        run_check(name, "", "", **arguments)  # a wrong value is refused now, not after generating
+        run_check(name, "", "", **arguments)  # raises for a wrong value
     except TypeError as error:
         raise UserError(f"{path}: key 'check.arguments' does not fit {name!r}: {error}") from None
     except UsageError as error:

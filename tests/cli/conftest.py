@@ -1,4 +1,4 @@
-"""Command lines run inside the test process, and what they say."""
+"""Runs command lines inside the test process and captures their output."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command line left behind."""
+    """Exit status and output of a command line."""
 
     status: int
     out: str
@@ -24,7 +24,7 @@ class Outcome:
         return json.loads(self.out)
 
     def error(self, status: int) -> str:
-        """The only line on stderr of a quiet run that failed with this status."""
+        """The error line: the only output of a run that failed with this status."""
         assert (self.status, self.out) == (status, ""), self.out + self.err
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
@@ -53,7 +53,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run_once(*words: object) -> None:
-    """Run a command line that has to succeed, for a fixture of the whole session."""
+    """Run a command line that has to succeed, for fixtures of the whole session."""
     from saesteer.cli.__main__ import main
 
     assert main([*map(str, words), "-q"]) == 0

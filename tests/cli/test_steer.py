@@ -117,8 +117,8 @@ def test_prompts_from_stdin(cli: Cli, plan: Path, monkeypatch: pytest.MonkeyPatc
 def test_baseline_alone_is_the_unsteered_model(cli: Cli, model: Path, plan: Path) -> None:
     words = ("steer", "--model", model, "-p", "Hello", "--baseline", "--json", *SMALL)
     (alone,) = rows_of(cli(*words).out)
-    (beside,) = rows_of(cli(*words, "--plan", plan).out)
-    assert alone["completion"] == alone["baseline"] == beside["baseline"]
+    (with_plan,) = rows_of(cli(*words, "--plan", plan).out)
+    assert alone["completion"] == alone["baseline"] == with_plan["baseline"]
     assert alone["tokens_touched"] == 0
     assert "steered" not in cli(*words[:-4], *SMALL).out.replace("unsteered", "")
 
@@ -233,13 +233,13 @@ def test_other_ways_beside_a_plan(cli: Cli, model: Path, plan: Path, tmp_path: P
     ways = ("--beside", other, "--beside", "prompt", "--beside", "prompt:Say it twice.")
     rows = rows_of(cli(*words, *ways, "--baseline", "--json").out)
     for row in rows:
-        beside = row["beside"]
-        assert isinstance(beside, dict)
-        assert list(beside) == [str(other), "prompt", "prompt:Say it twice."]
+        others = row["beside"]
+        assert isinstance(others, dict)
+        assert list(others) == [str(other), "prompt", "prompt:Say it twice."]
         # The same plan says the same.
-        assert beside[str(other)]["completion"] == row["completion"]
-        assert beside[str(other)]["tokens_touched"] == row["tokens_touched"]
-        assert beside["prompt"]["tokens_touched"] == 0
+        assert others[str(other)]["completion"] == row["completion"]
+        assert others[str(other)]["tokens_touched"] == row["tokens_touched"]
+        assert others["prompt"]["tokens_touched"] == 0
     blocks = cli(*words, *ways).out
     assert "\nother      " in blocks and blocks.count("\nprompt     ") == 5
     assert "given twice" in cli(*words, *ways, "--beside", other).error(2)

@@ -1,4 +1,4 @@
-"""The steering hook, the slow way: one row, no padding, no cache, listed positions."""
+"""A slow reference of the steering hook: one row, no padding, no cache, listed positions."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -135,9 +135,13 @@ def generate(
     ids, mask = pad_left(lm, [prompt.token_ids for prompt in prompts])
     settings = {"max_new_tokens": STEPS, "do_sample": False, **options}
     output = lm.model.generate(
-        input_ids=ids, attention_mask=mask, pad_token_id=lm.pad_id,
-        return_dict_in_generate=True, output_logits=True, **settings,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        pad_token_id=lm.pad_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
     return output.sequences[:, ids.shape[1] :], torch.stack(output.logits, dim=1).float()
 
 

@@ -1,4 +1,4 @@
-"""A plan of two ranked latents and its SAE, to be looked at, written and spoilt."""
+"""A plan of two ranked latents and its SAE, for tests that read, write and damage plans."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Ranking, the slow way: one text at a time, latents by numpy, statistics by loops."""
+"""A slow reference of ranking: one text at a time, latents by numpy, statistics by loops."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""A plan, an SAE and a task of random numbers, for tests of what is done with a plan."""
+"""A plan, an SAE and a task with random numbers, for tests that use plans."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,10 +45,14 @@ def small_plan(
 
 
 def small_sae(lm: LanguageModel, d_sae: int) -> SAE:
-    """A TopK SAE whose encoder is its decoder turned round."""
+    """A TopK SAE whose encoder is its decoder transposed."""
     rows = torch.randn(d_sae, lm.d_model, generator=torch.Generator().manual_seed(1))
     return SAE(
         spec=SAESpec(d_model=lm.d_model, d_sae=d_sae, architecture="topk", k=4),
-        W_enc=rows.T.contiguous(), W_dec=rows, b_enc=torch.zeros(d_sae),
-        b_dec=torch.zeros(lm.d_model), source="an-sae", sha256="ab",
-    )  # fmt: skip
+        W_enc=rows.T.contiguous(),
+        W_dec=rows,
+        b_enc=torch.zeros(d_sae),
+        b_dec=torch.zeros(lm.d_model),
+        source="an-sae",
+        sha256="ab",
+    )

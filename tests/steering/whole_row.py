@@ -1,7 +1,7 @@
-"""What a plan does, the slow way: one whole unpadded row, no cache, token by token.
+"""A slow reference of steering with a plan: one whole unpadded row, no cache, token by token.
 
-Everything is written from the words that define it, and nothing of the hook is used. `check` runs
-`generate` in some way under `steer` and scores every sequence it returns by this reference.
+It is written from the definitions and uses no code of the hook. `check` runs `generate` in some way
+under `steer` and compares the scores of every sequence it returns with this reference.
 """
 
 import contextlib
@@ -189,7 +189,7 @@ def opened(gate: Gate, acts: Tensor, P: int, on_prompt: Sequence[bool]) -> list[
 def rule_of(
     lm: LanguageModel, plan: Plan, sae: SAE, prompt: EncodedPrompt, tokens: Sequence[int]
 ) -> Rule:
-    """All that a plan says, for one row."""
+    """The edits of a plan, for one row."""
     special = set(lm.special_ids.tolist())
     where = covered(plan.scope, prompt, tokens, special)
     on_prompt = covered("prompt", prompt, tokens, special)
@@ -238,8 +238,8 @@ def moved(plan: Plan, sae: SAE, h: Tensor, acts: Tensor, share: float) -> Tensor
 # ways to run generate
 
 
-class Heard(BaseStreamer):  # type: ignore[misc]
-    """A streamer that keeps what it is told: the prompt, then the new token of every row."""
+class RecordingStreamer(BaseStreamer):  # type: ignore[misc]
+    """A streamer that records its input: the prompt, then the new token of every row."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
@@ -263,7 +263,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "beams, no cache": {"num_beams": 3, "use_cache": False},
     "beams, static": {"num_beams": 3, "cache_implementation": "static"},
     "beams, sampled": {"num_beams": 3, "do_sample": True},
-    "streamer": {"streamer": Heard},
+    "streamer": {"streamer": RecordingStreamer},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
     "assistant": {"assistant_model": None},
     "assistant, sampled": {"assistant_model": None, "do_sample": True},
@@ -280,7 +280,7 @@ def options_of(lm: LanguageModel, run: str) -> dict[str, Any]:
         # The model itself, unsteered: some of its drafts are right under steering and some wrong.
         options["assistant_model"] = copy.deepcopy(lm.model)
     if "streamer" in options:
-        options["streamer"] = Heard()
+        options["streamer"] = RecordingStreamer()
     return options
 
 
@@ -330,6 +330,11 @@ def check(
 def generate(lm: LanguageModel, prompts: Sequence[EncodedPrompt], **options: Any) -> Any:
     ids, mask = pad_left(lm, [prompt.token_ids for prompt in prompts])
     return lm.model.generate(
-        input_ids=ids, attention_mask=mask, pad_token_id=lm.pad_id, output_scores=True,
-        output_logits=True, return_dict_in_generate=True, **options,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        pad_token_id=lm.pad_id,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )

@@ -336,10 +336,10 @@ def test_the_front_holds_what_none_beats(plan: Plan, script: Script, lm: Languag
         arm = calibration.grade_arm("steered", TASK, DEV[:8], texts, DEV[:8])
         return Trial(plan, arm, damage(kl))
 
-    cheap, beaten, good, dear, waste = (
+    cheap, beaten, good, costly, waste = (
         trial(0.1, 2), trial(0.2, 1), trial(0.3, 5), trial(0.9, 7), trial(1.5, 7)
     )  # fmt: skip
-    assert pareto([waste, good, beaten, dear, cheap]) == [cheap, good, dear]
+    assert pareto([waste, good, beaten, costly, cheap]) == [cheap, good, costly]
     assert pareto([dataclasses.replace(cheap, damage=None)]) == []
 
 

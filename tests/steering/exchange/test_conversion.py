@@ -18,8 +18,7 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.exchange.conversion import (
     export_plan,
     import_vectors,
-    plan_vector,
-    read_vectors,
+    read_blocks,
 )
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
@@ -43,17 +42,26 @@ def make_plan(layer: int = 2, **changes: Any) -> Plan:
     return Plan(**{**options, **changes})
 
 
-def test_the_vector() -> None:
-    plan = make_plan()
-    expected = 3.0 * plan.directions[0] - 1.0 * plan.directions[1]
-    assert torch.allclose(plan_vector(plan), expected, atol=1e-6)
+def plan_vector(plan: Plan) -> torch.Tensor:
+    """What `make_plan` adds to each residual, written out."""
+    weights = [plan.scale * (latent.value or 0.0) for latent in plan.latents]
+    total = sum(w * d.double() for w, d in zip(weights, plan.directions, strict=True))
+    assert isinstance(total, torch.Tensor)
+    return total.float()
+
+
+def read_vectors(path: Path) -> dict[int, torch.Tensor]:
+    """The vectors that a file adds, by block."""
+    blocks, _ = read_blocks(path)
+    assert all(block.action == "add" for block in blocks)
+    return {block.block: block.vector * block.coefficient for block in blocks}
 
 
 @pytest.mark.parametrize("format", ["gguf", "steering-vectors", "lm-eval"])
 def test_there_and_back(tmp_path: Path, lm: LanguageModel, format: str) -> None:
     plan = make_plan()
     report = export_plan(plan, tmp_path / "a", format)
-    vectors, _ = read_vectors(tmp_path / "a")
+    vectors = read_vectors(tmp_path / "a")
     assert list(vectors) == [2] and torch.equal(vectors[2], plan_vector(plan))
     assert any("every position" in note for note in report["notes"])
     import_vectors(report["files"][0], lm, tmp_path / "b")
@@ -68,7 +76,7 @@ def test_there_and_back(tmp_path: Path, lm: LanguageModel, format: str) -> None:
 
 def test_resid_pre_is_the_block_before(tmp_path: Path) -> None:
     export_plan(make_plan(site="resid_pre"), tmp_path, "gguf")
-    assert list(read_vectors(tmp_path)[0]) == [1]
+    assert list(read_vectors(tmp_path)) == [1]
 
 
 def test_gguf_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
@@ -88,7 +96,7 @@ def test_steering_vectors_adds_the_same(tmp_path: Path, lm: LanguageModel) -> No
     package = pytest.importorskip("steering_vectors")
     plan = make_plan()
     export_plan(plan, tmp_path, "steering-vectors")
-    vectors, _ = read_vectors(tmp_path)
+    vectors = read_vectors(tmp_path)
     theirs = package.SteeringVector(vectors, "decoder_block")
     ids = torch.arange(5, 11)[None]
     seen: list[torch.Tensor] = []
@@ -165,7 +173,7 @@ def test_parts_that_add_are_one_vector_a_block(tmp_path: Path, format: str) -> N
     # The input of block 3 is the output of block 2.
     plan = parts({"layer": 1}, {"layer": 2}, {"layer": 3, "site": "resid_pre", "scale": 0.5})
     report = export_plan(plan, tmp_path, format)
-    vectors, _ = read_vectors(tmp_path)
+    vectors = read_vectors(tmp_path)
     one = plan_vector(plan.only(0))
     assert sorted(vectors) == [1, 2] and torch.equal(vectors[1], one)
     # A sum of three float32 terms in another order.
@@ -239,7 +247,7 @@ def test_several_layers(tmp_path: Path, lm: LanguageModel) -> None:
         {1: torch.ones(3, dtype=torch.long)},
         {1: "text"},
         {},
-        {"layers.1": {"steering_vector": torch.ones(3), "action": "clamp"}},
+        {"layers.1": {"steering_vector": torch.zeros(3), "action": "clamp"}},
         {"layers.1": {"steering_vector": torch.ones(3), "bias": torch.ones(3)}},
         {"layers.1": {"steering_vector": torch.ones(3), "steering_coefficient": "2"}},
         {"layers.x": {"steering_vector": torch.ones(3)}},
@@ -272,7 +280,7 @@ def gguf_bytes(name: bytes = b"direction.1", shape: int = 4, kind: int = 0, **he
 
 def read_gguf(tmp_path: Path, raw: bytes) -> dict[int, torch.Tensor]:
     (tmp_path / "v.gguf").write_bytes(raw)
-    return read_vectors(tmp_path / "v.gguf")[0]
+    return read_vectors(tmp_path / "v.gguf")
 
 
 def test_a_small_gguf_reads(tmp_path: Path) -> None:

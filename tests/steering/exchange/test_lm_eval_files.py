@@ -19,10 +19,9 @@ from saesteer.steering.exchange.conversion import (
     export_plan,
     import_vectors,
     lm_eval_files,
-    plan_vector,
-    read_vectors,
+    read_blocks,
 )
-from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
@@ -55,7 +54,7 @@ def theirs_clamp(x: Tensor, vector: Tensor, value: float, bias: Tensor | None) -
 
 
 def ours(plan: Plan, x: Tensor) -> Tensor:
-    return x + make_edit(plan.parts).delta(x, Spots())
+    return x + make_edit(plan.parts).delta(x, EditPositions())
 
 
 def residuals() -> Tensor:
@@ -119,8 +118,11 @@ def test_csv_of_sae_lens_there_and_back(
 def test_rows_that_add(tmp_path: Path, lm: LanguageModel, sae: dict[str, Tensor]) -> None:
     path = write(tmp_path, f"sparsify,add,{tmp_path / 'saes'},layers.1,2,10.0,,,")
     import_vectors(path, lm, tmp_path / "plan")
-    assert torch.allclose(plan_vector(load_plan(tmp_path / "plan")), 10 * sae["W_dec"][2])
-    assert torch.allclose(read_vectors(path)[0][1], 10 * sae["W_dec"][2])
+    added = load_plan(tmp_path / "plan").part.added_vector().float()
+    assert torch.allclose(added, 10 * sae["W_dec"][2])
+    ((block,), _) = read_blocks(path)
+    assert (block.block, block.action, block.coefficient) == (1, "add", 10.0)
+    assert torch.equal(block.vector, sae["W_dec"][2])
 
 
 def test_one_direction_projected_out_is_a_clamp(tmp_path: Path, lm: LanguageModel) -> None:
@@ -176,7 +178,7 @@ def test_rows_that_are_refused(
 def test_files_that_are_no_csv(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_vectors(tmp_path / "a.csv")
+        read_blocks(tmp_path / "a.csv")
     assert "\n" not in str(error.value)
 
 
@@ -202,12 +204,6 @@ def test_any_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[l
         writer.writerow(lm_eval_files.COLUMNS)
         writer.writerows(rows)
     try:
-        read_vectors(path)
+        read_blocks(path)
     except UserError as error:
         assert "\n" not in str(error)
-
-
-def test_a_clamp_is_no_vector(tmp_path: Path, sae: dict[str, Tensor]) -> None:
-    path = write(tmp_path, ROW.format(saes=tmp_path / "saes"))
-    with pytest.raises(UserError, match="clamps at block 1"):
-        read_vectors(path)

@@ -114,9 +114,9 @@ def test_latents_in_units_of_their_rows_move_the_residual_as_the_sae_decodes(
     sae = make_sae(lm, "topk", rescale_acts_by_decoder_norm=True)
     plan = ranked_plan(lm, sae, method="set")
     h = torch.randn(1, 5, lm.d_model, generator=torch.Generator().manual_seed(1))
-    from saesteer.steering.hooking.edits import Spots, make_edit
+    from saesteer.steering.hooking.edits import EditPositions, make_edit
 
-    delta = make_edit(plan.parts, sae).delta(h, Spots(torch.ones(1, 5, dtype=torch.bool)))
+    delta = make_edit(plan.parts, sae).delta(h, EditPositions(torch.ones(1, 5, dtype=torch.bool)))
     acts = sae.encode(h)
     wanted = acts.clone()
     wanted[..., list(IDS)] = torch.tensor(plan.doses())

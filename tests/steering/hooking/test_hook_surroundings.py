@@ -20,7 +20,7 @@ from ..whole_row import (
     CLOSE,
     LAYER,
     STEPS,
-    Heard,
+    RecordingStreamer,
     check,
     generate,
     make_sae,
@@ -230,7 +230,10 @@ def test_an_assistant_that_is_steered_too_guesses_right(lm: LanguageModel) -> No
     [
         ({"prompt_lookup_num_tokens": 2}, "only supported for batch_size = 1"),
         ({"prompt_lookup_num_tokens": 2, "num_return_sequences": 2}, "num_return_sequences"),
-        ({"streamer": Heard(), "num_beams": 2}, "`streamer` cannot be used with beam search"),
+        (
+            {"streamer": RecordingStreamer(), "num_beams": 2},
+            "`streamer` cannot be used with beam search",
+        ),
     ],
     ids=["guesses", "guesses of two", "streamer"],
 )

@@ -13,7 +13,7 @@ from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking import group_hook
 from saesteer.steering.hooking.arrangement import ByRow
-from saesteer.steering.hooking.edits import Edit, Spots
+from saesteer.steering.hooking.edits import Edit, EditPositions
 from saesteer.steering.hooking.generation import generate_steered
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_changes import read_back
@@ -188,9 +188,9 @@ class ByPlace(Edit):
     def place(self, p: Tensor, P: Any) -> Tensor:
         return (p - P + 3).clamp(0, 3)
 
-    def delta(self, h: Tensor, spots: Spots) -> Tensor:
-        assert spots.tokens is not None and spots.prompt_lengths is not None
-        return self.vectors[self.place(spots.tokens.p, spots.prompt_lengths[:, None])]
+    def delta(self, h: Tensor, where: EditPositions) -> Tensor:
+        assert where.tokens is not None and where.prompt_lengths is not None
+        return self.vectors[self.place(where.tokens.p, where.prompt_lengths[:, None])]
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -14,9 +14,9 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, SAESpec, load_sae, save_sae
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.controls import random_plan, with_directions
-from saesteer.steering.exchange.conversion import plan_vector
+from saesteer.steering.exchange.conversion import check_export
 from saesteer.steering.hooking.arrangement import ByRow
-from saesteer.steering.hooking.edits import Spots, make_edit
+from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.hooking.latent_values import needs_sae, with_gate
 from saesteer.steering.plans.from_sae import make_plan
@@ -96,7 +96,7 @@ def plan_of(lm: LanguageModel, sae: SAE, method: str, **changes: Any) -> Plan:
 
 
 def edited(plan: Plan, x: Tensor, sae: SAE | None = None) -> Tensor:
-    return x + make_edit(plan.parts, sae).delta(x, Spots())
+    return x + make_edit(plan.parts, sae).delta(x, EditPositions())
 
 
 @pytest.mark.parametrize("method", VALUES)
@@ -194,7 +194,7 @@ def test_what_cannot_be_said(tmp_path: Path, lm: LanguageModel) -> None:
     sae = make_sae(tmp_path / "sae", "layer_norm")
     plan = plan_of(lm, sae, "add")
     with pytest.raises(UserError, match="scales each token.*`method` add"):
-        plan_vector(plan)
+        check_export(plan, "gguf", as_scope="all")
     with pytest.raises(UserError, match="sae.normalize_activations is 'x'"):
         dataclasses.replace(plan.sae, normalize_activations="x")
     metadata = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}

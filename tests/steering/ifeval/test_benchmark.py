@@ -16,8 +16,8 @@ from saesteer.steering.evaluation.arms import Decoding
 from saesteer.steering.ifeval import benchmark as ifeval
 from saesteer.steering.ifeval.benchmark import (
     INSTRUCTION_OF,
-    Followed,
     IFEvalPrompt,
+    InstructionVerdict,
     evaluate_ifeval,
     follow,
     ifeval_scores,
@@ -114,9 +114,9 @@ def test_strict_and_loose() -> None:
 
 def test_scores_by_prompt_and_by_instruction() -> None:
     yes, loose, no = (
-        Followed("a", *pair) for pair in ((True, True), (False, True), (False, False))
+        InstructionVerdict("a", *pair) for pair in ((True, True), (False, True), (False, False))
     )
-    found = ifeval_scores([[yes, loose], [yes], [no, Followed("b", True, True)]])
+    found = ifeval_scores([[yes, loose], [yes], [no, InstructionVerdict("b", True, True)]])
     assert (found.prompt_strict.successes, found.prompt_loose.successes) == (1, 2)
     assert (found.instruction_strict.value, found.instruction_loose.value) == (3 / 5, 4 / 5)
     assert found.by_type["a"][0].n == 4 and found.by_type["b"][0].value == 1.0

@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_shuffles() -> None:
         shuffled("saif", texts(), 3, shuffles=4, seed=seed) for seed in (5, 5, 6)
     )  # fmt: skip
     assert one is not None and other is not None and third is not None
-    assert one.looks == other.looks != third.looks
+    assert one.per_shuffle == other.per_shuffle != third.per_shuffle
 
 
 def test_nothing_on_is_nothing_to_shuffle() -> None:

@@ -61,16 +61,16 @@ def slow_scores(acts: Array, facts: Sequence[tuple[bool, int, int, bool]]) -> di
     found: dict[str, list[float]] = {name: [] for name in names}
     for j in range(acts.shape[1]):
         one = [a[j] for a, f in zip(acts, facts, strict=True) if f[0]]
-        nought = [a[j] for a, f in zip(acts, facts, strict=True) if not f[0]]
+        uninstructed = [a[j] for a, f in zip(acts, facts, strict=True) if not f[0]]
         plain = {f[1]: a[j] for a, f in zip(acts, facts, strict=True) if not f[0]}
         pairs = [(a[j], plain[f[1]], f[1]) for a, f in zip(acts, facts, strict=True) if f[0]]
-        n1, n0 = len(one), len(nought)
-        on1, on0 = sum(x > 0 for x in one), sum(x > 0 for x in nought)
+        n1, n0 = len(one), len(uninstructed)
+        on1, on0 = sum(x > 0 for x in one), sum(x > 0 for x in uninstructed)
         b = sum(x > 0 and y == 0 for x, y, _ in pairs)
         c = sum(x == 0 and y > 0 for x, y, _ in pairs)
-        m1, m0 = math.fsum(one) / n1, math.fsum(nought) / n0
+        m1, m0 = math.fsum(one) / n1, math.fsum(uninstructed) / n0
         v1 = math.fsum((x - m1) ** 2 for x in one) / (n1 - 1)
-        v0 = math.fsum((x - m0) ** 2 for x in nought) / (n0 - 1)
+        v0 = math.fsum((x - m0) ** 2 for x in uninstructed) / (n0 - 1)
         found["saif"].append(b / len(pairs))
         found["rate"].append(on1 / n1 - on0 / n0)
         odds = (on1 + 0.5) * (n0 - on0 + 0.5) / ((n1 - on1 + 0.5) * (on0 + 0.5))
@@ -88,13 +88,14 @@ def slow_scores(acts: Array, facts: Sequence[tuple[bool, int, int, bool]]) -> di
         mean = math.fsum(deltas) / len(deltas)
         spread = math.fsum((d - mean) ** 2 for d in deltas) / (len(deltas) - 1)
         found["paired-t"].append(mean / math.sqrt(spread / len(deltas)) if spread else 0.0)
-        won = sum((x > y) + (x == y) / 2 for x in one for y in nought)
+        won = sum((x > y) + (x == y) / 2 for x in one for y in uninstructed)
         found["auroc"].append(won / (n1 * n0))
         total = 0.0
-        for kind, share in ((one, n1), (nought, n0)):
+        for kind, share in ((one, n1), (uninstructed, n0)):
             for on in (True, False):
                 joint = sum((x > 0) == on for x in kind) / (n1 + n0)
-                apart = sum((x > 0) == on for x in one + nought) / (n1 + n0) * share / (n1 + n0)
+                everywhere = sum((x > 0) == on for x in one + uninstructed) / (n1 + n0)
+                apart = everywhere * share / (n1 + n0)
                 total += joint * math.log(joint / apart) if joint else 0.0
         found["mi"].append(math.copysign(total, on1 / n1 - on0 / n0))
         y = [float(f[3]) for f in facts]
@@ -125,25 +126,25 @@ def test_p_values_are_those_of_scipy() -> None:
     content = np.array([fact[1] for fact in facts])
     success = np.array([fact[3] for fact in facts])
     for j in range(D_SAE):
-        one, nought = acts[positive, j], acts[~positive, j]
+        one, uninstructed = acts[positive, j], acts[~positive, j]
         if not acts[:, j].any():
             assert all(column[j] == 1 for name, column in p.items() if name != "logodds")
             continue
-        welch = stats.ttest_ind(one, nought, equal_var=False)
+        welch = stats.ttest_ind(one, uninstructed, equal_var=False)
         assert p["welch"][j] == pytest.approx(welch.pvalue, rel=1e-8)
         means = [acts[positive & (content == i), j].mean() for i in range(CONTENTS)]
         alone = [float(acts[~positive & (content == i), j][0]) for i in range(CONTENTS)]
         paired = stats.ttest_rel(means, alone)
         assert p["paired-t"][j] == pytest.approx(paired.pvalue, rel=1e-8)
-        whitney = stats.mannwhitneyu(one, nought, method="asymptotic")
+        whitney = stats.mannwhitneyu(one, uninstructed, method="asymptotic")
         assert p["auroc"][j] == pytest.approx(whitney.pvalue, rel=1e-8)
-        assert detect(texts).scores["auroc"][j] * len(one) * len(nought) == pytest.approx(
+        assert detect(texts).scores["auroc"][j] * len(one) * len(uninstructed) == pytest.approx(
             whitney.statistic
         )
         correlation = stats.pearsonr(acts[:, j], success)
         assert p["corr"][j] == pytest.approx(correlation.pvalue, rel=1e-8)
         table = np.array([[(one > 0).sum(), (one == 0).sum()],
-                          [(nought > 0).sum(), (nought == 0).sum()]])  # fmt: skip
+                          [(uninstructed > 0).sum(), (uninstructed == 0).sum()]])  # fmt: skip
         if table.sum(axis=0).all():
             g = stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")
             assert p["mi"][j] == pytest.approx(g.pvalue, rel=1e-8)

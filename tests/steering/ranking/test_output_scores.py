@@ -17,7 +17,6 @@ from saesteer.steering.ranking.output_scores import (
     Contrast,
     attribution_scores,
     contrast_gradients,
-    contrast_metric,
     effect_scores,
     output_scores,
 )
@@ -100,17 +99,6 @@ def slow_metric(lm: LanguageModel, contrast: Contrast, added: torch.Tensor) -> f
         ]
         total += sign * sum(logp) / len(logp)
     return total
-
-
-def test_the_metric_is_that_of_single_texts(
-    lm: LanguageModel, point: HookPoint, contrasts: list[Contrast]
-) -> None:
-    added = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for push in (None, added):
-        wanted = [slow_metric(lm, c, torch.zeros(32) if push is None else push) for c in contrasts]
-        found = contrast_metric(lm, point, contrasts, push)
-        # Logits are brought to float32 first.
-        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_slopes_of_the_metric(

@@ -241,7 +241,7 @@ def test_dealing_keeps_every_text_once_and_fills_each_split(texts: list[str]) ->
     texts = list(dict.fromkeys(texts))
     if len(texts) < 3:
         return
-    dealt = contents_module._deal("here", texts, 0)
+    dealt = contents_module._assign_splits("here", texts, 0)
     assert [text for text, _ in dealt] == texts
     assert {split for _, split in dealt} == {"train", "dev", "test"}
 

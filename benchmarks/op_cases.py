@@ -105,6 +105,20 @@ def encode_topk(o: Operands) -> Iterator[Case]:
     )
 
 
+def encode_batchtopk(o: Operands) -> Iterator[Case]:
+    (batch, d_model), d_sae, k = o.x.shape, len(o.W), o.indices.shape[1]
+    b, own = o.zeros(d_sae), o.zeros(d_sae, dtype=o.W.dtype)
+    yield Case(
+        "encode_batchtopk",
+        "any",
+        lambda: ops.encode_batchtopk(o.x, o.W, b, k),
+        lambda: torch.addmm(own, o.x, o.W.T).relu().flatten().topk(batch * k, sorted=False),
+        "addmm, relu, topk of all",
+        flops=2 * batch * d_model * d_sae,
+        bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
+    )
+
+
 def sparse_decode(o: Operands) -> Iterator[Case]:
     acts, b_dec = o.acts.to(o.W.dtype), o.zeros(o.W.shape[1], dtype=o.W.dtype)
     dense = o.zeros(len(o.x), len(o.W), dtype=o.W.dtype)
@@ -311,6 +325,7 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
     make.__name__: make
     for make in (
         encode_topk,
+        encode_batchtopk,
         sparse_decode,
         decode_mse,
         gather_dot,

@@ -89,7 +89,7 @@ def add_flags(parser: VerbParser) -> None:
         "--k",
         type=counts,
         metavar="N,...",
-        help=f"latents kept per token, with topk and abstopk {default(TrainConfig, 'k')}",
+        help=f"latents kept per token; with batchtopk on average {default(TrainConfig, 'k')}",
     )
     shape.add_argument(
         "--init-seed",
@@ -270,6 +270,8 @@ def _refuse_live_flags(args: Namespace) -> None:
 def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
+    # Of SAEs that infer otherwise than they train: with the threshold in their file.
+    calibrated = any("held_out_l0" in run["final"] for run in runs)
     for run in runs:
         sae, final = run["sae"], run["final"]
         rows.append(
@@ -281,12 +283,14 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
                 amount(final.get("tokens", 0)),
                 figure(final.get("fvu")),
                 figure(final.get("l0")),
+                *([figure(final.get("held_out_l0"))] if calibrated else []),
                 figure(final.get("dead_fraction")),
                 duration(run["seconds"]),
                 run["folder"],
             ]
         )
-    measured = ["tokens", "FVU", "L0", "dead", "time", "folder"]
+    both = ["L0", "held-out L0"] if calibrated else ["L0"]
+    measured = ["tokens", "FVU", *both, "dead", "time", "folder"]
     print_table(["layer", "d_sae", *own, "seed", *measured], rows, left="folder")
     model = args.model or runs[0]["model"].get("name") or "MODEL"
     folder = Path(runs[0]["folder"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from saesteer.kernels.adam_rows import adam_rows_op, adam_schedule
 from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
+from saesteer.kernels.batchtopk_encode import batchtopk_encode_op
 from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.gather_dot import gather_dot_op
 from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
@@ -33,6 +34,7 @@ __all__ = [
     "adam_sparse_rows_",
     "auxk",
     "decode_mse",
+    "encode_batchtopk",
     "encode_topk",
     "gather_dot",
     "sort_indices",
@@ -63,6 +65,39 @@ def encode_topk(
     Raises:
         ValueError: shapes disagree, or k is not in 1..d_sae.
     """
+    _check_encoder(x, W_enc_rows, b_enc, k)
+    acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
+    return acts, indices
+
+
+def encode_batchtopk(
+    x: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " starts"]]:
+    """The ``batch * k`` largest positive pre-activations of the whole batch, as ragged entries.
+
+    Exact. Equal pre-activations are taken in order of example and latent. Latents are listed by
+    ascending index within an example and never twice. There are always ``batch * k`` entries: where
+    fewer pre-activations are positive (NaN is not) the rest hold 0, and have no gradient.
+
+    Differentiable in x, W_enc_rows and b_enc through the activations. The dense pre-activations
+    exist for a chunk of rows at a time, and are never kept for the backward pass.
+
+    Returns:
+        latent activations (float32, or float64 for float64 inputs), latent indices (int64), and
+        row starts ``[batch + 1]`` (int64).
+
+    Raises:
+        ValueError: shapes disagree, or k is not in 1..d_sae.
+    """
+    _check_encoder(x, W_enc_rows, b_enc, k)
+    acts, indices, row_starts = batchtopk_encode_op(x, W_enc_rows, b_enc, k)
+    return acts, indices, row_starts
+
+
+def _check_encoder(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> None:
     check_matrix("x", x, "batch, d_model")
     check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
     d_sae = W_enc_rows.shape[0]
@@ -70,8 +105,6 @@ def encode_topk(
     check("b_enc", b_enc, (d_sae,), "d_sae")
     if not 0 < k <= d_sae:
         raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
-    acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
-    return acts, indices
 
 
 def sparse_decode(

@@ -91,6 +91,8 @@ class Pass:
     dense: dict[str, Tensor] = field(default_factory=dict)
     """Whole gradients of other parameters, and further parts of those of `ENTRY_PARAMETERS`."""
     compact: CompactGradients | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
+    """What `Architecture.update_buffers` learns from the pass."""
 
     @property
     def only_entries(self) -> bool:
@@ -112,6 +114,10 @@ class Architecture(ABC):
         "b_dec": "b_dec",
     }
     """The name in an SAE's file of each parameter that is written there; `W_enc` is transposed."""
+    canonical_buffers: ClassVar[Mapping[str, str]] = {}
+    """The same for buffers."""
+    calibrates: ClassVar[bool] = False
+    """Whether `calibrate` wants rows at the end of training."""
 
     @classmethod
     @abstractmethod
@@ -158,6 +164,10 @@ class Architecture(ABC):
     ) -> Parameters:
         """Parameters to start from, of the shapes that `shapes` gives."""
 
+    def buffers(self, d_sae: int, device: torch.device) -> dict[str, Tensor]:
+        """What training keeps besides parameters, by name: steps measure it, none optimises it."""
+        return {}
+
     @abstractmethod
     def loss(
         self,
@@ -174,15 +184,43 @@ class Architecture(ABC):
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most move freely)
         """Put back, in place, what a step may have moved out of its range."""
 
+    def update_buffers(  # noqa: B027 (most have none)
+        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass]
+    ) -> None:
+        """Change buffers, in place, by what the passes of a step have measured.
+
+        Nothing may wait for the device.
+        """
+
+    def calibrate(
+        self,
+        parameters: Parameters,
+        buffers: Mapping[str, Tensor],
+        x: Float[Tensor, "rows d_in"],
+    ) -> dict[str, float]:
+        """After the last step: set buffers, in place, on rows that come after those of training.
+
+        Returns what the run's record says of it, by name. Called if `calibrates`.
+        """
+        return {}
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """The fields of an `SAESpec` that say what it computes, such as architecture and k."""
+        """The fields of an `SAESpec` that say what it computes, such as architecture and k.
+
+        Entries of `metadata` come on top of what the trainer writes there.
+        """
 
     def canonical(
-        self, parameters: Parameters, read: Sequence[InputScale], write: Sequence[InputScale]
+        self,
+        parameters: Parameters,
+        read: Sequence[InputScale],
+        write: Sequence[InputScale],
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "..."]]:
         """The same SAE on raw activations, latents in units of the (first) place it reads."""
         named = {ours: parameters[name] for name, ours in self.canonical_names.items()}
+        named |= {ours: (buffers or {})[name] for name, ours in self.canonical_buffers.items()}
         return fold_centred_scale(
             named, [(s.mean, s.factor) for s in read], [(s.mean, s.factor) for s in write]
         )

@@ -60,12 +60,19 @@ def state_of(
         "scales": [_factors(trainer) for trainer in run.trainers],
         # By these a state opens as an SAE without the run's settings.
         "saes": {t.variant.folder: asdict(t.spec(run.facts)) for t in run.trainers},
-        "canonical": {t.variant.folder: dict(t.architecture.canonical_names) for t in run.trainers},
+        "canonical": {t.variant.folder: _canonical_names(t) for t in run.trainers},
         "peak_lrs": [trainer.peak_lr for trainer in run.trainers],
         "last": run.last,
         "metrics_bytes": [path.stat().st_size for path in logs],
     }
     return tensors, meta, logs
+
+
+def _canonical_names(trainer: SAETrainer) -> dict[str, str]:
+    """What each tensor of an SAE is called in the state: a parameter, or `buffer.` and a buffer."""
+    architecture = trainer.architecture
+    buffers = {f"buffer.{name}": ours for name, ours in architecture.canonical_buffers.items()}
+    return {**architecture.canonical_names, **buffers}
 
 
 def restore(run: "TrainingRun") -> None:

@@ -81,7 +81,7 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--model", "a"], "--layer is missing"),
         (
             ["--model", "a", "--layer", "1", "--arch", "relu"],
-            "--arch must be one of topk, abstopk, got 'relu'",
+            "--arch must be one of topk, abstopk, batchtopk",
         ),
         (
             ["--activations", "a", "--d-sae", "16", "--k", "32"],

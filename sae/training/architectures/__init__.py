@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     "topk": "topk.TopK",
     "abstopk": "abstopk.AbsTopK",
+    "batchtopk": "batchtopk.BatchTopK",
 }
 """The value of `arch`, and where its class is."""
 

@@ -91,7 +91,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(tmp_path: 
     with pytest.raises(UsageError, match="`d_sae` must be at least `k`"):
         train(tmp_path / "sae", config, activations=tmp_path / "nothing")
     assert not (tmp_path / "sae").exists()
-    with pytest.raises(UsageError, match="`arch` must be one of topk, abstopk, got 'relu'"):
+    names = ", ".join(ARCHITECTURES)
+    with pytest.raises(UsageError, match=f"`arch` must be one of {names}, got 'relu'"):
         architecture_named("relu")
 
 

@@ -89,7 +89,15 @@ def add_flags(parser: VerbParser) -> None:
         "--k",
         type=counts,
         metavar="N,...",
-        help=f"latents kept per token; with batchtopk on average {default(TrainConfig, 'k')}",
+        help="latents kept per token; with batchtopk and matryoshka on average "
+        f"{default(TrainConfig, 'k')}",
+    )
+    shape.add_argument(
+        "--prefixes",
+        type=counts,
+        metavar="N,...",
+        help="with matryoshka: numbers of latents, up to d_sae, that reconstruct by themselves "
+        "(default: 1/32, 3/32, 7/32, 15/32 and all of d_sae)",
     )
     shape.add_argument(
         "--init-seed",

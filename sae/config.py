@@ -108,6 +108,9 @@ class TrainConfig:
     """Numbers of latents; empty means 8 times d_model."""
     k: tuple[int, ...] = (32,)
     """Latents kept per token, for the architectures that keep a number of them."""
+    prefixes: tuple[int, ...] = ()
+    """Numbers of latents, up to d_sae, whose sums are trained to reconstruct by themselves, with
+    `matryoshka`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
     tokens: int = 1_000_000
@@ -163,6 +166,13 @@ class TrainConfig:
                 raise UsageError(f"{flag} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
             _at_least("`k`", k, 1)
+        for prefix in self.prefixes[:1]:
+            _at_least("`prefixes`", prefix, 1)
+        if any(b <= a for a, b in zip(self.prefixes, self.prefixes[1:], strict=False)):
+            raise UsageError(
+                f"`prefixes` must rise, got {','.join(map(str, self.prefixes))}: each counts all "
+                "latents from the first"
+            )
         _at_least("`tokens`", self.tokens, 1)
         _at_least("`batch_tokens`", self.batch_tokens, 2)  # one row alone has no variance
         if self.tokens < 2 * self.batch_tokens:

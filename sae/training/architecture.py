@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.folds import fold_centred_scale
 from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
 from saesteer.sae.config import TrainConfig
@@ -142,6 +143,10 @@ class Architecture(ABC):
         """Whether `loss` wants to know which latents are dead."""
         return False
 
+    def at_width(self, d_sae: int) -> "Architecture":
+        """The same with settings that depend on the number of latents worked out."""
+        return self
+
     def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
         """Raise UsageError where the settings do not fit this number of latents."""
 
@@ -224,6 +229,18 @@ class Architecture(ABC):
         return fold_centred_scale(
             named, [(s.mean, s.factor) for s in read], [(s.mean, s.factor) for s in write]
         )
+
+
+def refuse_others(config: TrainConfig, *names: str) -> None:
+    """Raise UsageError where a setting that the architecture lacks is not what it is by default."""
+    usual = TrainConfig()
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: leave it out"
+            )
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ def _canonical_names(trainer: SAETrainer) -> dict[str, str]:
 def restore(run: "TrainingRun") -> None:
     """Continue from the saved state. Raises UserError when it belongs to other settings."""
     tensors, meta = load_state(run.folder)
-    check_same_run(meta, identity(run.config, run.facts), run.folder)
+    usual = asdict(TrainConfig())
+    check_same_run(meta, identity(run.config, run.facts), run.folder, usual)
     parts = _groups(tensors)
     scales: dict[Place, InputScale] = {}
     for i, variant in enumerate(run.variants):

@@ -87,6 +87,18 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
             ["--activations", "a", "--d-sae", "16", "--k", "32"],
             "--d-sae must be at least --k (32), got 16",
         ),
+        (
+            ["--activations", "a", "--arch", "matryoshka", "--d-sae", "64", "--prefixes", "8,32"],
+            "--prefixes must end at --d-sae (64), got 8,32",
+        ),
+        (
+            ["--activations", "a", "--arch", "matryoshka", "--prefixes", "32,8"],
+            "--prefixes must rise, got 32,8",
+        ),
+        (
+            ["--activations", "a", "--prefixes", "8,32"],
+            "--prefixes is no setting of --arch topk, got 8,32: leave it out",
+        ),
         (["--activations", "a", "--k", "0"], "--k must be at least 1, got 0"),
         (["--activations", "a", "--lr", "-1"], "--lr must be between 0 and 1, got -1"),
         (["--activations", "a", "--tokens", "100"], "--tokens must be at least twice"),

@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "topk": "topk.TopK",
     "abstopk": "abstopk.AbsTopK",
     "batchtopk": "batchtopk.BatchTopK",
+    "matryoshka": "matryoshka.Matryoshka",
 }
 """The value of `arch`, and where its class is."""
 

@@ -31,6 +31,8 @@ class BatchTopK(TopK):
     name: ClassVar[str] = "batchtopk"
     canonical_buffers: ClassVar[Mapping[str, str]] = {"threshold": "threshold"}
     calibrates: ClassVar[bool] = True
+    sae_lens_name: ClassVar[str] = "batchtopk"
+    """What SAELens calls the architecture that was trained."""
 
     def buffers(self, d_sae: int, device: torch.device) -> dict[str, Tensor]:
         """The threshold, and the average that it is while training: its sum, and the weights'."""
@@ -52,7 +54,7 @@ class BatchTopK(TopK):
     ) -> Pass:
         """The loss of `TopK`, over all entries of the batch."""
         done = super().loss(parameters, x, target, dead)
-        done.measured["least"] = _least(done.latent_acts)
+        done.measured["least"] = least_activation(done.latent_acts)
         return done
 
     @torch.no_grad()
@@ -73,7 +75,7 @@ class BatchTopK(TopK):
     ) -> dict[str, float]:
         """Set the threshold so that exactly k latents an example of `x` are above it."""
         average = buffers["threshold"].clone()
-        least = _least(self.entries(parameters, x)[0])
+        least = least_activation(self.entries(parameters, x)[0])
         if least.isfinite():
             # Just below: a latent is active above the threshold, not at it.
             buffers["threshold"].copy_(torch.nextafter(least, torch.zeros_like(least)))
@@ -85,12 +87,17 @@ class BatchTopK(TopK):
             "threshold_average": float(average[0]),
         }
 
+    @property
+    def sae_lens_details(self) -> dict[str, Any]:
+        """Its settings under SAELens' names."""
+        return {"k": self.k}
+
     def spec(self) -> dict[str, Any]:
         return {
             "architecture": "jumprelu",
             "metadata": {
-                "training_architecture": self.name,
-                "training_architecture_details": dict(self.settings),
+                "training_architecture": self.sae_lens_name,
+                "training_architecture_details": self.sae_lens_details,
                 "k": self.k,
             },
         }
@@ -99,7 +106,7 @@ class BatchTopK(TopK):
 _AVERAGE = ("threshold_sum", "threshold_weight")
 
 
-def _least(acts: Tensor) -> Tensor:
+def least_activation(acts: Tensor) -> Tensor:
     """The smallest activation that is not 0; infinite where there is none."""
     return torch.where(acts > 0, acts, torch.inf).amin()
 

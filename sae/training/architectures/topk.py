@@ -17,6 +17,7 @@ from saesteer.sae.training.architecture import (
     EntrySum,
     Parameters,
     Pass,
+    refuse_others,
 )
 from saesteer.sae.training.auxiliary_loss import auxiliary_loss
 
@@ -34,6 +35,7 @@ class TopK(Architecture):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
+        refuse_others(config, "prefixes")
         return [cls(k, config.auxk) for k in config.k]
 
     @property

@@ -162,6 +162,34 @@ def decode_mse(o: Operands) -> Iterator[Case]:
     )
 
 
+def decode_prefixes(o: Operands) -> Iterator[Case]:
+    levels, b_dec = 4, o.zeros(o.W.shape[1])
+    acts, indices = o.acts.flatten(), o.indices.flatten()
+    cuts = torch.tensor([len(o.W) * level // levels for level in range(levels)], device=acts.device)
+    counts = torch.searchsorted(o.indices, cuts.repeat(len(o.x), 1))
+    rows = torch.arange(len(o.x), device=acts.device)[:, None] * o.indices.shape[1]
+    starts = torch.cat([(rows + counts).flatten(), rows.new_tensor([len(indices)])])
+
+    def plain() -> tuple[Tensor, ...]:
+        dense = o.zeros(len(o.x), len(o.W), dtype=o.W.dtype)
+        dense.scatter_(1, o.indices, o.acts.to(o.W.dtype))
+        ends = [len(o.W) * level // levels for level in range(1, levels + 1)]
+        errors = torch.stack(
+            [(dense[:, :end] @ o.W[:end] - o.x).float() + b_dec for end in ends], dim=1
+        )
+        return errors.square().sum(dim=2), errors[:, -1], errors.flip(1).cumsum(1).flip(1)
+
+    yield Case(
+        f"decode_prefixes, {levels} levels",
+        o.latents,
+        lambda: ops.decode_prefixes(acts, indices, o.W, b_dec, o.x, starts, levels),
+        plain,
+        "scatter, dense products, cumsum",
+        flops=4 * o.slots * o.W.shape[1],
+        bytes=(o.slots + 2 * levels * len(o.x)) * o.row_bytes + 16 * o.slots,
+    )
+
+
 def gather_dot(o: Operands) -> Iterator[Case]:
     yield Case(
         "gather_dot",
@@ -328,6 +356,7 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
         encode_batchtopk,
         sparse_decode,
         decode_mse,
+        decode_prefixes,
         gather_dot,
         sort_indices,
         sparse_row_grads,

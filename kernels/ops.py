@@ -20,6 +20,7 @@ from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
 from saesteer.kernels.batchtopk_encode import batchtopk_encode_op
 from saesteer.kernels.decode_mse import decode_mse_op
+from saesteer.kernels.decode_prefixes import decode_prefixes_op
 from saesteer.kernels.gather_dot import gather_dot_op
 from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
 from saesteer.kernels.sparse_decode import sparse_decode_op
@@ -34,6 +35,7 @@ __all__ = [
     "adam_sparse_rows_",
     "auxk",
     "decode_mse",
+    "decode_prefixes",
     "encode_batchtopk",
     "encode_topk",
     "gather_dot",
@@ -132,6 +134,48 @@ def sparse_decode(
         check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
     out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec, row_starts)
     return out
+
+
+def decode_prefixes(
+    latent_acts: Float[Tensor, " entries"],
+    latent_indices: Int[Tensor, " entries"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+    target: Float[Tensor, "batch d_model"],
+    piece_starts: Int[Tensor, " starts"],
+    levels: int,
+) -> tuple[
+    Float[Tensor, "batch levels"],
+    Float[Tensor, "batch d_model"],
+    Float[Tensor, "batch levels d_model"],
+    Float[Tensor, " entries"],
+]:
+    """`decode_mse` of nested prefixes of the latents, in one pass.
+
+    ``piece_starts`` ``[batch * levels + 1]`` are row starts of the entries cut into ``levels``
+    pieces an example: level g adds the pieces up to g. Not differentiable: it gives gradients.
+
+    Returns:
+        squared error of every level; error of the last; sums of the errors of level g and those
+        after it; and per entry the product of that sum, at the entry's level, with its decoder row.
+
+    Raises:
+        ValueError: shapes or piece_starts are wrong.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    check_matrix("W_dec", W_dec, "d_sae, d_model")
+    pieces = check_slots(latent_indices, piece_starts)
+    check_like_slots("latent_acts", latent_acts, latent_indices)
+    check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+    check("target", target, (pieces // levels, W_dec.shape[1]), "batch, d_model")
+    check("piece_starts", piece_starts, (len(target) * levels + 1,), "batch * levels + 1")
+    with torch.no_grad():
+        squared, last, suffix, act_grads = decode_prefixes_op(
+            latent_acts, latent_indices, W_dec, b_dec, target, piece_starts, levels
+        )
+    return squared, last, suffix, act_grads
 
 
 def gather_dot(

@@ -341,6 +341,7 @@ def flat(result: Any) -> list[torch.Tensor]:
     [
         ("sparse_decode", 1),
         ("decode_mse", 3),
+        ("decode_prefixes", 3),
         ("gather_dot", 1),
         ("sort_indices", 2),
         ("sparse_row_grads", 1),

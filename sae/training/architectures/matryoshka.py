@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.kernels.ops import encode_batchtopk, gather_dot, sort_indices, sparse_decode
+from saesteer.kernels.ops import decode_prefixes, encode_batchtopk, sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import (
     Architecture,
@@ -95,21 +95,15 @@ class Matryoshka(BatchTopK):
             x, parameters["W_enc_rows"], parameters["b_enc"], self.k
         )
         pieces = cut_at(indices, row_starts, ends)
-        errors = sparse_decode(acts, indices, W_dec, None, pieces).unflatten(0, (-1, levels))
-        errors = errors.cumsum(dim=1).add_((b_dec - target)[:, None])
-        last = errors[:, -1].contiguous()
-        squares = errors.square().sum(dim=(0, 2))
+        squared, last, errors, act_grads = decode_prefixes(
+            acts, indices, W_dec, b_dec, target, pieces, levels
+        )
+        squares = squared.sum(dim=0)
         loss = squares.mean() / target.numel()
         compact = None
         if dead is not None and len(dead.ids):
             extra, compact = auxiliary_loss(parameters, x, last, dead, self.auxk)
             loss = loss + extra
-        # Level by level from the last: what is left in place is the suffix sum.
-        for level in range(levels - 2, -1, -1):
-            errors[:, level] += errors[:, level + 1]
-        first = errors[:, 0].sum(dim=0)
-        rows = errors.flatten(0, 1)
-        act_grads = gather_dot(rows, W_dec, indices, pieces)
         factor = 2 / max(1, target.numel() * levels)
         return Pass(
             loss=loss,
@@ -119,13 +113,13 @@ class Matryoshka(BatchTopK):
             latent_acts=acts,
             latent_indices=indices,
             order=sort_indices(indices, len(W_dec), pieces),
-            decoder=EntrySum(acts, rows),
+            decoder=EntrySum(acts, errors.flatten(0, 1)),
             encoder=EntrySum(
                 torch.where(acts != 0, act_grads, 0), x.repeat_interleave(levels, dim=0)
             ),
             factor=factor,
             row_starts=pieces,
-            dense={"b_dec": first * factor},
+            dense={"b_dec": errors[:, 0].sum(dim=0) * factor},
             compact=compact,
             measured={"least": least_activation(acts)},
         )

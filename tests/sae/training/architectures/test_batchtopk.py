@@ -13,6 +13,7 @@ from torch import Tensor
 from saesteer.checkpoints.files import read_json
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae.activations.batches import BatchStream
 from saesteer.sae.training import architecture
 from saesteer.sae.training.architecture import DeadList, Parameters
 from saesteer.sae.training.architectures.batchtopk import BatchTopK
@@ -147,3 +148,14 @@ def test_whole_gradients_train_it_too(
     config = replace(CONFIG, arch="batchtopk", layers=(1,), lr=5e-3, **changes)
     (run,) = train(tmp_path / "one", config, activations=shards, device="cpu")
     assert run["final"]["fvu"] < 0.5 and run["final"]["held_out_l0"] == 4
+
+
+def test_without_rows_after_those_of_training_the_average_stays(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchStream, "rows_after", lambda self, count: self.buffer.rows[:0])
+    config = replace(CONFIG, arch="batchtopk", layers=(1,), lr=5e-3)
+    (run,) = train(tmp_path / "one", config, activations=shards, device="cpu")
+    assert run["final"]["held_out_rows"] == 0 and "held_out_l0" not in run["final"]
+    threshold = load_sae(tmp_path / "one").threshold
+    assert threshold is not None and float(threshold.min()) > 0

@@ -119,6 +119,28 @@ def encode_batchtopk(o: Operands) -> Iterator[Case]:
     )
 
 
+def encode_above(o: Operands) -> Iterator[Case]:
+    (batch, d_model), d_sae, k = o.x.shape, len(o.W), o.indices.shape[1]
+    b, own = o.zeros(d_sae), o.zeros(d_sae, dtype=o.W.dtype)
+    # Random rows of unit length: pre-activations are normal, and k of them are above this.
+    floors = b + float(torch.special.ndtri(torch.tensor(1 - k / d_sae, dtype=torch.float64)))
+
+    def plain() -> tuple[Tensor, Tensor]:
+        pre_acts = torch.addmm(own, o.x, o.W.T)
+        above = pre_acts > floors
+        return pre_acts[above], above.nonzero()
+
+    yield Case(
+        "encode_above",
+        "any",
+        lambda: ops.encode_above(o.x, o.W, b, floors),
+        plain,
+        "addmm, compare, nonzero",
+        flops=2 * batch * d_model * d_sae,
+        bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
+    )
+
+
 def sparse_decode(o: Operands) -> Iterator[Case]:
     acts, b_dec = o.acts.to(o.W.dtype), o.zeros(o.W.shape[1], dtype=o.W.dtype)
     dense = o.zeros(len(o.x), len(o.W), dtype=o.W.dtype)
@@ -354,6 +376,7 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
     for make in (
         encode_topk,
         encode_batchtopk,
+        encode_above,
         sparse_decode,
         decode_mse,
         decode_prefixes,

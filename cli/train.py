@@ -19,7 +19,7 @@ from saesteer.cli.output import Document, amount, duration, print_json, print_ne
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, dtype, layers, number
+from saesteer.cli.values import count, counts, dtype, layers, number, numbers
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.training.architectures import ARCHITECTURES
 
@@ -48,6 +48,10 @@ _LIVE_ONLY = (
 
 # What run.json says of an SAE besides the settings of its architecture.
 _OF_EVERY_SAE = ("layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256")
+
+
+# Share of its target by which an L0 has to miss it for a warning.
+_L0_MISSED = 0.2
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -91,6 +95,12 @@ def add_flags(parser: VerbParser) -> None:
         metavar="N,...",
         help="latents kept per token; with batchtopk and matryoshka on average "
         f"{default(TrainConfig, 'k')}",
+    )
+    shape.add_argument(
+        "--l0",
+        type=numbers,
+        metavar="X,...",
+        help=f"with jumprelu: active latents per token to aim at {default(TrainConfig, 'l0')}",
     )
     shape.add_argument(
         "--prefixes",
@@ -259,6 +269,12 @@ def run(args: Namespace) -> int:
             progress=report,
             say=report.say,
         )
+        for run in runs:
+            if run["final"].get("l0_missed_by", 0) > _L0_MISSED:
+                report.warn(
+                    f"{run['folder']} has an L0 of {run['final']['held_out_l0']:.3g} where "
+                    f"{run['sae']['l0']:g} was aimed at: train on more --tokens"
+                )
     if args.json:
         print_json({"runs": runs})
     else:

@@ -26,6 +26,7 @@ from saesteer.kernels.operands import check, check_like_slots, check_matrix, che
 from saesteer.kernels.sparse_decode import sparse_decode_op
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices, sparse_row_grads_op
+from saesteer.kernels.threshold_encode import threshold_encode_op
 from saesteer.kernels.topk_encode import topk_encode_op
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "auxk",
     "decode_mse",
     "decode_prefixes",
+    "encode_above",
     "encode_batchtopk",
     "encode_topk",
     "gather_dot",
@@ -97,6 +99,31 @@ def encode_batchtopk(
     _check_encoder(x, W_enc_rows, b_enc, k)
     acts, indices, row_starts = batchtopk_encode_op(x, W_enc_rows, b_enc, k)
     return acts, indices, row_starts
+
+
+def encode_above(
+    x: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    floors: Float[Tensor, " d_sae"],
+) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " starts"]]:
+    """The pre-activations above the floor of their latent, as ragged entries.
+
+    Latents are listed by ascending index within an example. NaN is above nothing. The host waits
+    for the device, which alone knows how many they are. Not differentiable.
+
+    Returns:
+        pre-activations (float32, or float64 for float64 inputs), latent indices (int64), and row
+        starts ``[batch + 1]`` (int64).
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check_encoder(x, W_enc_rows, b_enc, 1)
+    check("floors", floors, (W_enc_rows.shape[0],), "d_sae")
+    with torch.no_grad():
+        values, indices, row_starts = threshold_encode_op(x, W_enc_rows, b_enc, floors)
+    return values, indices, row_starts
 
 
 def _check_encoder(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> None:

@@ -340,6 +340,7 @@ def flat(result: Any) -> list[torch.Tensor]:
     ("op", "compared"),
     [
         ("sparse_decode", 1),
+        ("encode_above", 1),
         ("decode_mse", 3),
         ("decode_prefixes", 3),
         ("gather_dot", 1),

@@ -115,6 +115,8 @@ class Architecture(ABC):
         "b_dec": "b_dec",
     }
     """The name in an SAE's file of each parameter that is written there; `W_enc` is transposed."""
+    lr_factors: ClassVar[Mapping[str, float]] = {}
+    """Parameters that move at another rate than the rest: by how many times."""
     canonical_buffers: ClassVar[Mapping[str, str]] = {}
     """The same for buffers."""
     calibrates: ClassVar[bool] = False

@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "abstopk": "abstopk.AbsTopK",
     "batchtopk": "batchtopk.BatchTopK",
     "matryoshka": "matryoshka.Matryoshka",
+    "jumprelu": "jumprelu.JumpReLU",
 }
 """The value of `arch`, and where its class is."""
 

@@ -27,6 +27,7 @@ from saesteer.sae.training.architecture import (
     EntrySum,
     Parameters,
     Pass,
+    refuse_others,
 )
 from saesteer.sae.training.architectures.batchtopk import BatchTopK, least_activation
 from saesteer.sae.training.architectures.topk import squared_deviation
@@ -48,6 +49,7 @@ class Matryoshka(BatchTopK):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
+        refuse_others(config, "l0")
         return [cls(k, config.auxk, config.prefixes) for k in config.k]
 
     @property

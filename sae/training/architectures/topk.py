@@ -35,7 +35,7 @@ class TopK(Architecture):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
-        refuse_others(config, "prefixes")
+        refuse_others(config, "l0", "prefixes")
         return [cls(k, config.auxk) for k in config.k]
 
     @property

@@ -108,6 +108,42 @@ def encode_topk(o: Operands) -> Iterator[Case]:
     )
 
 
+def encode_batchtopk(o: Operands) -> Iterator[Case]:
+    (batch, d_model), d_sae, k = o.x.shape, len(o.W), o.indices.shape[1]
+    b, own = o.zeros(d_sae), o.zeros(d_sae, dtype=o.W.dtype)
+    yield Case(
+        "encode_batchtopk",
+        "any",
+        lambda: ops.encode_batchtopk(o.x, o.W, b, k),
+        lambda: torch.addmm(own, o.x, o.W.T).relu().flatten().topk(batch * k, sorted=False),
+        "addmm, relu, topk of all",
+        flops=2 * batch * d_model * d_sae,
+        bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
+    )
+
+
+def encode_above(o: Operands) -> Iterator[Case]:
+    (batch, d_model), d_sae, k = o.x.shape, len(o.W), o.indices.shape[1]
+    b, own = o.zeros(d_sae), o.zeros(d_sae, dtype=o.W.dtype)
+    # Random rows of unit length: pre-activations are normal, and k of them are above this.
+    floors = b + float(torch.special.ndtri(torch.tensor(1 - k / d_sae, dtype=torch.float64)))
+
+    def plain() -> tuple[Tensor, Tensor]:
+        pre_acts = torch.addmm(own, o.x, o.W.T)
+        above = pre_acts > floors
+        return pre_acts[above], above.nonzero()
+
+    yield Case(
+        "encode_above",
+        "any",
+        lambda: ops.encode_above(o.x, o.W, b, floors),
+        plain,
+        "addmm, compare, nonzero",
+        flops=2 * batch * d_model * d_sae,
+        bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
+    )
+
+
 def sparse_decode(o: Operands) -> Iterator[Case]:
     acts, b_dec = o.acts.to(o.W.dtype), o.zeros(o.W.shape[1], dtype=o.W.dtype)
     dense = o.zeros(len(o.x), len(o.W), dtype=o.W.dtype)
@@ -148,6 +184,34 @@ def decode_mse(o: Operands) -> Iterator[Case]:
         flops=4 * o.slots * o.W.shape[1],
         # The rows of an example are read once; the second use finds them in the cache.
         bytes=(o.slots + 2 * len(o.x)) * o.row_bytes + 16 * o.slots,
+    )
+
+
+def decode_prefixes(o: Operands) -> Iterator[Case]:
+    levels, b_dec = 4, o.zeros(o.W.shape[1])
+    acts, indices = o.acts.flatten(), o.indices.flatten()
+    cuts = torch.tensor([len(o.W) * level // levels for level in range(levels)], device=acts.device)
+    counts = torch.searchsorted(o.indices, cuts.repeat(len(o.x), 1))
+    rows = torch.arange(len(o.x), device=acts.device)[:, None] * o.indices.shape[1]
+    starts = torch.cat([(rows + counts).flatten(), rows.new_tensor([len(indices)])])
+
+    def plain() -> tuple[Tensor, ...]:
+        dense = o.zeros(len(o.x), len(o.W), dtype=o.W.dtype)
+        dense.scatter_(1, o.indices, o.acts.to(o.W.dtype))
+        ends = [len(o.W) * level // levels for level in range(1, levels + 1)]
+        errors = torch.stack(
+            [(dense[:, :end] @ o.W[:end] - o.x).float() + b_dec for end in ends], dim=1
+        )
+        return errors.square().sum(dim=2), errors[:, -1], errors.flip(1).cumsum(1).flip(1)
+
+    yield Case(
+        f"decode_prefixes, {levels} levels",
+        o.latents,
+        lambda: ops.decode_prefixes(acts, indices, o.W, b_dec, o.x, starts, levels),
+        plain,
+        "scatter, dense products, cumsum",
+        flops=4 * o.slots * o.W.shape[1],
+        bytes=(o.slots + 2 * levels * len(o.x)) * o.row_bytes + 16 * o.slots,
     )
 
 
@@ -314,8 +378,11 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
     make.__name__: make
     for make in (
         encode_topk,
+        encode_batchtopk,
+        encode_above,
         sparse_decode,
         decode_mse,
+        decode_prefixes,
         gather_dot,
         sort_indices,
         sparse_row_grads,

@@ -19,7 +19,7 @@ from saesteer.cli.output import Document, amount, duration, print_json, print_ne
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, dtype, layers, number
+from saesteer.cli.values import count, counts, dtype, layers, number, numbers
 from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.training.architectures import ARCHITECTURES
 
@@ -48,6 +48,10 @@ _LIVE_ONLY = (
 
 # What run.json says of an SAE besides the settings of its architecture.
 _OF_EVERY_SAE = ("layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256")
+
+
+# Share of its target by which an L0 has to miss it for a warning.
+_L0_MISSED = 0.2
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -90,7 +94,21 @@ def add_flags(parser: VerbParser) -> None:
         "--k",
         type=counts,
         metavar="N,...",
-        help=f"latents kept per token, with topk and abstopk {default(TrainConfig, 'k')}",
+        help="latents kept per token; with batchtopk and matryoshka on average "
+        f"{default(TrainConfig, 'k')}",
+    )
+    shape.add_argument(
+        "--l0",
+        type=numbers,
+        metavar="X,...",
+        help=f"with jumprelu: active latents per token to aim at {default(TrainConfig, 'l0')}",
+    )
+    shape.add_argument(
+        "--prefixes",
+        type=counts,
+        metavar="N,...",
+        help="with matryoshka: numbers of latents, up to d_sae, that reconstruct by themselves "
+        "(default: 1/32, 3/32, 7/32, 15/32 and all of d_sae)",
     )
     shape.add_argument(
         "--init-seed",
@@ -256,6 +274,12 @@ def run(args: Namespace) -> int:
             progress=report,
             say=report.say,
         )
+        for run in runs:
+            if run["final"].get("l0_missed_by", 0) > _L0_MISSED:
+                report.warn(
+                    f"{run['folder']} has an L0 of {run['final']['held_out_l0']:.3g} where "
+                    f"{run['sae']['l0']:g} was aimed at: train on more --tokens"
+                )
     if args.json:
         print_json({"runs": runs})
     else:
@@ -275,6 +299,8 @@ def _refuse_live_flags(args: Namespace) -> None:
 def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
+    # Of SAEs that infer otherwise than they train: with the threshold in their file.
+    calibrated = any("held_out_l0" in run["final"] for run in runs)
     for run in runs:
         sae, final = run["sae"], run["final"]
         rows.append(
@@ -286,12 +312,14 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
                 amount(final.get("tokens", 0)),
                 figure(final.get("fvu")),
                 figure(final.get("l0")),
+                *([figure(final.get("held_out_l0"))] if calibrated else []),
                 figure(final.get("dead_fraction")),
                 duration(run["seconds"]),
                 run["folder"],
             ]
         )
-    measured = ["tokens", "FVU", "L0", "dead", "time", "folder"]
+    both = ["L0", "held-out L0"] if calibrated else ["L0"]
+    measured = ["tokens", "FVU", *both, "dead", "time", "folder"]
     print_table(["layer", "d_sae", *own, "seed", *measured], rows, left="folder")
     model = args.model or runs[0]["model"].get("name") or "MODEL"
     folder = Path(runs[0]["folder"])

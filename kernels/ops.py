@@ -18,11 +18,14 @@ from torch import Tensor
 from saesteer.kernels.adam_rows import adam_rows_op, adam_schedule
 from saesteer.kernels.adam_sparse_rows import adam_sparse_rows_op
 from saesteer.kernels.auxk import auxk_op
+from saesteer.kernels.batchtopk_encode import batchtopk_encode_op
 from saesteer.kernels.decode_mse import decode_mse_op
+from saesteer.kernels.decode_prefixes import decode_prefixes_op
 from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices
+from saesteer.kernels.threshold_encode import threshold_encode_op
 from saesteer.kernels.topk_encode import topk_encode_op
 
 __all__ = [
@@ -32,6 +35,9 @@ __all__ = [
     "adam_sparse_rows_",
     "auxk",
     "decode_mse",
+    "decode_prefixes",
+    "encode_above",
+    "encode_batchtopk",
     "encode_topk",
     "gather_dot",
     "sort_indices",
@@ -62,6 +68,64 @@ def encode_topk(
     Raises:
         ValueError: shapes disagree, or k is not in 1..d_sae.
     """
+    _check_encoder(x, W_enc_rows, b_enc, k)
+    acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
+    return acts, indices
+
+
+def encode_batchtopk(
+    x: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " starts"]]:
+    """The ``batch * k`` largest positive pre-activations of the whole batch, as ragged entries.
+
+    Exact. Equal pre-activations are taken in order of example and latent. Latents are listed by
+    ascending index within an example and never twice. There are always ``batch * k`` entries: where
+    fewer pre-activations are positive (NaN is not) the rest hold 0, and have no gradient.
+
+    Differentiable in x, W_enc_rows and b_enc through the activations. The dense pre-activations
+    exist for a chunk of rows at a time, and are never kept for the backward pass.
+
+    Returns:
+        latent activations (float32, or float64 for float64 inputs), latent indices (int64), and
+        row starts ``[batch + 1]`` (int64).
+
+    Raises:
+        ValueError: shapes disagree, or k is not in 1..d_sae.
+    """
+    _check_encoder(x, W_enc_rows, b_enc, k)
+    acts, indices, row_starts = batchtopk_encode_op(x, W_enc_rows, b_enc, k)
+    return acts, indices, row_starts
+
+
+def encode_above(
+    x: Float[Tensor, "batch d_model"],
+    W_enc_rows: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    floors: Float[Tensor, " d_sae"],
+) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " starts"]]:
+    """The pre-activations above the floor of their latent, as ragged entries.
+
+    Latents are listed by ascending index within an example. NaN is above nothing. The host waits
+    for the device, which alone knows how many they are. Not differentiable.
+
+    Returns:
+        pre-activations (float32, or float64 for float64 inputs), latent indices (int64), and row
+        starts ``[batch + 1]`` (int64).
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check_encoder(x, W_enc_rows, b_enc, 1)
+    check("floors", floors, (W_enc_rows.shape[0],), "d_sae")
+    with torch.no_grad():
+        values, indices, row_starts = threshold_encode_op(x, W_enc_rows, b_enc, floors)
+    return values, indices, row_starts
+
+
+def _check_encoder(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> None:
     check_matrix("x", x, "batch, d_model")
     check_matrix("W_enc_rows", W_enc_rows, "d_sae, d_model")
     d_sae = W_enc_rows.shape[0]
@@ -69,8 +133,6 @@ def encode_topk(
     check("b_enc", b_enc, (d_sae,), "d_sae")
     if not 0 < k <= d_sae:
         raise ValueError(f"k must be in 1..{d_sae} (d_sae), got {k}")
-    acts, indices = topk_encode_op(x, W_enc_rows, b_enc, k)
-    return acts, indices
 
 
 def sparse_decode(
@@ -98,6 +160,48 @@ def sparse_decode(
         check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
     out: Tensor = sparse_decode_op(latent_acts, latent_indices, W_dec, b_dec, row_starts)
     return out
+
+
+def decode_prefixes(
+    latent_acts: Float[Tensor, " entries"],
+    latent_indices: Int[Tensor, " entries"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+    target: Float[Tensor, "batch d_model"],
+    piece_starts: Int[Tensor, " starts"],
+    levels: int,
+) -> tuple[
+    Float[Tensor, "batch levels"],
+    Float[Tensor, "batch d_model"],
+    Float[Tensor, "batch levels d_model"],
+    Float[Tensor, " entries"],
+]:
+    """`decode_mse` of nested prefixes of the latents, in one pass.
+
+    ``piece_starts`` ``[batch * levels + 1]`` are row starts of the entries cut into ``levels``
+    pieces an example: level g adds the pieces up to g. Not differentiable: it gives gradients.
+
+    Returns:
+        squared error of every level; error of the last; sums of the errors of level g and those
+        after it; and per entry the product of that sum, at the entry's level, with its decoder row.
+
+    Raises:
+        ValueError: shapes or piece_starts are wrong.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    check_matrix("W_dec", W_dec, "d_sae, d_model")
+    pieces = check_slots(latent_indices, piece_starts)
+    check_like_slots("latent_acts", latent_acts, latent_indices)
+    check("b_dec", b_dec, (W_dec.shape[1],), "d_model")
+    check("target", target, (pieces // levels, W_dec.shape[1]), "batch, d_model")
+    check("piece_starts", piece_starts, (len(target) * levels + 1,), "batch * levels + 1")
+    with torch.no_grad():
+        squared, last, suffix, act_grads = decode_prefixes_op(
+            latent_acts, latent_indices, W_dec, b_dec, target, piece_starts, levels
+        )
+    return squared, last, suffix, act_grads
 
 
 def gather_dot(

@@ -54,7 +54,7 @@ def topk_encode_reference(
     return pre_acts.gather(1, indices).relu(), indices
 
 
-def _chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
+def chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk: as few chunks as fit, of nearly equal size."""
     row_bytes = d_sae * dtype.itemsize
     if device.type == "cpu":
@@ -128,7 +128,7 @@ def topk_encode_torch(
     if batch == 0:
         return acts, indices
     W_enc, b_enc = W_enc_rows.to(dtype).t(), b_enc.to(dtype)
-    rows = _chunk_rows(batch, d_sae, dtype, x.device)
+    rows = chunk_rows(batch, d_sae, dtype, x.device)
     buffer = x.new_empty((rows, d_sae), dtype=dtype)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
@@ -171,7 +171,7 @@ def _encode_rows(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> tuple[
     if batch == 0:
         return acts, indices
     span = max(1, min(SPAN, d_sae // (4 * k)))
-    rows = _chunk_rows(batch, d_sae, torch.float32, x.device)
+    rows = chunk_rows(batch, d_sae, torch.float32, x.device)
     buffer = scratch((rows, d_sae), torch.float32)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
@@ -222,7 +222,7 @@ def _encode_certain(
     error_scales = ((worst + summing) * W_norms + (1 + summing) * W_errors) * 1.001
     span = max(1, min(SPAN, d_sae // (4 * k)))
     undecided = torch.zeros(batch, dtype=torch.bool)
-    rows = _chunk_rows(batch, d_sae, torch.bfloat16, x.device)
+    rows = chunk_rows(batch, d_sae, torch.bfloat16, x.device)
     buffer = scratch((rows, d_sae), torch.bfloat16)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
@@ -443,7 +443,7 @@ def topk_encode_triton(
     if not keep_half:
         x, W_enc_rows = x.to(dtype), W_enc_rows.to(dtype)
     b_enc = b_enc.to(dtype).contiguous()
-    rows = _chunk_rows(batch, d_sae, dtype, x.device)
+    rows = chunk_rows(batch, d_sae, dtype, x.device)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
         if keep_half:

@@ -111,6 +111,11 @@ class TrainConfig:
     """Numbers of latents; empty means 8 times d_model."""
     k: tuple[int, ...] = (32,)
     """Latents kept per token, for the architectures that keep a number of them."""
+    l0: tuple[float, ...] = (32.0,)
+    """Mean number of active latents per token aimed at, for the architectures with thresholds."""
+    prefixes: tuple[int, ...] = ()
+    """Numbers of latents, up to d_sae, whose sums are trained to reconstruct by themselves, with
+    `matryoshka`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
     tokens: int = 1_000_000
@@ -153,13 +158,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_name(self.arch)
-        for name, values in (("`k`", self.k), ("`init_seed`", self.init_seed)):
+        needed = {"`k`": self.k, "`l0`": self.l0, "`init_seed`": self.init_seed}
+        for name, values in needed.items():
             if not values:
                 raise UsageError(f"{name} needs at least one value")
         several = {
             "`layer`": self.layers,
             "`d_sae`": self.d_sae,
             "`k`": self.k,
+            "`l0`": self.l0,
             "`init_seed`": self.init_seed,
         }
         for name, values in several.items():
@@ -167,6 +174,16 @@ class TrainConfig:
                 raise UsageError(f"{name} names a value twice: {','.join(map(str, values))}")
         for k in self.k:
             _at_least("`k`", k, 1)
+        for l0 in self.l0:
+            if not 0 < l0 < float("inf"):
+                raise UsageError(f"`l0` must be above 0, got {l0:g}")
+        for prefix in self.prefixes[:1]:
+            _at_least("`prefixes`", prefix, 1)
+        if any(b <= a for a, b in zip(self.prefixes, self.prefixes[1:], strict=False)):
+            raise UsageError(
+                f"`prefixes` must rise, got {','.join(map(str, self.prefixes))}: each counts all "
+                "latents from the first"
+            )
         _at_least("`tokens`", self.tokens, 1)
         _at_least("`batch_tokens`", self.batch_tokens, 2)  # one row alone has no variance
         if self.tokens < 2 * self.batch_tokens:

@@ -340,7 +340,9 @@ def flat(result: Any) -> list[torch.Tensor]:
     ("op", "compared"),
     [
         ("sparse_decode", 1),
+        ("encode_above", 1),
         ("decode_mse", 3),
+        ("decode_prefixes", 3),
         ("gather_dot", 1),
         ("sort_indices", 2),
         ("sparse_row_grads", 1),

@@ -74,7 +74,7 @@ def read(name: str, place: SAEFiles) -> SAE:
     canonical = _canonical_names(place, meta, names[at])
     factors = _factors(place, scales[at])
     means = [f"scale.mean.{i}" if i else "scale.mean" for i in range(len(factors))]
-    wanted = {f"{at}/{tensor}": tensor for tensor in (*(f"param.{n}" for n in canonical), *means)}
+    wanted = {f"{at}/{tensor}": tensor for tensor in (*map(_saved_as, canonical), *means)}
     loaded = safe_reading.read_safetensors(path, wanted)
     tensors = {wanted[key]: tensor for key, tensor in loaded.items()}
     exactly(place, tensors, tuple(wanted.values()))
@@ -82,7 +82,7 @@ def read(name: str, place: SAEFiles) -> SAE:
     read, write = _read_and_written(place, spec, widths)
     F, D, out = spec.d_sae, spec.d_model, spec.d_out or spec.d_model
     shapes = {"W_enc": (F, D), "W_dec": (F, out), "b_dec": (out,), "b_enc": (F,), "threshold": (F,)}
-    trained = {ours: tensors[f"param.{name}"] for name, ours in canonical.items()}
+    trained = {ours: tensors[_saved_as(name)] for name, ours in canonical.items()}
     for ours, tensor in trained.items():
         if tuple(tensor.shape) != shapes[ours] or not tensor.is_floating_point():
             raise UserError(f"`sae` {place.source}: the state's {ours} does not fit its spec")
@@ -100,6 +100,11 @@ def read(name: str, place: SAEFiles) -> SAE:
     )
     sae.check(f"`sae` {place.source}")
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
+
+
+def _saved_as(name: str) -> str:
+    """The tensor of a parameter; what was measured and not optimised has the word in its name."""
+    return name if name.startswith("buffer.") else f"param.{name}"
 
 
 def _canonical_names(place: SAEFiles, meta: dict[str, Any], sae: str) -> dict[str, str]:

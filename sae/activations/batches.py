@@ -201,6 +201,15 @@ class BatchStream:
         self.drawn += len(rows)
         return rows
 
+    def rows_after(self, count: int) -> Float[Tensor, "rows width"]:
+        """Up to `count` rows that follow those of the last batch; fewer where the source ends."""
+        assert self.drawn == self.total, "the batches come first"
+        parts, missing = [self.buffer.rows[:0]], count
+        while missing > 0 and (rows := self.source.next_rows()) is not None:
+            parts.append(rows[:missing].to(self.buffer.rows.dtype).cpu())
+            missing -= len(parts[-1])
+        return torch.cat(parts)
+
     def state_dict(self, ahead: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which `load_state_dict` continues bit for bit.
 

@@ -9,13 +9,21 @@ from saesteer.checkpoints.files import plain
 from saesteer.sae.model.language_model import LanguageModel
 
 
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def check_same_run(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    folder: Path,
+    usual: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse to resume a run whose settings, text or model differ from the ones before.
 
     Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
-    as far as `now` has them. Raises UserError naming the first setting that differs.
+    as far as `now` has them. A setting that `before` lacks is from after it was made, and was what
+    `usual` says. Raises UserError naming the first setting that differs.
     """
     old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
+    if old:
+        old = {**plain(dict(usual or {})), **old}
     for key in ("layers", "dtype"):
         if key in now:
             old[key], new[key] = before.get(key), plain(now[key])

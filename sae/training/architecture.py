@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.folds import fold_centred_scale
 from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
 from saesteer.sae.config import TrainConfig
@@ -94,6 +95,8 @@ class Pass:
     """Gradients of other parameters in full size, and further terms of those of
     `ENTRY_PARAMETERS`."""
     compact: CompactGradients | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
+    """What `Architecture.update_buffers` learns from the pass."""
 
     @property
     def only_entries(self) -> bool:
@@ -115,6 +118,12 @@ class Architecture(ABC):
         "b_dec": "b_dec",
     }
     """The name in an SAE's file of each parameter that is written there; `W_enc` is transposed."""
+    lr_factors: ClassVar[Mapping[str, float]] = {}
+    """Parameters that move at another rate than the rest: by how many times."""
+    canonical_buffers: ClassVar[Mapping[str, str]] = {}
+    """The same for buffers."""
+    calibrates: ClassVar[bool] = False
+    """Whether `calibrate` wants rows at the end of training."""
 
     @classmethod
     @abstractmethod
@@ -139,6 +148,10 @@ class Architecture(ABC):
         """Whether `loss` needs to know which latents are dead."""
         return False
 
+    def at_width(self, d_sae: int) -> "Architecture":
+        """The same with settings that depend on the number of latents worked out."""
+        return self
+
     def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
         """Raise UsageError where the settings do not fit this number of latents."""
 
@@ -161,6 +174,10 @@ class Architecture(ABC):
     ) -> Parameters:
         """Parameters to start from, of the shapes that `shapes` gives."""
 
+    def buffers(self, d_sae: int, device: torch.device) -> dict[str, Tensor]:
+        """What training keeps besides parameters, by name: steps measure it, none optimises it."""
+        return {}
+
     @abstractmethod
     def loss(
         self,
@@ -177,18 +194,58 @@ class Architecture(ABC):
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most have no range)
         """Move parameters that a step may have moved out of their range back, in place."""
 
+    def update_buffers(  # noqa: B027 (most have none)
+        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass]
+    ) -> None:
+        """Change buffers, in place, by what the passes of a step have measured.
+
+        Nothing may wait for the device.
+        """
+
+    def calibrate(
+        self,
+        parameters: Parameters,
+        buffers: Mapping[str, Tensor],
+        x: Float[Tensor, "rows d_in"],
+    ) -> dict[str, float]:
+        """After the last step: set buffers, in place, on rows that come after those of training.
+
+        Returns what the run's record says of it, by name. Called if `calibrates`.
+        """
+        return {}
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """The fields of an `SAESpec` that say what it computes, such as architecture and k."""
+        """The fields of an `SAESpec` that say what it computes, such as architecture and k.
+
+        Entries of `metadata` come on top of what the trainer writes there.
+        """
 
     def canonical(
-        self, parameters: Parameters, read: Sequence[InputScale], write: Sequence[InputScale]
+        self,
+        parameters: Parameters,
+        read: Sequence[InputScale],
+        write: Sequence[InputScale],
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "..."]]:
         """The same SAE on raw activations, latents in units of the (first) place it reads."""
         named = {ours: parameters[name] for name, ours in self.canonical_names.items()}
+        named |= {ours: (buffers or {})[name] for name, ours in self.canonical_buffers.items()}
         return fold_centred_scale(
             named, [(s.mean, s.factor) for s in read], [(s.mean, s.factor) for s in write]
         )
+
+
+def refuse_others(config: TrainConfig, *names: str) -> None:
+    """Raise UsageError where a setting that the architecture lacks is not what it is by default."""
+    usual = TrainConfig()
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UsageError(
+                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: leave it out"
+            )
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ class Optimiser:
         """bfloat16 copies of the matrices, for the products; empty with float32 products."""
         # A rate of 0 until the first step, because recording a CUDA graph takes steps before it.
         self._schedule = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
+        self._own_schedules = {name: self._schedule.clone() for name in architecture.lr_factors}
         self.failed = torch.zeros((), dtype=torch.bool, device=device)
         """Set on the device once a loss is not finite; from then on no step moves anything."""
 
@@ -70,6 +71,10 @@ class Optimiser:
         """Write the number of the next step (from 1) and its learning rate to the device."""
         for at, value in enumerate(adam_schedule(step, lr, *_BETAS)):
             self._schedule[at] = value
+        for name, schedule in self._own_schedules.items():
+            own = adam_schedule(step, lr * self.architecture.lr_factors[name], *_BETAS)
+            for at, value in enumerate(own):
+                schedule[at] = value
 
     def move(self, passes: list[Pass]) -> Int[Tensor, " d_sae"]:
         """One step along the gradients of the passes; returns how often each latent fired."""
@@ -162,7 +167,7 @@ class Optimiser:
             grad,
             exp_avg,
             exp_avg_sq,
-            schedule=self._schedule,
+            schedule=self._own_schedules.get(name, self._schedule),
             beta1=beta1,
             beta2=beta2,
             eps=_EPS,

@@ -25,7 +25,11 @@ from saesteer.sae.training.saved_state import restore, state_of
 from saesteer.sae.training.stopwatch import Stopwatch
 
 _LOGS_PER_RUN = 100
-# Rows on which mean and scale are measured; more would not change the third digit.
+# Rows after those of training that thresholds are set on: a share of the run, so many at most. The
+# mean L0 of so many tokens is known to a few thousandths.
+_HELD_OUT_SHARE = 0.05
+_MOST_HELD_OUT = 32_768
+# Rows that mean and scale are measured on; more would not change the third digit.
 _SCALE_ROWS = 32_768
 
 
@@ -170,6 +174,7 @@ class TrainingRun:
                 if stop() and self.step < steps:
                     self.stop()
                 self.save_when_due()
+            self.calibrate()
             self.save()
             return self.finish()
 
@@ -199,6 +204,22 @@ class TrainingRun:
             raise
         for trainer, own_passes in zip(self.trainers, passes, strict=True):
             trainer.step(own_passes)
+
+    def calibrate(self) -> None:
+        """After the last step: SAEs that infer by what is measured measure it, on rows after those
+        of training (of shards that were read to their end, the next epoch's)."""
+        waiting = [
+            i for i, trainer in enumerate(self.trainers)
+            if trainer.architecture.calibrates and "held_out_rows" not in self.last[i]
+        ]  # fmt: skip
+        if not waiting:
+            return
+        wanted = max(self.config.batch_tokens, round(self.config.tokens * _HELD_OUT_SHARE))
+        with self.prefetch.paused():  # nobody else reads from the source meanwhile
+            rows = self.batches.rows_after(min(wanted, _MOST_HELD_OUT))
+        for i in waiting:
+            found = self.trainers[i].calibrate(PlacedRows(rows, self.columns)) if len(rows) else {}
+            self.last[i] |= {"held_out_rows": len(rows), **found}
 
     # --- logging and saving ---
 

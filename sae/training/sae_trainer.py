@@ -71,6 +71,7 @@ class SAETrainer:
         self.parameters = self.architecture.initialise(
             self.d_in, self.d_out, variant.d_sae, variant.init_seed, device
         )
+        self.buffers = self.architecture.buffers(variant.d_sae, device)
         self.optimiser = Optimiser(self.architecture, self.parameters, config, device)
         self.silence = SilenceCounter(variant.d_sae, config.resolved_dead_after_tokens, device)
         self.steps_taken = 0
@@ -152,6 +153,7 @@ class SAETrainer:
     def apply(self, passes: list[Pass]) -> None:
         """The part of `step` that runs on the device; what the host decides is in tensors."""
         counts = self.optimiser.move(passes)
+        self.architecture.update_buffers(self.buffers, passes)
         rows = sum(sae_pass.examples for sae_pass in passes)
         self.silence.count(counts, rows)
         self._log[0] += sum(sae_pass.squared_error for sae_pass in passes)
@@ -206,12 +208,25 @@ class SAETrainer:
             "lr": self.lr() if self.steps_taken < self.config.steps else 0.0,
         }
 
+    @torch.no_grad()
+    def calibrate(self, rows: PlacedRows) -> dict[str, float]:
+        """Let the architecture set its buffers after the last step; see `Architecture.calibrate`.
+
+        Raises NonFiniteError when a step on a GPU was left out.
+        """
+        self.check_finite()
+        placed = {place: rows.at(place).to(self.device) for place in self.variant.places}
+        x, _ = self._scaled(placed, torch.float32)
+        return self.architecture.calibrate(self.parameters, self.buffers, x)
+
     def spec(self, facts: dict[str, Any]) -> SAESpec:
         """The SAE's specification in canonical form, as trained so far; `facts` are the run's."""
         place = self.variant.reads[0]
         layer, site = place
+        own = self.architecture.spec()
+        more = own.pop("metadata", {})
         return SAESpec(
-            **self.architecture.spec(),
+            **own,
             d_model=self.d_in,
             d_sae=self.variant.d_sae,
             d_out=None if self.variant.writes == self.variant.reads else self.d_out,
@@ -229,17 +244,19 @@ class SAETrainer:
                     "text": facts["text"],
                     "input_scale": self.read[0].factor,
                 },
+                **more,
             },
         )
 
     def save(self, folder: Path, facts: dict[str, Any]) -> str:
         """Write the SAE in canonical form; returns the SHA-256 of its weights."""
-        tensors = self.architecture.canonical(self.parameters, self.read, self.write)
+        tensors = self.architecture.canonical(self.parameters, self.read, self.write, self.buffers)
         return save_sae(folder, self.spec(facts), **tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a step depends on, by name; shares memory with this trainer."""
         state = self.optimiser.state_dict()
+        state |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
         state["tokens_since_fired"] = self.silence.tokens_since_fired
         state["step"] = torch.tensor(self.steps_taken)
         state["dead_capacity"] = torch.tensor(self.silence.capacity)
@@ -249,6 +266,8 @@ class SAETrainer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where `state_dict` was taken."""
         self.optimiser.load_state_dict(state)
+        for name, tensor in self.buffers.items():
+            tensor.copy_(state[f"buffer.{name}"])
         self.silence.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.steps_taken = int(state["step"])
         self.silence.capacity = int(state["dead_capacity"])

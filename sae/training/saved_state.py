@@ -60,7 +60,7 @@ def state_of(
         "scales": [_factors(trainer) for trainer in run.trainers],
         # With these a state can be opened as an SAE without the run's settings.
         "saes": {t.variant.folder: asdict(t.spec(run.facts)) for t in run.trainers},
-        "canonical": {t.variant.folder: dict(t.architecture.canonical_names) for t in run.trainers},
+        "canonical": {t.variant.folder: _canonical_names(t) for t in run.trainers},
         "peak_lrs": [trainer.peak_lr for trainer in run.trainers],
         "last": run.last,
         "metrics_bytes": [path.stat().st_size for path in logs],
@@ -68,10 +68,18 @@ def state_of(
     return tensors, meta, logs
 
 
+def _canonical_names(trainer: SAETrainer) -> dict[str, str]:
+    """What each tensor of an SAE is called in the state: a parameter, or `buffer.` and a buffer."""
+    architecture = trainer.architecture
+    buffers = {f"buffer.{name}": ours for name, ours in architecture.canonical_buffers.items()}
+    return {**architecture.canonical_names, **buffers}
+
+
 def restore(run: "TrainingRun") -> None:
     """Continue from the saved state. Raises UserError when it belongs to other settings."""
     tensors, meta = load_state(run.folder)
-    check_same_run(meta, identity(run.config, run.facts), run.folder)
+    usual = asdict(TrainConfig())
+    check_same_run(meta, identity(run.config, run.facts), run.folder, usual)
     parts = _groups(tensors)
     scales: dict[Place, InputScale] = {}
     for i, variant in enumerate(run.variants):

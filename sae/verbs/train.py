@@ -116,7 +116,7 @@ def train(
 def _variants(config: TrainConfig, places: Sequence[Place], d_model: int) -> list[Variant]:
     """The SAEs of a run: every combination of places, widths, settings and seeds."""
     variants = [
-        Variant((place,), (place,), d_sae, architecture, seed)
+        Variant((place,), (place,), d_sae, architecture.at_width(d_sae), seed)
         for place in places
         for d_sae in config.d_sae or (8 * d_model,)
         for architecture in architecture_named(config.arch).from_config(config)

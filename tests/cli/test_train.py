@@ -34,6 +34,29 @@ def test_from_shards(cli: Cli, acts: Path, tmp_path: Path) -> None:
     assert (sae.spec.d_sae, sae.spec.k, sae.spec.layer) == (64, 4, 1)
 
 
+def test_both_l0_of_an_sae_that_infers_by_a_threshold(cli: Cli, acts: Path, tmp_path: Path) -> None:
+    words = ("--arch", "batchtopk", "--layer", 1, *SMALL)
+    outcome = cli("train", "--activations", acts, *words, "-o", tmp_path / "sae")
+    assert outcome.status == 0, outcome.err
+    header, row, _ = outcome.out.splitlines()
+    assert header.split()[6:10] == ["L0", "held-out", "L0", "dead"]
+    final = json.loads((tmp_path / "sae" / "run.json").read_text())["final"]
+    assert final["held_out_l0"] == 4.0 and final["held_out_rows"] == 64
+    assert row.split()[6:8] == ["4", "4"]
+
+
+def test_an_l0_far_from_its_target_is_told(cli: Cli, acts: Path, tmp_path: Path) -> None:
+    """Thresholds start above 0, and so few steps do not lower them."""
+    words = ("--arch", "jumprelu", "--l0", 60, "--layer", 1, "--lr", 1e-6, "--d-sae", 64,
+             "--tokens", 128, "--batch-tokens", 64)  # fmt: skip
+    outcome = cli("train", "--activations", acts, *words, "-q", "-o", tmp_path / "sae")
+    assert outcome.status == 0, outcome.err
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("warning:") and "where 60 was aimed at: train on more --tokens" in line
+    run = json.loads((tmp_path / "sae" / "run.json").read_text())
+    assert run["final"]["l0_missed_by"] > 0.2
+
+
 def test_every_combination_and_json(cli: Cli, acts: Path, tmp_path: Path) -> None:
     """Without --layer every stored layer is trained on."""
     found = cli("train", "--activations", acts, *SMALL[2:], "--d-sae", "48,64", "--lr", 0.001,
@@ -81,12 +104,38 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--model", "a"], "--layer is missing"),
         (
             ["--model", "a", "--layer", "1", "--arch", "relu"],
-            "--arch must be one of topk, abstopk, got 'relu'",
+            "--arch must be one of topk, abstopk, batchtopk",
         ),
         (
             ["--activations", "a", "--d-sae", "16", "--k", "32"],
             "--d-sae must be at least --k (32), got 16",
         ),
+        (
+            ["--activations", "a", "--arch", "matryoshka", "--d-sae", "64", "--prefixes", "8,32"],
+            "--prefixes must end at --d-sae (64), got 8,32",
+        ),
+        (
+            ["--activations", "a", "--arch", "matryoshka", "--prefixes", "32,8"],
+            "--prefixes must rise, got 32,8",
+        ),
+        (
+            ["--activations", "a", "--prefixes", "8,32"],
+            "--prefixes is no setting of --arch topk, got 8,32: leave it out",
+        ),
+        (["--activations", "a", "--l0", "20"], "--l0 is no setting of --arch topk, got 20"),
+        (
+            ["--activations", "a", "--arch", "jumprelu", "--k", "20"],
+            "--k is no setting of --arch jumprelu, got 20",
+        ),
+        (
+            ["--activations", "a", "--arch", "jumprelu", "--cuda-graph"],
+            "--cuda-graph cannot record a step of --arch jumprelu",
+        ),
+        (
+            ["--activations", "a", "--arch", "jumprelu", "--d-sae", "16"],
+            "--l0 must be below --d-sae (16), got 32",
+        ),
+        (["--activations", "a", "--arch", "jumprelu", "--l0", "0"], "--l0 must be above 0, got 0"),
         (["--activations", "a", "--k", "0"], "--k must be at least 1, got 0"),
         (["--activations", "a", "--lr", "-1"], "--lr must be between 0 and 1, got -1"),
         (["--activations", "a", "--tokens", "100"], "--tokens must be at least twice"),

@@ -201,7 +201,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
 @pytest.mark.parametrize("d_sae", [1, 4608, 2**20, 2**26])
 def test_chunks_stay_within_the_limit(batch: int, d_sae: int) -> None:
-    rows = module._chunk_rows(batch, d_sae, torch.float32, torch.device("cpu"))
+    rows = module.chunk_rows(batch, d_sae, torch.float32, torch.device("cpu"))
     assert 1 <= rows <= batch
     assert rows == 1 or rows * d_sae * 4 <= module.MOST_CPU_CHUNK_BYTES
 

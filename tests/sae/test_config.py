@@ -26,7 +26,7 @@ from saesteer.sae.config import HarvestConfig, MetricsConfig, TextConfig, TrainC
         (HarvestConfig, {"layers": (2,), "tokens": 0}, "`tokens` must be at least 1"),
         (HarvestConfig, {"layers": (2,), "shard_tokens": 0}, "`shard_tokens` must be"),
         (HarvestConfig, {"layers": (2,), "store_dtype": "int8"}, "`store_dtype` must be bfloat16"),
-        (TrainConfig, {"arch": "relu"}, "`arch` must be one of topk, abstopk, got 'relu'"),
+        (TrainConfig, {"arch": "relu"}, "`arch` must be one of topk, abstopk, batchtopk"),
         (TrainConfig, {"k": ()}, "`k` needs at least one value"),
         (TrainConfig, {"k": (0,)}, "`k` must be at least 1, got 0"),
         (TrainConfig, {"k": (8, 8)}, "`k` names a value twice: 8,8"),

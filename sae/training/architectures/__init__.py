@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     "topk": "topk.TopK",
     "abstopk": "abstopk.AbsTopK",
+    "batchtopk": "batchtopk.BatchTopK",
+    "matryoshka": "matryoshka.Matryoshka",
+    "jumprelu": "jumprelu.JumpReLU",
 }
 """Each value of `arch`, and the module and class that implement it."""
 

@@ -17,6 +17,7 @@ from saesteer.sae.training.architecture import (
     EntrySum,
     Parameters,
     Pass,
+    refuse_others,
 )
 from saesteer.sae.training.auxiliary_loss import auxiliary_loss
 
@@ -34,6 +35,7 @@ class TopK(Architecture):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
+        refuse_others(config, "l0", "prefixes")
         return [cls(k, config.auxk) for k in config.k]
 
     @property
@@ -75,9 +77,9 @@ class TopK(Architecture):
         dead: DeadList | None,
     ) -> Pass:
         """L = mean |y - x^|^2 / O + auxk * AuxK(e), where e = y - x^ is held constant."""
-        acts, indices = self.encode(parameters, x)
+        acts, indices, row_starts = self.entries(parameters, x)
         squared, error, act_grads = decode_mse(
-            acts, indices, parameters["W_dec"], parameters["b_dec"], target
+            acts, indices, parameters["W_dec"], parameters["b_dec"], target, row_starts
         )
         squared_error = squared.sum()
         loss = squared_error / target.numel()
@@ -93,14 +95,21 @@ class TopK(Architecture):
             examples=len(x),
             latent_acts=acts,
             latent_indices=indices,
-            order=sort_indices(indices, len(parameters["W_dec"])),
+            order=sort_indices(indices, len(parameters["W_dec"]), row_starts),
             decoder=EntrySum(acts, error),
             # The activation of an empty slot does not depend on anything.
             encoder=EntrySum(torch.where(acts != 0, act_grads, 0), x),
             factor=factor,
+            row_starts=row_starts,
             dense={"b_dec": error.sum(dim=0) * factor},
             compact=compact,
         )
+
+    def entries(
+        self, parameters: Parameters, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Activations, latents, and where they are ragged the row starts; see `Pass`."""
+        return *self.encode(parameters, x), None
 
     def encode(
         self, parameters: Parameters, x: Float[Tensor, "batch d_in"]

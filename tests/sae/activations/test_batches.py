@@ -262,3 +262,37 @@ def test_memory_is_the_buffer_and_a_chunk() -> None:
         waiting = sum(len(batch) for batch in stream._pending)
         held = max(held, waiting)
     assert held <= 50 and len(stream.buffer.rows) == 200
+
+
+def test_rows_after_the_last_batch_follow_those_of_training() -> None:
+    """None of them was in a batch; fewer come where the source ends."""
+    source = NumberedRows(96, of=10)
+    stream = BatchStream(
+        source, 1, tokens=60, batch_tokens=12, buffer_tokens=24, dtype=torch.float32, seed=0
+    )
+    trained = []
+    while (batch := stream.next_batch()) is not None:
+        trained += batch[:, 0].tolist()
+    assert sorted(trained) == list(range(60))
+    assert stream.rows_after(25)[:, 0].tolist() == list(range(60, 85))
+    # Rows of a chunk that was cut stay unread: the source goes on with its next chunk.
+    assert stream.rows_after(25)[:, 0].tolist() == list(range(90, 96))
+    assert len(stream.rows_after(25)) == 0
+
+
+class NumberedRows:
+    """Rows 0, 1, 2, ... in chunks."""
+
+    def __init__(self, rows: int, of: int) -> None:
+        self.chunks = list(torch.arange(float(rows))[:, None].split(of))
+        self.places = [(0, "resid_post")]
+        self.excluded: dict[str, int] = {}
+
+    def next_rows(self) -> torch.Tensor | None:
+        return self.chunks.pop(0) if self.chunks else None
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass

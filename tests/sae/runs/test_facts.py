@@ -40,5 +40,10 @@ def test_a_run_that_differs_is_not_resumed(change: dict[str, Any], message: str)
     }  # fmt: skip
     now = {**before, "config": {"k": (4,)}, "model": {"hash": "ab", "dtype": "float32"}}
     check_same_run(before, now, Path("run"))
+    newer = {**now, "config": {"k": (4,), "prefixes": ()}}
+    check_same_run(before, newer, Path("run"), {"prefixes": ()})
+    with pytest.raises(UserError, match=r"made with `prefixes` \[\], now it is \[3\]"):
+        set_since = {**now, "config": {"prefixes": (3,)}}
+        check_same_run(before, set_since, Path("run"), {"prefixes": ()})
     with pytest.raises(UserError, match=message):
         check_same_run(before, {**now, **change}, Path("run"))

@@ -30,9 +30,16 @@ CPU = torch.device("cpu")
 NAMES = sorted(ARCHITECTURES)
 
 
+def settings_for(name: str, *values: int) -> TrainConfig:
+    """Small settings with these numbers of active latents."""
+    if name == "jumprelu":
+        return replace(CONFIG, arch=name, k=TrainConfig().k, l0=tuple(map(float, values)))
+    return replace(CONFIG, arch=name, k=values)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_starts_with_the_shapes_that_it_names(name: str) -> None:
-    for architecture in architecture_named(name).from_config(CONFIG):
+    for architecture in architecture_named(name).from_config(settings_for(name, 4)):
         assert architecture.name == name
         for d_in, d_out in ((6, 6), (6, 9)):
             shapes = architecture.shapes(d_in, d_out, 20)
@@ -49,7 +56,7 @@ def test_it_starts_with_the_shapes_that_it_names(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_resumes_and_repeats_to_the_bit(name: str, shards: Path, tmp_path: Path) -> None:
     """From shards, two SAEs of two settings in one run; killed halfway and gone on with."""
-    config = replace(CONFIG, arch=name, layers=(1,), k=(3, 4))
+    config = replace(settings_for(name, 3, 4), layers=(1,))
     runs = train(tmp_path / "whole", config, activations=shards, device="cpu")
     assert len(runs) == 2
     for run in runs:
@@ -70,7 +77,7 @@ def test_it_trains_resumes_and_repeats_to_the_bit(name: str, shards: Path, tmp_p
 def test_sae_lens_opens_it_with_the_same_latents(name: str, shards: Path, tmp_path: Path) -> None:
     import sae_lens
 
-    config = replace(CONFIG, arch=name, layers=(1,))
+    config = replace(settings_for(name, 4), layers=(1,))
     train(tmp_path, config, activations=shards, device="cpu")
     theirs, ours = sae_lens.SAE.load_from_disk(str(tmp_path)), load_sae(tmp_path)
     rows = ShardReader(shards).shard(0, 1, "resid_post")[0][:200].float()
@@ -91,7 +98,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(tmp_path: 
     with pytest.raises(UsageError, match="`d_sae` must be at least `k`"):
         train(tmp_path / "sae", config, activations=tmp_path / "nothing")
     assert not (tmp_path / "sae").exists()
-    with pytest.raises(UsageError, match="`arch` must be one of topk, abstopk, got 'relu'"):
+    names = ", ".join(ARCHITECTURES)
+    with pytest.raises(UsageError, match=f"`arch` must be one of {names}, got 'relu'"):
         architecture_named("relu")
 
 

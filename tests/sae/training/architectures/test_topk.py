@@ -19,29 +19,11 @@ from saesteer.sae.training.architectures.abstopk import AbsTopK
 from saesteer.sae.training.architectures.topk import TopK
 from saesteer.sae.training.input_scale import InputScale
 
-
-def parameters_for(d_model: int, d_sae: int, seed: int = 0) -> Parameters:
-    """Generic float64 parameters: nothing tied, nothing zero."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).requires_grad_()
-
-    return {
-        "W_enc_rows": draw(d_sae, d_model),
-        "W_dec": draw(d_sae, d_model),
-        "b_enc": draw(d_sae),
-        "b_dec": draw(d_model),
-    }
+from ..dense_twins import batch_for, gradients, own_gradients, parameters_for
 
 
 def in_float32(p: Parameters, requires_grad: bool = False) -> Parameters:
     return {name: q.detach().float().requires_grad_(requires_grad) for name, q in p.items()}
-
-
-def batch_for(rows: int, d_model: int, seed: int = 1) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, d_model, generator=rng, dtype=torch.float64)
 
 
 def dense_loss(
@@ -91,19 +73,6 @@ def run(
     architecture = kind(k, auxk)
     listed = dead is not None and architecture.uses_dead
     return architecture.loss(p, x, x, DeadList(dead.nonzero()[:, 0]) if listed else None)
-
-
-def gradients(p: Parameters, total: Tensor) -> dict[str, Tensor]:
-    """What autograd makes of a dense loss."""
-    found = torch.autograd.grad(total, list(p.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(q) if g is None else g
-        for (name, q), g in zip(p.items(), found, strict=True)
-    }
-
-
-def own_gradients(p: Parameters, done: Pass) -> dict[str, Tensor]:
-    return pass_gradients(done, len(p["b_enc"]))[0]
 
 
 @settings(max_examples=60, deadline=None)

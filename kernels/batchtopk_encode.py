@@ -1,0 +1,226 @@
+"""BatchTopK encoder: the ``batch * k`` largest pre-activations of a whole batch, as ragged entries.
+
+Order of entries: by pre-activation, larger first, then by example and latent, lower first. NaN and
+what is not positive count as 0. Both implementations select exactly the first ``batch * k`` of that
+order and list them by example and latent. There are always so many entries, so that nobody has to
+ask a device for their number: where fewer are positive the rest hold 0, the gradient 0 as well.
+
+The dense pre-activations exist for a chunk of rows at a time. What survives a chunk are its
+candidates, a few more than are wanted in the end.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saesteer.kernels import topk_encode
+from saesteer.kernels.derivatives import sparse_decode_op, sparse_row_grads_op
+from saesteer.kernels.dispatch import accumulator_dtype
+from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+
+Encoded = tuple[Tensor, Tensor, Tensor]
+
+MARGINS = (1.5, 6.0, math.inf)
+"""How many times the entries wanted a first guess of the threshold lets through; the next where
+that was too few. With the last every positive pre-activation is a candidate."""
+
+GUESS_ROWS = 64
+"""Rows of the first chunk that the guess is made from."""
+
+CUDA_CHUNK_SHARE = 4
+"""The selection in PyTorch also counts every entry, in int32 and int64: chunks are smaller by it
+than those of `topk_encode`."""
+
+
+def batchtopk_encode_reference(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> Encoded:
+    """What the op means, in dense, differentiable PyTorch. For tests and benchmarks."""
+    pre_acts = x @ W_enc_rows.t() + b_enc
+    flat = pre_acts.masked_fill(pre_acts.isnan(), 0).relu().flatten()
+    ranked = torch.sort(flat, descending=True, stable=True).indices
+    places = ranked[: len(x) * k].sort().values
+    return flat[places], *_entries(places, len(x), len(W_enc_rows))
+
+
+def _entries(places: Tensor, batch: int, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Latents and row starts of ascending places in the flattened pre-activations."""
+    bounds = torch.arange(batch + 1, device=places.device) * d_sae
+    return places % d_sae, torch.searchsorted(places, bounds)
+
+
+def _first_largest(values: Tensor, count: int) -> Tensor:
+    """Places, ascending, of the ``count`` largest of values >= 0; of equals the first.
+
+    Nothing here has a length that only the device knows.
+    """
+    kth = values.topk(count, sorted=False).values.amin()
+    above, equal = values > kth, values == kth
+    room = count - above.sum()
+    kept = above | (equal & (equal.cumsum(0, dtype=torch.int32) <= room))
+    wanted = torch.arange(1, count + 1, device=values.device)
+    return torch.searchsorted(kept.cumsum(0), wanted)
+
+
+def batchtopk_encode_torch(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> Encoded:
+    """PyTorch twin, and what runs on a GPU."""
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    dtype, count = accumulator_dtype(x, W_enc_rows), batch * k
+    halves = x.is_cuda and x.dtype == W_enc_rows.dtype and x.element_size() == 2
+    W_enc, b_enc = W_enc_rows if halves else W_enc_rows.to(dtype), b_enc.to(dtype)
+    values = x.new_empty((0,), dtype=dtype)
+    places = torch.empty(0, dtype=torch.int64, device=x.device)
+    rows = topk_encode.chunk_rows(max(1, batch), d_sae, dtype, x.device)
+    rows = max(1, rows // CUDA_CHUNK_SHARE) if x.is_cuda else rows
+    for first in range(0, batch, rows):
+        part = x[first : first + rows]
+        if halves:  # ranked in float32, as in `topk_encode`
+            pre_acts = torch.mm(part, W_enc.t(), out_dtype=torch.float32).add_(b_enc)
+        else:
+            pre_acts = torch.addmm(b_enc, part.to(dtype), W_enc.t())
+        flat = torch.where(pre_acts > 0, pre_acts, 0).flatten()
+        found = _first_largest(flat, min(count, len(flat)))
+        values = torch.cat([values, flat[found]])
+        places = torch.cat([places, found + first * d_sae])
+        if len(values) > count:
+            kept = _first_largest(values, count)
+            values, places = values[kept], places[kept]
+    return values, *_entries(places, batch, d_sae)
+
+
+def batchtopk_encode_native(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int) -> Encoded:
+    """Compiled CPU loops, for float32."""
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    count = batch * k
+    x, W_enc_rows, b_enc = x.contiguous(), W_enc_rows.contiguous(), b_enc.contiguous()
+    for margin in MARGINS:
+        values, places, floor = _candidates(x, W_enc_rows, b_enc, k, margin)
+        if floor == 0 or len(values) >= count:
+            break
+    values, places = _keep_first(values, places, count)
+    if len(values) < count:
+        # The first places whose pre-activation is not positive; they are among the first `count`.
+        empty = np.setdiff1d(np.arange(count), places, assume_unique=True)[: count - len(values)]
+        order = np.argsort(np.concatenate([places, empty]), kind="stable")
+        values = np.concatenate([values, np.zeros(len(empty), np.float32)])[order]
+        places = np.concatenate([places, empty])[order]
+    return torch.from_numpy(values), *_entries(torch.from_numpy(places), batch, d_sae)
+
+
+def _candidates(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int, margin: float
+) -> tuple[Any, Any, float]:
+    """Pre-activations above a floor, their places, and the floor that was guessed.
+
+    The first ``batch * k`` are among them if they are so many, or if the floor is 0. The guess
+    decides how much is looked at twice, never what comes out.
+    """
+    from saesteer.kernels.batchtopk_encode_cpu import count_above, take_above
+
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    count, guessed, floor = batch * k, 0.0, np.float32(0)
+    kept: list[tuple[Any, Any]] = [(np.empty(0, np.float32), np.empty(0, np.int64))]
+    rows = topk_encode.chunk_rows(max(1, batch), d_sae, torch.float32, x.device)
+    buffer = scratch((rows, d_sae), torch.float32)
+    for first in range(0, batch, rows):
+        part = x[first : first + rows]
+        pre_acts = buffer[: len(part)]
+        torch.mm(part, W_enc_rows.t(), out=pre_acts)
+        if first == 0:
+            guessed = _guess(pre_acts, b_enc, k, margin)
+            floor = np.float32(guessed)
+        bounds = even_bounds(len(part), parts_of(len(part), 8))
+        starts = np.zeros(len(part) + 1, np.int64)
+        run_parts(count_above, bounds, pre_acts.numpy(), b_enc.numpy(), floor, starts[1:])
+        np.cumsum(starts, out=starts)
+        values, places = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
+        run_parts(
+            take_above,
+            bounds,
+            pre_acts.numpy(),
+            b_enc.numpy(),
+            floor,
+            starts,
+            first,
+            values,
+            places,
+        )
+        kept.append((values, places))
+        if sum(len(values) for values, _ in kept) > 2 * count:
+            kept = [_keep_first(*_joined(kept), count)]
+            # So many are as large already, and stand before whatever comes.
+            floor = kept[0][0].min()
+    return *_joined(kept), guessed
+
+
+def _joined(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def _keep_first(values: Any, places: Any, count: int) -> tuple[Any, Any]:
+    """The ``count`` largest, if there are more, in the order they stand in; of equals the first."""
+    if len(values) <= count:
+        return values, places
+    kth = np.partition(values, len(values) - count)[len(values) - count]
+    chosen = values > kth
+    chosen[np.flatnonzero(values == kth)[: count - np.count_nonzero(chosen)]] = True
+    return values[chosen], places[chosen]
+
+
+def _guess(pre_acts: Tensor, b_enc: Tensor, k: int, margin: float) -> float:
+    """A value that about ``margin * k`` pre-activations of each of these rows are above; or 0."""
+    sample = pre_acts[:: -(-len(pre_acts) // GUESS_ROWS)] + b_enc
+    wanted = len(sample) * k * margin
+    groups = sample.shape[1] // topk_encode.GROUP
+    if groups >= 4 * k * margin:  # most groups hold one of the best at most
+        sample = sample[:, : groups * topk_encode.GROUP].unflatten(1, (topk_encode.GROUP, groups))
+        sample = sample.amax(1)
+    if wanted >= sample.numel():
+        return 0.0
+    values = sample.nan_to_num(0.0, posinf=math.inf).flatten().numpy()
+    at = len(values) - math.ceil(wanted)
+    return max(0.0, float(np.partition(values, at)[at]))
+
+
+@torch.library.custom_op("saesteer::batchtopk_encode", mutates_args=())
+def batchtopk_encode_op(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latent activations and indices [batch * k], and row starts [batch + 1]."""
+    if use_native(x, W_enc_rows, b_enc):
+        return batchtopk_encode_native(x, W_enc_rows, b_enc, k)
+    return batchtopk_encode_torch(x, W_enc_rows, b_enc, k)
+
+
+@batchtopk_encode_op.register_fake
+def _(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int | torch.SymInt) -> Encoded:
+    count = x.shape[0] * k
+    acts = x.new_empty((count,), dtype=accumulator_dtype(x, W_enc_rows))
+    starts = x.new_empty((x.shape[0] + 1,), dtype=torch.int64)
+    return acts, x.new_empty((count,), dtype=torch.int64), starts
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, W_enc_rows, b_enc, _ = inputs
+    ctx.save_for_backward(x, W_enc_rows, *output)
+    ctx.bias_dtype = b_enc.dtype
+
+
+def _backward(ctx: Any, grad_acts: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, W_enc_rows, acts, indices, row_starts = ctx.saved_tensors
+    grad_pre_acts = torch.where(acts > 0, grad_acts, 0)
+    grad_x = grad_W_enc = grad_b_enc = None
+    if ctx.needs_input_grad[0]:
+        grad_x = sparse_decode_op(grad_pre_acts, indices, W_enc_rows, None, row_starts)
+        grad_x = grad_x.to(x.dtype)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_W_enc, grad_b_enc, _ = sparse_row_grads_op(
+            grad_pre_acts, indices, x, W_enc_rows.shape[0], row_starts
+        )
+        grad_W_enc = grad_W_enc.to(W_enc_rows.dtype)
+        grad_b_enc = grad_b_enc.to(ctx.bias_dtype)
+    return grad_x, grad_W_enc, grad_b_enc, None
+
+
+batchtopk_encode_op.register_autograd(_backward, setup_context=_setup_context)

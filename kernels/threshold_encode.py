@@ -1,0 +1,102 @@
+"""Pre-activations above a floor of their latent's own, as ragged entries.
+
+``pre_acts = x @ W_enc_rows.T + b_enc``, and of them those with ``pre_acts[b, f] > floors[f]``, by
+example and latent. NaN is above nothing. How many there are only the device knows: the host waits
+for it. The dense pre-activations exist for a chunk of rows at a time.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saesteer.kernels import topk_encode
+from saesteer.kernels.dispatch import accumulator_dtype
+from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+
+Encoded = tuple[Tensor, Tensor, Tensor]
+
+
+def threshold_encode_reference(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor
+) -> Encoded:
+    """What the op means, in dense PyTorch. For tests and benchmarks."""
+    pre_acts = x @ W_enc_rows.t() + b_enc
+    above = pre_acts > floors
+    places = above.flatten().nonzero()[:, 0]
+    bounds = torch.arange(len(x) + 1, device=x.device) * len(W_enc_rows)
+    return pre_acts[above], places % len(W_enc_rows), torch.searchsorted(places, bounds)
+
+
+def threshold_encode_torch(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor) -> Encoded:
+    """PyTorch twin, and what runs on a GPU."""
+    dtype = accumulator_dtype(x, W_enc_rows)
+    halves = x.is_cuda and x.dtype == W_enc_rows.dtype and x.element_size() == 2
+    W_enc, b_enc = W_enc_rows if halves else W_enc_rows.to(dtype), b_enc.to(dtype)
+    rows = topk_encode.chunk_rows(max(1, len(x)), len(W_enc), dtype, x.device)
+    values = [x.new_empty((0,), dtype=dtype)]
+    indices = [torch.empty(0, dtype=torch.int64, device=x.device)]
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device)]
+    for part in x.split(rows):
+        if halves:
+            pre_acts = torch.mm(part, W_enc.t(), out_dtype=torch.float32).add_(b_enc)
+        else:
+            pre_acts = torch.addmm(b_enc, part.to(dtype), W_enc.t())
+        above = pre_acts > floors
+        values.append(pre_acts[above])
+        indices.append(above.nonzero()[:, 1])
+        counts.append(above.sum(1))
+    return torch.cat(values), torch.cat(indices), torch.cat(counts).cumsum(0)
+
+
+def threshold_encode_native(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor
+) -> Encoded:
+    """Compiled CPU loops, for float32."""
+    from saesteer.kernels.batchtopk_encode_cpu import count_above, take_above
+
+    d_sae = len(W_enc_rows)
+    x, W_enc_rows, lowered = x.contiguous(), W_enc_rows.contiguous(), (b_enc - floors).contiguous()
+    rows = topk_encode.chunk_rows(max(1, len(x)), d_sae, torch.float32, x.device)
+    buffer = scratch((rows, d_sae), torch.float32)
+    values, places = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+    counts = [np.zeros(1, np.int64)]
+    zero = np.float32(0)
+    for first in range(0, len(x), rows):
+        part = x[first : first + rows]
+        pre_acts = buffer[: len(part)]
+        torch.mm(part, W_enc_rows.t(), out=pre_acts)
+        bounds = even_bounds(len(part), parts_of(len(part), 8))
+        starts = np.zeros(len(part) + 1, np.int64)
+        run_parts(count_above, bounds, pre_acts.numpy(), lowered.numpy(), zero, starts[1:])
+        counts.append(starts[1:].copy())
+        np.cumsum(starts, out=starts)
+        above, where = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
+        run_parts(
+            take_above, bounds, pre_acts.numpy(), lowered.numpy(), zero, starts, 0, above, where
+        )
+        values.append(above)
+        places.append(where % d_sae)
+    indices = torch.from_numpy(np.concatenate(places))
+    row_starts = torch.from_numpy(np.concatenate(counts).cumsum())
+    return torch.from_numpy(np.concatenate(values)) + floors[indices], indices, row_starts
+
+
+@torch.library.custom_op("saesteer::threshold_encode", mutates_args=())
+def threshold_encode_op(
+    x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations and latents [entries], and row starts [batch + 1]. Not differentiable."""
+    native = use_native(x, W_enc_rows, b_enc, floors)
+    run: Any = threshold_encode_native if native else threshold_encode_torch
+    found: Encoded = run(x, W_enc_rows, b_enc, floors)
+    return found
+
+
+@threshold_encode_op.register_fake
+def _(x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor) -> Encoded:
+    count = torch.library.get_ctx().new_dynamic_size()
+    values = x.new_empty((count,), dtype=accumulator_dtype(x, W_enc_rows))
+    starts = x.new_empty((x.shape[0] + 1,), dtype=torch.int64)
+    return values, x.new_empty((count,), dtype=torch.int64), starts

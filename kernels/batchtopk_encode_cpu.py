@@ -20,7 +20,7 @@ def _count(line, bias, floor):
     return count
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def count_above(pre_acts, bias, floor, counts, first, last):
     """How many of ``pre_acts[r] + bias`` are above ``floor``, for rows first..last-1."""
@@ -28,7 +28,7 @@ def count_above(pre_acts, bias, floor, counts, first, last):
         counts[row] = _count(pre_acts[row], bias, floor)
 
 
-@loop(keep=True)
+@loop(cache=True)
 @no_type_check
 def take_above(pre_acts, bias, floor, starts, offset, values, places, first, last):
     """Those values into ``values[starts[r]:starts[r + 1]]``, and their places.

@@ -27,7 +27,7 @@ def _dot(a, b):
     return total
 
 
-@loop(reorder=True, keep=True)
+@loop(reorder=True, cache=True)
 @no_type_check
 def decode_prefixes_rows(
     acts, indices, starts, W_dec, b_dec, target, squared, last_error, suffix, act_grads, first, last

@@ -79,7 +79,7 @@ def add_common(
 def add_model(
     group: argparse._ArgumentGroup, fallback: str = f"(default: {DEFAULT_MODEL})"
 ) -> None:
-    """`--model` and `--blocks`."""
+    """`--model`, `--blocks` and `--trust-remote-code`."""
     group.add_argument(
         "--model", metavar="NAME", help=f"Hub name, folder, .gguf file or alias {fallback}"
     )
@@ -87,6 +87,11 @@ def add_model(
         "--blocks",
         metavar="PATH",
         help="module path of the list of decoder blocks (default: found by structure)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that come with the model (default: none is ever run)",
     )
 
 

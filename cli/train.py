@@ -42,6 +42,7 @@ _LIVE_ONLY = (
     "exclude_template",
     "device_map",
     "quantize",
+    "trust_remote_code",
     "compile",
 )
 

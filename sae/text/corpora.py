@@ -215,7 +215,10 @@ class HubCorpus:
         def load() -> Any:
             from datasets import load_dataset
 
-            return load_dataset(dataset, config, split=split, streaming=True)
+            # Up to version 3 the library ran a dataset's own script, after asking on stdout.
+            return load_dataset(
+                dataset, config, split=split, streaming=True, trust_remote_code=False
+            )
 
         if Path(dataset).is_dir():
             try:

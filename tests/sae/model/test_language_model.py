@@ -1,5 +1,6 @@
 """Any model family is understood from its structure; weights have an identity."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -233,6 +234,73 @@ def test_a_folder_that_transformers_refuses(
     with pytest.raises(UserError, match=r"could not be loaded \(.*no-such-type") as caught:
         load_model(str(folder), device="cpu")
     assert "Hub" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def model_with_code(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model of a type of its own, whose Python file leaves a trace when it runs."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'foreign'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return folder
+
+
+def test_code_beside_a_model_is_never_run_unasked(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("a question was asked"))
+    with pytest.raises(UserError, match="needs Python code of its own.*`trust_remote_code`"):
+        load_model(str(model_with_code), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_model_runs_when_it_is_trusted(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    lm = load_model(str(model_with_code), device="cpu", trust_remote_code=True)
+    assert (tmp_path / "ran").exists() and lm.n_layers == 4
+
+
+def test_code_beside_a_tokenizer_is_never_run_unasked(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("a question was asked"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["own.Slow", "own.Fast"]}
+    settings["tokenizer_class"] = "Fast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    # The library may open the file of tokens without the code, or refuse: it may not run it.
+    with contextlib.suppress(UserError):
+        load_model(str(folder), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["someone/attention", {"": "someone/attention"}])
+def test_a_config_that_names_code_of_the_hub_is_refused(
+    value: object, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": value}))
+    with pytest.raises(UserError, match="code of someone/attention, which is not fetched"):
+        load_model(str(folder), device="cpu")
 
 
 def test_hub_models_are_read_through_the_guarded_call(

@@ -1,5 +1,6 @@
 """Corpora of every kind, in a seeded order, and what is no corpus."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,15 @@ def test_files_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sizes == []
     next(documents)
     assert len(sizes) == 1 and sizes[0] < path.stat().st_size / 10
+
+
+def test_a_script_in_the_folder_of_a_dataset_is_never_run(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(UserError, match="could not be opened"):
+        open_corpus([f"hf:{folder}"])
+    (folder / "train.jsonl").write_text('{"text": "words"}\n')
+    with contextlib.suppress(UserError):
+        list(open_corpus([f"hf:{folder}"]).documents(0, 0))
+    assert not (tmp_path / "ran").exists()

@@ -149,6 +149,12 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         f"{default(TextConfig, 'batch_size')}",
     )
     group.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        help="beginning-of-text token in front of contexts: auto (as the tokenizer does), always, "
+        f"never {default(TextConfig, 'bos')}",
+    )
+    group.add_argument(
         "--max-norm-ratio",
         type=number,
         metavar="X",
@@ -188,7 +194,8 @@ def add_documents(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--isolate-documents",
         action="store_true",
-        help="keep attention inside each document; slower, and every document begins with a sink "
+        help="keep attention inside each document, where the model proves to do so; slower, and "
+        "every document begins with BOS, if texts do, and a sink "
         f"{default(TextConfig, 'isolate_documents')}",
     )
     group.add_argument(

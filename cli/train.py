@@ -34,6 +34,7 @@ _LIVE_ONLY = (
     "replies",
     "replies_share",
     "context",
+    "bos",
     "batch_size",
     "epochs",
     "lm_dtype",

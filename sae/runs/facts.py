@@ -15,7 +15,9 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
     as far as `now` has them. Raises UserError naming the first setting that differs.
     """
-    old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
+    # What earlier versions did without a name for it.
+    old = {"bos": "auto", **(before.get("config") or {})}
+    new = plain(now.get("config") or {})
     for key in ("layers", "dtype"):
         if key in now:
             old[key], new[key] = before.get(key), plain(now[key])

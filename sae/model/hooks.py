@@ -77,8 +77,8 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
         return HookPoint(layer, site, block, path, "input")
     if site in SITES:
         found = find_site(lm, layer, site)
-        module = block.get_submodule(found.path)
-        return HookPoint(layer, site, module, f"{path}.{found.path}", found.side)
+        inner = block.get_submodule(found.path)
+        return HookPoint(layer, site, inner, f"{path}.{found.path}", found.side)
     wanted, module, side = _module_at(lm, site.replace("{layer}", str(layer)))
     if module is None:
         raise UsageError(

@@ -113,11 +113,11 @@ class LanguageModel:
         if getattr(self.model, "hf_device_map", None):
             return  # accelerate moves these weights around itself
         for block in self.blocks[last + 1 :]:
-            block.to("meta")
+            _free(block)
         used = {id(module) for module in self.text_model.modules()}
         for module in self.model.modules():
             if id(module) not in used and not any(id(child) in used for child in module.modules()):
-                module.to("meta")  # the input embedding keeps what a tied head loses
+                _free(module)  # the input embedding keeps what a tied head loses
 
     @property
     def unembed(self) -> nn.Module:
@@ -125,6 +125,25 @@ class LanguageModel:
         if head is None:
             raise UserError(f"`model` {self.name} has no output embedding: a causal LM is needed")
         return head  # type: ignore[no-any-return]
+
+
+def _free(module: nn.Module) -> None:
+    """Put a module's weights on the meta device, whatever they are.
+
+    `module.to("meta")` fails for those that bitsandbytes has quantised: their class moves scales
+    along with them, which cannot go there, and 8-bit layers hold their weights in a state beside.
+    """
+    for part in module.modules():
+        for name, weight in list(part._parameters.items()):
+            if weight is not None:
+                empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, values in list(part._buffers.items()):
+            if values is not None:
+                part._buffers[name] = torch.empty_like(values, device="meta")
+        for name in ("quant_state", "state"):
+            if type(part).__module__.startswith("bitsandbytes.") and hasattr(part, name):
+                setattr(part, name, None)
 
 
 def text_config(model: Any) -> Any:

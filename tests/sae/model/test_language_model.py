@@ -438,5 +438,41 @@ def test_quantised_weights(bits: str, tiny_lm: Any, tmp_path: Path) -> None:
         rows = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
         reported = lm.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         exact = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
-    assert torch.equal(rows, reported)
+        lm.keep_only(1)
+        again = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    assert torch.equal(rows, reported) and torch.equal(again, rows)
+    assert all(weight.is_meta for weight in lm.blocks[3].parameters())
     assert 0 < float((rows.float() - exact).norm() / exact.norm()) < 0.5
+
+
+class _Packed(nn.Parameter):
+    """Weights of a class of their own that cannot be moved, as those of bitsandbytes."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("its scales have no meta kernel")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        moved = func in (torch.Tensor.to, torch.empty_like) and any(
+            str(value) == "meta" for value in (*args, *(kwargs or {}).values())
+        )
+        if moved:
+            raise NotImplementedError("its scales have no meta kernel")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_that_cannot_be_moved_are_freed_too(fresh_lm: Shared) -> None:
+    lm = fresh_lm("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    before = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    for block in lm.blocks:
+        for module in block.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is not None and weight.dim() == 2:
+                    module._parameters[name] = _Packed(weight.detach(), requires_grad=False)
+    lm.keep_only(1)
+    assert all(weight.is_meta for weight in lm.blocks[2].parameters())
+    assert not any(weight.is_meta for weight in lm.blocks[1].parameters())
+    with torch.no_grad():
+        after = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    assert torch.equal(after, before)

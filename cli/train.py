@@ -190,7 +190,8 @@ def add_flags(parser: VerbParser) -> None:
     work.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last saved state in --out, or start when there is none",
+        help="go on from the last saved state in --out, or start when there is none; with more "
+        "--tokens a finished run goes on, too",
     )
     add_common(
         parser,
@@ -252,6 +253,7 @@ def run(args: Namespace) -> int:
             consume_model=True,
             progress=report,
             say=report.say,
+            warn=report.warn,
         )
     if args.json:
         print_json({"runs": runs})

@@ -47,6 +47,8 @@ class _Piece:
     document: int
     used: int
     left: int
+    skipped_rows: int
+    """Rows without text before it."""
 
     @property
     def owner(self) -> int:
@@ -86,6 +88,8 @@ class ContextStream:
         self.consumed = 0
         self.emitted = 0
         self._skip = 0
+        self.skipped_rows = 0
+        """Rows without text (null) that were passed over."""
         self._keep_template = keep_template
         self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
         self._tokens: list[int] = []
@@ -172,8 +176,12 @@ class ContextStream:
                 if len(tokens) > skip:
                     self._tokens += tokens[skip:]
                     self._in_template += template[skip:]
-                    piece = _Piece(self.epoch, self.consumed, skip, len(tokens) - skip)
+                    piece = _Piece(
+                        self.epoch, self.consumed, skip, len(tokens) - skip, self.skipped_rows
+                    )
                     self._pieces.append(piece)
+                elif not tokens and not skip:
+                    self.skipped_rows += 1
                 self.consumed += 1
                 return True
             if self.consumed == 0:
@@ -223,11 +231,18 @@ class ContextStream:
         """Token ids of each text and its separator, and which of them its chat template wrote."""
         if not texts:
             return []
-        asked = any(content is not None for content in spans)
+        asked = any(spans)
+        # A row without text leaves no trace, not even a separator.
+        empty = [content == [] for content in spans]
         encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
         offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
-        tokenized = []
-        for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
+        tokenized: list[tuple[list[int], list[bool]]] = []
+        for ids, places, content, nothing in zip(
+            encoded["input_ids"], offsets, spans, empty, strict=True
+        ):
+            if nothing:
+                tokenized.append(([], []))
+                continue
             # A token that holds a character of a message belongs to the message.
             template = [False] * len(ids) if content is None else [
                 not any(low < end and high > start for start, end in content)
@@ -244,6 +259,8 @@ class ContextStream:
         of its messages."""
         if isinstance(document, str):
             return document, None
+        if not document:
+            return "", []
         if not self.lm.has_chat_template:
             return "\n".join(message["content"] for message in document), None
         text = self._render(document)
@@ -292,15 +309,24 @@ class ContextStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: the first document not used up, and how much of it is used."""
         epoch, document, used = self.epoch, self.consumed, self._skip
+        skipped_rows = self.skipped_rows
         if self._pieces:
             first = self._pieces[0]
             epoch, document, used = first.epoch, first.document, first.used
-        return {"epoch": epoch, "document": document, "used": used, "emitted": self.emitted}
+            skipped_rows = first.skipped_rows
+        return {
+            "epoch": epoch,
+            "document": document,
+            "used": used,
+            "emitted": self.emitted,
+            "skipped_rows": skipped_rows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
+        self.skipped_rows = state.get("skipped_rows", 0)
         self._tokens, self._in_template = [], []
         self._tokenized, self._pieces, self._documents = deque(), deque(), None
 
@@ -359,6 +385,11 @@ class MixedStream:
     def prepend_bos(self) -> bool:
         """Whether every context starts with the beginning-of-text token."""
         return self.corpus.prepend_bos
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the corpus without text (null) that were passed over."""
+        return self.corpus.skipped_rows
 
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
@@ -419,6 +450,11 @@ class SharedStream:
         self.identity = contexts.identity
         self.state_dict = contexts.state_dict
         self.load_state_dict = contexts.load_state_dict
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows without text (null) that were passed over."""
+        return self.contexts.skipped_rows
 
     def next_batch(self, rows: int) -> ContextBatch | None:
         """This process's next contexts, at most `rows`; none at all only when the text has ended.

@@ -56,6 +56,7 @@ def state_of(
         **identity(run.config, run.facts),
         "stream": stream,
         "step": run.step,
+        "extended": run.extended,
         "seconds": run.seconds,
         "scales": [_factors(trainer) for trainer in run.trainers],
         # By these a state opens as an SAE without the run's settings.
@@ -71,6 +72,12 @@ def state_of(
 def restore(run: "TrainingRun") -> None:
     """Continue from the saved state. Raises UserError when it belongs to other settings."""
     tensors, meta = load_state(run.folder)
+    run.extended = list(meta.get("extended", []))
+    before = meta["config"]["tokens"]
+    if before < run.config.tokens:
+        # More of the same: the one setting that may grow.
+        meta["config"]["tokens"] = run.config.tokens
+        run.extended.append({"step": int(meta["step"]), "tokens": before})
     check_same_run(meta, identity(run.config, run.facts), run.folder)
     parts = _groups(tensors)
     scales: dict[Place, InputScale] = {}

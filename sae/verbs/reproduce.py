@@ -118,6 +118,11 @@ def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
             raise UserError(f"{place} holds a run of {verb!r}; only those of train are repeated")
         if run.get("complete") is not True or not isinstance(run.get("sae"), dict):
             raise UserError(f"the run in {place} was not finished: finish it with `resume` first")
+        if run.get("extended"):
+            raise UserError(
+                f"the run in {place} was made longer after it had begun, which is not repeated: "
+                "train once with all its `tokens`"
+            )
         runs[place] = run
     if not runs:
         raise UsageError(f"{folder} holds no run.json: give a folder that train or harvest wrote")

@@ -44,6 +44,13 @@ class Listed:
         return {"name": self.name}
 
 
+class InOrder(Listed):
+    """Documents as they were given, whatever the seed."""
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        return iter(self.listed[start:])
+
+
 # The end of a text, not that of a turn, which the tokenizer calls its EOS.
 END = 0
 
@@ -173,6 +180,22 @@ def test_the_end_of_a_text_is_not_the_end_of_a_turn(tiny_lm: Callable[..., Any])
     assert end_of_text(tokenizer) == 0
     tokenizer.eos_token = None
     assert end_of_text(tokenizer) is None
+
+
+def test_rows_without_text_are_counted_and_leave_no_trace(shared_lm: Shared) -> None:
+    texts = [f"some words of document {i}" for i in range(30)]
+    full = ContextStream(InOrder(*texts), shared_lm(), 16, 0, 1)
+    holes = InOrder(*texts[:10], [], *texts[10:20], [], [], *texts[20:])
+    stream = ContextStream(holes, shared_lm(), 16, 0, 1)
+    first = stream.next_batch(9)
+    state = stream.state_dict()
+    resumed = ContextStream(holes, shared_lm(), 16, 0, 1)
+    resumed.load_state_dict(state)
+    rest, other = everything(stream, 4), everything(resumed, 4)
+    expected = everything(full, 4)
+    assert first is not None and torch.equal(rest.token_ids, other.token_ids)
+    assert torch.equal(torch.cat([first.token_ids, rest.token_ids]), expected.token_ids)
+    assert stream.skipped_rows == resumed.skipped_rows == 3 and full.skipped_rows == 0
 
 
 def test_chats_go_through_the_template_or_are_joined(shared_lm: Shared) -> None:

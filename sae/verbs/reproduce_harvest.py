@@ -64,6 +64,7 @@ def repeat_harvest(
     config: HarvestConfig,
     folder: Path,
     model: str | None,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Harvest again; the new manifest."""
@@ -77,6 +78,7 @@ def repeat_harvest(
         device=device,
         dtype=str(recipe.get("lm_dtype") or "auto"),
         blocks_path=recipe.get("blocks"),
+        trust_remote_code=trust_remote_code,
     )
     replies = [str(text) for text in recipe.get("replies") or ()]
     # The model serves nothing else.

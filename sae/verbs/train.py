@@ -93,7 +93,6 @@ def train(
             assert activations is not None
             reader = ShardReader(activations)
             source, facts = _shard_source(reader, config)
-            _tell_of_shards(reader, config, say, warn)
             d_model, dtype = reader.d_model, reader.dtype
         # What a repetition needs besides the config.
         facts["recipe"] = {
@@ -109,6 +108,8 @@ def train(
             folder, config, variants, source, facts, d_model, dtype, compute, progress, warn
         )
         say(run.check_memory())
+        if activations is not None:
+            _tell_of_shards(reader, config, say, warn)
         run.check_disk()
         if force:  # only now, when nothing can go wrong at once, may the folder be emptied
             claim_output(folder, force=True)

@@ -305,10 +305,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     def read() -> tuple[Any, Any]:
         # float32 throughout: dequantised values are products and sums that float16 would round.
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-        )
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True,
+            trust_remote_code=False,
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, local_files_only=True
+            str(gguf.parent), gguf_file=gguf.name, local_files_only=True, trust_remote_code=False
         )
         return loaded, tokenizer
 
@@ -327,7 +328,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config

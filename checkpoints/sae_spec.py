@@ -45,6 +45,10 @@ _SITE_HOOKS = {
     "mlp_out": "hook_mlp_out",
 }
 _HOOK_SITES = {hook: site for site, hook in _SITE_HOOKS.items()}
+# As dictionary_learning names a submodule.
+_SITE_OF_LAYER = re.compile(
+    r"(resid_pre|resid_mid|resid_post|attn_out|attention_out|mlp_out)_layer_(\d{1,9})"
+)
 _BLOCK_PATH = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block|layer)\.(\d+)")
 
 
@@ -60,13 +64,17 @@ def parse_hook_name(hook_name: str | None) -> tuple[int | None, str | None]:
     """The layer and site of a hook name; None for what it does not say.
 
     Understands TransformerLens names ("blocks.12.hook_resid_post") and the module path of a block
-    ("model.layers.12", whose output is resid_post). Any other module path is returned as the site.
+    ("model.layers.12", whose output is resid_post), and dictionary_learning's
+    "resid_post_layer_12". Any other module path is returned as the site.
     """
     if not hook_name:
         return None, None
-    named = re.fullmatch(r"blocks\.(\d{1,9})\.(hook_\w+)", hook_name)
-    if named and named.group(2) in _HOOK_SITES:
-        return int(named.group(1)), _HOOK_SITES[named.group(2)]
+    named = _SITE_OF_LAYER.fullmatch(hook_name)
+    if named:
+        return int(named.group(2)), named.group(1).replace("attention", "attn")
+    found = re.fullmatch(r"blocks\.(\d{1,9})\.(hook_\w+)", hook_name)
+    if found and found.group(2) in _HOOK_SITES:
+        return int(found.group(1)), _HOOK_SITES[found.group(2)]
     if block := _BLOCK_PATH.fullmatch(hook_name):
         return int(block.group(1)), "resid_post"
     number = re.search(r"\.(\d{1,9})(?:\.|$)", hook_name)

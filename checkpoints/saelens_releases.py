@@ -1,6 +1,9 @@
 """Pretrained SAEs that SAELens lists: the only module that imports `sae_lens`."""
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from saesteer.checkpoints import files
@@ -25,8 +28,13 @@ def load_release(text: str) -> SAE:
         sae_lens = import_sae_lens()
     except SAELensMissing as error:
         raise UserError(f"`sae` {text}: {error}, or give a folder") from error
+
+    def read() -> Any:
+        with _tensors_only():
+            return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
+
     loaded = hub_call(
-        lambda: sae_lens.SAE.from_pretrained(release, sae_id, device="cpu"),
+        read,
         f"`sae` {text}",
         "give a folder, or a RELEASE:ID from SAELens' list of pretrained SAEs",
     )
@@ -39,6 +47,20 @@ def load_release(text: str) -> SAE:
     fields: dict[str, Any] = {**tensors, "source": text, "format": "saelens"}
     sae = SAE(spec=spec, **fields)
     return dataclasses.replace(sae, sha256=tensors_sha256(sae.tensors()))
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Have `torch.load`, which SAELens calls on `.pt` files, refuse pickles that run code.
+
+    That is torch's default, which a variable of the environment undoes.
+    """
+    undone = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        yield
+    finally:
+        if undone is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = undone
 
 
 def import_sae_lens() -> Any:

@@ -84,6 +84,11 @@ def add_flags(parser: VerbParser) -> None:
         metavar="NAME",
         help="the model that imported vectors are for (needed with --format plan)",
     )
+    plan.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that come with the model (default: none is ever run)",
+    )
     add_common(
         parser,
         out="folder to write to; --to is the same (default: report only)",
@@ -153,7 +158,12 @@ def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> Do
         from saesteer.sae.model.language_model import load_model
 
         need(args, "--model", "the model that the vectors are for")
-        lm = load_model(args.model, device=args.device, progress=report.say)
+        lm = load_model(
+            args.model,
+            device=args.device,
+            progress=report.say,
+            trust_remote_code=args.trust_remote_code,
+        )
         return exchange.import_vectors(source, lm, take_folder(args))
     from saesteer.steering.plans.plan_file import load_plan
 

@@ -42,7 +42,12 @@ def add_flags(parser: VerbParser) -> None:
         default="french",
         help="the built-in instruction to find and steer by (default: french)",
     )
-    group.add_argument("--quick", action="store_true", help="do about a third of the work")
+    group.add_argument("--quick", action="store_true", help="about a third of the work")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that come with the model (default: none is ever run)",
+    )
     add_common(
         parser,
         out="folder for everything that is made (default: runs/demo-<time>)",
@@ -55,12 +60,18 @@ def run(args: Namespace) -> int:
     out = Path(args.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     claim_output(out, force=args.force)
     with reporting(args) as progress:
+        from saesteer.sae.model.language_model import LanguageModel, load_model
         from saesteer.steering.demonstration.pipeline import FULL, QUICK, Demo
 
+        model: str | LanguageModel = args.model or DEFAULT_MODEL
+        if args.trust_remote_code:
+            model = load_model(
+                str(model), device=args.device, dtype=args.dtype, trust_remote_code=True
+            )
         demo = Demo(
             out,
             args.task,
-            model=args.model or DEFAULT_MODEL,
+            model=model,
             size=QUICK if args.quick else FULL,
             seed=args.seed or 0,
             device=args.device,
@@ -72,7 +83,7 @@ def run(args: Namespace) -> int:
             if not args.json:
                 _say(f"\n{paint(f'{number_of_stage}. {stage.name}', 'bold')}  {stage.what}")
             if stage.kind == "model":
-                progress.say(f"loading {demo.model}")
+                progress.say(f"loading {model if isinstance(model, str) else model.name}")
             facts = stage.run()
             progress.end()
             if not args.json:

@@ -78,7 +78,7 @@ def add_common(
 def add_model(
     group: argparse._ArgumentGroup, fallback: str = f"(default: {DEFAULT_MODEL})"
 ) -> None:
-    """`--model` and `--blocks`."""
+    """`--model`, `--blocks` and `--trust-remote-code`."""
     group.add_argument(
         "--model",
         metavar="NAME",
@@ -88,6 +88,11 @@ def add_model(
         "--blocks",
         metavar="PATH",
         help="module path of the list of decoder blocks (default: found by structure)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that come with the model (default: none is ever run)",
     )
 
 
@@ -150,6 +155,12 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         f"{default(TextConfig, 'batch_size')}",
     )
     group.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        help="beginning-of-text token in front of contexts: auto (as the tokenizer does), always, "
+        f"never {default(TextConfig, 'bos')}",
+    )
+    group.add_argument(
         "--max-norm-ratio",
         type=number,
         metavar="X",
@@ -193,8 +204,8 @@ def add_documents(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--isolate-documents",
         action="store_true",
-        help="let tokens attend only within their document; slower, and every document then begins "
-        "with an attention sink "
+        help="keep attention inside each document, where the model proves to do so; slower, and "
+        "every document begins with BOS, if texts do, and a sink "
         f"{default(TextConfig, 'isolate_documents')}",
     )
     group.add_argument(

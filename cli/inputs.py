@@ -35,6 +35,7 @@ def open_model(
         progress=report.say,
         device_map=getattr(args, "device_map", None),
         quantize=getattr(args, "quantize", None),
+        trust_remote_code=args.trust_remote_code,
     )
     kind = str(lm.dtype).removeprefix("torch.")
     report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")

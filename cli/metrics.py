@@ -72,6 +72,13 @@ def run(args: Namespace) -> int:
         )
         if found["seen_in_training"]:
             report.warn(_SEEN)
+        if found["trained_with_bos"] not in (None, found["prepend_bos"]):
+            with_it = found["trained_with_bos"]
+            report.warn(
+                f"the SAE was trained {'with' if with_it else 'without'} BOS in front of contexts "
+                f"and is measured {'without' if with_it else 'with'}: give --bos "
+                f"{'always' if with_it else 'never'}"
+            )
         if args.out is not None:
             _write(take_folder(args), args, found)
     if args.json:

@@ -32,6 +32,11 @@ def add_flags(parser: VerbParser) -> None:
         metavar="DIR",
         help="where the run's shards are now (default: where they were)",
     )
+    what.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python files that come with the model (default: none is ever run)",
+    )
     add_common(
         parser,
         out="folder that keeps the repetition (default: a temporary one)",
@@ -63,6 +68,7 @@ def run(args: Namespace) -> int:
             model=args.model,
             activations=args.activations,
             force=args.force,
+            trust_remote_code=args.trust_remote_code,
             progress=report,
         )
     if args.json:

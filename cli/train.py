@@ -34,6 +34,7 @@ _LIVE_ONLY = (
     "replies",
     "replies_share",
     "context",
+    "bos",
     "batch_size",
     "epochs",
     "lm_dtype",
@@ -42,6 +43,7 @@ _LIVE_ONLY = (
     "exclude_template",
     "device_map",
     "quantize",
+    "trust_remote_code",
     "compile",
 )
 
@@ -212,7 +214,8 @@ def add_flags(parser: VerbParser) -> None:
     work.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the last saved state in --out, or start anew when there is none",
+        help="go on from the last saved state in --out, or start when there is none; with more "
+        "--tokens a finished run goes on, too",
     )
     add_common(
         parser,
@@ -273,6 +276,7 @@ def run(args: Namespace) -> int:
             consume_model=True,
             progress=report,
             say=report.say,
+            warn=report.warn,
         )
         for run in runs:
             if run["final"].get("l0_missed_by", 0) > _L0_MISSED:

@@ -38,6 +38,9 @@ class TextConfig:
     """Rows longer than this multiple of the running median norm (attention sinks) are left out."""
     isolate_documents: bool = False
     """Let attention see only the document that a token belongs to, not what is packed before it."""
+    bos: str = "auto"
+    """Whether contexts, and isolated documents, begin with the beginning-of-text token: `auto`
+    does what the tokenizer does with a text, `always`, `never`."""
     exclude_template: bool = False
     """Leave out what the chat template writes around the messages of a chat."""
     compile: bool = False
@@ -56,6 +59,8 @@ class TextConfig:
             raise UsageError(
                 f"`replies_share` must be between 0 and 1 exclusive, got {self.replies_share}"
             )
+        if self.bos not in ("auto", "always", "never"):
+            raise UsageError(f"`bos` must be auto, always or never, got {self.bos!r}")
         if not self.max_norm_ratio > 1:
             raise UsageError(f"`max_norm_ratio` must be above 1, got {self.max_norm_ratio}")
 

@@ -17,6 +17,7 @@ from saesteer.sae.config import Progress, TextConfig, no_progress
 from saesteer.sae.model.compiled_blocks import CompiledBlocks
 from saesteer.sae.model.forward_pass import ForwardPass, model_inputs
 from saesteer.sae.model.hooks import HookPoint, run_to
+from saesteer.sae.model.isolation import prove_isolation
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.memory_use import keep_pages
 from saesteer.sae.runs.processes import ALONE, Processes
@@ -259,6 +260,8 @@ def open_activations(
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
         if not processes.rank:
             processes.wait_for_first()
+    if config.isolate_documents:
+        prove_isolation(lm)
     contexts = open_contexts(lm, config, replies_file, processes)
     stream = ActivationStream(lm, points, contexts, config, processes)
     if config.compile:

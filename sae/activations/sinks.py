@@ -38,7 +38,9 @@ class SinkFilter:
       longer than `max_norm_ratio` times the mean of the median norms of the contexts so far, its
       own included. What comes later changes nothing, and neither do the batch size and the number
       of processes.
-    - The median is taken over the context's text. In a prompt special tokens
+    - The median is taken over the context's text that is not zero: where half of the rows are zeros
+      (a layer that was switched off, padding that was stored), it would be 0 and all others sinks.
+    - In a prompt special tokens
       and the first token are judged and not counted: the first is a sink in most models, and in a
       prompt of one or two tokens it would be the median.
     - A context in which nothing counts (a prompt of one token) is judged by those before it. Where
@@ -106,7 +108,8 @@ class SinkFilter:
             added = np.where(counted, medians[at].double(), 0.0)
             sums = np.cumsum(np.concatenate([[self.sums.get(name, 0.0)], added]))[1:]
             limits[at] = self.max_norm_ratio * torch.from_numpy(sums) / totals
-            limits[at, totals == 0] = torch.inf
+            # Nothing but zeros so far says nothing, either.
+            limits[at, (totals == 0) | torch.from_numpy(sums == 0)] = torch.inf
             if len(sums):
                 self.sums[name] = float(sums[-1])
         self.blocks += int(counted.sum())
@@ -140,7 +143,8 @@ def context_medians(
     places: list[Place],
     usual: Bool[Tensor, "contexts seq"] | None = None,
 ) -> Float[Tensor, "places contexts"]:
-    """The median norm of each context's usual text; NaN without any.
+    """The median norm of each context's usual text that is not zero; NaN without any text, 0 where
+    all of it is zero.
 
     Raises NotFinite when a norm of text is not finite.
     """
@@ -152,4 +156,5 @@ def context_medians(
     if not norms.shape[1] or not norms.shape[2]:
         return torch.full(norms.shape[:2], torch.nan)
     counted = text if usual is None else usual
-    return norms.masked_fill(~counted, torch.nan).nanmedian(dim=2).values
+    medians = norms.masked_fill(~counted | (norms == 0), torch.nan).nanmedian(dim=2).values
+    return torch.where(counted.any(dim=1) & medians.isnan(), 0.0, medians)

@@ -13,6 +13,7 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.places import Place
 from saesteer.sae.activations.sinks import norms_of
 from saesteer.sae.model.hooks import HookPoint, run_to
+from saesteer.sae.model.isolation import prove_isolation
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch
 
@@ -97,12 +98,16 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 def model_inputs(lm: LanguageModel, contexts: ContextBatch, isolated: bool) -> dict[str, Tensor]:
-    """Arguments of the model, on its device; `isolated` keeps attention inside each document."""
+    """Arguments of the model, on its device; `isolated` keeps attention inside each document.
+
+    Raises UserError for a model that does not keep them apart.
+    """
     inputs = {"input_ids": _to_device(contexts.token_ids, lm.device)}
     if isolated:
         positions = document_positions(contexts.document_ids)
         # Without a document boundary in the batch no mask is needed.
         if bool((positions[:, -1] < positions.shape[1] - 1).any()):
+            prove_isolation(lm)
             inputs["position_ids"] = _to_device(positions, lm.device)
     return inputs
 

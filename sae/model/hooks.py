@@ -18,13 +18,11 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.sites import find_site
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
 
 Residual = Float[Tensor, "batch seq d_model"]
-
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +65,10 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     """Find the module and side that carry a site of one block.
 
     `site` is one of `SITES`, or a module path (`model.layers.3.mlp.down_proj`; `{layer}` in it is
-    replaced), whose output is taken. Raises UsageError for an unknown site, and for one that a
-    block does not have (`resid_mid` does not exist where attention and MLP run in parallel).
+    replaced, and `.input` after it takes what goes in), whose output is taken. Sites inside the
+    block are found and proved by a pass over a few tokens, see `find_site`. Raises UsageError for
+    an unknown site, and for one that a block does not have (`resid_mid` does not exist where
+    attention and MLP run in parallel).
     """
     layer = layer_index(lm, layer)
     block = lm.blocks[layer]
@@ -78,14 +78,11 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     if site == "resid_pre":
         return HookPoint(layer, site, block, path, "input")
     if site in SITES:
-        child, side = _inner_site(lm, block, site)
-        return HookPoint(layer, site, getattr(block, child), f"{path}.{child}", side)
-    wanted = site.replace("{layer}", str(layer))
-    try:
-        module = lm.model.get_submodule(wanted)
-    except AttributeError:
-        module = None
-    if not wanted or module is None:
+        found = find_site(lm, layer, site)
+        inner = block.get_submodule(found.path)
+        return HookPoint(layer, site, inner, f"{path}.{found.path}", found.side)
+    wanted, module, side = _module_at(lm, site.replace("{layer}", str(layer)))
+    if module is None:
         raise UsageError(
             f"`site` must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
         )
@@ -95,7 +92,26 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
             f"`site` {site} lies in block {inside[1]}, but `layer` is {layer}: give that layer, or "
             "write {layer} for the number"
         )
-    return HookPoint(layer, site, module, wanted, "output")
+    return HookPoint(layer, site, module, wanted, side)
+
+
+_LIST_IN_PATH = re.compile(r"(?:[\w.]*\.)?(?:layers|h|blocks|block|layer)\.(\d+)((?:\.\w+)*)")
+
+
+def _module_at(lm: LanguageModel, path: str) -> tuple[str, nn.Module | None, str]:
+    """A module by its path, in this model or as other tools write it, and the side that is meant.
+
+    `layers.3.mlp` (sparsify) and `h.3.mlp` leave out what stands before the list of blocks, and
+    `...o_proj.input` (Gemma Scope 2) is what goes into a module.
+    """
+    inner, _, last = path.rpartition(".")
+    named, side = (inner, last) if last in ("input", "output") else (path, "output")
+    found = _LIST_IN_PATH.fullmatch(named)
+    tries = [named, f"{lm.blocks_path}.{found[1]}{found[2]}"] if found else [named]
+    for wanted in filter(None, tries):
+        with contextlib.suppress(AttributeError):
+            return wanted, lm.model.get_submodule(wanted), side
+    return path, None, side
 
 
 def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
@@ -111,39 +127,6 @@ def keep_only_read(lm: LanguageModel, points: Sequence[HookPoint]) -> None:
     last = last_block(lm, points)
     if last is not None:
         lm.keep_only(last)
-
-
-def _inner_site(lm: LanguageModel, block: nn.Module, site: str) -> tuple[str, str]:
-    """Name of the child module and the side of it that is a site inside the block.
-
-    With norms after the sub-layers (Gemma 2 and 3, OLMo 2) the contribution to the residual is the
-    post-norm's output, not the sub-layer's.
-    """
-    names: tuple[str, ...]
-    post_norms = hasattr(block, "post_feedforward_layernorm")
-    if site == "attn_out":
-        names = ("post_attention_layernorm",) if post_norms else _ATTENTION
-        return _first_child(lm, block, site, names), "output"
-    if site == "mlp_out":
-        names = ("post_feedforward_layernorm",) if post_norms else _MLP
-        return _first_child(lm, block, site, names), "output"
-    parallel = getattr(block, "use_parallel_residual", False)
-    if post_norms:
-        names = ("pre_feedforward_layernorm", *_MLP)
-    else:
-        names = () if parallel else ("post_attention_layernorm", "ln_2")
-    return _first_child(lm, block, site, names), "input"
-
-
-def _first_child(lm: LanguageModel, block: nn.Module, site: str, names: Sequence[str]) -> str:
-    """The first of these names that is a child module. Raises UsageError where none is."""
-    for name in names:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return name
-    raise UsageError(
-        f"`site` {site} does not exist in the {type(block).__name__} blocks of {lm.name}: "
-        "use resid_post, resid_pre or a module path"
-    )
 
 
 def sae_hook_point(
@@ -196,20 +179,25 @@ def sae_hook_point(
             f"`sae` {name} reads {spec.hook_name}, which is none of our sites: give `site`"
         )
     wanted = None if site is None else site.replace("{layer}", str(chosen))
-    if wanted is not None and spec.site is not None and wanted != spec.site:
+    if wanted is None or spec.site is None or wanted == spec.site:
+        return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
+    asked, own = resolve_site(lm, chosen, wanted), resolve_site(lm, chosen, spec.site)
+    if (asked.module, asked.side) != (own.module, own.side):
         raise UsageError(
             f"`site` {site} conflicts with `sae` {name}, which reads {spec.site}: leave `site` out"
         )
-    return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
+    return asked
 
 
 @contextlib.contextmanager
 def hooked(point: HookPoint, edit: Callable[[Residual], Residual | None]) -> Iterator[None]:
     """Call `edit` with the tensor at the hook point for as long as the context is open.
 
-    `edit` gets `[batch, seq, d_model]` and returns a new tensor to replace it, or None to leave it
-    unchanged. The hook is removed when the context ends, also by an exception.
+    `edit` gets `[batch, seq, d_model]` and returns a new tensor to let pass, or None to leave the
+    old one. The hook is removed when the context ends, also by an exception. Raises UsageError in
+    the pass where a tensor of another form comes by (several streams side by side).
     """
+    edit = _of_three_dimensions(point, edit)
     if point.side == "input":
         handle = point.module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
     else:
@@ -218,6 +206,22 @@ def hooked(point: HookPoint, edit: Callable[[Residual], Residual | None]) -> Ite
         yield
     finally:
         handle.remove()
+
+
+def _of_three_dimensions(
+    point: HookPoint, edit: Callable[[Residual], Residual | None]
+) -> Callable[[Tensor], Tensor | None]:
+    def checked(h: Tensor) -> Tensor | None:
+        if h.dim() != 3:
+            raise UsageError(
+                f"`site` {point.site} of block {point.layer} passes a tensor of shape "
+                f"{list(h.shape)}, not one row for each token of each text: the model keeps "
+                "several streams side by side, or none of this form; give a module path inside "
+                "the block"
+            )
+        return edit(h)
+
+    return checked
 
 
 def _input_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., Any]:
@@ -245,6 +249,9 @@ def _output_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., A
 def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict[Any, Tensor]]:
     """Collect the activations of the latest forward pass at each point, by `HookPoint.key`.
 
+    Copies are taken while the pass goes on, because some blocks (Falcon) add to these tensors in
+    place later.
+
     With `stop`, the forward pass ends after the last point by raising `StopForward`, which the
     caller catches (see `run_to`).
     """
@@ -252,8 +259,9 @@ def capture(points: Sequence[HookPoint], *, stop: bool = False) -> Iterator[dict
 
     def reader(point: HookPoint) -> Callable[[Residual], None]:
         def read(h: Residual) -> None:
-            seen[point.key] = h.detach()
-            if stop and len(seen) == len(points):
+            ends = stop and len({*seen, point.key}) == len(points)
+            seen[point.key] = h.detach() if ends else h.detach().clone()
+            if ends:
                 raise StopForward
 
         return read

@@ -1,9 +1,10 @@
 """Any Hugging Face causal language model, whose decoder blocks are found by their structure."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,11 +115,11 @@ class LanguageModel:
         if getattr(self.model, "hf_device_map", None):
             return  # accelerate moves these weights around itself
         for block in self.blocks[last + 1 :]:
-            block.to("meta")
+            _free(block)
         used = {id(module) for module in self.text_model.modules()}
         for module in self.model.modules():
             if id(module) not in used and not any(id(child) in used for child in module.modules()):
-                module.to("meta")  # a tied output embedding's weights stay with the input embedding
+                _free(module)  # the input embedding keeps what a tied head loses
 
     @property
     def unembed(self) -> nn.Module:
@@ -127,6 +128,25 @@ class LanguageModel:
         if head is None:
             raise UserError(f"`model` {self.name} has no output embedding: a causal LM is needed")
         return head  # type: ignore[no-any-return]
+
+
+def _free(module: nn.Module) -> None:
+    """Put a module's weights on the meta device, whatever they are.
+
+    `module.to("meta")` fails for those that bitsandbytes has quantised: their class moves scales
+    along with them, which cannot go there, and 8-bit layers hold their weights in a state beside.
+    """
+    for part in module.modules():
+        for name, weight in list(part._parameters.items()):
+            if weight is not None:
+                empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, values in list(part._buffers.items()):
+            if values is not None:
+                part._buffers[name] = torch.empty_like(values, device="meta")
+        for name in ("quant_state", "state"):
+            if type(part).__module__.startswith("bitsandbytes.") and hasattr(part, name):
+                setattr(part, name, None)
 
 
 def text_config(model: Any) -> Any:
@@ -265,6 +285,7 @@ def load_model(
     progress: Callable[[str], None] | None = None,
     device_map: str | None = None,
     quantize: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -278,6 +299,8 @@ def load_model(
             fit over memory and disk; `device` is then not used.
         quantize: `8bit` or `4bit` with bitsandbytes while loading. The fingerprint is then of the
             quantised weights.
+        trust_remote_code: run Python files that lie beside the weights. Otherwise none is ever run,
+            and a model that needs its own is refused.
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
@@ -296,8 +319,14 @@ def load_model(
         # The fingerprint rounds to bfloat16, and float16 cannot hold every bfloat16 value: load the
         # file's own dtype, take the fingerprint, and convert afterwards.
         first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
-        model = _from_pretrained(resolved.path_or_repo, first, offline, placed)
-        return model, AutoTokenizer.from_pretrained(resolved.path_or_repo, local_files_only=offline)
+        path = resolved.path_or_repo
+        with _no_foreign_code(name):
+            if not trust_remote_code:
+                _refuse_hub_kernels(path, offline, name)
+            model = _from_pretrained(path, first, offline, placed, trust_remote_code)
+            return model, AutoTokenizer.from_pretrained(
+                path, local_files_only=offline, trust_remote_code=trust_remote_code
+            )
 
     if offline:
         try:
@@ -320,6 +349,44 @@ def load_model(
     if not placed:
         model.to(target)
     return lm
+
+
+@contextlib.contextmanager
+def _no_foreign_code(name: str) -> Iterator[None]:
+    """The library's refusal to run code of a folder or repository, in our words."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"`model` {name} needs Python code of its own, which is not run: give another model, "
+            "or `trust_remote_code` if you have read that code and trust it"
+        ) from error
+
+
+def _refuse_hub_kernels(path: str, offline: bool, name: str) -> None:
+    """Refuse a config that has its attention or experts computed by a repository of the Hub, which
+    the library would fetch and run. Reads the config alone."""
+    from transformers import PretrainedConfig
+
+    def foreign(value: Any) -> str | None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                named = key.removeprefix("_") in ("attn_implementation", "experts_implementation")
+                for wanted in inner.values() if isinstance(inner, dict) else [inner]:
+                    if named and isinstance(wanted, str) and "/" in wanted:
+                        return wanted
+                if found := foreign(inner):
+                    return found
+        return None
+
+    config, _ = PretrainedConfig.get_config_dict(path, local_files_only=offline)
+    if found := foreign(config):
+        raise UserError(
+            f"`model` {name} has its attention computed by code of {found}, which is not fetched: "
+            "remove attn_implementation from its config.json, or give `trust_remote_code`"
+        )
 
 
 def _placement(
@@ -358,16 +425,19 @@ def as_language_model(
 
 
 def _from_pretrained(
-    path: str, dtype: torch.dtype | str, offline: bool, placed: dict[str, Any]
+    path: str,
+    dtype: torch.dtype | str,
+    offline: bool,
+    placed: dict[str, Any],
+    trust_remote_code: bool,
 ) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     options: dict[str, Any] = {
-        "dtype": dtype,
-        "local_files_only": offline,
-        "output_loading_info": True,
-        **placed,
-    }
+        "dtype": dtype, "local_files_only": offline, "output_loading_info": True,
+        # Never left to the library, which asks on stdout and takes an answer from stdin.
+        "trust_remote_code": trust_remote_code, **placed
+    }  # fmt: skip
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:

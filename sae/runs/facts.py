@@ -23,7 +23,7 @@ def check_same_run(
     """
     old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
     if old:
-        old = {**plain(dict(usual or {})), **old}
+        old = {"bos": "auto", **plain(dict(usual or {})), **old}
     for key in ("layers", "dtype"):
         if key in now:
             old[key], new[key] = before.get(key), plain(now[key])
@@ -42,11 +42,20 @@ def check_same_run(
                 f"`resume`: {folder} was made with a `model` of {key} {first.get(key)}, now it is "
                 f"{second.get(key)}: give the model of the first run, or another `out`"
             )
-    if before.get("data") != plain(now["data"]):
+    if not _same(before.get("data"), plain(now["data"])):
         raise UserError(
             f"`resume`: {folder} was made from other text or replies than those there now: restore "
             "them, or give another `out`"
         )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two records of text agree in all that the earlier one says."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(key in now and _same(value, now[key]) for key, value in before.items())
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(_same, before, now))
+    return bool(before == now)
 
 
 def model_facts(lm: LanguageModel) -> dict[str, Any]:

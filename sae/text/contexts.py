@@ -47,6 +47,8 @@ class _Piece:
     document: int
     used: int
     left: int
+    skipped_rows: int
+    """Rows without text before it."""
 
     @property
     def owner(self) -> int:
@@ -57,10 +59,12 @@ class _Piece:
 class ContextStream:
     """Documents packed end to end into contexts of a fixed length, without padding.
 
-    Documents are separated by the end-of-text token; where the tokenizer puts a beginning-of-text
-    token in front of a text, every context starts with one. Special tokens are marked as not to be
-    kept, and without `keep_template` also what the chat template adds to the messages of a chat.
-    Tokens at the end of the last epoch that do not fill a context are dropped.
+    Documents are separated by the end-of-text token (see `end_of_text`); where the tokenizer puts a
+    beginning-of-text token in front of a text (or `bos` says so), every context starts with one,
+    and with `isolated` every document. A text that begins with one of its own, as many chat
+    templates write it, gets no second one. Special tokens are marked not to keep,
+    and without `keep_template` also what the chat template adds to the messages of a chat. What is
+    left at the end of the last epoch and fills no context is dropped.
     """
 
     def __init__(
@@ -71,6 +75,9 @@ class ContextStream:
         seed: int,
         epochs: int,
         keep_template: bool = True,
+        *,
+        bos: str = "auto",
+        isolated: bool = False,
     ) -> None:
         self.corpus = corpus
         self.lm = lm
@@ -81,17 +88,18 @@ class ContextStream:
         self.consumed = 0
         self.emitted = 0
         self._skip = 0
+        self.skipped_rows = 0
+        """Rows without text (null) that were passed over."""
         self._keep_template = keep_template
         self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
         self._tokens: list[int] = []
         self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
         self._documents: Iterator[Document] | None = None
-        tokenizer = lm.tokenizer
-        plain = tokenizer("a")["input_ids"]
-        bos = tokenizer.bos_token_id
-        self._prefix = [bos] if bos is not None and plain[:1] == [bos] else []
-        self._separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._prefix = _prefix_of(lm, bos)
+        self._isolated = isolated
+        separator = end_of_text(lm.tokenizer)
+        self._separator = [] if separator is None else [separator]
 
     @property
     def prepend_bos(self) -> bool:
@@ -107,18 +115,20 @@ class ContextStream:
 
         Raises UserError when all the text together fills no context.
         """
-        body = self.context - len(self._prefix)
         ids: list[list[int]] = []
         owners: list[list[int]] = []
         template: list[list[bool]] = []
         while len(ids) < rows:
-            while len(self._tokens) < body and self._read_document():
-                pass
+            while len(self._tokens) < self.context - len(self._next_prefix()):
+                if not self._read_document():
+                    break
+            prefix = self._next_prefix()
+            body = self.context - len(prefix)
             if len(self._tokens) < body:
                 break
-            ids.append(self._prefix + self._tokens[:body])
-            owners.append([-1] * len(self._prefix) + self._take_owners(body))
-            template.append([False] * len(self._prefix) + self._in_template[:body])
+            ids.append(prefix + self._tokens[:body])
+            owners.append([-1] * len(prefix) + self._take_owners(body))
+            template.append([False] * len(prefix) + self._in_template[:body])
             del self._tokens[:body], self._in_template[:body]
         if not ids:
             if self.emitted == 0:
@@ -132,6 +142,10 @@ class ContextStream:
         token_ids = torch.tensor(ids, dtype=torch.int64)
         keep = ~torch.isin(token_ids, self.lm.special_ids) & ~torch.tensor(template)
         return ContextBatch(token_ids, keep, torch.tensor(owners, dtype=torch.int64), numbers)
+
+    def _next_prefix(self) -> list[int]:
+        """What goes in front of the next context, which may begin with that token already."""
+        return [] if self._tokens[:1] == self._prefix else self._prefix
 
     def _take_owners(self, tokens: int) -> list[int]:
         """The documents that own the next `tokens` tokens."""
@@ -162,8 +176,12 @@ class ContextStream:
                 if len(tokens) > skip:
                     self._tokens += tokens[skip:]
                     self._in_template += template[skip:]
-                    piece = _Piece(self.epoch, self.consumed, skip, len(tokens) - skip)
+                    piece = _Piece(
+                        self.epoch, self.consumed, skip, len(tokens) - skip, self.skipped_rows
+                    )
                     self._pieces.append(piece)
+                elif not tokens and not skip:
+                    self.skipped_rows += 1
                 self.consumed += 1
                 return True
             if self.consumed == 0:
@@ -213,22 +231,27 @@ class ContextStream:
         """Token ids of each text and its separator, and which come from its chat template."""
         if not texts:
             return []
-        asked = any(content is not None for content in spans)
+        asked = any(spans)
+        # A row without text leaves no trace, not even a separator.
+        empty = [content == [] for content in spans]
         encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
         offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
-        tokenized = []
-        for ids, places, content in zip(encoded["input_ids"], offsets, spans, strict=True):
+        tokenized: list[tuple[list[int], list[bool]]] = []
+        for ids, places, content, nothing in zip(
+            encoded["input_ids"], offsets, spans, empty, strict=True
+        ):
+            if nothing:
+                tokenized.append(([], []))
+                continue
             # A token that holds a character of a message belongs to the message.
-            template = (
-                [False] * len(ids)
-                if content is None
-                else [
-                    not any(low < end and high > start for start, end in content)
-                    for low, high in places
-                ]
-            )
+            template = [False] * len(ids) if content is None else [
+                not any(low < end and high > start for start, end in content)
+                for low, high in places
+            ]  # fmt: skip
+            begin = self._prefix if self._isolated and ids[:1] != self._prefix else []
             end = self._separator
-            tokenized.append((list(ids) + end, template + [False] * len(end)))
+            around = [False] * len(begin), [False] * len(end)
+            tokenized.append(([*begin, *ids, *end], around[0] + template + around[1]))
         return tokenized
 
     def _as_text(self, document: Document) -> tuple[str, list[tuple[int, int]] | None]:
@@ -236,6 +259,8 @@ class ContextStream:
         to be excluded."""
         if isinstance(document, str):
             return document, None
+        if not document:
+            return "", []
         if not self.lm.has_chat_template:
             return "\n".join(message["content"] for message in document), None
         text = self._render(document)
@@ -284,17 +309,62 @@ class ContextStream:
     def state_dict(self) -> dict[str, Any]:
         """The position: the first document that is not used up, and how much of it is used."""
         epoch, document, used = self.epoch, self.consumed, self._skip
+        skipped_rows = self.skipped_rows
         if self._pieces:
             first = self._pieces[0]
             epoch, document, used = first.epoch, first.document, first.used
-        return {"epoch": epoch, "document": document, "used": used, "emitted": self.emitted}
+            skipped_rows = first.skipped_rows
+        return {
+            "epoch": epoch,
+            "document": document,
+            "used": used,
+            "emitted": self.emitted,
+            "skipped_rows": skipped_rows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
+        self.skipped_rows = state.get("skipped_rows", 0)
         self._tokens, self._in_template = [], []
         self._tokenized, self._pieces, self._documents = deque(), deque(), None
+
+
+def _prefix_of(lm: LanguageModel, bos: str) -> list[int]:
+    """The token in front of a text; none where there is none, or none is wanted."""
+    token = lm.tokenizer.bos_token_id
+    if bos == "always":
+        if token is None:
+            raise UsageError(
+                f"`bos` always: the tokenizer of {lm.name} has no beginning-of-text token: give "
+                "auto or never"
+            )
+        return [int(token)]
+    if bos == "never" or token is None or lm.tokenizer("a")["input_ids"][:1] != [token]:
+        return []
+    return [int(token)]
+
+
+# What ends a text in the vocabularies of the day; what ends a turn of a chat is none of them.
+_ENDS_OF_TEXT = (
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
+
+
+def end_of_text(tokenizer: Any) -> int | None:
+    """The token between packed documents: the end of a text, which the tokenizers of many chat
+    models do not call their `eos_token` (that is the end of a turn). None without either."""
+    eos = tokenizer.eos_token_id
+    if eos is None or tokenizer.eos_token in _ENDS_OF_TEXT:
+        return None if eos is None else int(eos)
+    known = {
+        added.content: number
+        for number, added in (getattr(tokenizer, "added_tokens_decoder", None) or {}).items()
+        if added.special
+    }
+    return int(next((known[name] for name in _ENDS_OF_TEXT if name in known), eos))
 
 
 class MixedStream:
@@ -315,6 +385,11 @@ class MixedStream:
     def prepend_bos(self) -> bool:
         """Whether every context starts with the beginning-of-text token."""
         return self.corpus.prepend_bos
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows of the corpus without text (null) that were passed over."""
+        return self.corpus.skipped_rows
 
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
@@ -376,6 +451,11 @@ class SharedStream:
         self.state_dict = contexts.state_dict
         self.load_state_dict = contexts.load_state_dict
 
+    @property
+    def skipped_rows(self) -> int:
+        """Rows without text (null) that were passed over."""
+        return self.contexts.skipped_rows
+
     def next_batch(self, rows: int) -> ContextBatch | None:
         """This process's next contexts, at most `rows`; None when the text has ended.
 
@@ -410,7 +490,14 @@ def open_contexts(
 
     def packed(corpus: Corpus, epochs: int) -> ContextStream:
         return ContextStream(
-            corpus, lm, config.context, config.seed, epochs, not config.exclude_template
+            corpus,
+            lm,
+            config.context,
+            config.seed,
+            epochs,
+            not config.exclude_template,
+            bos=config.bos,
+            isolated=config.isolate_documents,
         )
 
     stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)

@@ -14,7 +14,7 @@ from saesteer.checkpoints.errors import UserError, reason_of
 from saesteer.checkpoints.files import sha256_file
 
 Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat."""
+"""Plain text, or the messages of a chat; no messages stand for a row whose text is null."""
 
 # Paragraphs of a plain-text file are joined until a document has this many bytes.
 _DOCUMENT_BYTES = 2000
@@ -156,22 +156,65 @@ def _json_document(line: str, source: str) -> Document:
 
 
 def _row_document(row: Any, source: str) -> Document:
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return str(row["text"])
-        messages = row.get("messages")
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            return [{"role": m["role"], "content": m["content"]} for m in messages]
-    keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise UserError(
+            f"`data` {source} has a row that is a {type(row).__name__}: give objects with `text` "
+            "or `messages`"
+        )
+    text, messages = row.get("text"), row.get("messages")
+    if isinstance(text, str):
+        return text
+    if messages is not None:
+        return _messages_of(messages, source)
+    if text is not None:
+        raise UserError(
+            f"`data` {source} has a row whose `text` is a {type(text).__name__}: it must be a "
+            "string"
+        )
+    if "text" in row or "messages" in row:
+        return []  # a table's empty cell: nothing to read, and nothing to mend
     raise UserError(
         f"`data` {source} has a row with neither `text` (a string) nor `messages` (a list of role "
-        f"and content); it has: {keys}"
+        f"and content); it has: {', '.join(map(str, row))}"
     )
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
+def _messages_of(messages: Any, source: str) -> Document:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f"`data` {source} has a row whose `messages` is no list with a message in it: give "
+            "objects of role and content"
+        )
+    read = []
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str):
+            raise UserError(
+                f"`data` {source}: message {number} of a row has no role: give objects of role "
+                "and content"
+            )
+        read.append({"role": role, "content": _content_of(message, f"message {number}", source)})
+    return read
+
+
+def _content_of(message: dict[str, Any], which: str, source: str) -> str:
+    """A message's text, also where it is a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        wrong = "holds parts that are not text"
+    elif content is None:
+        wrong = "is null" + (" beside tool calls" if "tool_calls" in message else "")
+    else:
+        wrong = f"is a {type(content).__name__}"
+    raise UserError(
+        f"`data` {source}: the `content` of {which} of a row {wrong}: give a string, or leave the "
+        "row out"
     )
 
 
@@ -215,11 +258,17 @@ class HubCorpus:
         def load() -> Any:
             from datasets import load_dataset
 
-            return load_dataset(dataset, config, split=split, streaming=True)
+            # Up to version 3 the library ran a dataset's own script, after asking on stdout.
+            return load_dataset(
+                dataset, config, split=split, streaming=True, trust_remote_code=False
+            )
 
+        self._content: dict[str, Any] = {}
+        """What identifies the text itself: hashes of a folder's files, or the Hub's commit."""
         if Path(dataset).is_dir():
             try:
                 self.rows = load()
+                self._content = {"sha256": _hashes_in(Path(dataset))}
             except Exception as error:  # the library raises a dozen unrelated types
                 raise UserError(
                     f"`data` {name} could not be opened ({reason_of(error)}): check the folder, "
@@ -228,6 +277,7 @@ class HubCorpus:
         else:
             todo = "check the name, the config and the split, or give a file or python-docs"
             self.rows = hub_call(load, f"`data` {name}", todo)
+            self._content = {"revision": _revision_of(dataset)}
 
     def documents(self, seed: int, start: int) -> Iterator[Document]:
         rows = iter(self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS).skip(start))
@@ -245,7 +295,33 @@ class HubCorpus:
 
     def identity(self) -> dict[str, Any]:
         info = self.rows.info
-        return {"name": self.name, "builder": info.builder_name, "version": str(info.version)}
+        return {
+            "name": self.name,
+            "builder": info.builder_name,
+            "version": str(info.version),
+            **self._content,
+        }
+
+
+def _hashes_in(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder that is not hidden, by its path in it."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def _revision_of(dataset: str) -> str | None:
+    """The commit that the Hub has of a dataset now; None where it does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        sha: str | None = HfApi().dataset_info(dataset, timeout=10).sha
+        return sha
+    except Exception:  # no network, no such call: the name is all that is known then
+        return None
 
 
 class JoinedCorpus:

@@ -86,8 +86,11 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
         start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
         if start < 0 or not rendered.startswith(text, start):
             raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `chat=False`")
-    # A template writes its own BOS token; to a plain text the tokenizer adds one.
-    encoded = lm.tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
+    # A template writes its own BOS, and so does a person who rendered it by hand; other plain texts
+    # get the tokenizer's.
+    bos = lm.tokenizer.bos_token
+    add = not chat and not (bos and rendered.startswith(bos))
+    encoded = lm.tokenizer(rendered, add_special_tokens=add, return_offsets_mapping=True)
     return EncodedPrompt(
         text, rendered, list(encoded["input_ids"]), list(encoded["offset_mapping"]), start
     )

@@ -1,5 +1,6 @@
 """A training run: batches in, steps taken, states saved, SAEs out."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
-from saesteer.sae.training.input_scale import InputScale, PlacedRows
+from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
 from saesteer.sae.training.run_files import RunFiles
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 from saesteer.sae.training.saved_state import restore, state_of
@@ -47,8 +48,11 @@ class TrainingRun:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """`facts`: records of model and text; `dtype`: of the rows in the shuffle buffer."""
+        """`facts`: what the run is recorded with; `dtype`: of the rows in the shuffle buffer;
+        `warn`: called with a line about activations that are not as they should be."""
+        self.warn = warn
         self.folder = folder
         self.config = config
         self.variants = variants
@@ -73,6 +77,8 @@ class TrainingRun:
         self.trainers: list[SAETrainer] = []
         self.saver = StateSaver(folder, keep=config.keep_states)
         self.step = 0
+        self.extended: list[dict[str, int]] = []
+        """Where the run was given more `tokens` than before, and how many those were."""
         self.seconds = 0.0
         self.last: list[dict[str, Any]] = [{} for _ in variants]
         """The latest log line of each SAE."""
@@ -129,8 +135,19 @@ class TrainingRun:
         need_space(self.folder, needed, "training writes", todo)
 
     def begin(self) -> None:
-        """Fill the buffer, measure the scales, make the SAEs and write their first records."""
+        """Fill the buffer, measure the scales, start the SAEs and their records.
+
+        Raises UserError for activations that nothing can be learnt from.
+        """
         sample = PlacedRows(self.batches.fill()[:_SCALE_ROWS], self.columns)
+        sinks, drawn = self.source.excluded.get("sinks", 0), self.batches.drawn
+        told = [
+            line
+            for place in self.columns
+            for line in check_sample(sample.at(place), place, sinks, drawn)
+        ]
+        for line in dict.fromkeys(told):
+            self.warn(line)
         self.make_trainers({place: InputScale.of(sample.at(place)) for place in self.columns})
         self.files.begin()
 
@@ -141,11 +158,19 @@ class TrainingRun:
         ]
         self.files.make_folders()
 
-    def resume(self) -> None:
-        """Go on from the saved state where there is one."""
-        if has_state(self.folder):
-            with restoring(self.folder):
-                restore(self)
+    def resume(self) -> str | None:
+        """Go on from the saved state where there is one; what to say of a run made longer."""
+        if not has_state(self.folder):
+            return None
+        with restoring(self.folder):
+            restore(self)
+        if not self.extended or self.step >= self.config.steps:
+            return None
+        self.files.reopen()
+        return (
+            f"goes on from step {self.step} to {self.config.steps}: the learning rate follows the "
+            "longer run, and falls to zero at its end"
+        )
 
     # --- the loop ---
 
@@ -281,6 +306,7 @@ class TrainingRun:
             self.last,
             {
                 "excluded": self.source.excluded,
+                **({"extended": self.extended} if self.extended else {}),
                 "seconds": round(self.seconds, 3),
                 "seconds_blocked_in_saving": round(self.saver.blocked_seconds, 3),
             },

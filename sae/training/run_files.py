@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saesteer.checkpoints.files import append_jsonl, plain, write_json, writing
+from saesteer.checkpoints.files import append_jsonl, plain, read_json, write_json, writing
 from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
@@ -59,6 +59,13 @@ class RunFiles:
                 "data": self.facts["data"],
             }
             write_json(self.place_of(variant) / "run.json", first_record)
+
+    def reopen(self) -> None:
+        """Records of a run that goes on do not call it complete any more."""
+        for variant in self.variants:
+            path = self.place_of(variant) / "run.json"
+            if path.exists():
+                write_json(path, {**read_json(path), "complete": False})
 
     def log(self, variant: Variant, row: dict[str, Any]) -> None:
         """Add a line to the log of an SAE."""

@@ -56,6 +56,7 @@ def state_of(
         **identity(run.config, run.facts),
         "stream": stream,
         "step": run.step,
+        "extended": run.extended,
         "seconds": run.seconds,
         "scales": [_factors(trainer) for trainer in run.trainers],
         # With these a state can be opened as an SAE without the run's settings.
@@ -78,6 +79,12 @@ def _canonical_names(trainer: SAETrainer) -> dict[str, str]:
 def restore(run: "TrainingRun") -> None:
     """Continue from the saved state. Raises UserError when it belongs to other settings."""
     tensors, meta = load_state(run.folder)
+    run.extended = list(meta.get("extended", []))
+    before = meta["config"]["tokens"]
+    if before < run.config.tokens:
+        # More of the same: the one setting that may grow.
+        meta["config"]["tokens"] = run.config.tokens
+        run.extended.append({"step": int(meta["step"]), "tokens": before})
     usual = asdict(TrainConfig())
     check_same_run(meta, identity(run.config, run.facts), run.folder, usual)
     parts = _groups(tensors)

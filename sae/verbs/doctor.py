@@ -27,6 +27,7 @@ from saesteer.sae.model.hooks import (
     sae_hook_point,
 )
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.model.sites import find_site
 from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.runs.memory_use import model_bytes, training_memory
@@ -53,10 +54,11 @@ def doctor(
 ) -> dict[str, Any]:
     """Examine one hook point of a model and predict what harvesting and training would take.
 
-    Checks: the hook reads what the model itself reports there; handing back the same values
-    changes no logit; adding a unit vector changes the site by that vector, nothing below it, and
-    the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when given,
-    fits and explains some text (`force`: also one that was trained on other weights).
+    Checks: the hook reads what the model itself reports there; attn_out, mlp_out and resid_mid add
+    up to what the block returns; a stored row is what a whole pass computes; handing back the same
+    values changes no logit; adding a unit vector changes the site by that vector, nothing below it,
+    and the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when
+    given, fits and explains some text (`force`: also one that was trained on other weights).
 
     Returns:
         `model`, `layer`, `site`, `checks` (`name`, `ok`, `detail`) and `predictions` (tokens per
@@ -135,9 +137,30 @@ def _reads_what_the_model_reports(lm: LanguageModel, point: HookPoint, ids: Ids)
         input_ids=ids, output_hidden_states=True, use_cache=False
     ).hidden_states[index]
     worst = float((seen.float() - reported.float()).abs().max())
-    if worst > 1e-3 * float(reported.float().abs().max()):
-        raise _Failed(f"differs from hidden_states[{index}] by up to {worst:.3g}")
-    return f"equals hidden_states[{index}], largest difference {worst:.1g}"
+    allowed = 1e-3 * float(reported.float().abs().max())
+    told = f"hidden_states[{index}]: largest difference {worst:.1g}, allowed {allowed:.1g}"
+    if worst > allowed:
+        raise _Failed(f"differs from {told}")
+    return f"equals {told}"
+
+
+def _adds_up(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """What the block adds up to proves the site."""
+    if point.site not in ("attn_out", "mlp_out", "resid_mid"):
+        return "not a site inside a block: nothing is added up"
+    found = find_site(lm, point.layer, point.site)
+    return f"{found.identity}: off by {found.off:.1g}, allowed {found.allowed:.1g}"
+
+
+def _stored_is_recomputed(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """A row that is stored is the row that a whole pass computes."""
+    stored = run_to(lm, [point], input_ids=ids)[point.key]
+    with capture([point]) as seen:
+        _logits(lm, ids)
+    if not torch.equal(stored, seen[point.key]):
+        off = float((stored.float() - seen[point.key].float()).abs().max())
+        raise _Failed(f"differs by up to {off:.3g}, allowed 0")
+    return f"bit-equal, {list(stored.shape)} for {list(ids.shape)} tokens"
 
 
 def _null_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
@@ -181,7 +204,11 @@ def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     if torch.equal(before, logits):
         raise _Failed("the logits did not change: the edit never reached the model")
     delta = (seen[point.key].float() - plain.float()) @ direction
-    return f"moved by {float(delta.mean()):.3g} along the vector; {len(below)} blocks below equal"
+    asked, got = float(step.norm()), float(delta.mean())
+    return (
+        f"asked for {asked:.3g} along the vector, moved by {got:.3g}, bit-equal to the sum; "
+        f"{len(below)} blocks below unchanged"
+    )
 
 
 def _feeds_a_block(lm: LanguageModel, point: HookPoint) -> bool:
@@ -199,7 +226,7 @@ def _cache_agrees(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     slack = (0.1 if lm.dtype != torch.float32 else 1e-3) * float(whole.float().abs().max())
     if worst > slack:
         raise _Failed(f"the last position differs by up to {worst:.3g}")
-    return f"largest difference {worst:.1g}"
+    return f"largest difference {worst:.1g}, allowed {slack:.1g}"
 
 
 def _hooks_are_gone(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
@@ -221,6 +248,8 @@ def _hooks_are_gone(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
 
 _CHECKS: tuple[Check, ...] = (
     _reads_what_the_model_reports,
+    _adds_up,
+    _stored_is_recomputed,
     _null_edit,
     _unit_edit,
     _cache_agrees,

@@ -234,9 +234,12 @@ class _Job:
                     )
             extra = {
                 "excluded": self._sum(self.stream.excluded),
+                "skipped_rows": self.stream.contexts.skipped_rows,
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_memory_bytes": peak_bytes(),
             }
+            if extra["skipped_rows"]:
+                self.warn(f"{extra['skipped_rows']} rows of `data` hold no text (null)")
             writer.close(extra)
         return self._merged(extra)
 

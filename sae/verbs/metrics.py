@@ -50,8 +50,10 @@ def metrics(
     predict.
 
     Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over documents
-    (over contexts, where there are fewer than ten documents). `seen_in_training` says whether the
-    SAE was trained on one of these texts, as far as its file tells (else it is None).
+    (over contexts, where there are fewer than ten documents). `prepend_bos` and `trained_with_bos`
+    say whether contexts began with BOS here and in training (None: not known). `seen_in_training`
+    says whether the SAE was trained on one of these texts, as far as its file tells (else it is
+    None).
 
     Raises:
         UserError: the SAE does not fit the model, or the text is too short.
@@ -98,13 +100,21 @@ def metrics(
         "tokens": measured,
         "documents": tally.documents,
         "excluded": stream.excluded,
+        "prepend_bos": stream.prepend_bos,
+        "trained_with_bos": _trained_with_bos(sae),
         "seen_in_training": _seen_in_training(sae, stream.identity()),
         "dead_fraction": 1 - float(fired.float().mean()),
         **tally.summary(config.bootstrap, text.seed),
     }
 
 
-# With fewer documents than this their spread is unknown: contexts are resampled instead.
+def _trained_with_bos(sae: SAE) -> bool | None:
+    """Whether contexts began with BOS in its training; None where its file does not say."""
+    said = sae.spec.metadata.get("prepend_bos")
+    return said if isinstance(said, bool) else None
+
+
+# Fewer documents than this say little about their spread: contexts are resampled instead.
 _FEW_DOCUMENTS = 10
 
 

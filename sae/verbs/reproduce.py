@@ -28,6 +28,7 @@ def reproduce(
     model: str | None = None,
     activations: str | Path | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Repeat the training whose `run.json` is in `run`, and compare weights and metrics; or the
@@ -41,6 +42,7 @@ def reproduce(
         out: keeps the repetition; by default it goes to a temporary folder.
         model, activations: where the recorded ones are now, if they have moved.
         force: replace an earlier run in `out`.
+        trust_remote_code: run Python files that come with the model, see `load_model`.
 
     Returns:
         `equal` (every SAE and every metric, to the bit), `saes` (for each: `weights_equal`,
@@ -57,7 +59,11 @@ def reproduce(
         if activations is not None:
             raise UsageError("`activations`: this run is a harvest, give `model`")
         return _again(
-            out, force, lambda place: _reproduce_harvest(run, harvested, place, model, progress)
+            out,
+            force,
+            lambda place: _reproduce_harvest(
+                run, harvested, place, model, trust_remote_code, progress
+            ),
         )
     before = _recorded(Path(run).expanduser())
     first = next(iter(before.values()))
@@ -67,7 +73,9 @@ def reproduce(
         raise UserError(f"{run}: its run.json names no recipe: it was made before runs kept one")
 
     def work(place: Path) -> dict[str, Any]:
-        again = _repeat(recipe, config, place, first, model, activations, progress)
+        again = _repeat(
+            recipe, config, place, first, model, activations, trust_remote_code, progress
+        )
         return _compare(before, again, Path(run))
 
     return _again(out, force, work)
@@ -85,11 +93,16 @@ def _again(
 
 
 def _reproduce_harvest(
-    run: str | Path, then: Mapping[str, Any], place: Path, model: str | None, progress: Progress
+    run: str | Path,
+    then: Mapping[str, Any],
+    place: Path,
+    model: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     config = harvest_config(then, str(run))
     with _threads(_recorded_threads(then)):
-        now = repeat_harvest(then, config, place, model, progress)
+        now = repeat_harvest(then, config, place, model, trust_remote_code, progress)
     comparison = compare_shards(Path(run).expanduser(), place)
     return {
         "run": str(run),
@@ -118,6 +131,11 @@ def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
             raise UserError(f"{place} holds a run of {verb!r}; only those of train are repeated")
         if run.get("complete") is not True or not isinstance(run.get("sae"), dict):
             raise UserError(f"the run in {place} was not finished: finish it with `resume` first")
+        if run.get("extended"):
+            raise UserError(
+                f"the run in {place} was made longer after it had begun, which is not repeated: "
+                "train once with all its `tokens`"
+            )
         runs[place] = run
     if not runs:
         raise UsageError(f"{folder} holds no run.json: give a folder that train or harvest wrote")
@@ -131,6 +149,7 @@ def _repeat(
     first: Mapping[str, Any],
     model: str | None,
     activations: str | Path | None,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[Path, dict[str, Any]]:
     """Train again; the new `run.json` of each SAE by its folder."""
@@ -152,6 +171,7 @@ def _repeat(
             device=device,
             dtype=str(recipe.get("lm_dtype") or "auto"),
             blocks_path=recipe.get("blocks"),
+            trust_remote_code=trust_remote_code,
         )
     with _threads(_recorded_threads(first)):
         runs = train(folder, config, device=device, progress=progress, **source)

@@ -64,6 +64,7 @@ def repeat_harvest(
     config: HarvestConfig,
     folder: Path,
     model: str | None,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Harvest again; returns the new manifest.
@@ -80,6 +81,7 @@ def repeat_harvest(
         device=device,
         dtype=str(recipe.get("lm_dtype") or "auto"),
         blocks_path=recipe.get("blocks"),
+        trust_remote_code=trust_remote_code,
     )
     replies = [str(text) for text in recipe.get("replies") or ()]
     # The model is used for nothing else, so weights that are not needed can be freed.

@@ -39,6 +39,7 @@ def train(
     consume_model: bool = False,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
     """Train SAEs live from a model, or from shards.
 
@@ -50,9 +51,12 @@ def train(
         model: what to train on live; or
         activations: a folder of shards; no model or tokenizer is then loaded.
         replies: user texts that the model answers first (live only); see `harvest`.
-        resume: continue from the last saved state in `out`, or start when there is none.
+        resume: continue from the last saved state in `out`, or start when there is none. With more
+            `tokens` than before, a run that is finished goes on, too.
         consume_model: free the weights of `model` that are not needed; see `harvest`.
-        say: called with one line about the memory, before anything large is allocated.
+        say: called with one line about the memory, before anything large is taken, and with what
+            else is good to know.
+        warn: called with one line about what makes the result worth less.
 
     Returns:
         The `run.json` of each SAE, with its `folder`.
@@ -101,15 +105,17 @@ def train(
         }
         variants = _variants(config, source.places, d_model)
         run = TrainingRun(
-            folder, config, variants, source, facts, d_model, dtype, compute, progress
+            folder, config, variants, source, facts, d_model, dtype, compute, progress, warn
         )
         say(run.check_memory())
+        if activations is not None:
+            _tell_of_shards(reader, config, say, warn)
         run.check_disk()
         if force:
             # Only now, after all checks: this empties the folder.
             claim_output(folder, force=True)
-        if resume:
-            run.resume()
+        if resume and (told := run.resume()):
+            say(told)
         return run.fit()
 
 
@@ -177,6 +183,26 @@ def _shard_source(
         "prepend_bos": bool(manifest.get("prepend_bos", False)),
         "hf_hook_names": named,
     }
+
+
+def _tell_of_shards(
+    reader: ShardReader,
+    config: TrainConfig,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """How often each row will be seen, and whether the harvest ever ended."""
+    say(
+        f"the shards hold {reader.tokens:,} rows: {config.tokens / reader.tokens:.1f} epochs make "
+        f"{config.tokens:,}"
+    )
+    if reader.manifest.get("complete") is False:
+        wanted = (reader.manifest.get("config") or {}).get("tokens")
+        of = f" of {wanted:,}" if isinstance(wanted, int) else ""
+        warn(
+            f"the harvest in {reader.folder} stopped after {reader.tokens:,}{of} rows and is not "
+            "complete: its own command with `resume` goes on"
+        )
 
 
 def _batch_size_before(folder: Path) -> int | None:

@@ -95,3 +95,13 @@ def test_norms_are_taken_in_float32(dtype: torch.dtype) -> None:
     rows = torch.full((2, 5, 400), 20.0, dtype=dtype)
     # 400 squares of 20 would be infinite in float16.
     assert norms_of({PLACES[0]: rows}).tolist() == [[[400.0] * 5] * 2]
+
+
+def test_zeros_do_not_make_sinks_of_the_rest() -> None:
+    rows = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    rows[::2] = 0
+    sinks = SinkFilter()
+    assert sinks.keep({(0, "resid_post"): torch.zeros(100, 8)}).all()
+    assert sinks.keep({(0, "resid_post"): rows}).all()
+    rows[1] *= 1000
+    assert (~sinks.keep({(0, "resid_post"): rows})).nonzero().flatten().tolist() == [1]

@@ -1,5 +1,6 @@
 """Any model family is understood from its structure; weights have an identity."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -235,6 +236,73 @@ def test_a_folder_that_transformers_refuses(
     assert "Hub" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def model_with_code(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model of a type of its own, whose Python file leaves a trace when it runs."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "foreign",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'foreign'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return folder
+
+
+def test_code_beside_a_model_is_never_run_unasked(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("a question was asked"))
+    with pytest.raises(UserError, match="needs Python code of its own.*`trust_remote_code`"):
+        load_model(str(model_with_code), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_model_runs_when_it_is_trusted(
+    model_with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    lm = load_model(str(model_with_code), device="cpu", trust_remote_code=True)
+    assert (tmp_path / "ran").exists() and lm.n_layers == 4
+
+
+def test_code_beside_a_tokenizer_is_never_run_unasked(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("a question was asked"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["own.Slow", "own.Fast"]}
+    settings["tokenizer_class"] = "Fast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    # The library may open the file of tokens without the code, or refuse: it may not run it.
+    with contextlib.suppress(UserError):
+        load_model(str(folder), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["someone/attention", {"": "someone/attention"}])
+def test_a_config_that_names_code_of_the_hub_is_refused(
+    value: object, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": value}))
+    with pytest.raises(UserError, match="code of someone/attention, which is not fetched"):
+        load_model(str(folder), device="cpu")
+
+
 def test_hub_models_are_read_through_the_guarded_call(
     tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,5 +438,41 @@ def test_quantised_weights(bits: str, tiny_lm: Any, tmp_path: Path) -> None:
         rows = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
         reported = lm.model(input_ids=ids, output_hidden_states=True).hidden_states[2]
         exact = run_to(whole, [resolve_site(whole, 1)], input_ids=ids)[1, "resid_post"]
-    assert torch.equal(rows, reported)
+        lm.keep_only(1)
+        again = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    assert torch.equal(rows, reported) and torch.equal(again, rows)
+    assert all(weight.is_meta for weight in lm.blocks[3].parameters())
     assert 0 < float((rows.float() - exact).norm() / exact.norm()) < 0.5
+
+
+class _Packed(nn.Parameter):
+    """Weights of a class of their own that cannot be moved, as those of bitsandbytes."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("its scales have no meta kernel")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        moved = func in (torch.Tensor.to, torch.empty_like) and any(
+            str(value) == "meta" for value in (*args, *(kwargs or {}).values())
+        )
+        if moved:
+            raise NotImplementedError("its scales have no meta kernel")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_that_cannot_be_moved_are_freed_too(fresh_lm: Shared) -> None:
+    lm = fresh_lm("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    before = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    for block in lm.blocks:
+        for module in block.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is not None and weight.dim() == 2:
+                    module._parameters[name] = _Packed(weight.detach(), requires_grad=False)
+    lm.keep_only(1)
+    assert all(weight.is_meta for weight in lm.blocks[2].parameters())
+    assert not any(weight.is_meta for weight in lm.blocks[1].parameters())
+    with torch.no_grad():
+        after = run_to(lm, [resolve_site(lm, 1)], input_ids=ids)[1, "resid_post"]
+    assert torch.equal(after, before)

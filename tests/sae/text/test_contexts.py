@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import TextConfig
+from saesteer.sae.model.forward_pass import document_positions
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.sae.text import contexts as packing
-from saesteer.sae.text.contexts import ContextBatch, ContextStream, MixedStream, open_contexts
+from saesteer.sae.text.contexts import (
+    ContextBatch,
+    ContextStream,
+    MixedStream,
+    end_of_text,
+    open_contexts,
+)
 from saesteer.sae.text.corpora import Document
 
 Shared = Callable[..., LanguageModel]
@@ -35,6 +42,17 @@ class Listed:
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}
+
+
+class InOrder(Listed):
+    """Documents as they were given, whatever the seed."""
+
+    def documents(self, seed: int, start: int) -> Iterator[Document]:
+        return iter(self.listed[start:])
+
+
+# The end of a text, not that of a turn, which the tokenizer calls its EOS.
+END = 0
 
 
 def words(count: int, prefix: str = "w") -> str:
@@ -72,14 +90,14 @@ def test_documents_are_packed_end_to_end(shared_lm: Shared) -> None:
     ids: list[int] = []
     owners: list[int] = []
     for number, text in enumerate(DOCUMENTS.documents(3, 0)):
-        tokens = lm.tokenizer(text)["input_ids"] + [lm.tokenizer.eos_token_id]
+        tokens = lm.tokenizer(text)["input_ids"] + [END]
         ids += tokens
         owners += [number] * len(tokens)
     whole = len(ids) // 16 * 16
     assert len(ids) > whole, "something is left that fills no context"
     assert found.token_ids.flatten().tolist() == ids[:whole]
     assert found.document_ids.flatten().tolist() == owners[:whole]
-    assert torch.equal(found.keep, found.token_ids != lm.tokenizer.eos_token_id)
+    assert torch.equal(found.keep, found.token_ids != END)
     assert not stream.prepend_bos
     assert stream.next_batch(3) is None
 
@@ -103,6 +121,83 @@ def test_contexts_begin_as_the_tokenizer_begins_texts(tiny_lm: Callable[..., Any
     assert start == plain, "nothing is lost where one context ends and the next begins"
 
 
+def with_bos(tiny_lm: Callable[..., Any], template: str | None = None) -> LanguageModel:
+    """A model whose tokenizer puts <|im_start|> in front of a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = tiny_lm()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return wrap_model(model, tokenizer)
+
+
+def test_isolated_documents_begin_as_texts_do(tiny_lm: Callable[..., Any]) -> None:
+    lm = with_bos(tiny_lm)
+    stream = ContextStream(DOCUMENTS, lm, 16, 3, 1, isolated=True)
+    found = everything(stream, 4)
+    starts = document_positions(found.document_ids) == 0
+    # A document that a context cuts goes on in the next one, which begins with BOS as well.
+    assert starts.sum() > len(starts) and (found.token_ids[starts] == 1).all()
+    assert (found.token_ids == 1).sum() == starts.sum()
+    resumed = ContextStream(DOCUMENTS, lm, 16, 3, 1, isolated=True)
+    first = ContextStream(DOCUMENTS, lm, 16, 3, 1, isolated=True)
+    first.next_batch(5)
+    resumed.load_state_dict(first.state_dict())
+    later = resumed.next_batch(2)
+    assert later is not None and torch.equal(later.token_ids, found.token_ids[5:7])
+
+
+def test_bos_is_a_choice(tiny_lm: Callable[..., Any], shared_lm: Shared) -> None:
+    for lm, bos, expected in (
+        (shared_lm(), "auto", False), (shared_lm(), "always", True),
+        (with_bos(tiny_lm), "auto", True), (with_bos(tiny_lm), "never", False),
+    ):  # fmt: skip
+        stream = ContextStream(DOCUMENTS, lm, 16, 3, 1, bos=bos)
+        assert stream.prepend_bos == expected
+        batch = stream.next_batch(4)
+        assert batch is not None and bool((batch.token_ids[:, 0] == 1).all()) == expected
+    model, tokenizer = tiny_lm()
+    tokenizer.bos_token = None
+    with pytest.raises(UsageError, match="`bos` always: the tokenizer of .* has no beginning"):
+        ContextStream(DOCUMENTS, wrap_model(model, tokenizer), 16, 3, 1, bos="always")
+
+
+def test_a_chat_that_begins_with_bos_gets_no_second_one(tiny_lm: Callable[..., Any]) -> None:
+    template = "<|im_start|>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    lm = with_bos(tiny_lm, template)
+    chat = [{"role": "user", "content": "Hi there, how are you"}]
+    for isolated in (False, True):
+        batch = ContextStream(Listed(chat), lm, 8, 0, 1, isolated=isolated).next_batch(1)
+        assert batch is not None and batch.token_ids[0, :2].tolist().count(1) == 1
+
+
+def test_the_end_of_a_text_is_not_the_end_of_a_turn(tiny_lm: Callable[..., Any]) -> None:
+    _, tokenizer = tiny_lm()
+    assert (tokenizer.eos_token, end_of_text(tokenizer)) == ("<|im_end|>", 0)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_text(tokenizer) == 0
+    tokenizer.eos_token = None
+    assert end_of_text(tokenizer) is None
+
+
+def test_rows_without_text_are_counted_and_leave_no_trace(shared_lm: Shared) -> None:
+    texts = [f"some words of document {i}" for i in range(30)]
+    full = ContextStream(InOrder(*texts), shared_lm(), 16, 0, 1)
+    holes = InOrder(*texts[:10], [], *texts[10:20], [], [], *texts[20:])
+    stream = ContextStream(holes, shared_lm(), 16, 0, 1)
+    first = stream.next_batch(9)
+    state = stream.state_dict()
+    resumed = ContextStream(holes, shared_lm(), 16, 0, 1)
+    resumed.load_state_dict(state)
+    rest, other = everything(stream, 4), everything(resumed, 4)
+    expected = everything(full, 4)
+    assert first is not None and torch.equal(rest.token_ids, other.token_ids)
+    assert torch.equal(torch.cat([first.token_ids, rest.token_ids]), expected.token_ids)
+    assert stream.skipped_rows == resumed.skipped_rows == 3 and full.skipped_rows == 0
+
+
 def test_chats_go_through_the_template_or_are_joined(shared_lm: Shared) -> None:
     chat = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
     for lm, rendered in (
@@ -111,7 +206,7 @@ def test_chats_go_through_the_template_or_are_joined(shared_lm: Shared) -> None:
     ):
         expected = lm.tokenizer(rendered)["input_ids"]
         batch = ContextStream(Listed(chat), lm, len(expected) + 1, 0, 1).next_batch(1)
-        assert batch is not None and batch.token_ids[0].tolist() == [*expected, 2]
+        assert batch is not None and batch.token_ids[0].tolist() == [*expected, END]
         # Template tokens that are special are no text; the words around them are.
         assert torch.equal(batch.keep, ~torch.isin(batch.token_ids, lm.special_ids))
 

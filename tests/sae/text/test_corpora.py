@@ -1,5 +1,6 @@
 """Corpora of every kind, in a seeded order, and what is no corpus."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,21 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
         ("a.txt", b"\x80" * 200_000, "is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"\(byte 14\) has a line that is not JSON"),
         ("a.jsonl", b'{"body": "a"}', "neither `text` .* nor `messages` .*; it has: body"),
-        ("a.jsonl", b'["a"]', "it has: list"),
-        ("a.jsonl", b'{"text": null}', "it has: text"),
-        ("a.jsonl", b'{"messages": []}', "it has: messages"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "it has: messages"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": [1]}]}', "it has: messages"),
+        ("a.jsonl", b'["a"]', "has a row that is a list"),
+        ("a.jsonl", b'{"text": 5}', "has a row whose `text` is a int"),
+        ("a.jsonl", b'{"messages": []}', "`messages` is no list with a message in it"),
+        ("a.jsonl", b'{"messages": ["hello"]}', "message 1 of a row has no role"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "`content` of message 1 of a row is null"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": null, "tool_calls": []}]}',
+            "is null beside tool calls",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "holds parts that are not text",
+        ),
     ],
 )
 def test_files_that_are_no_corpus(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -221,3 +232,33 @@ def test_files_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sizes == []
     next(documents)
     assert len(sizes) == 1 and sizes[0] < path.stat().st_size / 10
+
+
+def test_a_script_in_the_folder_of_a_dataset_is_never_run(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(UserError, match="could not be opened"):
+        open_corpus([f"hf:{folder}"])
+    (folder / "train.jsonl").write_text('{"text": "words"}\n')
+    with contextlib.suppress(UserError):
+        list(open_corpus([f"hf:{folder}"]).documents(0, 0))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_parts_of_text_are_one_text_and_null_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    rows = [{"messages": [{"role": "user", "content": parts}]}, {"text": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(open_corpus([str(path)]).documents(0, 0))
+    assert [{"role": "user", "content": "one two"}] in found and [] in found
+
+
+def test_a_streamed_folder_is_known_by_its_text(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"train-{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    before = open_corpus([f"hf:{tmp_path}"]).identity()
+    assert open_corpus([f"hf:{tmp_path}"]).identity() == before
+    (tmp_path / "train-b.jsonl").write_text(json.dumps({"text": "c"}) + "\n")
+    assert open_corpus([f"hf:{tmp_path}"]).identity() != before

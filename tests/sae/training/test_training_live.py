@@ -77,7 +77,8 @@ def test_memory_is_said_first_and_refused(
     few = replace(CONFIG, tokens=256, init_seed=(0, 1))
     train(tmp_path / "a", few, activations=shards, device="cpu", say=said.append)
     # At most half of the run is in the buffer; two layers and two seeds.
-    assert len(said) == 1 and "a shuffle buffer of 128 tokens" in said[0] and "4 SAEs" in said[0]
+    assert "a shuffle buffer of 128 tokens" in said[0] and "4 SAEs" in said[0]
+    assert len(said) == 2 and "0.1 epochs make 256" in said[1]
     monkeypatch.setattr("saesteer.sae.runs.memory_use.free_bytes", lambda device: 10_000)
     sources = (({"activations": shards}, (1, 5)), ({"model": shared_lm()}, (0, 1)))
     for source, layers in sources:

@@ -1,5 +1,7 @@
 """Training stops without loss and goes on to the bit, after Ctrl-C, a kill or a loss gone wrong."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +156,7 @@ def test_resume_with_other_settings_is_refused(
     other = write_shards(tmp_path / "other", layers=(1, 4))
     cases: list[tuple[TrainConfig, Path, str]] = [
         (replace(CONFIG, k=(5,)), shards, r"`k` \[4\], now it is \[5\]"),
+        (replace(CONFIG, tokens=CONFIG.tokens // 2), shards, "`tokens` .*, now it is"),
         (replace(CONFIG, seed=1), shards, "`seed` 0, now it is 1"),
         (replace(CONFIG, text=TextConfig(max_norm_ratio=9.0)), shards, "`max_norm_ratio` 10.0"),
         (CONFIG, other, "was made from other text"),
@@ -182,3 +185,42 @@ def test_resume_with_another_learning_rate(
     assert weights(tmp_path / "kept") == weights(tmp_path / "same") != weights(tmp_path / "new")
     rates = [row["lr"] for row in metrics_of(tmp_path / "new")]
     assert rates[5] == 0.03 and rates[12] == 0.001
+
+
+def test_a_finished_run_goes_on_with_more_tokens(shards: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, layers=(1,))
+    (before,) = train(tmp_path, config, activations=shards, device="cpu")
+    longer = replace(config, tokens=2 * config.tokens)
+    said: list[str] = []
+    (after,) = train(
+        tmp_path, longer, activations=shards, device="cpu", resume=True, say=said.append
+    )
+    assert any(f"goes on from step {config.steps} to {longer.steps}" in line for line in said)
+    assert after["final"]["step"] == longer.steps == 2 * before["final"]["step"]
+    assert after["extended"] == [{"step": config.steps, "tokens": config.tokens}]
+    assert after["complete"] and "extended" not in before
+    rows = metrics_of(tmp_path)
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    # The rate was 0 at the first end; it rose again, and is 0 at the second.
+    assert rows[-1]["lr"] == 0 and max(row["lr"] for row in rows[len(rows) // 2 :]) > 0
+    assert after["final"]["fvu"] < before["final"]["fvu"]
+    # Once more changes nothing, and so few tokens are refused.
+    held = weights(tmp_path)
+    train(tmp_path, longer, activations=shards, device="cpu", resume=True)
+    assert weights(tmp_path) == held
+    with pytest.raises(UserError, match="was made with `tokens`"):
+        train(tmp_path, config, activations=shards, device="cpu", resume=True)
+
+
+def test_epochs_and_unfinished_harvests_are_said(shards: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    warned: list[str] = []
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    options = {"say": said.append, "warn": warned.append, "device": "cpu"}
+    train(tmp_path / "whole", CONFIG, activations=folder, **options)
+    assert any("epochs make" in line for line in said) and not warned
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    train(tmp_path / "part", CONFIG, activations=folder, **options)
+    assert len(warned) == 1 and "stopped after" in warned[0] and "is not complete" in warned[0]

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("short_dry_run")
 Shared = Callable[..., LanguageModel]
 
 READS = "The hook reads what the model itself reports"
+SUMS = "What the block adds up to proves the site"
+STORED = "A row that is stored is the row that a whole pass computes"
 NULL = "A null edit changes no logit"
 UNIT = "A unit edit moves the site by the unit vector, and the logits, and nothing below"
 CACHE = "Cached and uncached passes agree at the site"
@@ -46,7 +48,11 @@ def test_all_is_well(family: str, layer: int | None, site: str | None, shared_lm
     lm = shared_lm(family)
     found = doctor(lm, layer=layer, site=site, tokens=1000, **SMALL)
     assert failures(found) == {}
-    assert [check["name"] for check in found["checks"]] == [READS, NULL, UNIT, CACHE, GONE]
+    told = {check["name"]: check["detail"] for check in found["checks"]}
+    assert list(told) == [READS, SUMS, STORED, NULL, UNIT, CACHE, GONE]
+    if site in ("attn_out", "mlp_out", "resid_mid"):
+        assert "off by 0, allowed" in told[SUMS]
+    assert "allowed" in told[CACHE] and "asked for" in told[UNIT]
     assert found["layer"] == (2 if layer is None else layer % 4)
     assert found["model"]["hash"] == lm.fingerprint
     for hooks in (lm.blocks[0]._forward_hooks, lm.blocks[3]._forward_pre_hooks):

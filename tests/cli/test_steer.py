@@ -226,6 +226,18 @@ def test_schedules_gates_and_further_plans(cli: Cli, model: Path, sae: Path, pla
     assert once["tokens_touched"] == twice["tokens_touched"]
 
 
+def test_everything_that_is_printed_is_printed_on_a_terminal(
+    on_terminal: Callable[..., tuple[int, str]], plan: Path, sae: Path
+) -> None:
+    words = ("steer", "--plan", plan, "--sae", sae, "-p", "Hello", "--baseline", "--explain")
+    status, seen = on_terminal(*words, "--beside", "prompt", *SMALL[:-1])
+    assert status == 0, seen
+    for colour in (2, 1, 32, 33):
+        assert f"\x1b[{colour}m" in seen
+    status, seen = on_terminal(*words, "--beside", "nowhere", *SMALL[:-1])
+    assert status == 1 and "\x1b[31merror:" in seen
+
+
 def test_flags_are_those_of_further_plans_too(cli: Cli, plan: Path, tmp_path: Path) -> None:
     from saesteer.steering import load_plan, save_plan
 

@@ -119,6 +119,9 @@ def _prompt_of(line: str, where: str) -> str:
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'{where} has no text under "prompt": write {{"prompt": "..."}}')
+    from saesteer.sae.text.prompts import check_text
+
+    check_text(text, where)
     return text
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
@@ -28,11 +28,14 @@ class Stream(Protocol):
     def isatty(self) -> bool: ...
 
 
-_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "cyan": "36"}
+Colour = Literal["bold", "dim", "red", "green", "yellow", "cyan"]
+_COLOURS: dict[Colour, str] = {
+    "bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"
+}  # fmt: skip
 
 
-def paint(text: str, colour: str, stream: Stream | None = None) -> str:
-    """`text` in a colour; unchanged where the stream is not a terminal, or NO_COLOR is set."""
+def paint(text: str, colour: Colour, stream: Stream | None = None) -> str:
+    """`text` in a colour; as it is where the stream is no terminal, or NO_COLOR is set."""
     stream = sys.stdout if stream is None else stream
     if not is_terminal(stream) or os.environ.get("NO_COLOR"):
         return text

@@ -4,7 +4,7 @@ import argparse
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
 from saesteer.cli.output import Document, print_json
@@ -277,7 +277,7 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
 def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None, SAE | None]":
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.model.hooks import sae_hook_point
-    from saesteer.steering import load_plan, plan_from_latents, with_gate
+    from saesteer.steering import plan_from_latents, with_gate
     from saesteer.steering.plans.from_sae import parse_latents
 
     changes = {
@@ -286,11 +286,13 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
         if (value := getattr(args, name)) is not None
     }
     if args.plan is not None:
-        plan = load_plan(args.plan).with_changes(**changes)
+        plan = _opened_plan(args, changes)
         if plan.is_off:
             raise UsageError(
                 f"--plan {args.plan} has scale 0 and would steer nothing: give another --scale"
             )
+        if args.layer is not None and args.also:
+            raise UsageError("--layer is for one plan: leave it out with --also")
         if args.layer is not None and args.layer % plan.model.n_layers != plan.layer:
             raise UsageError(
                 f"--layer {args.layer} conflicts with --plan {args.plan}, which steers layer "
@@ -298,7 +300,8 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
             )
         sae = None if args.sae is None else open_sae(args, report)
         if args.gate is not None:
-            plan = with_gate(plan, args.gate, sae)
+            for number in range(len(plan.parts)):
+                plan = with_gate(plan, args.gate, sae, part=number)
         return open_model(args, report, name=plan.model.name), plan, sae
     if args.sae is None:
         return open_model(args, report), None, None
@@ -309,7 +312,44 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
     plan = plan_from_latents(lm, sae, args.layer, values, site=args.site, **changes)
     if args.gate is not None:
         plan = with_gate(plan, args.gate, sae)
+    for other in args.also or ():
+        plan = _joined(args, plan, other, {k: v for k, v in changes.items() if k in _OF_EVERY})
     return lm, plan, sae.to(lm.device)
+
+
+_OF_EVERY = ("scale", "scope", "schedule")
+"""Flags that mean the same of latents by number and of the plans beside them."""
+
+
+def _opened_plan(args: Namespace, changes: dict[str, Any]) -> "Plan":
+    """`--plan` and the plans of `--also` as one plan of all their parts, with the flags' values."""
+    from saesteer.steering import load_plan
+
+    plan = load_plan(args.plan).with_changes(**changes)
+    for other in args.also or ():
+        plan = _joined(args, plan, other, changes)
+    return plan
+
+
+def _joined(args: Namespace, plan: "Plan", other: str, changes: dict[str, Any]) -> "Plan":
+    """A plan with the parts of another one behind its own."""
+    from saesteer.steering import load_plan
+
+    theirs = load_plan(other).with_changes(**changes)
+    if theirs.model.hash != plan.model.hash and not args.force:
+        raise UserError(
+            f"--also {other} was made for {theirs.model.name} with weights {theirs.model.hash}, "
+            f"and the plan before it for {plan.model.name} with weights {plan.model.hash}: give "
+            "plans for one model, or --force"
+        )
+    ours = None if plan.task is None else plan.task.name
+    if theirs.task is not None and theirs.task.name != ours:
+        if any(part.scope == "after-instruction" for part in theirs.parts):
+            raise UsageError(
+                f"--scope after-instruction means the instruction of one task, and --also {other} "
+                f"is for {theirs.task.name}, not {ours}: choose another --scope"
+            )
+    return plan.with_changes(parts=(*plan.parts, *theirs.parts))
 
 
 def _dosed(args: Namespace, lm: "LanguageModel", plan: "Plan", report: Report) -> "Plan":
@@ -345,6 +385,19 @@ def _generation(args: Namespace) -> dict[str, Any]:
 def _values(plan: "Plan", name: str) -> str:
     """The different values that a field has in the parts of a plan."""
     return " and ".join(dict.fromkeys(str(getattr(part, name)) for part in plan.parts))
+
+
+_GIGANTIC = 3.0
+"""Relative doses above this are said: the edit is then most of what the residual is made of."""
+
+
+def _warn_of_gigantic_doses(rows: list[Document], report: Report) -> None:
+    largest = max((row["relative_dose"] or 0.0 for row in rows), default=0.0)
+    if largest > _GIGANTIC:
+        report.warn(
+            f"relative dose {figure(largest, 3)}: the edit is that many times as long as the "
+            "residual it is added to, further than the model ever goes; a smaller --scale is safer"
+        )
 
 
 def _add_other_ways(
@@ -414,7 +467,7 @@ def _generate(
     answers = generate_steered(
         lm,
         texts,
-        plan if plan is None or not args.also else [plan, *args.also],
+        plan,
         sae=sae,
         baseline=args.baseline,
         progress=on_batch,
@@ -440,6 +493,7 @@ def _generate(
             report.warn(
                 f"--scope {_values(plan, 'scope')} touched no token of prompt {prompt_number}"
             )
+    _warn_of_gigantic_doses(rows, report)
     touched = sum(answer.tokens_touched for answer in answers)
     if plan is not None and touched and not any(answer.tokens_changed for answer in answers):
         report.warn(

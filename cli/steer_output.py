@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saesteer.cli.output import Document, paint, write_run
+from saesteer.cli.output import Colour, Document, paint, write_run
 from saesteer.cli.output import number as figure
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def print_blocks(args: Namespace, rows: list[Document]) -> None:
         print(f"written to {args.out / 'results.jsonl'}")
 
 
-def _print_labelled(label: str, text: str, colour: str) -> None:
-    """Print a label and a text; the text's later lines are indented to align with its first."""
+def _print_labelled(label: str, text: str, colour: Colour) -> None:
+    """A label, and a text whose further lines are indented below its first."""
     indented = ("\n" + " " * 11).join(text.splitlines() or ["(nothing)"])
     print(f"{paint(label.ljust(10), colour)} {indented}")
 

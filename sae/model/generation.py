@@ -1,6 +1,6 @@
 """Batched generation: left-padded, seeded, in input order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ def generate(
     batch_size: int = 16,
     before_batch: Callable[[Sequence[int]], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    finished: Mapping[int, Completion] | None = None,
+    after_batch: Callable[[Mapping[int, Completion]], None] | None = None,
 ) -> list[Completion]:
     """Generate a completion for each prompt, in the order given.
 
@@ -39,6 +41,9 @@ def generate(
     Args:
         before_batch: called with the indices of the prompts of the batch about to run.
         progress: called with the number of new tokens of the batch that ended.
+        finished: completions of an earlier call that was cut short, by the place of their prompt;
+            batches that are all there are not run again. The rest comes out as it would have.
+        after_batch: called with the completions of each batch that was run, by place.
 
     Raises:
         UsageError: a sampling parameter out of range.
@@ -69,6 +74,12 @@ def generate(
     devices = [lm.device] if lm.device.type == "cuda" else []
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
+        if finished is not None and all(i in finished for i in rows):
+            for i in rows:
+                completions[i] = finished[i]
+            if progress is not None:
+                progress(sum(len(finished[i].token_ids) for i in rows))
+            continue
         ids, mask = pad_left(lm, [prompts[i].token_ids for i in rows])
         if before_batch is not None:
             before_batch(rows)
@@ -81,11 +92,13 @@ def generate(
                 pad_token_id=lm.pad_id,
                 **sampling,
             )
-        finished = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
-        for i, completion in zip(rows, finished, strict=True):
+        batch = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
+        for i, completion in zip(rows, batch, strict=True):
             completions[i] = completion
+        if after_batch is not None:
+            after_batch(dict(zip(rows, batch, strict=True)))
         if progress is not None:
-            progress(sum(len(completion.token_ids) for completion in finished))
+            progress(sum(len(completion.token_ids) for completion in batch))
     return [c for c in completions if c is not None]
 
 

@@ -196,12 +196,21 @@ def hooked(point: HookPoint, edit: Callable[[Residual], Residual | None]) -> Ite
     `edit` gets `[batch, seq, d_model]` and returns a new tensor to let pass, or None to leave the
     old one. The hook is removed when the context ends, also by an exception. Raises UsageError in
     the pass where a tensor of another form comes by (several streams side by side).
+
+    Hooks come in the order in which they were made, but those with which transformers records
+    `hidden_states` come last: what they record was edited, whenever it was first asked for.
     """
     edit = _of_three_dimensions(point, edit)
+    module = point.module
     if point.side == "input":
-        handle = point.module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
+        handle = module.register_forward_pre_hook(_input_hook(edit), with_kwargs=True)
+        order: Any = module._forward_pre_hooks
     else:
-        handle = point.module.register_forward_hook(_output_hook(edit))
+        handle = module.register_forward_hook(_output_hook(edit))
+        order = module._forward_hooks
+    for number, hook in list(order.items()):
+        if (getattr(hook, "__module__", None) or "").startswith("transformers."):
+            order.move_to_end(number)
     try:
         yield
     finally:

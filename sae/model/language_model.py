@@ -70,9 +70,11 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """A token id to fill padding with; the attention mask hides it, so any will do."""
+        """A token id to fill padding with; the attention mask hides it, so any will do that the
+        embedding has a row for."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and 0 <= token < rows:
                 return int(token)
         return 0
 
@@ -147,6 +149,11 @@ def _free(module: nn.Module) -> None:
         for name in ("quant_state", "state"):
             if type(part).__module__.startswith("bitsandbytes.") and hasattr(part, name):
                 setattr(part, name, None)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside what `torch.compile` returns, where hooks are heard; others as they are."""
+    return getattr(model, "_orig_mod", model)
 
 
 def text_config(model: Any) -> Any:
@@ -267,13 +274,11 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
 def wrap_model(
     model: Any, tokenizer: Any, name: str = "in-memory", blocks_path: str | None = None
 ) -> LanguageModel:
-    """A `LanguageModel` of a transformers model and tokenizer that are already in memory.
-
-    Raises UserError when the decoder blocks cannot be told apart (see `find_blocks`).
-    """
-    path, blocks = find_blocks(model, blocks_path)
+    """Take a transformers model and tokenizer that are already in memory."""
+    inner = uncompiled(model)
+    path, blocks = find_blocks(inner, blocks_path)
     model.eval()
-    return LanguageModel(model, tokenizer, name, weight_fingerprint(model), blocks, path)
+    return LanguageModel(model, tokenizer, name, weight_fingerprint(inner), blocks, path)
 
 
 def load_model(

@@ -56,6 +56,17 @@ class EncodedPrompt:
         return mask
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise UserError for half of a surrogate pair, of which no tokenizer makes tokens."""
+    for place, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise UserError(
+                f"{what} holds half of a surrogate pair (U+{ord(character):04X} after "
+                f"{text[max(0, place - 40) : place]!r}), which is no character: an emoji was cut, "
+                "or bytes were read that are not UTF-8; mend the text"
+            )
+
+
 _PLACEHOLDER = "\u2042 the text \u2042"
 
 
@@ -71,12 +82,14 @@ def _render(lm: LanguageModel, text: str) -> str:
 def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     """Render and tokenize one user turn (`chat`) or plain text.
 
-    Raises UserError for an empty prompt, a missing chat template, or a template that rewrites the
-    text so that it cannot be found again.
+    Blanks and line breaks at the ends are part of the prompt, unless the template drops them.
+
+    Raises UserError for an empty prompt, one that is no Unicode text, a missing chat template, or a
+    template that rewrites the text so that it cannot be found again.
     """
-    text = text.strip()
-    if not text:
+    if not text.strip():
         raise UserError("a prompt is empty: give at least one character of text")
+    check_text(text, "a prompt")
     if chat and not lm.has_chat_template:
         raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `chat=False`")
     rendered, start = text, 0
@@ -84,6 +97,8 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
         rendered = _render(lm, text)
         # Searching for the text itself could find it in the template: "assistant", "user", "a".
         start = _render(lm, _PLACEHOLDER).find(_PLACEHOLDER)
+        if not rendered.startswith(text, start):
+            text = text.strip()  # many templates trim what they are given
         if start < 0 or not rendered.startswith(text, start):
             raise UserError(f"the chat template of {lm.name} rewrites the prompt: use `chat=False`")
     # A template writes its own BOS, and so does a person who rendered it by hand; other plain texts

@@ -6,7 +6,7 @@ the model's own replies with and without instructions.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,6 +58,8 @@ def sample_replies(
     path = folder / f"replies-{key[:16]}.jsonl"
     if path.exists():
         return path
+    # What was sampled before a run was cut short, so that the next one need not do it again.
+    part = path.with_suffix(".part")
     chat = lm.has_chat_template
     sampled = 0
 
@@ -78,6 +80,8 @@ def sample_replies(
         seed=config.seed,
         batch_size=config.batch_size,
         progress=on_batch,
+        finished=_read_finished(part, len(prompts)),
+        after_batch=lambda made: _keep(part, made),
     )
     progress("replies", expected, expected, "new tokens")
     rows = [
@@ -90,7 +94,32 @@ def sample_replies(
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.unlink(missing_ok=True)
     return path
+
+
+def _keep(part: Path, made: Mapping[int, Completion]) -> None:
+    """Put the replies of a batch beside those that are there."""
+    with writing(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("a", encoding="utf-8") as file:
+            for place, reply in made.items():
+                file.write(json.dumps([place, reply.text, reply.token_ids]) + "\n")
+
+
+def _read_finished(part: Path, prompts: int) -> dict[int, Completion]:
+    """The replies that were kept; a line that was cut short counts for nothing."""
+    found: dict[int, Completion] = {}
+    if not part.is_file():
+        return found
+    for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            place, text, ids = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        if isinstance(place, int) and 0 <= place < prompts and isinstance(text, str):
+            found[place] = Completion(text, [int(i) for i in ids])
+    return found
 
 
 def _row(

@@ -6,7 +6,13 @@ from difflib import SequenceMatcher
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.steering.checks.registry import Verdict, check, need_whole
-from saesteer.steering.checks.words import sentences, words
+from saesteer.steering.checks.words import (
+    cuts_word,
+    folded,
+    occurrences,
+    sentences,
+    words,
+)
 
 _QUESTION_WORDS = frozenset("who whom whose what which when where why how".split())
 _AUXILIARIES = frozenset(
@@ -60,13 +66,9 @@ def check_keyword(
     if not all(isinstance(form, str) and form.strip() for form in forms):
         raise UsageError(f"keyword and inflections must be non-empty texts, got {forms!r}")
     need_whole("at_least", at_least, 1)
-    pattern = re.compile(
-        "|".join(rf"(?<!\w){re.escape(form.strip())}(?!\w)" for form in forms),
-        re.IGNORECASE if ignore_case else 0,
-    )
-    if len(pattern.findall(output)) < at_least:
+    if occurrences(output, forms, ignore_case=ignore_case) < at_least:
         return Verdict.FAIL
-    copied = len(pattern.findall(source)) >= at_least
+    copied = occurrences(source, forms, ignore_case=ignore_case) >= at_least
     return Verdict.UNDETERMINED if copied else Verdict.PASS
 
 
@@ -109,8 +111,7 @@ def check_forbidden(output: str, source: str, *, keywords: Sequence[str]) -> Ver
     ours = words(output)
     if not ours or ours == words(source):
         return Verdict.FAIL
-    pattern = "|".join(rf"(?<!\w){re.escape(word.strip())}(?!\w)" for word in keywords)
-    if re.search(pattern, output, re.IGNORECASE):
+    if occurrences(output, keywords):
         return Verdict.FAIL
     return Verdict.PASS if len(ours) >= 5 else Verdict.UNDETERMINED
 
@@ -125,7 +126,8 @@ def check_end_phrase(output: str, source: str, *, phrase: str) -> Verdict:
     if not wanted:
         raise UsageError(f"phrase must be a non-empty text, got {phrase!r}")
     said_before = words(ours.removesuffix(wanted))
-    return Verdict.PASS if ours.endswith(wanted) and said_before else Verdict.FAIL
+    ends = ours.endswith(wanted) and not cuts_word(ours, len(ours) - len(wanted))
+    return Verdict.PASS if ends and said_before else Verdict.FAIL
 
 
 @check("start_phrase")
@@ -137,12 +139,17 @@ def check_start_phrase(output: str, source: str, *, phrase: str) -> Verdict:
     ours, wanted = _plain_edge(output), _plain_edge(phrase)
     if not wanted:
         raise UsageError(f"phrase must be a non-empty text, got {phrase!r}")
-    if not ours.startswith(wanted) or not words(ours.removeprefix(wanted)):
+    if not _begins(ours, wanted) or not words(ours.removeprefix(wanted)):
         return Verdict.FAIL
-    copied = _plain_edge(source).startswith(wanted)
+    copied = _begins(_plain_edge(source), wanted)
     return Verdict.UNDETERMINED if copied else Verdict.PASS
+
+
+def _begins(text: str, phrase: str) -> bool:
+    """Whether a text begins with the whole words of a phrase."""
+    return text.startswith(phrase) and not cuts_word(text, len(phrase))
 
 
 def _plain_edge(text: str) -> str:
     """Folded, with one kind of apostrophe, without quotation marks and asterisks at both ends."""
-    return " ".join(text.casefold().replace("’", "'").split()).strip('"“”„«»*_ ')
+    return " ".join(folded(text).split()).strip('"“”„«»‹›「」『』*_ ')

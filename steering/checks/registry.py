@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.steering.checks.words import without_thinking
 
 
 class Verdict(Enum):
@@ -31,10 +32,13 @@ def check(name: str) -> Callable[[Check], Check]:
 
 
 def run_check(name: str, output: str, source: str, **arguments: Any) -> Verdict:
-    """Run the check called `name`. Raises `UsageError` for a name or argument that cannot work."""
+    """Run the check called `name` on the answer; thoughts before it are no part of it.
+
+    Raises `UsageError` for a name or argument that cannot work.
+    """
     if name not in CHECKS:
         raise UsageError(f"unknown check {name!r}: the checks are {', '.join(sorted(CHECKS))}")
-    return CHECKS[name](output, source, **arguments)
+    return CHECKS[name](without_thinking(output), source, **arguments)
 
 
 def need_whole(name: str, value: object, least: int) -> None:

@@ -14,9 +14,11 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.doses.sweep import Budget
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe, Question
+from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import Plan
 
+_PRICELESS = Damage(math.inf, math.inf, 0.0, math.inf, None, None, None)
 _DOUBLINGS = 12
 _BISECTIONS = 20
 
@@ -151,7 +153,10 @@ class _Search:
     def _measure(self, size: float) -> Damage:
         self._progress("find the dose", len(self.trials), len(self.trials) + 1, "scales")
         scale = self._sign * size
-        damage = self._probe.measure(self._plan.with_changes(scale=scale))
+        try:
+            damage = self._probe.measure(self._plan.with_changes(scale=scale))
+        except NotFiniteError:  # more than the model's numbers hold: dearer than any goal
+            damage = _PRICELESS
         self.trials.append((scale, self._target.spent(damage)))
         self._progress("find the dose", len(self.trials), len(self.trials), "scales")
         return damage

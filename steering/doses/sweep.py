@@ -19,6 +19,7 @@ from saesteer.steering.evaluation.arms import (
     two_ways_to_ask,
 )
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe
+from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 
@@ -254,21 +255,27 @@ def sweep(
     for plan in named.values():
         plan.check_model(lm)
     probe = NeutralProbe(lm)
-    costs: list[Damage] = []
-    for done, (_, candidate) in enumerate(candidates):
+    measured: list[tuple[str, Plan, Damage]] = []
+    broken: list[NotFiniteError] = []
+    for done, (name, candidate) in enumerate(candidates):
         progress("damage on neutral questions", done, len(candidates), "settings")
-        costs.append(probe.measure(candidate))
+        try:
+            measured.append((name, candidate, probe.measure(candidate)))
+        except NotFiniteError as error:
+            broken.append(error)
     progress("damage on neutral questions", len(candidates), len(candidates), "settings")
-    racing = [(name, plan, cost) for (name, plan), cost in zip(candidates, costs, strict=True)]
+    if not measured:
+        raise broken[-1]
     skipped: list[tuple[Plan, Damage]] = []
     within = True
     if budget is not None:
-        racing.sort(key=lambda entry: budget.spent(entry[2]))
-        allowed = sum(budget.spent(cost) <= budget.limit for *_, cost in racing)
+        measured.sort(key=lambda entry: budget.spent(entry[2]))
+        allowed = sum(budget.spent(cost) <= budget.limit for *_, cost in measured)
         within = allowed > 0
-        skipped = [(plan, cost) for _, plan, cost in racing[max(allowed, 1) :]]
-        racing = racing[: max(allowed, 1)]
-    trials = _race(lm, task, contents, racing, rounds, decoding, progress)
+        skipped = [(plan, cost) for _, plan, cost in measured[max(allowed, 1) :]]
+        measured = measured[: max(allowed, 1)]
+    racing: list[tuple[str, Plan, Damage | None]] = list(measured)
+    trials = _race(lm, task, contents, racing, rounds, decoding, progress, broken)
     most = min(len(contents), max(n for n, _ in rounds))
     asked, _ = two_ways_to_ask(task, contents[:most])
     arms = []
@@ -285,7 +292,7 @@ def sweep(
         budget,
         within,
         tuple(skipped),
-        tuple(_warnings(chosen, budget, within)),
+        tuple([*_warnings(chosen, budget, within), *_left_out(broken)]),
     )
 
 
@@ -309,6 +316,12 @@ def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
             "setting with the smallest edit"
         )
     return warnings
+
+
+def _left_out(broken: Sequence[NotFiniteError]) -> list[str]:
+    if not broken:
+        return []
+    return [f"{len(broken)} settings were left out, the first for this: {broken[0]}"]
 
 
 def calibrate(
@@ -360,8 +373,13 @@ def _race(
     rounds: Sequence[tuple[int, int]],
     decoding: Decoding,
     progress: Progress,
+    broken: list[NotFiniteError] | None = None,
 ) -> list[Trial]:
-    """Successive halving; returns every trial in the order they were made."""
+    """Successive halving; every trial in the order they were made.
+
+    Settings whose outputs are no numbers leave the race, and their errors go into `broken`.
+    """
+    broken = [] if broken is None else broken
     if not racing:
         raise UserError("no setting is left to try")
     trials: list[Trial] = []
@@ -372,11 +390,17 @@ def _race(
         latest = []
         for done, (label, candidate, damage) in enumerate(racing):
             progress(stage, done, len(racing), f"settings, on {len(sample)} contents each")
-            texts = answer(lm, sample, candidate, task.max_new_tokens, decoding)
-            # On this split only the check counts; being on topic is judged on the test split.
+            try:
+                texts = answer(lm, sample, candidate, task.max_new_tokens, decoding)
+            except NotFiniteError as error:
+                broken.append(error)
+                continue
+            # Success on this split is the check alone; being on topic is judged on the test split.
             arm = grade_arm("steered", task, sample, texts, sample, kind="steered")
             latest.append(Trial(candidate, arm, damage, label))
         progress(stage, len(racing), len(racing), f"settings, on {len(sample)} contents each")
+        if not latest:
+            raise broken[-1]
         trials += latest
         latest.sort(key=lambda trial: trial.merit, reverse=True)
         racing = [(trial.label, trial.plan, trial.damage) for trial in latest[:keep]]

@@ -14,6 +14,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.checks.catalogue import Verdict
+from saesteer.steering.checks.words import without_thinking
 from saesteer.steering.evaluation.grading import (
     Grade,
     content_overlap,
@@ -208,19 +209,19 @@ def grade_arm(
     seeds: Sequence[int] = (0,),
 ) -> Arm:
     """Grade the answers of one arm: seed by seed, each in the order of `contents`."""
-    outputs = [text.completion for text in texts]
+    outputs = [without_thinking(text.completion) for text in texts]
     asked = [(seed, content) for seed in seeds for content in contents]
     wanted = [reference for _ in seeds for reference in references]
-    floor = mismatch_floor(outputs, wanted)
+    floor = mismatch_floor(outputs, [without_thinking(one) for one in wanted])
     translated = content_reference(task.check_name) == "prompted"
     answers = []
-    for (seed, content), text, reference in zip(asked, texts, wanted, strict=True):
+    for (seed, content), text, output, reference in zip(asked, texts, outputs, wanted, strict=True):
         verdict = task.verdict(text.completion, content)
         degenerate = is_degenerate(text.token_ids)
-        overlap = content_overlap(text.completion, reference)
+        overlap = content_overlap(output, without_thinking(reference))
         loosely = verdict is Verdict.PASS or task.passes_loosely(text.completion, content)
-        # A translation shares few words with its source, but has to keep its numbers.
-        kept = not translated or keeps_numbers(text.completion, content)
+        # A translation shares few words with its source; its numbers it must share.
+        kept = not translated or keeps_numbers(output, content)
         answers.append(
             Graded(
                 content,

@@ -159,7 +159,9 @@ def compare(
     specs = _specs(lm, task, plans, config, sae, contents, notes, progress)
     arms = run_arms(lm, task, contents, specs, config.decoding, config.seeds, progress)
     if judge is not None:
-        arms = [_judged(arm, task, judge, progress) for arm in arms]
+        gone: list[UserError] = []
+        arms = [_judged(arm, task, judge, progress, gone) for arm in arms]
+        notes += [f"the judge graded no further answers: {error}" for error in gone]
     tests = paired_tests(arms)
     texts = _fluency(lm, task, arms, progress)
     damage: dict[str, Damage] = {}
@@ -229,11 +231,18 @@ def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
         return None
 
 
-def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress) -> Arm:
+def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress, gone: list[UserError]) -> Arm:
+    """The arm with the judge's grades; after an error, which goes into `gone`, without."""
     answers: list[Graded] = []
     for done, answer in enumerate(arm.answers):
         progress(f"judge: {arm.name}", done, len(arm.answers), "answers")
-        grade = judge(task, answer.content, answer.output)
+        grade = None
+        # Answers, rates and damage are there already: a judge that is gone takes nothing of them.
+        if not gone:
+            try:
+                grade = judge(task, answer.content, answer.output)
+            except UserError as error:
+                gone.append(error)
         answers.append(dataclasses.replace(answer, judged=grade))
     progress(f"judge: {arm.name}", len(arm.answers), len(arm.answers), "answers")
     return dataclasses.replace(arm, answers=tuple(answers))

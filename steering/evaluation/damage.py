@@ -6,7 +6,6 @@ with teacher forcing, and its own answers are compared with the right ones.
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from saesteer.sae.model.generation import generate
 from saesteer.sae.model.hooks import HookPoint, hooked, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt, pad_right
+from saesteer.steering.checks.words import occurrences, without_thinking
 from saesteer.steering.hooking.hook import TouchedRow, steer
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import BUILTIN_FOLDER
@@ -43,16 +43,13 @@ class Question:
     answers: tuple[str, ...]
 
     def is_right(self, reply: str) -> bool:
-        """Whether a right answer occurs as whole words, ignoring case."""
-        return any(
-            re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
-            for answer in self.answers
-        )
+        """Whether a right answer occurs as whole words, whatever its case."""
+        return occurrences(without_thinking(reply), self.answers) > 0
 
 
 def neutral_questions() -> list[Question]:
-    """The built-in neutral questions: short facts, some of which small models know."""
-    lines = NEUTRAL_FILE.read_text(encoding="utf-8").splitlines()
+    """The built-in neutral questions: short facts that small models know some of."""
+    lines = NEUTRAL_FILE.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
     return [Question(row["prompt"], tuple(row["answers"])) for row in rows]
 

@@ -9,10 +9,12 @@ from collections.abc import Hashable, Sequence
 from enum import Enum
 from typing import Literal
 
+import regex
+
 from saesteer.checkpoints.errors import UsageError
 from saesteer.steering.checks.language import FUNCTION_WORDS
 from saesteer.steering.checks.registry import Verdict
-from saesteer.steering.checks.words import CJK, sentences
+from saesteer.steering.checks.words import UNSPACED, WORD, sentences
 
 
 class Grade(Enum):
@@ -42,38 +44,72 @@ def repetition(tokens: Sequence[Hashable]) -> float:
     "Most repeated" is the repeated 4-gram that covers the most tokens; occurrences may overlap, and
     a token is counted once. Give it a reply's token ids (without padding), or its words.
     """
-    starts: defaultdict[tuple[Hashable, ...], list[int]] = defaultdict(list)
-    for index in range(len(tokens) - 3):
-        starts[tuple(tokens[index : index + 4])].append(index)
-    covered = 0
-    for where in starts.values():
-        if len(where) > 1:
-            gaps = (b - a for a, b in zip(where, where[1:], strict=False))
-            covered = max(covered, 4 + sum(min(4, gap) for gap in gaps))
+    repeated = [where for where in _places(tokens).values() if len(where) > 1]
+    covered = max(map(_covered, repeated), default=0)
     return covered / len(tokens) if covered else 0.0
 
 
 def is_degenerate(token_ids: Sequence[Hashable]) -> bool:
-    """Whether one 4-gram covers more than 20 % of the tokens (see `repetition`)."""
-    return repetition(token_ids) > DEGENERATE_SHARE
+    """Whether a reply goes round in a loop: one 4-gram covers more than 20 % of its tokens, and
+    what follows it repeats too.
+
+    Lists, records and calls of one function repeat their form and go on differently each time;
+    that is no loop, unless one 4-gram comes eight times and covers half of the reply.
+    """
+    for where in _places(token_ids).values():
+        share = _covered(where) / len(token_ids)
+        if len(where) < 2 or share <= DEGENERATE_SHARE:
+            continue
+        if _recurrences(token_ids, where) >= 0.5 or (len(where) >= 8 and share > 0.5):
+            return True
+    return False
+
+
+def _recurrences(tokens: Sequence[Hashable], where: Sequence[int]) -> float:
+    """The share of a 4-gram's later occurrences whose stretch, up to the next one, was there."""
+    ends = [*where[1:], len(tokens)]
+    stretches = [tuple(tokens[a:b]) for a, b in zip(where, ends, strict=True)]
+    seen, again = {stretches[0]}, 0
+    for stretch in stretches[1:-1]:
+        again += stretch in seen
+        seen.add(stretch)
+    # Nothing says where the last one ends: it may be cut short, or the reply goes on.
+    last = stretches[-1]
+    again += any(last[: len(other)] == other[: len(last)] for other in seen)
+    return again / (len(stretches) - 1)
+
+
+def _places(tokens: Sequence[Hashable]) -> dict[tuple[Hashable, ...], list[int]]:
+    """Where each 4-gram begins."""
+    starts: defaultdict[tuple[Hashable, ...], list[int]] = defaultdict(list)
+    for index in range(len(tokens) - 3):
+        starts[tuple(tokens[index : index + 4])].append(index)
+    return starts
+
+
+def _covered(where: Sequence[int]) -> int:
+    """Tokens in any of the 4-grams that begin at these places."""
+    return 4 + sum(min(4, b - a) for a, b in zip(where, where[1:], strict=False))
 
 
 def content_words(text: str) -> frozenset[str]:
     """The words that carry the content: case-folded, stop words (en, fr, de, es) left out.
 
     Kept are words of four letters or more, words with a digit, and shorter names (capitalised,
-    not first in their sentence). Thousands separators are dropped, so 3,000 equals 3000. A run of
-    CJK characters gives its character pairs.
+    not first in their sentence). Thousands separators are dropped, so 3,000 equals 3000, and digits
+    of other scripts are the same digits. A run of characters of a script without blanks between
+    words gives its pairs of characters, vowel signs included.
     """
-    text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"(?<=\d)[,.'\u00a0\u202f](?=\d{3}(?!\d))", "", text)
+    text = _ascii_digits(unicodedata.normalize("NFC", text))
+    text = re.sub(r"(?<=\d)[,.'’\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)
     kept: set[str] = set()
     for sentence in sentences(text):
-        for index, match in enumerate(re.finditer(r"[^\W_]+", sentence)):
+        for index, match in enumerate(WORD.finditer(sentence)):
             word = match.group()
             folded = word.casefold()
-            if CJK.search(word):
-                kept.update(word[i : i + 2] for i in range(max(1, len(word) - 1)))
+            if UNSPACED.search(word):
+                signs = regex.findall(r"\X", word)
+                kept.update("".join(signs[i : i + 2]) for i in range(max(1, len(signs) - 1)))
             elif any(character.isdigit() for character in word):
                 kept.add(folded)
             elif any(folded in stop for stop in FUNCTION_WORDS.values()):
@@ -126,17 +162,41 @@ def mismatch_floor(
     return overlaps[max(0, math.ceil(percentile / 100 * len(overlaps)) - 1)]
 
 
-_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+# 12h30, and 3 000 with a blank that keeps the number on one line, are one number each.
+_NUMBER = re.compile(r"\d+(?:(?:[.,:'’٫٬]|[\u00a0\u2009\u202f](?=\d{3}(?!\d))|\s?h\s?)\d+)*")
+_GROUPED = re.compile(r"(?<![\d.,:])\d{1,3}(?:\s\d{3})+(?!\d)")
+_TIME = re.compile(r"\d{1,2}:\d{2}")
+
+
+def _ascii_digits(text: str) -> str:
+    """The same text with 0 to 9 for the digits of every script."""
+    return "".join(
+        str(unicodedata.digit(c)) if c.isdecimal() and not c.isascii() else c for c in text
+    )
+
+
+def _digits(number: str) -> str:
+    return re.sub(r"\D", "", number).lstrip("0") or "0"
 
 
 def numbers(text: str) -> frozenset[str]:
-    """The numbers in digits, without separators: 3,000 and 3.000 are both 3000."""
-    return frozenset(re.sub(r"\D", "", found) for found in _NUMBER.findall(text))
+    """The numbers written in digits, as digits alone: 3,000 and 3.000 are both 3000."""
+    return frozenset(_digits(found) for found in _NUMBER.findall(_ascii_digits(text)))
 
 
 def keeps_numbers(output: str, source: str) -> bool:
-    """Whether the reply has every number that the source has in digits."""
-    return numbers(source) <= numbers(output)
+    """Whether every number in the source that has digits stands in the reply too.
+
+    However its thousands are parted, in the digits of any script, and a time in any way of parting
+    hours from minutes.
+    """
+    said = _ascii_digits(output)
+    ours = numbers(said) | {_digits(found) for found in _GROUPED.findall(said)}
+    for number in _NUMBER.findall(_ascii_digits(source)):
+        parts = {_digits(part) for part in number.split(":")}
+        if _digits(number) not in ours and not (_TIME.fullmatch(number) and parts <= ours):
+            return False
+    return True
 
 
 def loose_variants(output: str) -> list[str]:

@@ -181,15 +181,15 @@ def _summed(parts: list[PlanPart]) -> Float[Tensor, " d_model"]:
 
 
 def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[str, Any]:
-    """Write plans that do the same as another tool's file; returns `files` and `notes`.
+    """Write the plan that does what another tool's file says; returns `files` and `notes`.
 
-    A file for one block gives a plan in `folder`, one for several blocks gives plans in
-    `folder/layer-N`. The only latent of a plan is the vector, which is added; for lm-eval's clamps
-    it is a linear latent that is set. Raises UserError for vectors that do not fit the model.
+    It has a part for each block. The only latent of each is the vector itself, added; or, for
+    lm-eval's clamps, the vector as a linear latent that is set. Raises UserError for vectors that
+    do not fit the model.
     """
     steered, notes = read_blocks(path)
     source = str(Path(path).expanduser().absolute())
-    plans = {}
+    parts: list[PlanPart] = []
     for row in sorted(steered, key=lambda row: row.block):
         if not 0 <= row.block < lm.n_layers or len(row.vector) != lm.d_model:
             raise UserError(
@@ -197,26 +197,23 @@ def import_vectors(path: str | Path, lm: LanguageModel, folder: Path) -> dict[st
                 f"and `model` {lm.name} has {lm.n_layers} blocks of width {lm.d_model}: give the "
                 "model that it was made for"
             )
-        plans[row.block] = _plan(row, lm, source)
-    many = len(plans) > 1
-    written = [
-        save_plan(plan, folder / f"layer-{block}" if many else folder)
-        for block, plan in plans.items()
-    ]
-    notes.append("steered with scope all, which leaves out the first position and templates")
-    return {"files": [str(file) for file in written], "notes": notes}
-
-
-def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
+        parts.append(_part(row, source))
     model = ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model)
+    written = save_plan(Plan(model=model, parts=parts), folder)
+    if len(parts) > 1:
+        notes.append(f"one plan of {len(parts)} parts, a block each")
+    notes.append("steered with scope all, which leaves out the first position and templates")
+    return {"files": [str(written)], "notes": notes}
+
+
+def _part(row: SteeredBlock, source: str) -> PlanPart:
     common: dict[str, Any] = {
-        "model": model,
         "site": "resid_post",
         "layer": row.block,
         "scope": "all",
     }
     if row.action == "add":
-        return Plan(
+        return PlanPart(
             sae=SAEIdentity(row.source or source, "", "vector"),
             latents=(PlannedLatent(id=row.latent, value=1.0),),
             directions=(row.vector * row.coefficient)[None],
@@ -225,7 +222,7 @@ def _plan(row: SteeredBlock, lm: LanguageModel, source: str) -> Plan:
     wide = row.vector.double()
     direction = (wide / wide.norm()).float()
     bias = 0.0 if row.bias is None else -float(row.bias.double() @ direction.double())
-    return Plan(
+    return PlanPart(
         sae=SAEIdentity(row.source or source, "", "linear"),
         latents=(PlannedLatent(id=row.latent, value=row.coefficient),),
         directions=direction[None],

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -37,15 +38,21 @@ class EncodedChat(EncodedPrompt):
         )
 
 
-def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> EncodedChat:
-    """Render and tokenize a conversation that ends with a turn of the user.
+def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, Any]]) -> EncodedChat:
+    """Render and tokenize a conversation that ends with a turn of the user or of a tool.
+
+    Contents are texts or lists of parts of type text. A turn of the assistant without content, that
+    only calls a tool, is written by the template, and the scope `assistant` leaves it out.
 
     `messages` have the keys `role` and `content`. Raises UsageError for a conversation that ends
     otherwise; UserError without a chat template, or when the template changes a message so that it
     cannot be located.
     """
-    if not messages or messages[-1].get("role") != "user":
-        raise UsageError("a conversation must end with a message of the role user")
+    if not messages or messages[-1].get("role") not in ("user", "tool"):
+        raise UsageError("a conversation must end with a message of the role user, or tool")
+    contents = [_content(message) for message in messages]
+    if not contents[-1].strip():
+        raise UsageError("the last message of a conversation is empty: give it content")
     if not lm.has_chat_template:
         raise UserError(f"a conversation needs a chat template and {lm.name} has none")
     rendered = str(
@@ -57,15 +64,21 @@ def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> Enc
     marks = [f"\u2042 {number} \u2042" for number in range(len(messages))]
     marked = str(
         lm.tokenizer.apply_chat_template(
-            [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
+            [
+                _with_content(message, mark) if content.strip() else message
+                for message, content, mark in zip(messages, contents, marks, strict=True)
+            ],
             tokenize=False,
             add_generation_prompt=True,
         )
     )
     places, shift = [], 0
-    for message, mark in zip(messages, marks, strict=True):
-        content = message["content"].strip()
+    for message, content, mark in zip(messages, contents, marks, strict=True):
+        if not content.strip():
+            continue
         start = marked.find(mark) + shift
+        if not rendered.startswith(content, start):
+            content = content.strip()  # many templates trim what they are given
         if marked.find(mark) < 0 or not rendered.startswith(content, start):
             raise UserError(f"the chat template of {lm.name} rewrites a message: {content[:60]!r}")
         places.append((message["role"], start, start + len(content)))
@@ -80,6 +93,29 @@ def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, str]]) -> Enc
         text_start=start,
         messages=tuple(places),
     )
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message; empty where it has none."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, Sequence) else [content]
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise UsageError(
+                "the content of a message must be a text, or a list of parts such as "
+                f'{{"type": "text", "text": "..."}}; got {str(part)[:60]!r}'
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The message with another text, in the form that its content has."""
+    plain = isinstance(message["content"], str)
+    return {**message, "content": text if plain else [{"type": "text", "text": text}]}
 
 
 def reply_header(lm: LanguageModel) -> str:

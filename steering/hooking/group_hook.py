@@ -114,11 +114,17 @@ class GroupHook:
             return None  # a block that is run on its own belongs to no row
         self._report.passes = self._tracker.passes
         if h.shape != (tokens.batch, tokens.length, self._d_model):
-            raise UserError(
+            carries = (
                 f"`site` {self.point.site} ({self.point.module_path}) carries a tensor of shape "
-                f"{list(h.shape)}, not [batch, tokens, {self._d_model}]: choose a site on the "
-                "residual stream, such as resid_post"
+                f"{list(h.shape)}, not [{tokens.batch}, {tokens.length}, {self._d_model}] (rows, "
+                "tokens, width)"
             )
+            if self.point.site in ("resid_post", "resid_pre"):
+                raise UserError(
+                    f"{carries}: the blocks of this model carry several streams, or other rows, "
+                    "and cannot be steered there; a module path inside a block may be (`site`)"
+                )
+            raise UserError(f"{carries}: choose a site on the residual stream, such as resid_post")
         rows = self._call_rows(tokens)
         if tokens.after is not None:
             if tokens.after >= rows.after_prompts.none_from:

@@ -203,9 +203,15 @@ def matching_sae(part: PlanPart, sae: SAE | None, force: bool) -> SAE:
             "weights differ; give that SAE (of several, a list), or `force`"
         )
     gated = part.parsed_gate.ids if part.gate else ()
-    if sae.spec.d_model != part.directions.shape[1] or sae.spec.d_sae <= max((*part.ids, *gated)):
+    for number, whose in [(i, "`gate`") for i in gated] + [(i, "the plan") for i in part.ids]:
+        if number >= sae.spec.d_sae:
+            raise UserError(
+                f"{whose} names latent {number}, and `sae` {sae.source} has the latents "
+                f"0..{sae.spec.d_sae - 1}: choose one of these"
+            )
+    if sae.spec.d_model != part.directions.shape[1]:
         raise UserError(
-            f"`sae` {sae.source} has d_model {sae.spec.d_model} and {sae.spec.d_sae} latents, "
-            f"which does not fit the plan: give {part.sae.source}"
+            f"`sae` {sae.source} has d_model {sae.spec.d_model} and the plan is for "
+            f"{part.directions.shape[1]}: give {part.sae.source}"
         )
     return sae

@@ -3,13 +3,16 @@
 A block sees a chunk of each row: the whole prompt, a piece of it, one new token, or everything
 again when there is no cache. `PositionTracker` watches the model's inputs and says which absolute
 position each token of the present pass has, counted in real tokens from the start of its row, and
-how long the row's prompt is. It never counts passes, because chunked prefill, drafts that are
-rolled back and decoding without a cache would make such a count wrong.
+how long the row's prompt is. Passes are never counted: chunked prefill, drafts that are rolled back
+and cacheless decoding would all fool a count. What says where a pass lies (the cache, every layer
+of it, the mask and the position ids) has to agree, or the pass is refused.
 """
 
 import contextlib
 import functools
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +21,37 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel, text_config, uncompiled
 from saesteer.sae.text.prompts import EncodedPrompt
-from saesteer.steering.hooking.passes import Call, PassTokens
+from saesteer.steering.hooking.finite import FiniteOutput
+from saesteer.steering.hooking.passes import (
+    Call,
+    PassTokens,
+    cache_in,
+    check_mask,
+    check_position_ids,
+    past_length,
+    visible_keys,
+)
+from saesteer.steering.hooking.taps import guided, steered_by_this_thread, tapped, unpacked
+
+
+class _OfThread(threading.local):
+    """What the passes of one thread have come to."""
+
+    call: Call | None = None
+    current: PassTokens | None = None
+    generating = False
+    left_alone = False
+    """Drafts, and the negative prompt of guidance: passes that no row of the answer is made of."""
+    inside_outer = False
+    holds_lock = False
 
 
 class PositionTracker:
     """Follows the forward passes of a model while `listening` is open.
+
+    Threads may share it: calls of `generate`, and passes outside of them, wait for each other.
 
     Args:
         prompts: the prompts that will be run, in any order; rows are recognised by their tokens.
@@ -44,27 +71,36 @@ class PositionTracker:
         self.passes = 0
         """Forward passes seen."""
         self.calls: list[Call] = []
-        self.current: PassTokens | None = None
         self._lm = lm
+        self._now = _OfThread()
+        self._running = threading.RLock()
+        self._of_cache: weakref.WeakKeyDictionary[Any, tuple[Call, int]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """The call that a cache belongs to, and the columns that it holds."""
+        self._finite = FiniteOutput(lm)
         self._lengths = None if prompt_lengths is None else list(prompt_lengths)
         self._known = {tuple(prompt.token_ids): prompt for prompt in prompts or ()}
         self._known_lengths = sorted({len(tokens) for tokens in self._known}, reverse=True)
-        self._call: Call | None = None
-        self._generating = False
-        self._drafting = False
-        self._inside_outer = False
         self.on_reorder: list[Callable[[Tensor], None]] = []
         """Called with the former row of each row when beams are reordered."""
         self._tapped_cache: Any = None
+
+    @property
+    def current(self) -> PassTokens | None:
+        """The tokens of the pass that this thread is in."""
+        return self._now.current
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Watch the model's inputs; nothing is left on it afterwards."""
         with contextlib.ExitStack() as stack:
-            outer, text = self._lm.model, self._lm.text_model
+            outer, text = uncompiled(self._lm.model), self._lm.text_model
+            stack.enter_context(steered_by_this_thread(outer, self._lm.name))
             if hasattr(outer, "generate"):
-                stack.enter_context(_tapped(outer, self._generate_call))
-            # Code that was compiled before the hooks were registered would not run them.
+                stack.enter_context(tapped(outer, self._generate_call))
+                stack.enter_context(unpacked(outer))
+            # Code that was compiled before the hooks were there would never run them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             handles = [
                 outer.register_forward_pre_hook(self._on_outer, with_kwargs=True),
@@ -73,62 +109,132 @@ class PositionTracker:
             if text is not outer:
                 # The text model may be run alone (no logits), or through another wrapper.
                 handles.append(text.register_forward_pre_hook(self._on_text, with_kwargs=True))
+                handles.append(text.register_forward_hook(self._after_text, always_call=True))
             for handle in handles:
                 stack.callback(handle.remove)
             stack.callback(self._watch_cache, None)
             yield
+            self._finite.settle()
 
     def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside_outer = True
+        self._take_turn()
+        self._now.inside_outer = True
         self._begin(module, args, kwargs)
 
     def _after_outer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._inside_outer = False
+        self._now.inside_outer = False
+        self._end(output)
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._inside_outer:
+        if not self._now.inside_outer:
+            self._take_turn()
             self._begin(module, args, kwargs)
+
+    def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._now.inside_outer:
+            self._end(output)
+
+    def _take_turn(self) -> None:
+        """Wait for the passes of other threads; one that an exception cut short holds it yet."""
+        if not self._now.holds_lock:
+            self._running.acquire()
+            self._now.holds_lock = True
+
+    def _end(self, output: Any) -> None:
+        """A pass is over: look at what came of it, and let the next one begin."""
+        if not self._now.holds_lock:
+            return
+        try:
+            tokens = self._now.current
+            if tokens is None or output is None:
+                return
+            cache = cache_in(output) if isinstance(output, dict) else None
+            self._remember(cache, tokens.call, tokens.columns)
+            self._finite.look_at(output, tokens)
+        finally:
+            self._now.holds_lock = False
+            self._running.release()
+
+    def _remember(self, cache: Any, call: Call, columns: int) -> None:
+        with contextlib.suppress(TypeError):  # no cache, or a tuple of older releases
+            self._of_cache[cache] = call, columns
+
+    def _known_cache(self, cache: Any) -> tuple[Call, int] | None:
+        try:
+            return self._of_cache.get(cache)
+        except TypeError:
+            return None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out the positions of a pass from the model's arguments."""
+        now = self._now
         given = {**_by_name(module, args), **kwargs} if args else kwargs
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = embeds if ids is None else ids
-        if not isinstance(tokens, Tensor):
-            return  # the model itself raises for missing inputs
-        if self._drafting:
-            self.current = None
+        if not isinstance(tokens, Tensor) or now.left_alone:
+            now.current = None  # without tokens the model itself says what is missing
             return
         self.passes += 1
         batch, length = tokens.shape[:2]
-        cache = _cache_in(given)
-        past = _past_length(cache, self._lm.name)
-        if self._generating and self.on_reorder:
+        cache = cache_in(given)
+        known = self._known_cache(cache)
+        past = past_length(
+            cache, self._lm.name, None if known is None else known[1], self._without_length
+        )
+        columns = past + length
+        if now.generating and self.on_reorder:
             self._watch_cache(cache)
-        call, real = self._call, None
-        if not (self._generating and call and cache is not None and past >= call.width):
-            mask = given.get("attention_mask")
-            real = self._real_columns(mask, batch, past + length, tokens.device)
-            if not self._generating and past == 0 and not self._continues(ids, real):
+        mask, place = given.get("attention_mask"), given.get("position_ids")
+        check_mask(mask, cache, columns, self._lm.name)
+        call, real = now.call, None
+        if not now.generating and past > 0:
+            call = self._call_of_cache(known)
+        if not (now.generating and call and cache is not None and past >= call.width):
+            real = self._real_columns(mask, batch, columns, tokens.device)
+            if not now.generating and past == 0 and not self._continues(ids, real):
                 call = None
         # else: no token after the prompts of `generate` is padding.
         if call is None:
             assert real is not None
-            call = self._call = self._open(ids, real, self._generating)
+            call = self._open(ids, real, now.generating)
+        now.call = call
         call.factor(batch)
-        if self._generating and self.passes > call.first_pass and cache is None:
+        if now.generating and self.passes > call.first_pass and cache is None:
             self._check_whole(length)
-        self.current = PassTokens(
-            call, batch, length, past + length, tokens.device, ids, real_columns=real
+        now.current = PassTokens(
+            call, batch, length, columns, tokens.device, ids, real_columns=real
         )
+        # After padding on the right, generate goes on counting from the padding's own position.
+        # On a device, looking at position ids behind the prompts would wait for it at every token.
+        told = not now.generating or call.ends_without_padding
+        if told and (real is not None or tokens.device.type == "cpu"):
+            check_position_ids(place, now.current, self._lm.name)
+        self._remember(cache, call, columns)
+
+    @functools.cached_property
+    def _without_length(self) -> frozenset[int]:
+        """Layers whose cache holds something else than the row: an image's keys."""
+        return frozenset(getattr(text_config(self._lm.model), "cross_attention_layers", None) or ())
+
+    def _call_of_cache(self, known: tuple[Call, int] | None) -> Call | None:
+        """The call that goes on with a cache, whichever thread began it."""
+        if known is not None:
+            return known[0]
+        if self._now.call is None and self.calls:
+            raise UserError(
+                f"{self._lm.name} was run by another thread inside steer(...), and now on a cache "
+                "that steering has not seen before: begin and end each row in one thread"
+            )
+        return self._now.call
 
     def _check_whole(self, length: int) -> None:
         """Raise UserError for a pass without a cache that does not hold the whole row."""
-        assert self._call is not None
-        if length < self._call.real.shape[1]:
+        call = self._now.call
+        assert call is not None
+        if length < call.real.shape[1]:
             raise UserError(
                 f"{self._lm.name} was run on {length} tokens after a prompt of "
-                f"{self._call.real.shape[1]} columns and no cache was found among its arguments, "
+                f"{call.real.shape[1]} columns and no cache was found among its arguments, "
                 "so positions cannot be counted: run it with use_cache=False"
             )
 
@@ -156,13 +262,13 @@ class PositionTracker:
         """Which columns of each row, from its start to the end of this pass, hold tokens."""
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask.to(device) != 0
-        elif self._generating and self._call is not None:
+        elif self._now.generating and (call := self._now.call) is not None:
             # The library drops a mask without padding, and makes a 4-D one for some caches. What
             # follows the prompt is never padding.
-            real = self._call.real.to(device)
-            real = real.repeat_interleave(self._call.factor(batch), dim=0)
+            real = call.real.to(device)
+            real = real.repeat_interleave(call.factor(batch), dim=0)
         else:
-            real = _visible_keys(mask, batch, columns, device)
+            real = visible_keys(mask, batch, columns, device)
         missing = columns - real.shape[1]
         if missing > 0:
             real = torch.cat([real, real.new_ones((batch, missing))], dim=1)
@@ -170,7 +276,7 @@ class PositionTracker:
 
     def _continues(self, ids: Tensor | None, real: Tensor) -> bool:
         """Whether a row given without a cache repeats the present call and appends to it."""
-        call = self._call
+        call = self._now.call
         if call is None or call.generating or call.ids is None or ids is None:
             return False
         rows, width = call.real.shape
@@ -183,29 +289,39 @@ class PositionTracker:
     @contextlib.contextmanager
     def _generate_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """One call of `generate`: its inputs are the prompts."""
-        if self._generating:
-            # The model drafts for itself (early exit). Drafts are not steered: the tokens that are
-            # kept are run again, and steered then.
-            self._drafting = True
-            try:
+        now = self._now
+        if now.generating:
+            # The model drafts for itself (early exit). Drafts are left alone: what is kept of them
+            # passes again, and is steered then.
+            with self._leaving_alone():
                 yield
-            finally:
-                self._drafting = False
             return
-        self._generating, self._call = True, None
         ids = args[0] if args else kwargs.get("inputs")
         ids = kwargs.get("input_ids") if ids is None else ids
         embeds = kwargs.get("inputs_embeds")
+        model = uncompiled(self._lm.model)
+        with self._running, guided(model, self._leaving_alone):
+            now.generating, now.call = True, None
+            try:
+                if isinstance(ids, Tensor) and ids.shape[-1] > 0:
+                    now.call = self._open(ids, _prompt_mask(model, ids, args, kwargs), True)
+                elif isinstance(embeds, Tensor):
+                    now.call = self._open(None, _prompt_mask(None, embeds, args, kwargs), True)
+                # else: generate starts from a token of its own, and the first pass shows it
+                yield
+                self._finite.settle()
+            finally:
+                now.generating, now.call = False, None
+                self._watch_cache(None)
+
+    @contextlib.contextmanager
+    def _leaving_alone(self) -> Iterator[None]:
+        """Passes of this thread are not steered meanwhile."""
+        before, self._now.left_alone = self._now.left_alone, True
         try:
-            if isinstance(ids, Tensor) and ids.shape[-1] > 0:
-                self._call = self._open(ids, _prompt_mask(self._lm.model, ids, args, kwargs), True)
-            elif isinstance(embeds, Tensor):
-                self._call = self._open(None, _prompt_mask(None, embeds, args, kwargs), True)
-            # else: `generate` adds a start token, and the prompt is seen at the first pass
             yield
         finally:
-            self._generating, self._call = False, None
-            self._watch_cache(None)
+            self._now.left_alone = before
 
     def _open(self, ids: Tensor | None, real: Tensor, generating: bool) -> Call:
         """Begin a call whose prompts are the real columns given."""
@@ -251,41 +367,6 @@ def _by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
 
 
-_CACHES = ("past_key_values", "cache", "cache_params")
-"""Names of the cache argument in releases of transformers; `cache` since 5.24."""
-
-
-def _cache_in(given: dict[str, Any]) -> Any:
-    """The cache among a pass's arguments, found by `get_seq_length` or by its name."""
-    named = [given[name] for name in _CACHES if given.get(name) is not None]
-    able = [value for value in given.values() if hasattr(value, "get_seq_length")]
-    return next(iter(able or named), None)
-
-
-def _past_length(cache: Any, name: str) -> int:
-    """Earlier columns that are in the cache and not in this pass; 0 without a cache."""
-    try:
-        return 0 if cache is None else int(cache.get_seq_length())
-    except (AttributeError, ValueError) as error:
-        raise UserError(
-            f"the cache of {name} does not say how many tokens it holds, so positions cannot be "
-            "counted: run it with use_cache=False"
-        ) from error
-
-
-def _visible_keys(
-    mask: Any, batch: int, columns: int, device: torch.device
-) -> Bool[Tensor, "batch columns"]:
-    """The real columns according to a 4-D attention mask: those that the last query may see."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return torch.ones((batch, columns), dtype=torch.bool, device=device)
-    last = mask[:, 0, -1, :columns].to(device)
-    # Boolean masks say True, additive ones 0, where attention is allowed.
-    return (last if last.dtype == torch.bool else last >= 0).expand(batch, -1)
-
-
 def _prompt_mask(
     model: Any, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Bool[Tensor, "rows width"]:
@@ -307,45 +388,3 @@ def _prompt_mask(
     )
     ends = {end} if isinstance(end, int) else set(end or ())
     return everything if pad is None or pad in ends else tokens != pad
-
-
-_Listener = Callable[[tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
-
-
-class _Tap:
-    """`model.generate` with listeners that see its arguments and are told when it ends."""
-
-    def __init__(self, model: Any) -> None:
-        self.original: Callable[..., Any] = model.generate
-        self.before = vars(model).get("generate")
-        self.listeners: list[_Listener] = []
-        functools.update_wrapper(self, self.original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            for listener in self.listeners:
-                stack.enter_context(listener(args, kwargs))
-            return self.original(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _tapped(model: Any, listener: _Listener) -> Iterator[None]:
-    """Let a listener see every call of `model.generate`.
-
-    The replacement is an attribute of the instance. Nested contexts share it, and the last one to
-    end removes it.
-    """
-    tap = vars(model).get("generate")
-    if not isinstance(tap, _Tap):
-        tap = _Tap(model)
-        model.generate = tap
-    tap.listeners.append(listener)
-    try:
-        yield
-    finally:
-        tap.listeners.remove(listener)
-        if not tap.listeners and vars(model).get("generate") is tap:
-            if tap.before is None:
-                del model.generate
-            else:
-                model.generate = tap.before

@@ -1,6 +1,7 @@
 """IFEval: reads the standard JSONL, answers the prompts, and computes its four accuracies."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.steering.checks.words import without_thinking
 from saesteer.steering.evaluation.arms import Decoding, Rate, answer
 from saesteer.steering.evaluation.grading import loose_variants
 from saesteer.steering.evaluation.intervals import paired_difference, sign_test
@@ -38,7 +40,8 @@ INSTRUCTION_OF = {
 class IFEvalPrompt:
     """One row of the data."""
 
-    key: int
+    key: int | str
+    """What the data calls it; the number of its line where it has no name."""
     prompt: str
     instructions: tuple[str, ...]
     kwargs: tuple[Mapping[str, Any], ...]
@@ -64,13 +67,13 @@ def load_ifeval(path: str | Path) -> list[IFEvalPrompt]:
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028 within a text
     except FileNotFoundError:
         raise UserError(f"`ifeval` {path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`ifeval` {path} cannot be read ({error})") from None
     prompts = [
-        _row(line, f"`ifeval` {path} line {number}")
+        _row(line, f"`ifeval` {path} line {number}", number)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -79,7 +82,7 @@ def load_ifeval(path: str | Path) -> list[IFEvalPrompt]:
     return prompts
 
 
-def _row(line: str, where: str) -> IFEvalPrompt:
+def _row(line: str, where: str, number: int) -> IFEvalPrompt:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -96,11 +99,13 @@ def _row(line: str, where: str) -> IFEvalPrompt:
     if not isinstance(kwargs, list) or len(kwargs) != len(names):
         raise UserError(f"{where} has {len(names)} instructions but not as many kwargs")
     given = tuple(
-        {key: value for key, value in (one or {}).items() if value is not None} for one in kwargs
+        {key: value for key, value in _kwargs(one, where).items() if value is not None}
+        for one in kwargs
     )
+    key = row.get("key")
     plain = row.get("prompt_without_instruction")
     prompt = IFEvalPrompt(
-        int(row.get("key", 0)),
+        key if isinstance(key, int | str) and key != "" else number,
         row["prompt"],
         tuple(names),
         given,
@@ -108,17 +113,36 @@ def _row(line: str, where: str) -> IFEvalPrompt:
     )
     try:
         follow(prompt, "x")
-    except TypeError as error:
+    except re.error as error:
+        raise UserError(
+            f"{where} has a keyword that is no regular expression ({error}), as which IFEval reads "
+            "it: write a backslash before ( ) [ ] * + ? . ^ $ |"
+        ) from None
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise UserError(f"{where} has kwargs that do not fit: {error}") from None
     return prompt
+
+
+def _kwargs(given: Any, where: str) -> dict[str, Any]:
+    """The arguments of one instruction: an object, or the text of one."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given or "{}")
+        except (ValueError, RecursionError):
+            raise UserError(f"{where} has kwargs that are no JSON objects") from None
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{where} has kwargs that are no objects: one for each instruction")
+    return given or {}
 
 
 def follow(prompt: IFEvalPrompt, reply: str) -> list[InstructionVerdict]:
     """Strict and loose verdicts on every instruction of a prompt. An empty reply follows none.
 
     Strict: the checker accepts the reply as it is. Loose: it accepts one of its eight readings.
+    Thoughts before the answer are no part of the reply.
     """
     found = []
+    reply = without_thinking(reply)
     readings = [text for text in loose_variants(reply) if text.strip()]
     for name, kwargs in zip(prompt.instructions, prompt.kwargs, strict=True):
         checker = CHECKERS[name]
@@ -194,6 +218,29 @@ def plan_for_row(row: IFEvalPrompt, plans: Sequence[tuple[Task, Plan]]) -> Plan 
     return None
 
 
+def chosen_rows(
+    prompts: Sequence[IFEvalPrompt],
+    *,
+    steered: bool,
+    matched: Sequence[tuple[Task, Plan]] = (),
+    only: Sequence[str] = (),
+    n: int | None = None,
+) -> list[IFEvalPrompt]:
+    """The rows that `evaluate_ifeval` answers. Raises UserError when none is left."""
+    chosen = [row for row in prompts if not only or set(row.instructions) <= set(only)]
+    if steered:
+        chosen = [row for row in chosen if row.plain is not None]
+    if matched:
+        chosen = [row for row in chosen if plan_for_row(row, matched) is not None]
+    chosen = chosen[: len(chosen) if n is None else n]
+    if not chosen:
+        raise UserError(
+            "no IFEval row is left: `plan` needs rows with prompt_without_instruction and an "
+            "instruction that the plan is for, `only` the ids of instructions that occur"
+        )
+    return chosen
+
+
 def evaluate_ifeval(
     model: str | LanguageModel,
     prompts: Sequence[IFEvalPrompt],
@@ -229,17 +276,7 @@ def evaluate_ifeval(
     Raises:
         UserError: no row is left, or plans were given and no row has a prompt without instruction.
     """
-    chosen = [row for row in prompts if not only or set(row.instructions) <= set(only)]
-    if plans or matched:
-        chosen = [row for row in chosen if row.plain is not None]
-    if matched:
-        chosen = [row for row in chosen if plan_for_row(row, matched) is not None]
-    chosen = chosen[: len(chosen) if n is None else n]
-    if not chosen:
-        raise UserError(
-            "no IFEval row is left: `plan` needs rows with prompt_without_instruction and an "
-            "instruction that the plan is for, `only` the ids of instructions that occur"
-        )
+    chosen = chosen_rows(prompts, steered=bool(plans or matched), matched=matched, only=only, n=n)
     if plans and {"prompted", "unsteered"} & plans.keys():
         raise UsageError("a plan cannot be called prompted or unsteered, as other arms are")
     lm = as_language_model(model, device=device, dtype=dtype)

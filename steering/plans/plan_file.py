@@ -122,6 +122,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         document = parse_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        inside = sorted(found.parent.name for found in file.parent.glob(f"*/{_YAML}"))
+        if inside:
+            raise UserError(
+                f"there is no {file}, but plans lie in {', '.join(inside[:5])}"
+                f"{', ...' if len(inside) > 5 else ''} below it: give one of these"
+            ) from None
         raise UserError(
             f"there is no {file}: give a folder that rank wrote, or its plan.yaml"
         ) from None

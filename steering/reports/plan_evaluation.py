@@ -12,7 +12,12 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.evaluation.compare import CompareConfig, Comparison, compare
 from saesteer.steering.evaluation.judge import Judge
-from saesteer.steering.ifeval.benchmark import INSTRUCTION_OF, IFEvalPrompt, evaluate_ifeval
+from saesteer.steering.ifeval.benchmark import (
+    INSTRUCTION_OF,
+    IFEvalPrompt,
+    chosen_rows,
+    evaluate_ifeval,
+)
 from saesteer.steering.plans.names import by_folder, load_plans, task_of
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.reports.evaluation_report import render_html, report_document
@@ -125,6 +130,12 @@ def evaluate_plans(
     if ifeval is not None and not only:
         matched = [(group.task, plan) for group in groups for plan in _in_ifeval(group)]
     everything = {path: plan for group in groups for path, plan in group.plans.items()}
+    if ifeval is not None:  # before the arms, whose answers would be lost
+        chosen_rows(
+            ifeval, steered=bool(matched or (everything and only)), matched=matched, only=only
+        )
+    if judge is not None:
+        judge.check()
     lm = as_language_model(model, device=device, dtype=dtype)
     comparisons = tuple(
         compare(lm, group.task, group.arms(), config, sae=sae, judge=judge, progress=progress)

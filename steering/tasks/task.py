@@ -7,6 +7,7 @@ are for selection (ranking, replies to train on); variants with `use: evaluate` 
 evaluation.
 """
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -160,8 +161,10 @@ def load_task(name_or_path: str | Path) -> Task:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _read_task(path)
+    near = difflib.get_close_matches(name.casefold(), builtin_tasks(), n=1)
+    hint = f", did you mean {near[0]}?" if near else ":"
     raise UsageError(
-        f"unknown task {name!r}: `task` takes a built-in name ({', '.join(builtin_tasks())}) "
+        f"unknown task {name!r}{hint} `task` takes a built-in name ({', '.join(builtin_tasks())}) "
         "or the path of a .yaml file"
     )
 

@@ -1,7 +1,10 @@
 """Runs command lines inside the test process and captures their output."""
 
+import contextlib
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +51,37 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         status = main()
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Run `saesteer` with stdout and stderr on a terminal: the status, and what a person sees."""
+    pty = pytest.importorskip("pty", reason="no terminals of this kind here")
+
+    def run(*words: object) -> tuple[int, str]:
+        person, ours = pty.openpty()
+        seen: list[bytes] = []
+
+        def watch() -> None:
+            with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+                while piece := os.read(person, 4096):
+                    seen.append(piece)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        with (
+            os.fdopen(ours, "w", encoding="utf-8") as terminal,
+            contextlib.redirect_stdout(terminal),
+            contextlib.redirect_stderr(terminal),
+        ):
+            status = cli(*words).status
+        watcher.join()
+        os.close(person)
+        return status, b"".join(seen).decode()
 
     return run
 

@@ -226,6 +226,50 @@ def test_schedules_gates_and_further_plans(cli: Cli, model: Path, sae: Path, pla
     assert once["tokens_touched"] == twice["tokens_touched"]
 
 
+def test_everything_that_is_printed_is_printed_on_a_terminal(
+    on_terminal: Callable[..., tuple[int, str]], plan: Path, sae: Path
+) -> None:
+    words = ("steer", "--plan", plan, "--sae", sae, "-p", "Hello", "--baseline", "--explain")
+    status, seen = on_terminal(*words, "--beside", "prompt", *SMALL[:-1])
+    assert status == 0, seen
+    for colour in (2, 1, 32, 33):
+        assert f"\x1b[{colour}m" in seen
+    status, seen = on_terminal(*words, "--beside", "nowhere", *SMALL[:-1])
+    assert status == 1 and "\x1b[31merror:" in seen
+
+
+def test_flags_are_those_of_further_plans_too(cli: Cli, plan: Path, tmp_path: Path) -> None:
+    from saesteer.steering import load_plan, save_plan
+
+    later = tmp_path / "later"
+    save_plan(load_plan(plan).with_changes(layer=2), later)
+    words = ("steer", "--plan", plan, "-p", "The bus.", "--json", *SMALL)
+    (row,) = rows_of(cli(*words, "--also", later, "--scope", "last-prompt").out)
+    assert row["tokens_touched"] == 1
+    texts = set()
+    for scale in (0.01, 3.0):
+        both = (*words, "--also", later, "--scale", scale)
+        (row,) = rows_of(cli(*both).out)
+        save_plan(load_plan(plan).with_changes(scale=scale), tmp_path / "a")
+        save_plan(load_plan(later).with_changes(scale=scale), tmp_path / "b")
+        (by_hand,) = rows_of(
+            cli("steer", "--plan", tmp_path / "a", "--also", tmp_path / "b", *words[3:]).out
+        )
+        assert row["completion"] == by_hand["completion"]
+        assert row["relative_dose"] == by_hand["relative_dose"]
+        texts.add(str(row["relative_dose"]))
+    assert len(texts) == 2
+    line = cli(*words, "--also", later, "--gate", "9999 > 1").error(1)
+    assert "--gate names latent 9999, and --sae" in line
+    assert "--layer is for one plan" in cli(*words, "--also", later, "--layer", 2).error(2)
+
+
+def test_a_gigantic_dose_is_said(cli: Cli, model: Path, sae: Path) -> None:
+    words = ("steer", "--model", model, "--sae", sae, "--latents", "3:1", "-p", "Hello", *SMALL)
+    assert "warning: relative dose" in cli(*words, "--scale", "1e4").err
+    assert "warning" not in cli(*words, "--scale", "0.1").err
+
+
 def test_other_ways_beside_a_plan(cli: Cli, model: Path, plan: Path, tmp_path: Path) -> None:
     """A second plan, prompting and the unsteered model in one command."""
     other = shutil.copytree(plan, tmp_path / "other")

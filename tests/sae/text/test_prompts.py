@@ -23,12 +23,12 @@ def test_chat_prompt_is_what_the_template_gives(shared_lm: Shared) -> None:
     lm = shared_lm()
     prompt = encode_prompt(lm, "  Name three rivers.\n", chat=True)
     expected = lm.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Name three rivers."}], add_generation_prompt=True
+        [{"role": "user", "content": "  Name three rivers.\n"}], add_generation_prompt=True
     )
     assert prompt.token_ids == list(expected["input_ids"])
-    assert prompt.text == "Name three rivers." and len(prompt) == len(prompt.token_ids)
+    assert prompt.text == "  Name three rivers.\n" and len(prompt) == len(prompt.token_ids)
     first, end = prompt.user_span
-    assert spelled(lm, prompt.token_ids[first:end]) == "Name three rivers."
+    assert spelled(lm, prompt.token_ids[first:end]).startswith("  Name three rivers.")
     template = [i for i in range(len(prompt)) if not first <= i < end]
     assert prompt.template_mask.nonzero().squeeze(1).tolist() == template
 
@@ -49,9 +49,32 @@ def test_texts_that_the_template_holds_too(text: str, shared_lm: Shared) -> None
 def test_plain_text_is_all_the_persons(shared_lm: Shared) -> None:
     lm = shared_lm(chat=False)
     prompt = encode_prompt(lm, " Name three rivers. ", chat=False)
-    assert prompt.token_ids == lm.tokenizer("Name three rivers.")["input_ids"]
+    assert prompt.token_ids == lm.tokenizer(" Name three rivers. ")["input_ids"]
+    assert prompt.text == " Name three rivers. "
     assert prompt.user_span == (0, len(prompt))
     assert not prompt.template_mask.any()
+
+
+def test_what_a_template_trims_is_found_in_it(tiny_lm: Callable[..., Any]) -> None:
+    lm = wrap_model(*tiny_lm())
+    lm.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] | trim }}>{% endfor %}"
+    prompt = encode_prompt(lm, " Name three rivers.\n", chat=True)
+    assert prompt.text == "Name three rivers." and prompt.rendered == "<Name three rivers.>"
+
+
+def test_half_a_surrogate_pair_is_named(shared_lm: Shared) -> None:
+    with pytest.raises(UserError, match=r"half of a surrogate pair \(U\+D83D after 'cut '\)"):
+        encode_prompt(shared_lm(), "cut \ud83d emoji", chat=False)
+
+
+def test_padding_is_a_token_that_the_embedding_has(tiny_lm: Callable[..., Any]) -> None:
+    lm = wrap_model(*tiny_lm())
+    rows = lm.model.get_input_embeddings().weight.shape[0]
+    lm.tokenizer.add_tokens([f"<extra {i}>" for i in range(rows)])
+    lm.tokenizer.pad_token = f"<extra {rows - 1}>"
+    assert lm.tokenizer.pad_token_id >= rows > lm.pad_id
+    ids, _ = pad_left(lm, [[3], [4, 5]])
+    assert int(ids.max()) < rows
 
 
 def test_a_tokenizer_that_begins_texts_with_a_token(tiny_lm: Callable[..., Any]) -> None:

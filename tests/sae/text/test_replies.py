@@ -11,7 +11,7 @@ import pytest
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.config import TextConfig
 from saesteer.sae.model.generation import Completion, generate
-from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.sae.text import replies as replies_module
 from saesteer.sae.text.contexts import open_contexts
 from saesteer.sae.text.prompts import encode_prompt
@@ -132,3 +132,29 @@ def test_only_training_contents_are_answered(chat: bool, shared_lm: Shared, tmp_
     assert is_reply.tolist() == [False, True, False, True]
     said = lm.tokenizer.decode(batch.token_ids[1].tolist())
     assert ("<|im_start|>user" in said) == chat
+
+
+def test_replies_outlive_a_run_that_is_cut_short(
+    tiny_lm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = wrap_model(*tiny_lm(), "tiny")
+    config = replace(CONFIG, batch_size=1)
+    whole = sample_replies(lm, PROMPTS, tmp_path / "whole", config).read_text()
+    generate_whole, batches = lm.model.generate, 0
+
+    def interrupted(**words: Any) -> Any:
+        nonlocal batches
+        if batches == 2:
+            raise KeyboardInterrupt
+        batches += 1
+        return generate_whole(**words)
+
+    monkeypatch.setattr(lm.model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_replies(lm, PROMPTS, tmp_path / "cut", config)
+    (part,) = (tmp_path / "cut").iterdir()
+    part.write_text(part.read_text() + '[3, "cut sh')  # the line that was being written
+    batches = 0
+    assert sample_replies(lm, PROMPTS, tmp_path / "cut", config).read_text() == whole
+    assert batches == 2
+    assert [file.suffix for file in (tmp_path / "cut").iterdir()] == [".jsonl"]

@@ -303,3 +303,37 @@ def test_cutting_a_json_reply_never_turns_it_into_a_pass(output: str, cut: int) 
 def test_arguments_that_cannot_work(name: str, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         run_check(name, "x", "y", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "phrase"),
+    [
+        ("start_phrase", "Wellness matters to us.", "Well"),
+        ("start_phrase", "Indeedy, said the clerk.", "Indeed"),
+        ("end_phrase", "She sat in the carpet", "pet"),
+    ],
+)
+def test_a_phrase_is_not_a_part_of_a_word(name: str, reply: str, phrase: str) -> None:
+    assert run_check(name, reply, SOURCE, phrase=phrase) is FAIL
+
+
+def test_keywords_of_scripts_without_blanks() -> None:
+    assert run_check("keyword", "昨天我在河边看见一座桥。", SOURCE, keyword="桥") is PASS
+    said = "強い雨 が 降った ので、 橋が 閉じ られた。"
+    assert run_check("forbidden", said, SOURCE, keywords=["橋"]) is FAIL
+    assert run_check("keyword", "ยังมีสะพานเก่าอยู่", SOURCE, keyword="สะพาน") is PASS
+
+
+def test_thoughts_are_not_checked() -> None:
+    thought = "<think>They want French, and JSON, so ...</think>\n"
+    assert run_check("language", thought + TRANSLATIONS["fr"][0], SOURCE, lang="fr") is PASS
+    assert run_check("json", thought + '[{"a": "`` ```"}]', SOURCE, kind="array") is PASS
+    assert run_check("no_comma", thought + "One two three four five six seven eight.", "") is PASS
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ['```json\n{"a": "b ```c``` d"}\n```', '```json {"a": 1}```', '~~~\n{"a": 1}\n~~~'],
+)
+def test_json_in_any_fence(reply: str) -> None:
+    assert run_check("json", reply, SOURCE, kind="object") is PASS

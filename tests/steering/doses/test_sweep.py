@@ -1,5 +1,6 @@
 """Choosing a dose: what is tried, on how many contents, and what wins."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.steering.doses import sweep as calibration
 from saesteer.steering.doses.sweep import Budget, Grid, Trial, calibrate, pareto, sweep
 from saesteer.steering.evaluation.arms import Decoding
 from saesteer.steering.evaluation.damage import Damage
+from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.hooking.generation import SteeredText
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task
@@ -367,3 +369,17 @@ def test_a_sweep_on_a_model_measures_more_damage_for_more_dose(
     assert gentle is not None and strong is not None
     assert 0 < gentle.kl < strong.kl and gentle.top1_agreement >= strong.top1_agreement
     assert found.unsteered.relative_dose is None and len(found.prompted.answers) == 2
+
+
+def test_settings_beyond_the_numbers_of_a_dtype_are_left_out(
+    lm: LanguageModel,
+) -> None:
+    half = wrap_model(copy.deepcopy(lm.model).half(), lm.tokenizer, "tiny")
+    ours = small_plan(half, (7, 3))
+    grid = Grid(k=(2,), scale=(1.0, 1e6))
+    found = sweep(half, TASK, ours, grid, rounds=((8, 1),))
+    assert found.chosen.plan.scale == 1.0 and len(found.trials) == 1
+    said = [text for text in found.warnings if text.startswith("1 settings were left out")]
+    assert len(said) == 1 and "float16" in said[0]
+    with pytest.raises(NotFiniteError):
+        sweep(half, TASK, ours, Grid(k=(2,), scale=(1e6,)), rounds=((8, 1),))

@@ -107,6 +107,22 @@ def test_a_judge_grades_every_answer_beside_the_programs(lm: LanguageModel, plan
         assert [a.verdict for a in arm.answers] == [a.verdict for a in same.answers]
 
 
+def test_a_judge_that_is_gone_takes_nothing_with_it(lm: LanguageModel, plan: Plan) -> None:
+    asked: list[str] = []
+
+    def judge(task: Task, content: str, reply: str) -> Grade | None:
+        asked.append(content)
+        if len(asked) > 1:
+            raise UserError("no answer any more")
+        return Grade.B
+
+    config = dataclasses.replace(GREEDY, controls=(), damage=False)
+    found = compare(lm, TASK, {"steered": plan}, config, judge=judge)
+    assert len(asked) == 2
+    assert [a.judged for arm in found.arms for a in arm.answers] == [Grade.B, None, None, None]
+    assert "the judge graded no further answers: no answer any more" in found.notes
+
+
 def test_the_document_holds_every_figure(lm: LanguageModel, plan: Plan, sae: SAE) -> None:
     found = compare(lm, TASK, {"steered": plan}, GREEDY, sae=sae)
     document = json.loads(json.dumps(comparison_document(found)))

@@ -128,3 +128,74 @@ def test_numbers_are_compared_by_their_digits() -> None:
     assert grading.keeps_numbers("Es waren 3.000 im Jahr 1666.", "There were 3,000 in 1666.")
     assert not grading.keeps_numbers("Es waren viele im Jahr 1666.", "There were 3,000 in 1666.")
     assert grading.keeps_numbers("ja", "yes")
+
+
+FORMS = {
+    "a list": "- The road is wet .\n- The road is shut .\n- The road is long .\n- Rain fell .",
+    "records": '{ "city" : "Rome" } , { "city" : "Oslo" } , { "city" : "Bern" }',
+    "calls": 'say ( "one" )\nsay ( "two" )\nsay ( "three" )',
+}
+LOOPS = {
+    "a sentence": "I am sorry to hear that . " * 4,
+    "a word": "very " * 20,
+    "a loop after a start": "The bridge was closed , so " + "we went home and " * 6,
+    "cut short": "he said that she said that he said that she said",
+    "counted": " ".join(f"{i} . I do not know" for i in range(12)),
+}
+
+
+def _tokens(text: str) -> list[str]:
+    return text.replace("\n", " \n ").split(" ")
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_a_form_that_repeats_is_no_loop(text: str) -> None:
+    assert grading.repetition(_tokens(text)) > grading.DEGENERATE_SHARE
+    assert not grading.is_degenerate(_tokens(text))
+
+
+@pytest.mark.parametrize("text", LOOPS.values(), ids=LOOPS)
+def test_loops_are_degenerate(text: str) -> None:
+    assert grading.is_degenerate(_tokens(text.strip()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["पुरानी सड़क बारिश के कारण बंद थी।", "สะพานเก่าถูกปิดในฤดูหนาว", "பழைய பாலம் மூடப்பட்டது"],
+)
+def test_content_words_of_scripts_with_marks(text: str) -> None:
+    assert grading.content_overlap(text, text) == 1.0
+    assert grading.content_overlap(text, "An old bridge.") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"),
+    [
+        ("2,500 people", "2\u202f500 personnes"),
+        ("2,500 people", "2 500 osób"),
+        ("12,345,678 people", "12 345 678 Leute"),
+        ("at 09:45", "à 9 h 45"),
+        ("at 09:45", "um 9.45 Uhr"),
+        ("at 10:05", "um 10 Uhr 05"),
+        ("25 boats", "२५ नावें"),
+        ("25 boats", "٢٥ قاربا"),
+    ],
+)
+def test_numbers_are_kept_in_other_hands(source: str, answer: str) -> None:
+    assert grading.keeps_numbers(answer, source)
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"),
+    [
+        ("2,500 people", "250 personnes"),
+        ("2,500 people", "2 et 500"),
+        ("3.5 km", "3 ou 5 km"),
+        ("at 09:45", "à 9 h"),
+        ("12 cats and 300 dogs", "12 300 dogs"),
+    ],
+)
+def test_numbers_that_are_lost(source: str, answer: str) -> None:
+    kept = grading.keeps_numbers(answer, source)
+    # Nobody can tell "12 300" from two numbers: that one passes.
+    assert kept is (answer == "12 300 dogs")

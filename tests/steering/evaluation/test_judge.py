@@ -19,6 +19,8 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.status = 200
+        self.then: int | None = None
+        """The status from the second question on."""
         self.body: Any = {"choices": [{"message": {"content": "B"}}]}
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         outer = self
@@ -29,6 +31,7 @@ class Endpoint:
                 outer.requests.append((self.path, dict(self.headers), sent))
                 text = outer.body if isinstance(outer.body, str) else json.dumps(outer.body)
                 self.send_response(outer.status)
+                outer.status = outer.then or outer.status
                 self.end_headers()
                 self.wfile.write(text.encode())
 
@@ -72,7 +75,15 @@ def test_no_key_is_sent_without_one(endpoint: Endpoint, monkeypatch: pytest.Monk
     ("text", "grade"),
     [
         ("A", Grade.A), ("Grade: C.", Grade.C), ("**B**", Grade.B), ("(A)", Grade.A),
-        ("", None), ("Bad", None), ("I cannot say", None),
+        ("", None), ("Bad", None), ("I cannot say", None), ("b", Grade.B),
+        ("A reply that ignores the text deserves C", Grade.C),
+        ("A good reply.", None),
+        ("A: it is right.", Grade.A),
+        ("The answer is A", Grade.A),
+        ("Grade: B. A better reply would name the bridge.", Grade.B),
+        ("C) A list was asked for", Grade.C),
+        ("Not A but B", Grade.B), ("B or C", None),
+        ("<think>A or B? A.</think>B", Grade.B),
     ],
 )  # fmt: skip
 def test_grades_in_an_answer(text: str, grade: Grade | None) -> None:
@@ -84,6 +95,8 @@ def test_grades_in_an_answer(text: str, grade: Grade | None) -> None:
     [
         (401, "{}", f"answered HTTP 401; set {KEY_VARIABLE}"),
         (500, "{}", "answered HTTP 500"),
+        (400, {"error": {"message": "use max_completion_tokens"}}, r"400 \(use max_completion"),
+        (404, "<html><b>no such page</b></html>", r"HTTP 404 \(no such page\)"),
         (200, "not json", "cannot be used"),
         (200, {"choices": []}, "sent no choices"),
     ],
@@ -91,7 +104,17 @@ def test_grades_in_an_answer(text: str, grade: Grade | None) -> None:
 def test_endpoints_that_fail(endpoint: Endpoint, status: int, body: Any, said: str) -> None:
     endpoint.status, endpoint.body = status, body
     with pytest.raises(UserError, match=said):
-        Judge(endpoint.url, "small")(load_task("json"), "a", "b")
+        Judge(endpoint.url, "small", waits=(0.0,))(load_task("json"), "a", "b")
+    assert len(endpoint.requests) == (2 if status >= 500 else 1)
+
+
+@pytest.mark.parametrize("status", [429, 503, 408])
+def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint, status: int) -> None:
+    endpoint.status = status
+    endpoint.then = 200
+    judge = Judge(endpoint.url, "small", waits=(0.0, 0.0))
+    assert judge(load_task("json"), "a", "b") is Grade.B
+    assert len(endpoint.requests) == 2
 
 
 def test_an_endpoint_that_is_not_there(endpoint: Endpoint) -> None:

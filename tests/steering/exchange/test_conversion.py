@@ -229,8 +229,12 @@ def test_several_layers(tmp_path: Path, lm: LanguageModel) -> None:
     vectors = {f"layer.{i}": torch.full((WIDTH,), float(i)) for i in (1, 3)}
     save_file(vectors, tmp_path / "v.safetensors")
     report = import_vectors(tmp_path / "v.safetensors", lm, tmp_path / "out")
-    assert len(report["files"]) == 2
-    assert load_plan(tmp_path / "out" / "layer-3").layer == 3
+    assert len(report["files"]) == 1 and "one plan of 2 parts, a block each" in report["notes"]
+    plan = load_plan(tmp_path / "out")
+    assert [part.layer for part in plan.parts] == [1, 3]
+    assert plan.with_changes(scale=0.5).scale == 0.5  # weaker in one go
+    with pytest.raises(UserError, match="but plans lie in out below it: give one of these"):
+        load_plan(tmp_path)
     save_file({"layer.9": torch.ones(WIDTH)}, tmp_path / "v.safetensors")
     with pytest.raises(UserError, match="has 4 blocks"):
         import_vectors(tmp_path / "v.safetensors", lm, tmp_path / "more")

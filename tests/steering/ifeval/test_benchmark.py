@@ -148,11 +148,43 @@ def test_the_standard_file_is_read(tmp_path: Path) -> None:
         ({**ROW, "instruction_id_list": ["a:b"]}, "names 'a:b', none of the 25 instructions"),
         ({**ROW, "kwargs": [{}, {}]}, "has 1 instructions but not as many kwargs"),
         ({**ROW, "kwargs": [{"letter": "a"}]}, "has kwargs that do not fit"),
+        ({**ROW, "kwargs": ["[]"]}, "has kwargs that are no objects"),
+        ({**ROW, "kwargs": ["{"]}, "has kwargs that are no JSON objects"),
+        (
+            {
+                **ROW,
+                "instruction_id_list": ["keywords:existence"],
+                "kwargs": [{"keywords": ["a(b"]}],
+            },
+            "has a keyword that is no regular expression",
+        ),
     ],
 )
 def test_rows_that_cannot_be(tmp_path: Path, row: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_ifeval(written(tmp_path, row))
+
+
+@pytest.mark.parametrize(("key", "found"), [("1001:2:fr", "1001:2:fr"), (None, 1), (7, 7), ("", 1)])
+def test_rows_are_called_what_the_data_calls_them(
+    tmp_path: Path, key: Any, found: int | str
+) -> None:
+    (row,) = load_ifeval(written(tmp_path, {**ROW, "key": key, "kwargs": ["{}"]}))
+    assert row.key == found and row.kwargs == ({},)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
+def test_a_line_of_the_file_ends_at_a_newline_alone(tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {**ROW, "prompt": f"One.{mark}Two."}
+    text = json.dumps(row, ensure_ascii=mark in "\x0c\x1e") + "\r\n"
+    file.write_bytes(text.encode())
+    assert load_ifeval(file)[0].prompt == row["prompt"]
+
+
+def test_thoughts_before_an_answer_are_not_judged() -> None:
+    (comma,) = follow(prompt("punctuation:no_comma"), "<think>\nWell, well.\n</think>\n\nYes")
+    assert comma.strict
 
 
 def test_files_that_cannot_be(tmp_path: Path) -> None:

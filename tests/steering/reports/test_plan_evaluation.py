@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import plain
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering import (
@@ -17,6 +17,7 @@ from saesteer.steering import (
     plans_by_task,
     save_plan,
 )
+from saesteer.steering.evaluation.judge import Judge
 from saesteer.steering.ifeval.benchmark import IFEvalPrompt
 from saesteer.steering.plans.plan import Plan, TaskIdentity
 
@@ -77,3 +78,20 @@ def test_ifeval_without_a_plan_and_for_a_task_it_does_not_know(lm: LanguageModel
     groups = plans_by_task({"a": small_plan(lm, (1,))}, "python")
     with pytest.raises(UsageError, match="no instruction like the task 'python': give `only`"):
         evaluate_plans(lm, groups, QUICK, ifeval=[ROW])
+
+
+def test_what_cannot_end_well_is_refused_before_an_arm_runs(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*words: object, **more: object) -> None:
+        raise AssertionError("an arm ran")
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    groups = plans_by_task({"p": plan_for(lm, "no_comma", 1)})
+    without = replace(ROW, plain=None)
+    with pytest.raises(UserError, match="no IFEval row is left"):
+        evaluate_plans(lm, groups, QUICK, ifeval=[without])
+    with pytest.raises(UserError, match="no IFEval row is left"):
+        evaluate_plans(lm, groups, QUICK, ifeval=[ROW], only=["startend:quotation"])
+    with pytest.raises(UserError, match="cannot be used"):
+        evaluate_plans(lm, groups, QUICK, judge=Judge("http://127.0.0.1:9", "small", timeout=2.0))

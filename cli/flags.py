@@ -157,6 +157,7 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
     group.add_argument(
         "--bos",
         choices=("auto", "always", "never"),
+        metavar="WHEN",
         help="beginning-of-text token in front of contexts: auto (as the tokenizer does), always, "
         f"never {default(TextConfig, 'bos')}",
     )

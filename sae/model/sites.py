@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError
 from saesteer.sae.model.language_model import LanguageModel
 
 Stream = Float[Tensor, "batch seq d_model"]
@@ -89,6 +89,11 @@ def _find_sites(lm: LanguageModel, layer: int) -> _Sites:
     if before is None or after is None:
         reason = "its blocks do not pass one row of the model's width for each token"
         return {}, dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), reason)
+    if not all(bool(torch.isfinite(stream).all()) for stream in (before, after)):
+        raise NonFiniteError(
+            f"{lm.name} gave NaN or infinite activations at layer {layer} for a few made-up "
+            "tokens, so that no site can be told: try `dtype` float32, or look at its weights"
+        )
     attention = [seen.order for seen in outputs if "att" in seen.path.lower()]
     if not attention:
         outputs_of_attention: list[_Seen] = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import NonFiniteError, UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.model.hooks import capture, hooked, resolve_site, run_to, sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
@@ -211,3 +211,11 @@ def test_every_causal_family_of_transformers(kind: str) -> None:
     assert set(done) == set(INNER)
     # Either proved by a sum, or refused with what to do instead.
     assert all(not said.startswith("refused") or "use resid_post" in said for said in done.values())
+
+
+def test_weights_that_are_no_numbers_are_named(fresh_lm: Shared) -> None:
+    lm = fresh_lm("llama")
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="gave NaN or infinite activations at layer 1"):
+        find_site(lm, 1, "mlp_out")

@@ -13,20 +13,24 @@ MOST_AUX = 512
 _AUX_ELEMENTS = 2**24
 
 
-def auxiliary_loss(
+def with_auxiliary_loss(
+    loss: Float[Tensor, ""],
     parameters: Parameters,
     x: Float[Tensor, "batch d_in"],
     error: Float[Tensor, "batch d_out"],
-    dead: DeadList,
+    dead: DeadList | None,
     weight: float,
-) -> tuple[Float[Tensor, ""], CompactGradients]:
-    """The loss of `saesteer.kernels.auxk` with k_aux = min(512, number dead), and its gradients.
+) -> tuple[Float[Tensor, ""], CompactGradients | None]:
+    """`loss` plus `weight` times that of `saesteer.kernels.auxk` with k_aux = min(512, number
+    dead), and the gradients of what was added; `loss` itself and None where no latent is dead.
 
-    `error` is reconstruction minus target, held constant. Both results are multiplied by `weight`.
+    `error` is reconstruction minus target, held constant. `weight` is in the gradients as well.
     """
+    if dead is None or not len(dead.ids):
+        return loss, None
     # With many dead latents, every n-th row of the batch stands for all, which bounds the memory.
     stride = max(1, -(-len(x) * len(dead.ids) // _AUX_ELEMENTS))
-    loss, W_enc, b_enc, W_dec = auxk(
+    extra, W_enc, b_enc, W_dec = auxk(
         x[::stride],
         -error[::stride],
         parameters["W_enc_rows"],
@@ -36,4 +40,5 @@ def auxiliary_loss(
         MOST_AUX,
         dead.is_filler,
     )
-    return weight * loss, CompactGradients(dead.ids, weight * W_enc, weight * b_enc, weight * W_dec)
+    gradients = CompactGradients(dead.ids, weight * W_enc, weight * b_enc, weight * W_dec)
+    return loss + weight * extra, gradients

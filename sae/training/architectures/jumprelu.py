@@ -34,7 +34,7 @@ from saesteer.sae.training.architecture import (
 )
 from saesteer.sae.training.architectures.batchtopk import mean_l0
 from saesteer.sae.training.architectures.topk import TopK, squared_deviation
-from saesteer.sae.training.auxiliary_loss import auxiliary_loss
+from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
 
 BANDWIDTH = 0.2
 """Width of the window."""
@@ -121,10 +121,7 @@ class JumpReLU(Architecture):
         squared_error = squared.sum()
         excess = active.sum(dtype=pre_acts.dtype) / (len(x) * self.l0) - 1
         loss = squared_error / target.numel() + WEIGHT * excess.square()
-        compact = None
-        if dead is not None and len(dead.ids):
-            extra, compact = auxiliary_loss(parameters, x, error, dead, self.auxk)
-            loss = loss + extra
+        loss, compact = with_auxiliary_loss(loss, parameters, x, error, dead, self.auxk)
         factor = 2 / max(1, target.numel())
         # What one pair more would add to the penalty.
         price = 2 * WEIGHT * excess / (self.l0 * len(x))

@@ -31,7 +31,7 @@ from saesteer.sae.training.architecture import (
 )
 from saesteer.sae.training.architectures.batchtopk import BatchTopK, least_activation
 from saesteer.sae.training.architectures.topk import squared_deviation
-from saesteer.sae.training.auxiliary_loss import auxiliary_loss
+from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
 
 _SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
 """Where prefixes end by default: SAEBench's groups of 1/32, 1/16, 1/8, 1/4 and the rest."""
@@ -102,10 +102,7 @@ class Matryoshka(BatchTopK):
         )
         squares = squared.sum(dim=0)
         loss = squares.mean() / target.numel()
-        compact = None
-        if dead is not None and len(dead.ids):
-            extra, compact = auxiliary_loss(parameters, x, last, dead, self.auxk)
-            loss = loss + extra
+        loss, compact = with_auxiliary_loss(loss, parameters, x, last, dead, self.auxk)
         factor = 2 / max(1, target.numel() * levels)
         return Pass(
             loss=loss,

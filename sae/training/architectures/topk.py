@@ -19,7 +19,7 @@ from saesteer.sae.training.architecture import (
     Pass,
     refuse_others,
 )
-from saesteer.sae.training.auxiliary_loss import auxiliary_loss
+from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,7 @@ class TopK(Architecture):
         )
         squared_error = squared.sum()
         loss = squared_error / target.numel()
-        compact = None
-        if dead is not None and len(dead.ids):
-            extra, compact = auxiliary_loss(parameters, x, error, dead, self.auxk)
-            loss = loss + extra
+        loss, compact = with_auxiliary_loss(loss, parameters, x, error, dead, self.auxk)
         factor = 2 / max(1, target.numel())
         return Pass(
             loss=loss,

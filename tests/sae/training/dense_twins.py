@@ -38,3 +38,15 @@ def gradients(p: Parameters, total: Tensor) -> dict[str, Tensor]:
 
 def own_gradients(p: Parameters, done: Pass) -> dict[str, Tensor]:
     return pass_gradients(done, len(p["b_enc"]))[0]
+
+
+def with_dense_auxk(
+    total: Tensor, p: Parameters, pre_acts: Tensor, residual: Tensor, dead: Tensor, auxk: float
+) -> Tensor:
+    """`total` plus the auxiliary loss of latents that are all within k_aux; `residual` is held."""
+    if not dead.any():
+        return total
+    held = residual.detach()
+    estimate = torch.where(dead, pre_acts, 0.0).relu() @ p["W_dec"]
+    variance = (held - held.mean(dim=0)).square().sum()
+    return total + auxk * (estimate - held).square().sum() / variance

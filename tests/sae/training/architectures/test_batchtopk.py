@@ -20,7 +20,7 @@ from saesteer.sae.training.architectures.batchtopk import BatchTopK
 from saesteer.sae.verbs.train import train
 
 from ...training_runs import CONFIG, weights
-from ..dense_twins import batch_for, gradients, parameters_for
+from ..dense_twins import batch_for, gradients, parameters_for, with_dense_auxk
 
 
 def keep_batch(pre_acts: Tensor, count: int) -> Tensor:
@@ -36,12 +36,7 @@ def dense_loss(p: Parameters, x: Tensor, k: int, dead: Tensor, auxk: float) -> T
     acts = keep_batch(pre_acts, len(x) * k)
     residual = x - acts @ p["W_dec"] - p["b_dec"]
     total = residual.square().mean()
-    if dead.any():
-        held = residual.detach()
-        estimate = torch.where(dead, pre_acts, 0.0).relu() @ p["W_dec"]  # all within k_aux
-        variance = (held - held.mean(dim=0)).square().sum()
-        total = total + auxk * (estimate - held).square().sum() / variance
-    return total
+    return with_dense_auxk(total, p, pre_acts, residual, dead, auxk)
 
 
 @settings(max_examples=60, deadline=None)

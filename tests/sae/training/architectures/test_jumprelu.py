@@ -18,7 +18,7 @@ from saesteer.sae.training.architectures.jumprelu import BANDWIDTH, WEIGHT, Jump
 from saesteer.sae.verbs.train import train
 
 from ...training_runs import CONFIG
-from ..dense_twins import batch_for, gradients, parameters_for
+from ..dense_twins import batch_for, gradients, parameters_for, with_dense_auxk
 
 
 class Step(torch.autograd.Function):
@@ -57,12 +57,7 @@ def dense_loss(p: Parameters, x: Tensor, l0: float, dead: Tensor, auxk: float) -
     residual = x - acts @ p["W_dec"] - p["b_dec"]
     mean = Step.apply(pre_acts, p["threshold"]).sum() / len(x)
     total = residual.square().mean() + WEIGHT * (mean / l0 - 1).square()
-    if dead.any():
-        held = residual.detach()
-        estimate = torch.where(dead, pre_acts, 0.0).relu() @ p["W_dec"]  # all within k_aux
-        variance = (held - held.mean(dim=0)).square().sum()
-        total = total + auxk * (estimate - held).square().sum() / variance
-    return total
+    return with_dense_auxk(total, p, pre_acts, residual, dead, auxk)
 
 
 @settings(max_examples=60, deadline=None)

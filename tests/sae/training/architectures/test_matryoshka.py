@@ -19,7 +19,7 @@ from saesteer.sae.training.architectures.matryoshka import Matryoshka, cut_at
 from saesteer.sae.verbs.train import train
 
 from ...training_runs import CONFIG
-from ..dense_twins import batch_for, gradients, parameters_for
+from ..dense_twins import batch_for, gradients, parameters_for, with_dense_auxk
 from .test_batchtopk import keep_batch
 
 
@@ -34,12 +34,7 @@ def dense_loss(
         residual = x - acts[:, :end] @ p["W_dec"][:end] - p["b_dec"]
         total = total + residual.square().mean() / len(ends)
     squared = residual.square().sum()
-    if dead.any():
-        held = residual.detach()
-        estimate = torch.where(dead, pre_acts, 0.0).relu() @ p["W_dec"]  # all within k_aux
-        variance = (held - held.mean(dim=0)).square().sum()
-        total = total + auxk * (estimate - held).square().sum() / variance
-    return total, squared
+    return with_dense_auxk(total, p, pre_acts, residual, dead, auxk), squared
 
 
 @settings(max_examples=60, deadline=None)

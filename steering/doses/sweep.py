@@ -19,7 +19,7 @@ from saesteer.steering.evaluation.arms import (
     two_ways_to_ask,
 )
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe
-from saesteer.steering.hooking.finite import NotFiniteError
+from saesteer.steering.hooking.tracking.finite import NotFiniteError
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 

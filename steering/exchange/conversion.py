@@ -43,6 +43,11 @@ def check_export(
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
         raise UsageError(f"`format` must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
+    if plan.when is not None:
+        raise UserError(
+            f"the plan acts only where its condition holds (`when`: {plan.when.source}), and "
+            f"{format} steers every text: export plan.with_changes(when=None)"
+        )
     for name, part in _named(plan):
         _check_part(name, part, format, as_scope)
     by_block = _by_block(plan, format)
@@ -84,7 +89,8 @@ def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) ->
         held = [method for method, does in METHODS.items() if format in does.exports]
         raise UserError(
             f"{name} has method {part.method}, which {format} cannot hold; it holds "
-            f"{', '.join(held)}: make a plan with one of these"
+            f"{', '.join(held)}: make a plan with one of these, or of the parts that are "
+            "(plan.with_changes(parts=...))"
         )
     if format == "lm-eval-csv":
         lm_eval_files.source_of_clamp(part, name)
@@ -112,6 +118,7 @@ def _check_adds_one_vector(part: PlanPart, name: str) -> None:
         (part.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
         (bool(part.gate), f"the gate {part.gate!r}"),
         (part.schedule != "constant", f"the schedule {part.schedule!r}"),
+        (part.by_place is not None, "doses by place in the prompt"),
     ):
         if wrong:
             raise UserError(

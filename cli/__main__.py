@@ -19,6 +19,7 @@ VERBS = {
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
+    "find": "search layers, phases, directions or latents and doses for one task, within a time",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
     "convert": "write an SAE or a plan in another tool's format, and report what differs",
     "doctor": "check that hooks work on a model, and predict time and memory of a job",

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -95,8 +94,9 @@ def read_phases(
     replies = sampled(lm, to_answer, config, progress)
     instructed, alone = replies[: -len(plain)], replies[-len(plain) :]
     sources = contents * len(answered)
+    graded = task.check_name is not None
     follows = [
-        bool(reply.token_ids) and (task.check_name is None or task.passes_loosely(reply.text, source))
+        bool(reply.token_ids) and (not graded or task.passes_loosely(reply.text, source))
         for reply, source in zip(instructed, sources, strict=True)
     ]
     counts = follows if any(follows) else [bool(reply.token_ids) for reply in instructed]
@@ -113,7 +113,8 @@ def read_phases(
                 reply = instructed[number * len(contents) + i]
             said = [] if reply is None else reply.token_ids
             rows.append([*prompt.token_ids, *said])
-            passages.append(_Passage(len(prompt), with_instruction, None if with_instruction else i))
+            content = None if with_instruction else i
+            passages.append(_Passage(len(prompt), with_instruction, content))
     places = _places(to_answer) if chat else 1
     sums = _Sums(lm, places, len(contents))
     reader = PromptReader(lm, sums.points)

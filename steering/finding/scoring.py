@@ -1,41 +1,39 @@
 """How well settings steer: their answers as rows of one batch, graded and judged together."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-
-import torch
+from typing import Any
 
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import encode_prompt, pad_right
-from saesteer.steering.evaluation.arms import Decoding, answer
-from saesteer.steering.evaluation.grading import is_degenerate
+from saesteer.sae.text.prompts import encode_prompt
+from saesteer.steering.evaluation.arms import Decoding, Rate, answer
+from saesteer.steering.grades.grade import GRADES, Graded, Grader
+from saesteer.steering.grades.log_probs import nats_after
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, compose
 
-_ROWS_AT_ONCE = 32
-
 
 @dataclass(frozen=True)
 class Mark:
-    """One answer's grades."""
+    """One answer, its grades, and what the instructed model thinks of it."""
 
     content: str
     output: str
-    follows: bool
-    fluent: bool
-    faithful: bool | None
-    """None where no program can tell."""
-    log_prob: float
-    """Per token, by the model that is given content and instruction; -inf for no answer."""
+    grades: Graded
+    nats: float
+    """Per token, after content and instruction; infinite for no answer."""
 
     @property
-    def strict(self) -> bool:
-        """Follows, is fluent and, where that can be told, faithful."""
-        return self.follows and self.fluent and self.faithful is not False
+    def good(self) -> bool:
+        """Strict; follows and fluent where no program can tell whether it is faithful."""
+        if self.grades.strict is None:
+            return self.grades.follows and self.grades.fluent is not False
+        return self.grades.strict
 
 
 @dataclass(frozen=True)
@@ -43,129 +41,133 @@ class Scale:
     """What the instructed model thinks of plain answers, and of its own: the ends of a scale."""
 
     plain: float
+    """Nats per token."""
     own: float
 
     def share(self, mark: Mark) -> float:
-        """Where an answer lies between plain ones (0) and the model's own (1); 0 in a loop."""
-        if not mark.fluent:
+        """Where an answer lies between plain ones (0) and the model's own (1).
+
+        A loop is likely too, and counts as 0, as does any text that is not fluent.
+        """
+        if mark.grades.fluent is False:
             return 0.0
-        width = max(self.own - self.plain, 1e-3)
-        return min(1.0, max(0.0, (mark.log_prob - self.plain) / width))
+        width = max(self.plain - self.own, 1e-3)
+        return min(1.0, max(0.0, (self.plain - mark.nats) / width))
 
 
 @dataclass(frozen=True)
 class Score:
-    """The marks of one setting on some contents."""
+    """The marks of one way to answer on some contents."""
 
     marks: tuple[Mark, ...]
     scale: Scale
 
     @property
     def value(self) -> float:
-        """What is maximised: strict + follows-and-fluent / 2 + log-probability share, over 2.5.
+        """What the search maximises, in [0, 1]: the mean of strict, of follows, and of the share
+        of the instructed model's log-probability (see `Scale`), the first counting twice.
 
-        The second term tells settings apart while none is strict yet.
+        `follows` counts for fluent answers alone. It tells settings apart while none is strict yet.
         """
-        if not self.marks:
-            return 0.0
-        return fmean(
-            (mark.strict + (mark.follows and mark.fluent) / 2 + self.scale.share(mark)) / 2.5
-            for mark in self.marks
-        )
+        values = []
+        for mark in self.marks:
+            follows = mark.grades.follows and mark.grades.fluent is not False
+            values.append((2 * mark.good + follows + self.scale.share(mark)) / 4)
+        return fmean(values) if values else 0.0
 
-    def rate(self, which: str) -> float:
-        """The share of answers that have a grade; of those that can be graded, for `faithful`."""
-        told = [value for mark in self.marks if (value := getattr(mark, which)) is not None]
-        return fmean(told) if told else 0.0
+    def rate(self, grade: str) -> Rate | None:
+        """The rate of a grade, with its interval; None where no program can tell."""
+        told = [value for mark in self.marks if (value := mark.grades.grade(grade)) is not None]
+        return Rate.of(told) if told else None
+
+    def rates(self) -> dict[str, list[float] | None]:
+        """`[rate, low, high]` of every grade, JSON-ready."""
+        found = {grade: self.rate(grade) for grade in GRADES}
+        return {
+            grade: None if rate is None else [rate.value, rate.low, rate.high]
+            for grade, rate in found.items()
+        }
 
     @property
-    def log_prob_share(self) -> float:
-        """Mean share of the log-probability."""
-        return fmean(self.scale.share(mark) for mark in self.marks)
+    def nats(self) -> float | None:
+        """Mean nats per token of the answers after content and instruction."""
+        finite = [mark.nats for mark in self.marks if math.isfinite(mark.nats)]
+        return fmean(finite) if finite else None
+
+    def row(self, samples: int = 3) -> dict[str, Any]:
+        """Rates, log-probability and some answers, JSON-ready."""
+        nats = self.nats
+        return {
+            **self.rates(),
+            "n": len(self.marks),
+            "value": self.value,
+            "instructed_log_prob": None if nats is None else -nats,
+            "samples": [
+                {"content": mark.content, "answer": mark.output} for mark in self.marks[:samples]
+            ],
+        }
 
     def joined(self, other: "Score") -> "Score":
         """Over the contents of both."""
         return Score((*self.marks, *other.marks), self.scale)
 
 
+@dataclass(eq=False)
 class Scorer:
-    """Answers contents under plans and marks the answers."""
+    """Answers contents and marks the answers.
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        task: Task,
-        contents: Sequence[str],
-        decoding: Decoding,
-        progress: Progress = no_progress,
-    ) -> None:
-        self.lm, self.task, self.contents = lm, task, list(contents)
-        self.decoding, self._progress = decoding, progress
-        asked = [compose(content, task.instruction) for content in self.contents]
-        self.unsteered = self.mark(self._answers(self.contents, None, "unsteered"), self.contents)
-        self.prompted = self.mark(self._answers(asked, None, "prompted"), self.contents)
-        finite = [
-            [mark.log_prob for mark in marks if mark.log_prob > -1e9]
-            for marks in (self.unsteered, self.prompted)
-        ]
-        plain, own = (fmean(values) if values else -10.0 for values in finite)
+    The unsteered and the prompted answers are made first; they are the ends of the scale of
+    log-probabilities.
+    """
+
+    lm: LanguageModel
+    task: Task
+    contents: Sequence[str]
+    grader: Grader
+    decoding: Decoding
+    wording: str
+    """Of the instruction, for the prompted answers and their log-probability."""
+    progress: Progress = no_progress
+
+    def __post_init__(self) -> None:
+        self.scale = Scale(1.0, 0.0)
+        self.unsteered = self._plain("unsteered", self.contents)
+        asked = [compose(content, self.wording) for content in self.contents]
+        self.prompted = self._plain("prompted", asked)
+        ends = [score.nats for score in (self.unsteered, self.prompted)]
+        plain, own = (10.0 if nats is None else nats for nats in ends)
         self.scale = Scale(plain, own)
+        self.unsteered = replace(self.unsteered, scale=self.scale)
+        self.prompted = replace(self.prompted, scale=self.scale)
+
+    def _plain(self, stage: str, texts: Sequence[str]) -> Score:
+        answers = self._answers(texts, None, stage)
+        return Score(tuple(self._marks(answers, self.contents)), self.scale)
 
     def _answers(
         self, texts: Sequence[str], plans: Sequence[Plan] | None, stage: str
     ) -> list[SteeredText]:
         rows = None if plans is None else ByRow(plans)
         most = self.task.max_new_tokens
-        return answer(self.lm, texts, rows, most, self.decoding, stage, self._progress)
+        return answer(self.lm, texts, rows, most, self.decoding, stage, self.progress)
 
     def scores(self, plans: Sequence[Plan], places: range, stage: str) -> list[Score]:
         """The scores of some plans on the same contents, all in one run of the model."""
         contents = [self.contents[i] for i in places]
-        texts = contents * len(plans)
         rows = [plan for plan in plans for _ in contents]
-        marks = self.mark(self._answers(texts, rows, stage), texts)
+        texts = list(contents) * len(plans)
+        marks = self._marks(self._answers(texts, rows, stage), texts)
         n = len(contents)
+        return [Score(tuple(marks[i * n : (i + 1) * n]), self.scale) for i in range(len(plans))]
+
+    def _marks(self, answers: Sequence[SteeredText], contents: Sequence[str]) -> list[Mark]:
+        said = [one.token_ids for one in answers]
+        grades = self.grader.grade(contents, [one.completion for one in answers], token_ids=said)
+        chat = self.lm.has_chat_template
+        asked = [compose(content, self.wording) for content in contents]
+        heads = [encode_prompt(self.lm, text, chat=chat).token_ids for text in asked]
+        nats = nats_after(self.lm, heads, said)
         return [
-            Score(tuple(marks[i * n : (i + 1) * n]), self.scale) for i in range(len(plans))
+            Mark(content, one.completion, grade, math.inf if cost is None else cost)
+            for content, one, grade, cost in zip(contents, answers, grades, nats, strict=True)
         ]
-
-    def mark(self, answers: Sequence[SteeredText], contents: Sequence[str]) -> list[Mark]:
-        """Grade answers to contents."""
-        asked = [compose(content, self.task.instruction) for content in contents]
-        log_probs = mean_log_probs(self.lm, asked, [one.token_ids for one in answers])
-        return [
-            Mark(
-                content,
-                one.completion,
-                self.task.passes_loosely(one.completion, content),
-                bool(one.token_ids) and not is_degenerate(one.token_ids),
-                None,
-                log_prob,
-            )
-            for one, content, log_prob in zip(answers, contents, log_probs, strict=True)
-        ]
-
-
-def mean_log_probs(
-    lm: LanguageModel, texts: Sequence[str], replies: Sequence[Sequence[int]]
-) -> list[float]:
-    """Log-probability per token of each reply after its prompt, unsteered; -inf for no reply."""
-    prompts = [encode_prompt(lm, text, chat=lm.has_chat_template).token_ids for text in texts]
-    found = [float("-inf")] * len(prompts)
-    order = sorted(
-        (i for i in range(len(prompts)) if replies[i]),
-        key=lambda i: -len(prompts[i]) - len(replies[i]),
-    )
-    for first in range(0, len(order), _ROWS_AT_ONCE):
-        chunk = order[first : first + _ROWS_AT_ONCE]
-        rows = [[*prompts[i], *replies[i]] for i in chunk]
-        ids, mask = pad_right(lm, rows)
-        with torch.inference_mode():
-            h = lm.text_model(input_ids=ids, attention_mask=mask, use_cache=False)
-            hidden = h.last_hidden_state
-            for at, i in enumerate(chunk):
-                start, end = len(prompts[i]), len(prompts[i]) + len(replies[i])
-                logits = lm.unembed(hidden[at, start - 1 : end - 1]).float()
-                said = torch.tensor(list(replies[i]), device=logits.device)[:, None]
-                found[i] = float(torch.log_softmax(logits, dim=-1).gather(1, said).mean())
-    return found

@@ -105,7 +105,9 @@ def test_set_to_at_every_scope_inside_the_prompt(scope: str, run: str, lm: Langu
     check(lm, plan, lambda row, tokens: rules_of(lm, plan, saes, row, tokens), run)
 
 
-@pytest.mark.parametrize("run", ["greedy", "static cache", "chunked prefill", "beams", "early exit"])
+@pytest.mark.parametrize(
+    "run", ["greedy", "static cache", "chunked prefill", "beams", "early exit"]
+)
 @pytest.mark.parametrize("fields", [{"method": "add"}, {"method": "add-keep-norm"}])
 def test_adding_by_place_in_the_tail(fields: Any, run: str, lm: LanguageModel) -> None:
     sae = make_sae(lm)

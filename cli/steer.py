@@ -105,12 +105,14 @@ def add_flags(parser: VerbParser) -> None:
         "--scope",
         metavar="WHERE",
         help="positions to steer: generation, generated, prompt, all, last-prompt, first:N, "
-        "span:A-B, after-instruction or assistant (default with --latents: generation)",
+        "span:A-B, after-instruction, assistant, tail (the template after the user's text) or "
+        "replies (default with --latents: generation)",
     )
     how.add_argument(
         "--schedule",
         metavar="HOW",
-        help="strength over the new tokens: constant, first:N, linear:N or decay:OMEGA,K "
+        help="strength over the new tokens: constant, first:N, linear:N, decay:OMEGA,K or "
+        "steps:G=W,G=W,... "
         "(default with --latents: constant)",
     )
     how.add_argument(

@@ -28,8 +28,8 @@ class Pursuit:
     """Latents in the order in which they were taken, and how near each number of them comes."""
 
     ids: tuple[int, ...]
-    weights: tuple[Float[Tensor, "places n"], ...]
-    """After each step, the weights of the latents taken so far."""
+    weights: tuple[Tensor, ...]
+    """After each step, the weights `[places, n]` of the n latents taken so far."""
     explained: tuple[float, ...]
     """After each step, the share of the directions' squared length that the sum holds."""
 

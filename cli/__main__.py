@@ -21,6 +21,7 @@ VERBS = {
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "find": "search layers, phases, directions or latents and doses for one task, within a time",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
+    "grade": "grade answers made anywhere: do they follow, fluently and faithfully",
     "convert": "write an SAE or a plan in another tool's format, and report what differs",
     "doctor": "check that hooks work on a model, and predict time and memory of a job",
     "push": "publish an SAE with a generated model card, on the Hub or in a folder",

@@ -75,6 +75,16 @@ def add_common(
     )
 
 
+def add_dictionaries(group: argparse._ArgumentGroup) -> None:
+    """`--dictionaries`."""
+    group.add_argument(
+        "--dictionaries",
+        metavar="DIR",
+        help="folder of bilingual dictionaries in dictd's format, by which translations are graded "
+        "(default: SAESTEER_DICTIONARIES, or /usr/share/dictd)",
+    )
+
+
 def add_model(
     group: argparse._ArgumentGroup, fallback: str = f"(default: {DEFAULT_MODEL})"
 ) -> None:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from saesteer.steering.finding.find import find as find
     from saesteer.steering.finding.found import Found as Found
     from saesteer.steering.finding.found import save_found as save_found
-    from saesteer.steering.grades.grade import Graded as Graded
     from saesteer.steering.grades.grade import Grader as Grader
+    from saesteer.steering.grades.grade import Grades as Grades
     from saesteer.steering.grades.grade import grade as grade
     from saesteer.steering.grades.instructed import instructed_scores as instructed_scores
     from saesteer.steering.hooking.arrangement import ByRow as ByRow
@@ -114,7 +114,7 @@ _HOME = {
     "evaluate_ifeval": "ifeval.benchmark",
     "load_ifeval": "ifeval.benchmark",
     "Judge": "evaluation.judge",
-    "Graded": "grades.grade",
+    "Grades": "grades.grade",
     "Grader": "grades.grade",
     "grade": "grades.grade",
     "instructed_scores": "grades.instructed",

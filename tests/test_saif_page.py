@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saesteer.steering.evaluation.arms import Rate
+from saesteer.steering.evaluation.rates import Rate
 
 PAGE = Path(__file__).resolve().parent.parent / "examples" / "saif" / "page.py"
 N = 20

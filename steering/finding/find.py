@@ -128,18 +128,18 @@ class _Finding:
         end = began + 60 * config.budget_minutes
         search.scan()
         search.run(end - reserve)
-        finals = search.finals()
+        closer = scorer.judged_by(Grader(self.task, self.lm, own=_outputs(scorer)))
+        finals = search.finals(closer)
         probe = NeutralProbe(self.lm, neutral_questions()[1::2])
-        chosen, problems = self._chosen(finals, scorer.prompted, proposals, probe)
+        chosen, problems = self._chosen(finals, closer.prompted, proposals, probe)
         gate = None if not config.when else self._gate(wrapped)
         plan = proposals.plan(chosen.setting, None if gate is None else gate.condition)
         baseline = self._mean_difference(scorer, proposals)
         in_latents = self._in_latents(scorer, proposals, wrapped, chosen) if wrapped else None
 
-        own = [mark.output for score in (scorer.unsteered, scorer.prompted) for mark in score.marks]
         left = end - self.clock()
         n = min(len(self.test), max(8, int(left / max(seconds_per_row, 1e-9) / self._arms())))
-        judged = self._scorer(self.test[:n], self._asked_on_test(), own)
+        judged = self._scorer(self.test[:n], self._asked_on_test(), _outputs(scorer))
         plans = {"mean_difference": proposals.plan(baseline), "steered": plan}
         if in_latents is not None:
             plans["directions_at_saes"] = in_latents.directions
@@ -306,6 +306,11 @@ class _Finding:
         tails = {one.layer: one.part(self.lm, "tail", n) for one in wrapped}
         replies = {one.layer: one.part(self.lm, "replies", n) for one in wrapped}
         return proposals.with_parts(tails, replies).plan(setting)
+
+
+def _outputs(scorer: Scorer) -> list[str]:
+    """The model's own answers, plain and prompted: what is natural to it."""
+    return [mark.output for one in (scorer.unsteered, scorer.prompted) for mark in one.marks]
 
 
 def _ratio(part: float, whole: float) -> float | None:

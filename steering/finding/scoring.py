@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
-from saesteer.steering.evaluation.arms import Decoding, Rate, answer
-from saesteer.steering.grades.grade import GRADES, Graded, Grader
+from saesteer.steering.evaluation.arms import Decoding, answer
+from saesteer.steering.evaluation.rates import Rate
+from saesteer.steering.grades.grade import GRADES, Grader, Grades
 from saesteer.steering.grades.log_probs import nats_after
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText
@@ -24,9 +26,10 @@ class Mark:
 
     content: str
     output: str
-    grades: Graded
+    grades: Grades
     nats: float
     """Per token, after content and instruction; infinite for no answer."""
+    token_ids: tuple[int, ...] = ()
 
     @property
     def good(self) -> bool:
@@ -140,6 +143,25 @@ class Scorer:
         self.unsteered = replace(self.unsteered, scale=self.scale)
         self.prompted = replace(self.prompted, scale=self.scale)
 
+    def judged_by(self, grader: Grader) -> "Scorer":
+        """The same answers by another grader, which may look closer."""
+        made = copy(self)
+        made.grader = grader
+        made.unsteered = made.judged(self.unsteered)
+        made.prompted = made.judged(self.prompted)
+        return made
+
+    def judged(self, score: Score) -> Score:
+        """A score with the grades of this scorer's grader."""
+        marks = score.marks
+        grades = self.grader.grade(
+            [mark.content for mark in marks],
+            [mark.output for mark in marks],
+            token_ids=[mark.token_ids for mark in marks],
+        )
+        again = [replace(mark, grades=one) for mark, one in zip(marks, grades, strict=True)]
+        return Score(tuple(again), score.scale)
+
     def _plain(self, stage: str, texts: Sequence[str]) -> Score:
         answers = self._answers(texts, None, stage)
         return Score(tuple(self._marks(answers, self.contents)), self.scale)
@@ -168,6 +190,12 @@ class Scorer:
         heads = [encode_prompt(self.lm, text, chat=chat).token_ids for text in asked]
         nats = nats_after(self.lm, heads, said)
         return [
-            Mark(content, one.completion, grade, math.inf if cost is None else cost)
+            Mark(
+                content,
+                one.completion,
+                grade,
+                math.inf if cost is None else cost,
+                tuple(one.token_ids),
+            )
             for content, one, grade, cost in zip(contents, answers, grades, nats, strict=True)
         ]

@@ -132,8 +132,9 @@ class Search:
             if self.clock() + longest > until:
                 return
 
-    def finals(self) -> list[Tried]:
-        """The best settings on all development contents, best first."""
+    def finals(self, scorer: Scorer | None = None) -> list[Tried]:
+        """The best settings on all development contents, best first; by another scorer, if
+        given."""
         best: dict[Setting, Tried] = {}
         for one in self.tried:
             if one.stage == "search" or one.setting not in best:
@@ -141,7 +142,9 @@ class Search:
         full = [one for one in best.values() if one.stage == "search"] or list(best.values())
         full.sort(key=lambda one: -one.score.value)
         chosen = [one.setting for one in full[: self.config.finalists]]
-        scores = self._scores(chosen, range(len(self.scorer.contents)), "finalists")
+        scorer = self.scorer if scorer is None else scorer
+        plans = [self.proposals.plan(setting) for setting in chosen]
+        scores = scorer.scores(plans, range(len(scorer.contents)), "finalists")
         found = [Tried(s, score, "final") for s, score in zip(chosen, scores, strict=True)]
         found.sort(key=lambda one: -one.score.value)
         self.tried += found

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saesteer.steering.checks.language import LANGUAGES, language_identifier
 from saesteer.steering.checks.words import letters
@@ -55,16 +55,14 @@ def fluent(
     lang: str,
     source_lang: str,
     tokens: Sequence[Hashable] | None = None,
-    natural: Naturalness | None = None,
 ) -> Fluent:
-    """Judge one reply.
+    """Judge one reply by its words.
 
     It fails where it is empty or degenerate (one 4-gram covers more than a fifth of its tokens);
     under 90 % of its words exist in `lang`, names of the source, numbers and single letters aside,
     or three in a row do not, as where it opens in another language; its function words stand where
-    none can, or it has the source's words without their neighbours; and, where a model judged it
-    (`natural`), its perplexity is out of the range of the model's own answers, or its words could
-    as well come in any other order.
+    none can, or it has the source's words without their neighbours. `with_naturalness` adds what a
+    model says.
 
     Args:
         lang: the language that the reply should be in.
@@ -80,9 +78,6 @@ def fluent(
         return fails("a loop")
     if said is None:
         said = reply
-    nats = gain = None
-    if natural is not None:
-        nats, gain = natural.nats, natural.order_gain
     found = real_words(
         said,
         lang,
@@ -90,15 +85,13 @@ def fluent(
         aside=names(source, source_lang),
     )
     if found is None:
-        return Fluent(None, reason_without(lang), loops, nats=nats, order_gain=gain)
+        return Fluent(None, reason_without(lang), loops)
     share = found.share if found.counted else None
     facts = functools.partial(
         Fluent,
         degenerate=loops,
         real_words=share,
         unknown=found.unknown[:10],
-        nats=nats,
-        order_gain=gain,
     )
     if share is not None and share < LEAST_SHARE:
         return facts(False, f"{share:.0%} of its words exist")
@@ -109,6 +102,16 @@ def fluent(
         return facts(False, f"{breaks[0]} function words stand where none can")
     if lang == source_lang and scrambled(source, said):
         return facts(False, "the source's words in another order")
-    if natural is not None and (why := natural.unlike):
-        return facts(False, why)
     return facts(True, "")
+
+
+def with_naturalness(found: Fluent, natural: Naturalness) -> Fluent:
+    """The judgement with what the unsteered model says added: it can only fail a reply."""
+    passes = False if natural.unlike else found.passes
+    return replace(
+        found,
+        passes=passes,
+        reason=natural.unlike or found.reason,
+        nats=natural.nats,
+        order_gain=natural.order_gain,
+    )

@@ -1,11 +1,12 @@
 """The three grades of a reply, and `strict`, which is all of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.checks.registry import Verdict
 from saesteer.steering.checks.words import without_thinking
@@ -13,9 +14,15 @@ from saesteer.steering.grades import faithful as faith
 from saesteer.steering.grades import natural as nature
 from saesteer.steering.grades import real_words, repetition, word_order
 from saesteer.steering.grades.faithful import Faithful, faithful, kind_of
-from saesteer.steering.grades.fluent import Fluent, content_language, fluent
+from saesteer.steering.grades.fluent import (
+    Fluent,
+    content_language,
+    fluent,
+    with_naturalness,
+)
 from saesteer.steering.grades.instructed import InstructedScore, instructed_scores
 from saesteer.steering.grades.natural import naturalness, own_range
+from saesteer.steering.grades.own_answers import own_answers
 from saesteer.steering.tasks.task import Task, load_task
 
 GRADES = ("follows", "fluent", "faithful", "strict")
@@ -34,7 +41,7 @@ DEFINITIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Graded:
+class Grades:
     """The grades of one reply, with their parts."""
 
     follows: bool
@@ -89,6 +96,20 @@ class Graded:
         }
 
 
+def not_graded(grades: Sequence[Grades]) -> dict[str, str]:
+    """Why a grade is missing in some answer, by the name of the grade."""
+    reasons: dict[str, str] = {}
+    for name in ("fluent", "faithful"):
+        for one in grades:
+            part: Fluent | Faithful = one.fluency if name == "fluent" else one.faithfulness
+            if part.passes is None:
+                reasons[name] = part.reason
+                break
+    if reasons:
+        reasons["strict"] = f"not graded, because {' and '.join(reasons)} could not be"
+    return reasons
+
+
 @dataclass
 class Grader:
     """Grades replies to the contents of one task.
@@ -138,7 +159,7 @@ class Grader:
         answers: Sequence[str],
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
-    ) -> list[Graded]:
+    ) -> list[Grades]:
         """Grade answers to contents, in the order given.
 
         Args:
@@ -153,16 +174,14 @@ class Grader:
         task, source_lang = self.task, self.source_lang
         assert source_lang is not None
         said = [without_thinking(answer) for answer in answers]
-        natures: list[nature.Naturalness | None] = [None] * len(said)
         scores: list[InstructedScore | None] = [None] * len(said)
         if self.lm is not None:
-            natures = list(naturalness(self.lm, said, within=self.within))
             scores = list(instructed_scores(self.lm, task, contents, said))
         found = []
         for i, (content, answer, reply) in enumerate(zip(contents, answers, said, strict=True)):
             verdict = task.verdict(answer, content)
             found.append(
-                Graded(
+                Grades(
                     verdict is Verdict.PASS or task.passes_loosely(answer, content),
                     verdict,
                     fluent(
@@ -172,7 +191,6 @@ class Grader:
                         lang=self.lang,
                         source_lang=source_lang,
                         tokens=None if token_ids is None else token_ids[i],
-                        natural=natures[i],
                     ),
                     faithful(
                         reply,
@@ -185,6 +203,12 @@ class Grader:
                     scores[i],
                 )
             )
+        if self.lm is not None:
+            # The model is slow: it reads only what nothing else has told from natural text.
+            open_ones = [i for i, one in enumerate(found) if one.fluent]
+            judged = naturalness(self.lm, [said[i] for i in open_ones], within=self.within)
+            for i, one in zip(open_ones, judged, strict=True):
+                found[i] = replace(found[i], fluency=with_naturalness(found[i].fluency, one))
         return found
 
     def floors(self) -> dict[str, Any]:
@@ -210,10 +234,11 @@ def grade(
     *,
     model: str | LanguageModel | None = None,
     dictionaries: str | Path | None = None,
-    own: Sequence[str] = (),
+    own: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
-) -> list[Graded]:
+    progress: Progress = no_progress,
+) -> list[Grades]:
     """Grade answers made anywhere: `follows`, `fluent`, `faithful` and `strict` with their parts.
 
     Args:
@@ -221,7 +246,8 @@ def grade(
         model: the unsteered model, which judges naturalness as well; none by default.
         dictionaries: folder of bilingual dictionaries in dictd's format, for translations; by
             default that of the environment variable SAESTEER_DICTIONARIES, or /usr/share/dictd.
-        own: the model's own answers, whose perplexities are the range of natural ones.
+        own: the model's own answers, whose perplexities are the range of natural ones; by default
+            they are generated where the answers should be in the contents' language.
 
     Raises:
         UserError: a task without a check.
@@ -229,4 +255,22 @@ def grade(
     """
     task = task if isinstance(task, Task) else load_task(task)
     lm = None if model is None else as_language_model(model, device=device, dtype=dtype)
-    return Grader(task, lm, dictionaries, own).grade(contents, answers)
+    return make_grader(task, contents, lm, dictionaries, own, progress).grade(contents, answers)
+
+
+def make_grader(
+    task: Task,
+    contents: Sequence[str],
+    lm: LanguageModel | None = None,
+    dictionaries: str | Path | None = None,
+    own: Sequence[str] | None = None,
+    progress: Progress = no_progress,
+) -> Grader:
+    """A grader for answers to contents; with a model, it answers some of them for its range."""
+    lang = content_language(" ".join(contents[:40]))
+    grader = Grader(task, None, dictionaries, source_lang=lang)
+    if lm is None:
+        return grader
+    if own is None:
+        own = own_answers(lm, task, contents, progress=progress) if grader.lang == lang else ()
+    return Grader(task, lm, dictionaries, own, lang)

@@ -10,13 +10,16 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.checks.registry import Verdict
 from saesteer.steering.finding.find import FindConfig, find
 from saesteer.steering.finding.found import LATENT_FOLDER, Found, budget_problems, save_found
 from saesteer.steering.finding.phases import ReadConfig
 from saesteer.steering.finding.scoring import Mark, Scale, Score, Scorer
 from saesteer.steering.finding.search import Search, SearchConfig
 from saesteer.steering.finding.setting import Proposals, Setting
-from saesteer.steering.grades.grade import Grader
+from saesteer.steering.grades.faithful import Faithful
+from saesteer.steering.grades.fluent import Fluent
+from saesteer.steering.grades.grade import Grader, Grades
 from saesteer.steering.hooking.generation import generate_steered
 from saesteer.steering.plans.plan_file import load_plan
 
@@ -81,6 +84,7 @@ def test_everything_is_reported_and_written(
     generate_steered(lm, ["Peter bought nine oranges."], latents, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_plan(found: Found, lm: LanguageModel) -> None:
     saes = [make_sae(lm, layer=layer, seed=layer) for layer in (1, 2)]
     again = find(lm, TASK, saes, replace(CONFIG, when=True))
@@ -130,22 +134,16 @@ def test_the_search_goes_on_until_its_time_is_over(lm: LanguageModel) -> None:
     )  # fmt: skip
 
 
-class _Grades:
-    """Grades as given."""
-
-    def __init__(self, follows: bool, fluent: bool | None, faithful: bool | None) -> None:
-        self.follows, self.fluent, self.faithful = follows, fluent, faithful
-        told = (follows, fluent, faithful)
-        self.strict = None if None in told else all(told)  # type: ignore[arg-type]
-
-    def grade(self, name: str) -> Any:
-        return getattr(self, name)
-
-
 def marks(*rows: tuple[bool, bool | None, bool | None, float]) -> tuple[Mark, ...]:
+    """Answers with these grades (follows, fluent, faithful) and nats per token."""
     return tuple(
-        Mark.__new__(Mark).__class__.__call__("a", "b", _Grades(*row[:3]), row[3])  # type: ignore[arg-type]
-        for row in rows
+        Mark(
+            "a",
+            "b",
+            Grades(follows, Verdict.PASS, Fluent(fluent, "", False), Faithful(faithful, "")),
+            nats,
+        )
+        for follows, fluent, faithful, nats in rows
     )
 
 

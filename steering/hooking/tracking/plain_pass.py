@@ -92,12 +92,12 @@ def read_plain(
         place = (first[:, None] + steps).clamp(max=order.shape[1] - 1)
         columns[key] = order.gather(1, place)
         found[key] = PlainRows(first, torch.empty(0))
+    distinct, of_row = _distinct(call)
     needed = max(int(place.max()) for place in columns.values()) + 1
 
     def keep(key: Place) -> Callable[[Tensor], None]:
         def read(h: Float[Tensor, "rows columns d_model"]) -> None:
-            index = columns[key].to(h.device)[..., None].expand(-1, -1, h.shape[-1])
-            states = h.detach().gather(1, index).float()
+            states = h.detach()[of_row.to(h.device)[:, None], columns[key].to(h.device)].float()
             found[key] = PlainRows(found[key].first, states)
             if all(kept.states.numel() for kept in found.values()):
                 raise StopForward
@@ -112,7 +112,9 @@ def read_plain(
         for key, point in points.items():
             stack.enter_context(hooked(point, keep(key)))
         with contextlib.suppress(StopForward):
-            lm.text_model(**_inputs(lm, call, needed, given), use_cache=False)
+            inputs = _inputs(lm, call, needed, given)
+            own = {name: value[distinct.to(value.device)] for name, value in inputs.items()}
+            lm.text_model(**own, use_cache=False)
     for key, kept in found.items():
         if not kept.states.numel():
             raise UserError(
@@ -120,6 +122,21 @@ def read_plain(
                 "prompt: choose resid_post"
             )
     return found
+
+
+def _distinct(call: Call) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " rows"]]:
+    """Rows that differ, and for each row of the call which of them it equals.
+
+    Several settings tried on one prompt are rows with the same plain states. Rows that are given
+    as embeddings, or to the model directly, are not compared.
+    """
+    every = torch.arange(call.rows, device=call.real.device)
+    if call.ids is None or not call.generating or call.ids.shape != call.real.shape:
+        return every, every
+    rows = torch.cat([call.ids.to(every.device), call.real.long()], dim=1)
+    found, of_row = torch.unique(rows, dim=0, return_inverse=True)
+    first = torch.full((len(found),), call.rows, device=every.device)
+    return first.scatter_reduce(0, of_row, every, "amin"), of_row
 
 
 def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

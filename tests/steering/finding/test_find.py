@@ -175,7 +175,7 @@ def test_what_is_over_the_budget_is_said() -> None:
 
 def test_settings_that_cannot_be(lm: LanguageModel) -> None:
     with pytest.raises(UsageError, match="`budget_minutes` must be above 0"):
-        FindConfig(budget_minutes=0)
+        FindConfig(budget_minutes=0.0)
     with pytest.raises(UserError, match="has no check, so no answer can be graded"):
         find(lm, replace(TASK, check_name=None))
     with pytest.raises(UserError, match="names two SAEs of one layer"):

@@ -202,6 +202,24 @@ def test_the_last_turn_of_a_conversation_has_the_tail(lm: LanguageModel) -> None
         assert report.rows[0].positions.tolist() == wanted and after > 2
 
 
+def test_equal_rows_are_read_once(lm: LanguageModel) -> None:
+    plans = [two_phases(lm)[0], tail(lm, make_sae(lm)), two_phases(lm, seed=3)[0]]
+    texts, seen = [TEXTS[0], TEXTS[1], TEXTS[0]], []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(len(kwargs["input_ids"]))
+
+    handle = lm.text_model.register_forward_pre_hook(look, with_kwargs=True)
+    together = generate_steered(lm, texts, ByRow(plans), max_new_tokens=3)
+    handle.remove()
+    assert seen[:2] == [2, 3]
+    alone = [
+        generate_steered(lm, [text], plan, max_new_tokens=3)[0].completion
+        for text, plan in zip(texts, plans, strict=True)
+    ]
+    assert [answer.completion for answer in together] == alone
+
+
 def test_embeddings_in_place_of_tokens(lm: LanguageModel) -> None:
     plan, _ = two_phases(lm)
     ids = torch.tensor([prompts_of(lm)[0].token_ids])

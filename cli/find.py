@@ -47,6 +47,12 @@ def add_flags(parser: VerbParser) -> None:
         action="store_true",
         help="budget the damage on unrelated prompts, as for a plan with --when",
     )
+    what.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="report each phase alone, random directions of the same lengths, and the plan "
+        "together with the instruction as well",
+    )
     spent = parser.add_argument_group("budget and sizes")
     spent.add_argument(
         "--budget-minutes",
@@ -150,6 +156,7 @@ def _config(args: Namespace) -> "FindConfig":
         test=args.n,
         when=args.when,
         narrow=args.narrow,
+        side_by_side=args.side_by_side,
         quality_budget=args.quality_budget,
         neutral_budget=args.neutral_budget,
         latents=args.latents,

@@ -38,6 +38,18 @@ EXTRA = {
     "rank": ["--all-replies", "--rank-contents", "2", "--max-new-tokens", "4"],
     "steer": ["--max-new-tokens", "4"],
     "sweep": ["--grid", "k=1", "--grid", "scale=1", "--rounds", "1:1"],
+    "find": [
+        "--budget-minutes",
+        "0.001",
+        "--train-contents",
+        "4",
+        "--dev-contents",
+        "2",
+        "--n",
+        "2",
+        "--batch-size",
+        "12",
+    ],
     "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
 

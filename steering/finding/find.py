@@ -14,7 +14,7 @@ from saesteer.steering.evaluation.damage import NeutralProbe, neutral_questions
 from saesteer.steering.finding.found import Found, LatentResult, budget_problems
 from saesteer.steering.finding.gating import Gate, find_gate
 from saesteer.steering.finding.latents import LatentPhases
-from saesteer.steering.finding.phases import Phases, ReadConfig, read_phases
+from saesteer.steering.finding.phases import Phases, ReadConfig, random_phases, read_phases
 from saesteer.steering.finding.scoring import Score, Scorer
 from saesteer.steering.finding.search import Search, SearchConfig, Tried
 from saesteer.steering.finding.setting import Proposals, Setting
@@ -42,6 +42,9 @@ class FindConfig:
     """Add a condition, so that the plan acts on prompts like the task's contents alone."""
     narrow: bool = False
     """Budget what happens to unrelated prompts, as for a plan with a condition."""
+    side_by_side: bool = False
+    """Report each phase alone, random directions of the same lengths, and steering together with
+    the instruction as well."""
     quality_budget: float = 0.15
     """Largest loss of `fluent` and of `faithful` against the prompted answers."""
     neutral_budget: float = 0.1
@@ -144,6 +147,8 @@ class _Finding:
         if in_latents is not None:
             plans["directions_at_saes"] = in_latents.directions
             plans["steered_latents"] = in_latents.plan
+        if config.side_by_side:
+            plans.update(self._controls(phases, chosen.setting, plan))
         everything = range(n)
         scores = judged.scores(list(plans.values()), everything, "report on test contents")
         arms = {
@@ -151,6 +156,9 @@ class _Finding:
             "prompted": judged.prompted,
             **dict(zip(plans, scores, strict=True)),
         }
+        if config.side_by_side:
+            stage = "report: steered and prompted"
+            (arms["steered+prompted"],) = judged.scores([plan], everything, stage, prompted=True)
         damage = {
             name: probe.measure(one, flips=True) for name, one in self._damaged(plans, plan).items()
         }
@@ -185,7 +193,7 @@ class _Finding:
         return next((v.text for v in self.task.evaluate_variants), self.task.instruction)
 
     def _arms(self) -> int:
-        return 6 if self.saes else 4
+        return 4 + 2 * bool(self.saes) + 4 * self.config.side_by_side
 
     def _rows_after_search(self) -> int:
         """Answers that the stages after the search make."""
@@ -221,6 +229,21 @@ class _Finding:
         contents = list(self.task.contents.get("train", ()))[: self.config.read.contents]
         others = [question.prompt for question in neutral_questions()[::2]]
         return find_gate(self.lm, contents, others, saes=[one.sae for one in wrapped])
+
+    def _controls(self, phases: Phases, setting: Setting, plan: Plan) -> dict[str, Plan]:
+        """Each phase of a setting alone, and random directions of the same lengths."""
+        alone = {
+            "tail_only": replace(setting, reply_layers=(), reply_dose=0.0),
+            "replies_only": replace(setting, tail_layers=(), tail_dose=0.0),
+        }
+        proposals = Proposals(self.lm, self.task, phases)
+        found = {
+            name: proposals.plan(one, plan.when)
+            for name, one in alone.items()
+            if setting.phases == "both"
+        }
+        noise = Proposals(self.lm, self.task, random_phases(phases, self.config.seed))
+        return {**found, "random": noise.plan(setting, plan.when)}
 
     def _damaged(self, plans: dict[str, Plan], plan: Plan) -> dict[str, Plan]:
         """The plans whose damage on unrelated prompts is measured."""

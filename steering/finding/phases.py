@@ -7,7 +7,7 @@ no activations.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -62,6 +62,18 @@ class Phases:
     """Plain residuals at the last token of each content's prompt."""
     replies_used: tuple[int, int]
     """Instructed replies that follow, and all of them."""
+
+
+def random_phases(phases: Phases, seed: int = 0) -> Phases:
+    """Random directions in place of what was read, of the same lengths: a control."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def like(rows: Tensor) -> Tensor:
+        noise = torch.randn(rows.shape, generator=draw)
+        lengths: Tensor = rows.norm(dim=-1, keepdim=True)
+        return noise / noise.norm(dim=-1, keepdim=True) * lengths
+
+    return replace(phases, tail=like(phases.tail), replies=like(phases.replies))
 
 
 def read_phases(

@@ -173,12 +173,18 @@ class Scorer:
         most = self.task.max_new_tokens
         return answer(self.lm, texts, rows, most, self.decoding, stage, self.progress)
 
-    def scores(self, plans: Sequence[Plan], places: range, stage: str) -> list[Score]:
-        """The scores of some plans on the same contents, all in one run of the model."""
+    def scores(
+        self, plans: Sequence[Plan], places: range, stage: str, *, prompted: bool = False
+    ) -> list[Score]:
+        """The scores of some plans on the same contents, all in one run of the model.
+
+        With `prompted` the instruction stands in the prompts as well.
+        """
         contents = [self.contents[i] for i in places]
         rows = [plan for plan in plans for _ in contents]
-        texts = list(contents) * len(plans)
-        marks = self._marks(self._answers(texts, rows, stage), texts)
+        every = list(contents) * len(plans)
+        texts = [compose(one, self.wording) for one in every] if prompted else every
+        marks = self._marks(self._answers(texts, rows, stage), every)
         n = len(contents)
         return [Score(tuple(marks[i * n : (i + 1) * n]), self.scale) for i in range(len(plans))]
 

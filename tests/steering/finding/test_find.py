@@ -54,7 +54,7 @@ def scorer_of(lm: LanguageModel, contents: int = 4) -> Scorer:
 @pytest.fixture
 def found(lm: LanguageModel) -> Found:
     saes = [make_sae(lm, layer=layer, seed=layer) for layer in (1, 2)]
-    return find(lm, TASK, saes, replace(CONFIG, when=True))
+    return find(lm, TASK, saes, replace(CONFIG, when=True, side_by_side=True))
 
 
 def test_everything_is_reported_and_written(
@@ -62,7 +62,10 @@ def test_everything_is_reported_and_written(
 ) -> None:
     document = save_found(tmp_path, found)
     assert json.loads((tmp_path / "find.json").read_text()) == json.loads(json.dumps(document))
-    assert list(document["arms"]) == [
+    arms = list(document["arms"])
+    controls = ["tail_only", "replies_only"] if found.chosen.setting.phases == "both" else []
+    assert arms[-2 - len(controls) :] == [*controls, "random", "steered+prompted"]
+    assert arms[: -2 - len(controls)] == [
         "unsteered", "prompted", "mean_difference", "steered", "directions_at_saes",
         "steered_latents",
     ]  # fmt: skip

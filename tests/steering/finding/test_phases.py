@@ -12,7 +12,7 @@ from saesteer.sae.model.hooks import hooked, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.finding import phases as module
-from saesteer.steering.finding.phases import ReadConfig, read_phases, sampled
+from saesteer.steering.finding.phases import ReadConfig, random_phases, read_phases, sampled
 from saesteer.steering.tasks.task import compose
 
 from .small_task import TASK
@@ -104,6 +104,14 @@ def test_a_task_without_train_contents_is_an_error(lm: LanguageModel) -> None:
     task = replace(TASK, contents={"dev": TASK.contents["dev"]})
     with pytest.raises(UserError, match="'lists' has no train contents to read"):
         read_phases(lm, task, CONFIG)
+
+
+def test_random_phases_have_the_same_lengths(lm: LanguageModel) -> None:
+    found = read_phases(lm, TASK, CONFIG)
+    noise = random_phases(found)
+    for ours, theirs in ((noise.tail, found.tail), (noise.replies, found.replies)):
+        torch.testing.assert_close(ours.norm(dim=-1), theirs.norm(dim=-1))
+        assert not torch.allclose(ours, theirs)
 
 
 def test_a_long_tail_is_cut(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

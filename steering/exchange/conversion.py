@@ -49,7 +49,8 @@ def check_export(
             f"{format} steers every text: export plan.with_changes(when=None)"
         )
     for name, part in _named(plan):
-        _check_part(name, part, format, as_scope)
+        _check_part(name, part, format)
+        _check_scope(name, part, format, as_scope)
     by_block = _by_block(plan, format)
     all_add = all(part.does.adds for part in plan.parts)
     for block, parts in by_block.items():
@@ -79,12 +80,15 @@ def _by_block(plan: Plan, format: str) -> dict[int, dict[str, PlanPart]]:
     return found
 
 
-def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
+def _check_scope(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
     if part.scope != "all" and as_scope != "all":
         raise UsageError(
             f"{name}'s scope is {part.scope} and {format} steers every position: add `as_scope` "
             "all to export it as that, or change the plan's scope"
         )
+
+
+def _check_part(name: str, part: PlanPart, format: str) -> None:
     if format not in part.does.exports:
         held = [method for method, does in METHODS.items() if format in does.exports]
         raise UserError(

@@ -247,7 +247,8 @@ class _Finding:
 
     def _damaged(self, plans: dict[str, Plan], plan: Plan) -> dict[str, Plan]:
         """The plans whose damage on unrelated prompts is measured."""
-        found = {name: plans[name] for name in ("steered", "steered_latents") if name in plans}
+        names = "steered", "steered_latents"
+        found: dict[str, Plan] = {name: plans[name] for name in names if name in plans}
         if plan.when is not None:
             found["steered_without_condition"] = plan.with_changes(when=None)
         return found

@@ -103,11 +103,12 @@ def _classifier(
     covariance = centred.T @ centred / len(centred)
     ridge = _SHRINK * float(covariance.diagonal().mean())
     covariance += max(ridge, 1e-12) * torch.eye(len(covariance), dtype=torch.float64)
-    weight = torch.linalg.solve(covariance, a.mean(dim=0) - b.mean(dim=0))
+    weight: Tensor = torch.linalg.solve(covariance, a.mean(dim=0) - b.mean(dim=0))
     length = weight.norm()
     if not float(length) > 0:
         raise UserError("`when`: the task's contents and other prompts look the same to the model")
-    return (weight / length).float()
+    found: Tensor = (weight / length).float()
+    return found
 
 
 def _gate(

@@ -71,7 +71,8 @@ def random_phases(phases: Phases, seed: int = 0) -> Phases:
     def like(rows: Tensor) -> Tensor:
         noise = torch.randn(rows.shape, generator=draw)
         lengths: Tensor = rows.norm(dim=-1, keepdim=True)
-        return noise / noise.norm(dim=-1, keepdim=True) * lengths
+        found: Tensor = noise / noise.norm(dim=-1, keepdim=True) * lengths
+        return found
 
     return replace(phases, tail=like(phases.tail), replies=like(phases.replies))
 

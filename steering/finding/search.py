@@ -120,10 +120,10 @@ class Search:
                     self.tried.append(Tried(setting, score, "first"))
                 else:
                     going.append((trial, setting, score))
-            wider = [None] * len(going)
+            wider: list[Score | None] = [None] * len(going)
             if more and going:
                 stage = f"search, {len(going)} settings on more contents"
-                wider = self._scores([setting for _, setting, _ in going], more, stage)
+                wider = [*self._scores([setting for _, setting, _ in going], more, stage)]
             for (trial, setting, score), further in zip(going, wider, strict=True):
                 whole = score if further is None else score.joined(further)
                 study.tell(trial, whole.value)

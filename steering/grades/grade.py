@@ -126,6 +126,8 @@ class Grader:
     own: Sequence[str] = ()
     """The unsteered model's own answers, prompted and not: their perplexities are the range for
     answers in the content's language. With fewer than eight only the order of words is judged."""
+    scored: bool = True
+    """Whether the model also gives each reply its log-probability (`instructed_scores`)."""
     source_lang: str | None = None
     """Language of the contents; by default what py3langid finds."""
     within: tuple[float, float] | None = field(default=None, init=False)
@@ -175,7 +177,7 @@ class Grader:
         assert source_lang is not None
         said = [without_thinking(answer) for answer in answers]
         scores: list[InstructedScore | None] = [None] * len(said)
-        if self.lm is not None:
+        if self.lm is not None and self.scored:
             scores = list(instructed_scores(self.lm, task, contents, said))
         found = []
         for i, (content, answer, reply) in enumerate(zip(contents, answers, said, strict=True)):
@@ -273,4 +275,4 @@ def make_grader(
         return grader
     if own is None:
         own = own_answers(lm, task, contents, progress=progress) if grader.lang == lang else ()
-    return Grader(task, lm, dictionaries, own, lang)
+    return Grader(task, lm, dictionaries, own, source_lang=lang)

@@ -155,6 +155,12 @@ class Grader:
             return asked
         return self.source_lang
 
+    @property
+    def least_gain(self) -> float:
+        """Nats a word by which a reply has to be likelier to the model than in random orders."""
+        here = self.lang == self.source_lang
+        return nature.LEAST_GAIN if here else nature.LEAST_GAIN_ELSEWHERE
+
     def grade(
         self,
         contents: Sequence[str],
@@ -208,7 +214,12 @@ class Grader:
         if self.lm is not None:
             # The model is slow: it reads only what nothing else has told from natural text.
             open_ones = [i for i, one in enumerate(found) if one.fluent]
-            judged = naturalness(self.lm, [said[i] for i in open_ones], within=self.within)
+            judged = naturalness(
+                self.lm,
+                [said[i] for i in open_ones],
+                within=self.within,
+                least_gain=self.least_gain,
+            )
             for i, one in zip(open_ones, judged, strict=True):
                 found[i] = replace(found[i], fluency=with_naturalness(found[i].fluency, one))
         return found
@@ -221,7 +232,7 @@ class Grader:
             "real_words": real_words.LEAST_SHARE,
             "word_frequency": real_words.REAL_WORD,
             "order_breaks": word_order.MOST_BREAKS,
-            "order_gain": None if self.lm is None else nature.LEAST_GAIN,
+            "order_gain": None if self.lm is None else self.least_gain,
             "nats": None if self.within is None else list(self.within),
             "content": kind,
             "coverage": faith.FLOORS[kind],

@@ -1,13 +1,9 @@
-"""Words that exist, names, content words, and the words of replies of a form."""
+"""Words that exist in a language, and names."""
 
 import pytest
 
 from saesteer.steering.grades import real_words as module
-from saesteer.steering.grades.content import content_words_in_order, coverage, lemma, same_order
 from saesteer.steering.grades.real_words import names, real_words
-from saesteer.steering.grades.spoken import spoken
-
-SPOON = "Leila stirs the porridge with the handle of a wooden spoon."
 
 
 def test_words_of_a_language_exist() -> None:
@@ -49,40 +45,3 @@ def test_no_list_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_of_a_source() -> None:
     text = "Leila met Bergen Smith in the old town of Oslo. Somehow the cello was lost."
     assert names(text, "en") == {"leila", "bergen", "smith", "oslo"}
-
-
-def test_content_words_are_neither_common_nor_function_words() -> None:
-    assert content_words_in_order(SPOON, "en") == [
-        "Leila", "stirs", "porridge", "handle", "wooden", "spoon",
-    ]  # fmt: skip
-    assert content_words_in_order("It was there, and they were 14.", "en") == []
-
-
-def test_coverage_is_by_lemma_and_stem() -> None:
-    held = coverage(SPOON, "Why was Leila stirring porridge? With spoons, I was told.", "en")
-    assert held.found == ("Leila", "stirs", "porridge", "spoon")
-    assert held.missing == ("handle", "wooden") and held.share == pytest.approx(4 / 6)
-    assert coverage(SPOON, "", "en").share == 0.0
-    assert coverage("It is.", "It is.", "en").share == 0.0
-
-
-def test_lemmas() -> None:
-    assert lemma("spoons", "en") == "spoon" and lemma("ran", "en") == "run"
-    assert lemma("Bäume", "de") == "baum" and lemma("anything", "xx") == "anything"
-
-
-def test_order_of_a_copy() -> None:
-    assert same_order(SPOON, SPOON.upper()) == 1.0
-    backwards = " ".join(reversed(SPOON.split()))
-    assert same_order(SPOON, backwards) < 0.3
-
-
-def test_what_a_reply_says_in_words() -> None:
-    body = '{"a": "One boat", "b": [2, {"c": "left"}], "d": true}'
-    assert spoken("json", f"```json\n{body}\n```") == "One boat. 2. left"
-    assert spoken("json", "One boat left") is None
-    code = "# Two boats\nsay = 'left early'\nprint(say, 3)"
-    said = spoken("python", f"Here:\n```python\n{code}\n```")
-    assert said is not None and set(said.split(". ")) == {"left early", "3", "Two boats"}
-    assert spoken("python", "print('open") is None
-    assert spoken("bullets", "- One *boat*\n2. It left") == "One  boat \nIt left"

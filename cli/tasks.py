@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from saesteer.cli.flags import add_listing
-from saesteer.cli.output import print_json, print_table
+from saesteer.cli.output import Document, print_json, print_table
 from saesteer.cli.parser import VerbParser
 
 EXAMPLE = "saesteer tasks"
@@ -18,7 +18,7 @@ def run(args: Namespace) -> int:
     """Print every task's name, instruction, check, wordings and contents by split."""
     from saesteer.steering import builtin_tasks, load_task
 
-    found = [
+    found: list[Document] = [
         {
             "name": task.name,
             "instruction": task.instruction,

@@ -24,6 +24,7 @@ VERBS = {
     "doctor": "check that hooks work on a model, and predict time and memory of a job",
     "push": "publish an SAE with a generated model card, on the Hub or in a folder",
     "reproduce": "repeat a recorded training or harvest and compare the results",
+    "watch": "show the curves of a training run in the terminal",
     "tasks": "list the instruction tasks that come with the package",
     "formats": "list the file formats that are read and written",
     "models": "list the language models that open without the network",

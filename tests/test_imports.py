@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate")
-VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models")
+VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 

@@ -77,7 +77,7 @@ def test_help_shows_main_names_and_defaults(verb: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         make_parser(verb).read(["--help"])
     text = capsys.readouterr().out
-    lists = verb in ("tasks", "formats", "models")  # which compute and write nothing
+    lists = verb in ("tasks", "formats", "models", "watch")  # which compute nothing
     common = ("--config", "--seed", "--device", "--dtype", "--out", "--quiet")
     assert [name in text for name in common] == [not lists] * len(common)
     assert "--json" in text

@@ -153,7 +153,7 @@ def run_arms(
     references = [text.completion for text in run("reference answers", asked_otherwise, None)]
     plain = [spec for spec in specs if spec.kind == "unsteered"]
     own = [*references, *(text.completion for spec in plain for text in made[spec.name])]
-    grader = Grader(task, lm, dictionaries, own, content_language(" ".join(contents)))
+    grader = Grader(task, lm, dictionaries, own, source_lang=content_language(" ".join(contents)))
     # A translation shares few words with its source, so its overlap is with the prompted answer.
     compared = references if grader.lang != grader.source_lang else None
     arms = []

@@ -70,8 +70,9 @@ class Coverage:
     found: tuple[str, ...]
     """Content words that the answer holds, as the source writes them."""
     missing: tuple[str, ...]
-    in_order: float
-    """Share of the found words that come in the source's order (longest increasing run)."""
+    of_answer: float
+    """Share of the answer's content words that come from the source; 1 between languages, where
+    that cannot be told."""
 
 
 def _forms(word: str, lang: str) -> frozenset[str]:
@@ -108,11 +109,16 @@ class _Answer:
             for form in forms:
                 self.first.setdefault(form, place)
 
-    def place(self, forms: frozenset[str]) -> int | None:
-        """Where one of the forms stands, by itself or as part of a compound; None: nowhere."""
+    def place(self, forms: frozenset[str], *, exactly: bool = False) -> int | None:
+        """Where one of the forms stands; None: nowhere.
+
+        Unless `exactly` so, an inflection or a compound of it counts too.
+        """
         for form in forms:
             if form in self.first:
                 return self.first[form]
+        if exactly:
+            return None
         for form in forms:
             for other, place in self.first.items():
                 if _alike(form, other) or (
@@ -135,13 +141,13 @@ def coverage(
     unique = list({folded(lemma(word, lang)): word for word in reversed(wanted)}.values())[::-1]
     said = _Answer(answer, target or lang)
     back = _backward(said, by) if by is not None and by.backward is not None else {}
-    found, missing, places = [], [], []
+    found, missing = [], []
     for word in unique:
         forms = _forms(word, lang)
-        place = said.place(forms)
+        # Between languages only what is written the same is the same word: salad has English stems.
+        place = said.place(forms, exactly=by is not None)
         known = by is None
         if by is not None:
-            # A translation is the same word only where both languages write it alike.
             for meaning in _meanings(word, lang, by):
                 known = True
                 if place is None:
@@ -150,7 +156,6 @@ def coverage(
                 place = next((back[form] for form in forms if form in back), None)
         if place is not None:
             found.append(word)
-            places.append(place)
         elif known:
             missing.append(word)
     total = len(found) + len(missing)
@@ -158,8 +163,16 @@ def coverage(
         len(found) / total if total else 0.0,
         tuple(found),
         tuple(missing),
-        _longest_rise(places) / len(places) if places else 0.0,
+        _from_source(source, answer, lang) if by is None else 1.0,
     )
+
+
+def _from_source(source: str, answer: str, lang: str) -> float:
+    """The share of an answer's content words that its source has."""
+    held = _Answer(source, lang)
+    said = {folded(lemma(word, lang)): word for word in content_words_in_order(answer, lang)}
+    known = sum(held.place(_forms(word, lang)) is not None for word in said.values())
+    return known / len(said) if said else 0.0
 
 
 def _meanings(word: str, lang: str, by: Bilingual) -> list[tuple[str, ...]]:
@@ -192,15 +205,6 @@ def _backward(said: _Answer, by: Bilingual) -> dict[str, int]:
                 for form in _forms(parts[0], by.source):
                     found.setdefault(form, place)
     return found
-
-
-def _longest_rise(places: Sequence[int]) -> int:
-    """The length of the longest run, with gaps, in which places do not fall."""
-    best: list[int] = []
-    for place in places:
-        at = next((i for i, last in enumerate(best) if last > place), len(best))
-        best[at : at + 1] = [place]
-    return len(best)
 
 
 def same_order(source: str, answer: str) -> float:

@@ -11,7 +11,7 @@ from saesteer.steering.grades.numbers import keeps_numbers, numbers
 from saesteer.steering.grades.spoken import spoken
 
 FLOORS: Mapping[str, float] = MappingProxyType(
-    {"translation": 0.40, "copy": 0.75, "rewriting": 0.50, "short": 0.30, "about": 0.25}
+    {"translation": 0.50, "copy": 0.75, "rewriting": 0.50, "short": 0.30, "about": 0.25}
 )
 """The least share of the source's content words in a faithful reply, by what its task asks for.
 
@@ -21,6 +21,10 @@ grades.md`), and as far below good replies as that allows.
 
 FEWEST_FOUND = 2
 """Content words that a faithful reply shares with its source at least: one is chance."""
+
+LEAST_FROM_SOURCE = 0.50
+"""In a copy or a rewriting, the share of the reply's content words that come from the source: the
+rest is about something else, such as the instruction."""
 
 LEAST_ORDER = 0.60
 """In a copy, the share of the source's words that stand beside their neighbours."""
@@ -80,7 +84,8 @@ def faithful(
     The source's content words are looked for by their lemmas: in a reply of its language as they
     are, in one of another language through a bilingual dictionary and as they stand (names). The
     share found must reach the floor of the kind of task, and two at least must be found where the
-    source has them. A translation and a copy keep the numbers written in digits; a copy also the
+    source has them. Half of the content words of a copy or a rewriting must be the source's, too. A
+    translation and a copy keep the numbers written in digits; a copy also the
     order of the words. JSON is judged by its values; a program has to parse, and is judged by its
     strings, numbers and comments; a reply that is neither, where one was asked for, fails.
     """
@@ -107,6 +112,8 @@ def faithful(
             return Faithful(False, f"{held.share:.0%} of the content is there", *result)
         if len(held.found) < min(FEWEST_FOUND, len(content_words_in_order(source, source_lang))):
             return Faithful(False, "one word of the content is there", *result)
+    if kind in ("copy", "rewriting") and held.of_answer < LEAST_FROM_SOURCE:
+        return Faithful(False, f"{held.of_answer:.0%} of it is the content", *result)
     if kind in ("translation", "copy") and not keeps_numbers(said, source):
         return Faithful(False, "a number is not there", *result)
     if kind == "copy" and same_order(source, said) < LEAST_ORDER:

@@ -126,6 +126,8 @@ class Grader:
     own: Sequence[str] = ()
     """The unsteered model's own answers, prompted and not: their perplexities are the range for
     answers in the content's language. With fewer than eight only the order of words is judged."""
+    scored: bool = True
+    """Whether the model also gives each reply its log-probability (`instructed_scores`)."""
     source_lang: str | None = None
     """Language of the contents; by default what py3langid finds."""
     within: tuple[float, float] | None = field(default=None, init=False)
@@ -153,6 +155,12 @@ class Grader:
             return asked
         return self.source_lang
 
+    @property
+    def least_gain(self) -> float:
+        """Nats a word by which a reply has to be likelier to the model than in random orders."""
+        here = self.lang == self.source_lang
+        return nature.LEAST_GAIN if here else nature.LEAST_GAIN_ELSEWHERE
+
     def grade(
         self,
         contents: Sequence[str],
@@ -175,7 +183,7 @@ class Grader:
         assert source_lang is not None
         said = [without_thinking(answer) for answer in answers]
         scores: list[InstructedScore | None] = [None] * len(said)
-        if self.lm is not None:
+        if self.lm is not None and self.scored:
             scores = list(instructed_scores(self.lm, task, contents, said))
         found = []
         for i, (content, answer, reply) in enumerate(zip(contents, answers, said, strict=True)):
@@ -206,7 +214,12 @@ class Grader:
         if self.lm is not None:
             # The model is slow: it reads only what nothing else has told from natural text.
             open_ones = [i for i, one in enumerate(found) if one.fluent]
-            judged = naturalness(self.lm, [said[i] for i in open_ones], within=self.within)
+            judged = naturalness(
+                self.lm,
+                [said[i] for i in open_ones],
+                within=self.within,
+                least_gain=self.least_gain,
+            )
             for i, one in zip(open_ones, judged, strict=True):
                 found[i] = replace(found[i], fluency=with_naturalness(found[i].fluency, one))
         return found
@@ -219,7 +232,7 @@ class Grader:
             "real_words": real_words.LEAST_SHARE,
             "word_frequency": real_words.REAL_WORD,
             "order_breaks": word_order.MOST_BREAKS,
-            "order_gain": None if self.lm is None else nature.LEAST_GAIN,
+            "order_gain": None if self.lm is None else self.least_gain,
             "nats": None if self.within is None else list(self.within),
             "content": kind,
             "coverage": faith.FLOORS[kind],
@@ -273,4 +286,4 @@ def make_grader(
         return grader
     if own is None:
         own = own_answers(lm, task, contents, progress=progress) if grader.lang == lang else ()
-    return Grader(task, lm, dictionaries, own, lang)
+    return Grader(task, lm, dictionaries, own, source_lang=lang)

@@ -15,6 +15,10 @@ SHUFFLES = 4
 LEAST_GAIN = 0.5
 """Nats a word that a reply has to be likelier than the mean of its shuffled orders."""
 
+LEAST_GAIN_ELSEWHERE = 0.0
+"""The same for replies in another language than the contents', whose order small models know less
+well: only what is no likelier than its words shuffled fails."""
+
 FEWEST_WORDS = 5
 """Replies of fewer words have too few orders to tell."""
 
@@ -51,12 +55,14 @@ def naturalness(
     *,
     within: tuple[float, float] | None = None,
     shuffled: Sequence[bool] | None = None,
+    least_gain: float = LEAST_GAIN,
 ) -> list[Naturalness]:
     """Judge replies: two numbers each, from one batch of passes.
 
     Args:
         within: nats per token of natural text; None judges no perplexity.
         shuffled: for each reply, whether to judge the order of its words (by default of all).
+        least_gain: nats a word by which a reply has to be likelier than in random orders.
     """
     rows: list[list[int]] = []
     spans: list[tuple[int, int]] = []
@@ -79,15 +85,17 @@ def naturalness(
                 for i in range(start, start + n)
             ]
             gain = sum(totals[1:]) / (n - 1) - totals[0]
-        found.append(Naturalness(own, gain, _unlike(own, gain, within)))
+        found.append(Naturalness(own, gain, _unlike(own, gain, within, least_gain)))
     return found
 
 
-def _unlike(nats: float | None, gain: float | None, within: tuple[float, float] | None) -> str:
+def _unlike(
+    nats: float | None, gain: float | None, within: tuple[float, float] | None, least_gain: float
+) -> str:
     if nats is not None and within is not None and not within[0] <= nats <= within[1]:
         return (
             f"{nats:.2f} nats per token, out of the model's own {within[0]:.2f} to {within[1]:.2f}"
         )
-    if gain is not None and gain < LEAST_GAIN:
+    if gain is not None and gain < least_gain:
         return f"its words in another order are as likely ({gain:.2f} nats a word)"
     return ""

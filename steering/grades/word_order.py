@@ -66,8 +66,8 @@ _LANGUAGES = {
         binding=_set("among between during from into of toward towards upon"),
         final_prepositions=True,
         apart=_pairs(
-            """and of, for of, he the, i the, of is, of of, of to, of was, of were, she the, they
-            the, to of, to to, we the, with of, with was"""
+            """and of, for of, he the, i the, of of, of to, she the, they the, to of, to to, we the,
+            with of"""
         ),
     ),
     "fr": _Classes(

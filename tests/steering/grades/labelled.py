@@ -1,6 +1,6 @@
 """Answers with labels by construction: good references, and the same ones damaged on purpose.
 
-`references.jsonl` holds answers that a person wrote for contents of the built-in tasks, and
+`references.jsonl` and `held_out.jsonl` hold answers written for contents of the built-in tasks, and
 `nonsense.jsonl` word salad as badly steered models write it, also by hand. `damaged` makes the
 rest, the same every time. `prompted.jsonl` holds what SmolLM2-135M-Instruct answers, unlabelled.
 """
@@ -15,6 +15,20 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TRANSLATIONS = ("french", "german", "spanish", "italian")
 FREE = ("french_reply",)
+
+
+TRUTH: dict[str, dict[str, bool]] = {
+    "good": dict.fromkeys(("follows", "fluent", "faithful", "strict"), True),
+    "other content": {"fluent": True, "faithful": False, "strict": False},
+    "shuffled": {"fluent": False, "strict": False},
+    "non-words": {"fluent": False, "faithful": False, "strict": False},
+    "half translated": {"follows": False, "fluent": False, "strict": False},
+    "English opening": {"fluent": False, "strict": False},
+    "not translated": {"follows": False, "fluent": False, "strict": False},
+    "a loop": {"fluent": False, "faithful": False, "strict": False},
+    "salad": {"faithful": False, "strict": False},
+}
+"""What each grade should say, by how an answer was made; what is left out may be either."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +51,23 @@ def read(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def references() -> list[Labelled]:
-    return [
-        Labelled(row["task"], row["content"], row["answer"], "good")
-        for row in read("references.jsonl")
-    ]
+def references(name: str = "references.jsonl") -> list[Labelled]:
+    return [Labelled(row["task"], row["content"], row["answer"], "good") for row in read(name)]
 
 
 def labelled() -> list[Labelled]:
-    """Every answer with a label: the references, and each of them damaged in every way."""
+    """Every answer by which the thresholds were chosen: good ones, the same damaged, salad."""
     good = references()
     salad = [
         Labelled(r["task"], r["content"], r["answer"], "salad") for r in read("nonsense.jsonl")
     ]
     return [*good, *damaged(good), *salad]
+
+
+def held_out() -> list[Labelled]:
+    """Answers to other contents, written and damaged after the thresholds were chosen."""
+    good = references("held_out.jsonl")
+    return [*good, *damaged(good)]
 
 
 def damaged(good: list[Labelled]) -> Iterator[Labelled]:
@@ -84,8 +101,8 @@ def _inside(one: Labelled, change: Callable[[str], str]) -> str:
         body = json.loads(one.answer.removeprefix("```json\n").removesuffix("\n```"))
         return json.dumps({k: change(v) if isinstance(v, str) else v for k, v in body.items()})
     if one.task == "python":
-        long = r"""(["'])([^"'\n]+ [^"'\n]+)\1"""
-        return re.sub(long, lambda m: m[1] + change(m[2]) + m[1], one.answer)
+        quoted = r"""(?<=")[^"\n]+ [^"\n]+(?=")|(?<=')[^'"\n]+ [^'"\n]+(?=')"""
+        return re.sub(quoted, lambda match: change(match[0]), one.answer)
     if one.task == "bullets":
         return "\n".join(line[:2] + change(line[2:]) for line in one.answer.split("\n"))
     if one.task == "quotes":

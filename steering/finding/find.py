@@ -141,7 +141,8 @@ class _Finding:
         in_latents = self._in_latents(scorer, proposals, wrapped, chosen) if wrapped else None
 
         left = end - self.clock()
-        n = min(len(self.test), max(8, int(left / max(seconds_per_row, 1e-9) / self._arms())))
+        each = 1.5 * seconds_per_row * self._arms()
+        n = min(len(self.test), max(8, int(left / max(each, 1e-9))))
         judged = self._scorer(self.test[:n], self._asked_on_test(), _outputs(scorer))
         plans = {"mean_difference": proposals.plan(baseline), "steered": plan}
         if in_latents is not None:
@@ -195,13 +196,15 @@ class _Finding:
     def _arms(self) -> int:
         return 4 + 2 * bool(self.saes) + 4 * self.config.side_by_side
 
-    def _rows_after_search(self) -> int:
-        """Answers that the stages after the search make."""
+    def _rows_after_search(self) -> float:
+        """Answers that the stages after the search make; those that the model itself judges as well
+        count half as much again."""
         search = self.config.search
         finals = search.finalists * len(self.dev)
-        latents = 3 * search.rows if self.saes else 0
-        neutral = 48
-        return finals + 2 * search.rows + latents + neutral + self._arms() * len(self.test)
+        latents = 2 * search.rows if self.saes else 0
+        neutral = 64
+        judged = 1.5 * (finals + self._arms() * len(self.test))
+        return judged + 2 * search.rows + latents + neutral
 
     def _chosen(
         self, finals: Sequence[Tried], prompted: Score, proposals: Proposals, probe: NeutralProbe

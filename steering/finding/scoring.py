@@ -48,14 +48,15 @@ class Scale:
     own: float
 
     def share(self, mark: Mark) -> float:
-        """Where an answer lies between plain ones (0) and the model's own (1).
+        """exp(-x) for an answer that costs x times as much more than the model's own answers as
+        plain ones do, and at least x times half a nat.
 
-        A loop is likely too, and counts as 0, as does any text that is not fluent.
+        A loop is likely too, and counts as 0.
         """
-        if mark.grades.fluent is False:
+        if mark.grades.fluency.degenerate or not math.isfinite(mark.nats):
             return 0.0
-        width = max(self.plain - self.own, 1e-3)
-        return min(1.0, max(0.0, (self.plain - mark.nats) / width))
+        width = max(self.plain - self.own, 0.5)
+        return math.exp(-max(mark.nats - self.own, 0.0) / width)
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,14 @@ class Score:
         """What the search maximises, in [0, 1]: the mean of strict, of follows, and of the share
         of the instructed model's log-probability (see `Scale`), the first counting twice.
 
-        `follows` counts for fluent answers alone. It tells settings apart while none is strict yet.
+        `follows` counts half where the answer is not fluent, and not in a loop. It and the share
+        tell settings apart while none is strict yet.
         """
         values = []
         for mark in self.marks:
-            follows = mark.grades.follows and mark.grades.fluent is not False
+            grades = mark.grades
+            whole = 1.0 if grades.fluent is not False else 0.5
+            follows = whole * (grades.follows and not grades.fluency.degenerate)
             values.append((2 * mark.good + follows + self.scale.share(mark)) / 4)
         return fmean(values) if values else 0.0
 

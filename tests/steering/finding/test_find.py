@@ -1,6 +1,7 @@
 """The whole search on a tiny model, its stages, its report and its files."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,12 +139,18 @@ def test_the_search_goes_on_until_its_time_is_over(lm: LanguageModel) -> None:
 
 
 def marks(*rows: tuple[bool, bool | None, bool | None, float]) -> tuple[Mark, ...]:
-    """Answers with these grades (follows, fluent, faithful) and nats per token."""
+    """Answers with these grades (follows, fluent, faithful) and nats per token; fluent None is a
+    loop."""
     return tuple(
         Mark(
             "a",
             "b",
-            Grades(follows, Verdict.PASS, Fluent(fluent, "", False), Faithful(faithful, "")),
+            Grades(
+                follows,
+                Verdict.PASS,
+                Fluent(bool(fluent), "", fluent is None),
+                Faithful(faithful, ""),
+            ),
             nats,
         )
         for follows, fluent, faithful, nats in rows
@@ -157,9 +164,10 @@ SCALE = Scale(plain=2.0, own=1.0)
     ("row", "value"),
     [
         ((True, True, True, 1.0), 1.0),
-        ((True, True, False, 1.5), 0.375),  # follows, and half of the way
-        ((True, True, None, 3.0), 0.75),  # cannot be told: counts as strict
-        ((True, False, True, 0.1), 0.0),  # a loop is likely, and worth nothing
+        ((True, True, False, 2.0), (1 + math.exp(-1)) / 4),  # as likely as plain answers
+        ((True, True, None, 3.0), (3 + math.exp(-2)) / 4),  # cannot be told: counts as strict
+        ((True, False, True, 1.0), 1.5 / 4),  # follows in words that do not exist
+        ((True, None, True, 0.1), 0.0),  # a loop is likely, and worth nothing
         ((False, True, True, 0.5), 0.25),  # likelier than the model's own: no more than 1
     ],
 )

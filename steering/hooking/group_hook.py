@@ -1,7 +1,6 @@
 """One hook on the residual stream, which applies the edit of one group of parts."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +10,7 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.hooks import HookPoint, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.arrangement import Group
+from saesteer.steering.hooking.call_rows import AfterPrompts, CallRows, expanded, last_of_prompts
 from saesteer.steering.hooking.chats import check_tail
 from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.hooking.gates import GateState
@@ -21,55 +21,13 @@ from saesteer.steering.hooking.latent_values import (
     matching_sae,
     needs_sae,
 )
-from saesteer.steering.hooking.scope import NO_END, NOWHERE, RowInfo, Rows, parse_scope
+from saesteer.steering.hooking.scope import NOWHERE, RowInfo, Rows, parse_scope
 from saesteer.steering.hooking.scope_arguments import ScopeArguments
 from saesteer.steering.hooking.touched import Record, SteerReport
 from saesteer.steering.hooking.tracking.passes import Call, PassTokens
 from saesteer.steering.hooking.tracking.plain_pass import PlainWanted, plain_at
 from saesteer.steering.hooking.tracking.positions import PositionTracker
 from saesteer.steering.plans.schedules import parse_schedule
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _CallRows:
-    """What parts and prompts determine for the rows of a pass, one entry per row."""
-
-    covered: Rows
-    prompt: Rows | None
-    """The prompt's own tokens, for gates that are decided on it."""
-    prompt_lengths: Int[Tensor, " batch"]
-    part_of_row: Int[Tensor, " batch"] | None
-    after_prompts: "_AfterPrompts"
-    opened: Bool[Tensor, " batch"] | None
-    """Where the conditions of the plans hold; None without conditions."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _AfterPrompts:
-    """Which columns after the prompts the scopes cover, as Python numbers.
-
-    Numbers on the host, because reading a tensor would wait for its device. Column n after a prompt
-    has position length + n in its row, and a scope is an interval of positions that begins in the
-    prompt.
-    """
-
-    none_from: int
-    """From this column on, no row is covered."""
-    all_until: int
-    """Before this column, every row is covered."""
-
-    @classmethod
-    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_AfterPrompts":
-        """For the rows of a call and the positions that each one's scope covers."""
-        ends = call.lengths
-        pairs = list(zip(covered, ends, strict=True))
-        none_from = max(row.stop - end for row, end in pairs)
-        exact = call.prompt_lengths == ends and all(
-            not row.excluded or row.excluded[-1] < end for row, end in pairs
-        )
-        if not exact or any(row.start > end for row, end in pairs):
-            return cls(NO_END, 0)
-        return cls(none_from, min(row.stop - end for row, end in pairs))
 
 
 class GroupHook:
@@ -116,8 +74,8 @@ class GroupHook:
             if condition is not None
         }
         for point in self._conditions.values():
-            tracker.plain_wanted.append(PlainWanted(point, _last_of_prompts))
-        self._rows: dict[int, _CallRows] = {}
+            tracker.plain_wanted.append(PlainWanted(point, last_of_prompts))
+        self._rows: dict[int, CallRows] = {}
         self._rows_call: Call | None = None
         tracker.on_reorder.append(self._reorder)
 
@@ -166,7 +124,7 @@ class GroupHook:
         # `where` and not a product with the mask: untouched positions stay bit-equal.
         return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
 
-    def _edit_after_prompts(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
+    def _edit_after_prompts(self, h: Tensor, tokens: PassTokens, rows: CallRows) -> Tensor | None:
         """`__call__` for a pass after the prompts whose rows are all covered: decoding.
 
         It waits for no device and builds no mask that is not needed.
@@ -195,7 +153,7 @@ class GroupHook:
         self,
         h: Tensor,
         tokens: PassTokens,
-        rows: _CallRows,
+        rows: CallRows,
         touched: Bool[Tensor, "batch seq"] | None,
         weight: Float[Tensor, "batch seq"] | float | None,
     ) -> EditPositions:
@@ -232,16 +190,16 @@ class GroupHook:
     def _opened(self, call: Call) -> list[bool]:
         """For each prompt's row, whether the condition of its plan holds."""
         holds = {
-            condition: condition.holds(call.plain[point.key].at(_last_of_prompts(call)))
+            condition: condition.holds(call.plain[point.key].at(last_of_prompts(call))).tolist()
             for condition, point in self._conditions.items()
         }
         found = []
         for row, part in enumerate(self._group.parts_of(call.number, call.rows)):
             condition = self._group.conditions[part] if part >= 0 else None
-            found.append(condition is None or bool(holds[condition][row]))
+            found.append(condition is None or holds[condition][row])
         return found
 
-    def _call_rows(self, tokens: PassTokens) -> _CallRows:
+    def _call_rows(self, tokens: PassTokens) -> CallRows:
         """The rows of the present call, computed once for each number of rows per prompt."""
         call, device = tokens.call, tokens.device
         if self._rows_call is not call:
@@ -255,14 +213,14 @@ class GroupHook:
             if self._gate is not None and self._gate_prompt is not None:
                 where = [self._gate_prompt.row(length, prompt) for length, prompt in pairs]
                 on_prompt = Rows.stack(where, device).expand(factor)
-            self._rows[factor] = _CallRows(
+            self._rows[factor] = CallRows(
                 covered=Rows.stack(covered, device).expand(factor),
                 prompt=on_prompt,
-                prompt_lengths=_expanded(call.prompt_lengths, factor, device),
+                prompt_lengths=expanded(call.prompt_lengths, factor, device),
                 part_of_row=(
-                    _expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
+                    expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
                 ),
-                after_prompts=_AfterPrompts.of(call, covered),
+                after_prompts=AfterPrompts.of(call, covered),
                 opened=(
                     torch.tensor(self._opened(call), device=device).repeat_interleave(factor)
                     if self._conditions
@@ -271,7 +229,7 @@ class GroupHook:
             )
         return self._rows[factor]
 
-    def _mask(self, tokens: PassTokens, rows: _CallRows) -> Bool[Tensor, "batch seq"]:
+    def _mask(self, tokens: PassTokens, rows: CallRows) -> Bool[Tensor, "batch seq"]:
         p = tokens.p
         mask = rows.covered.mask(p, tokens.real)
         if self._special is not None and tokens.ids is not None:
@@ -288,7 +246,7 @@ class GroupHook:
         return mask
 
     def _open(
-        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: CallRows
     ) -> Bool[Tensor, "batch seq"] | None:
         """Where the condition and the gate let the edit be; None without them."""
         if rows.opened is None:
@@ -297,7 +255,7 @@ class GroupHook:
         return opened if self._gate is None else opened & self._gate_open(h, tokens, rows)
 
     def _gate_open(
-        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: CallRows
     ) -> Bool[Tensor, "batch seq"]:
         """Where the gate is open, judged by the residual before the edit."""
         assert self._gate is not None
@@ -337,13 +295,3 @@ class GroupHook:
             self._report._records[-1].reorder(rows)
         if self._gate is not None and self._states:
             self._states[max(self._states)].reorder(rows)
-
-
-def _last_of_prompts(call: Call) -> list[tuple[int, int]]:
-    """The position of each prompt's last token, as a span."""
-    return [(length - 1, length) for length in call.prompt_lengths]
-
-
-def _expanded(values: Sequence[int], factor: int, device: torch.device) -> Int[Tensor, " batch"]:
-    """One number per row of a pass: that of each prompt, `factor` times."""
-    return torch.tensor(list(values), dtype=torch.int64, device=device).repeat_interleave(factor)

@@ -160,7 +160,9 @@ def _task_section(task: Mapping[str, Any]) -> str:
     ]
     for measure in GRADES:
         rows = [
-            Bar(arm["name"], *arm[measure], _KIND_COLOURS.get(arm["kind"], 6), "")
+            Bar(
+                arm["name"], *map(float, arm[measure][:3]), colour=_KIND_COLOURS.get(arm["kind"], 6)
+            )
             for arm in task["arms"]
             if arm[measure] is not None
         ]

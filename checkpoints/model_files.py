@@ -394,10 +394,11 @@ def _resolve_hub(name: str) -> ResolvedModel:
     if not hub_reachable():
         if _cached(name):
             return ResolvedModel(name, name, "hub")
-        meant = difflib.get_close_matches(name, ALIASES, n=1)
+        near = difflib.get_close_matches(name, ALIASES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"`model` {name}{f' (did you mean {meant[0]}?)' if meant else ''} is not on this machine and the Hub cannot be reached: connect to the "
-            f"network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
+            f"`model` {name}{meant} is not on this machine and the Hub cannot be reached: connect "
+            f"to the network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
         )
 
     def config() -> None:

@@ -124,8 +124,8 @@ def _adapter(path: Path) -> str:
     return (
         f"a {kind} adapter for {base}, not a whole model: merge the two "
         f"(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
-        f"{str(path)!r}).merge_and_unload().save_pretrained(FOLDER), with the tokenizer saved there "
-        "too), and give FOLDER"
+        f"{str(path)!r}).merge_and_unload().save_pretrained(FOLDER), and the tokenizer there too), "
+        "and give FOLDER"
     )
 
 

@@ -122,7 +122,8 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         "--data",
         action=Repeated,
         metavar="CORPUS",
-        help="text file, JSONL with `text` or `messages`, folder, hf:DATASET[:config][:split], or "
+        help="text file, JSONL, Parquet or CSV with `text` or `messages`, folder, "
+        "hf:DATASET[:config][:split], or "
         f"python-docs; repeatable {default(TextConfig, 'data')}",
     )
     if replies:

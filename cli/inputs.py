@@ -51,16 +51,11 @@ def open_sae(args: Namespace, report: Report) -> "SAE":
 
 
 def check_data(args: Namespace) -> None:
-    """Refuse a missing `--data` file before the model is loaded."""
-    missing = [
-        spec
-        for spec in args.data or ()
-        if not spec.startswith("hf:") and spec != "python-docs" and not Path(spec).exists()
-    ]
-    if missing:
-        from saesteer.sae.text.corpora import open_corpus
+    """Refuse `--data` that cannot be read, or holds no documents, before the model is loaded."""
+    if args.data:
+        from saesteer.sae.text.corpora import try_corpora
 
-        open_corpus(missing[:1])  # raises the usual error for a missing file
+        try_corpora(args.data)
 
 
 def reply_texts(args: Namespace) -> list[str]:
@@ -91,6 +86,11 @@ def read_prompts(args: Namespace) -> list[str]:
 def prompts_in(name: str, flag: str = "--prompts") -> list[str]:
     """The prompts of a .jsonl or .txt file, or of stdin (-); errors name the flag."""
     what = f"{flag} {name}"
+    if Path(name).suffix.lower() in _NOT_LINES:
+        raise UserError(
+            f'{what} is no .jsonl or .txt file: write one {{"prompt": "..."}} a line, or one '
+            "prompt a line"
+        )
     try:
         if name == "-":
             content = sys.stdin.read()
@@ -123,6 +123,10 @@ def _prompt_of(line: str, where: str) -> str:
 
     check_text(text, where)
     return text
+
+
+_NOT_LINES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".yaml", ".yml")
+"""Ends of names of files whose lines are not prompts."""
 
 
 # --- the folder for the results ------------------------------------------------------------------

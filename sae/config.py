@@ -25,7 +25,8 @@ class TextConfig:
     """Which text goes through the language model, and how it is cut."""
 
     data: tuple[str, ...] = ("python-docs",)
-    """Corpora: a text or JSONL file, a folder, `hf:DATASET[:config][:split]`, `python-docs`."""
+    """Corpora: a text file, JSONL, Parquet or CSV with `text` or `messages`, a folder,
+    `hf:DATASET[:config][:split]`, `python-docs`."""
     context: int = 256
     """Tokens per sequence; documents are packed, nothing is padded."""
     batch_size: int = 16

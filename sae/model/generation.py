@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, pad_left
 
 
@@ -59,7 +59,7 @@ def generate(
     if batch_size < 1:
         raise UsageError(f"`batch_size` must be at least 1, got {batch_size}")
     longest = max((len(prompt) for prompt in prompts), default=0)
-    positions = position_limit(lm)
+    positions = lm.positions
     if positions is not None and longest + max_new_tokens > positions:
         raise UsageError(
             f"`max_new_tokens` {max_new_tokens} after a prompt of {longest} tokens is more than "
@@ -100,13 +100,6 @@ def generate(
         if progress is not None:
             progress(sum(len(completion.token_ids) for completion in batch))
     return [c for c in completions if c is not None]
-
-
-def position_limit(lm: LanguageModel) -> int | None:
-    """Most tokens a sequence may have, or None when the model's configuration does not say."""
-    config = text_config(lm.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def stop_ids(lm: LanguageModel) -> set[int]:

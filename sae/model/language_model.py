@@ -69,6 +69,12 @@ class LanguageModel:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
+    def positions(self) -> int | None:
+        """Most tokens a sequence may have, or None when the configuration does not say."""
+        limit = getattr(text_config(self.model), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
     def pad_id(self) -> int:
         """A token id to fill padding with; the attention mask hides it, so any will do that the
         embedding has a row for."""

@@ -5,7 +5,7 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.cli.flags import add_common, add_sae, default, given, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, write_run
@@ -276,7 +276,7 @@ def _plan_settings(args: Namespace) -> dict[str, Any]:
         ("--unit", args.unit, UNITS),
     ):
         if value is not None and value not in allowed:
-            raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
+            raise none_of(flag, allowed, value)
     if args.scope is not None:
         parse_scope(args.scope)
     if args.top is not None and args.top < 1:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import Document, print_json, print_next, print_table, write_run
@@ -114,7 +114,7 @@ def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
     axes: dict[str, tuple[Any, ...]] = {}
     for name, values in args.grid or ():
         if name not in _AXES:
-            raise UsageError(f"--grid {name} is none of the axes {', '.join(_AXES)}")
+            raise none_of("--grid", _AXES, name)
         if name in ("layer", "position", "read", "by") and args.plan:
             raise UsageError(f"--grid {name} needs --sae: a plan is ranked already")
         axes[name] = _typed(name, values)

@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
@@ -85,6 +85,7 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     if module is None:
         raise UsageError(
             f"`site` must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
+            f"{meant(site, SITES)}"
         )
     inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
     if inside and int(inside[1]) != layer:

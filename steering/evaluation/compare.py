@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
@@ -63,7 +63,8 @@ class CompareConfig:
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown:
             raise UsageError(
-                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
+                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got "
+                f"{unknown[0]!r}{meant(unknown[0], CONTROLS)}"
             )
         for name, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 
 READS = ("last", "template", "span", "reply")
 """Where samples are read: at the last token of the user's text, at the last prompt token, at the
@@ -87,7 +87,7 @@ class RankConfig:
             *(("`drop`", one, FILTERS) for one in self.drop),
         ):
             if value not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise none_of(name, allowed, value)
         if self.read == "reply" and self.resolved_by == "saif":
             raise UsageError(
                 "`by` saif compares single positions and `read` reply reads many: "

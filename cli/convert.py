@@ -158,6 +158,7 @@ def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> Do
         from saesteer.sae.model.language_model import load_model
 
         need(args, "--model", "the model that the vectors are for")
+        exchange.read_blocks(source)  # refuses another file before the model is loaded
         lm = load_model(
             args.model,
             device=args.device,

@@ -139,6 +139,8 @@ def _check_flags(args: Namespace) -> None:
         raise UsageError("--judge and --judge-model belong together: give both")
     if args.ifeval is None and args.ifeval_only is not None:
         raise UsageError("--ifeval-only needs --ifeval FILE")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
 
 
 def _evaluate(args: Namespace, report: Report) -> "Evaluation":

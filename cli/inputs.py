@@ -45,13 +45,21 @@ def open_model(
 def open_sae(args: Namespace, report: Report) -> "SAE":
     """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
     from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.sae.model.hooks import check_place
 
     report.say(f"loading {args.sae}")
-    return load_sae(args.sae)
+    sae = load_sae(args.sae)
+    if getattr(args, "plan", None) is None:  # a plan says itself where it steers
+        check_place(sae, args.layer, args.site)
+    return sae
 
 
-def check_data(args: Namespace) -> None:
-    """Refuse `--data` that cannot be read, or holds no documents, before the model is loaded."""
+def check_reading(args: Namespace) -> None:
+    """Refuse a misspelt `--site`, and `--data` without documents, before the model is loaded."""
+    if args.site is not None:
+        from saesteer.sae.model.hooks import check_site
+
+        check_site(args.site)
     if args.data:
         from saesteer.sae.text.corpora import try_corpora
 
@@ -76,6 +84,11 @@ def read_prompts(args: Namespace) -> list[str]:
     Raises UserError for a file that cannot be read as prompts, UsageError when there are none.
     """
     texts = list(args.prompt or ())
+    if texts:
+        from saesteer.sae.text.prompts import check_prompt
+
+        for text in texts:
+            check_prompt(text)
     if args.prompts is not None:
         texts += prompts_in(args.prompts)
     if not texts:

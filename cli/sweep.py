@@ -144,10 +144,18 @@ def _sweep(
     args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report
 ) -> "tuple[Sweep, LanguageModel]":
     from saesteer.steering import Budget, Decoding, Grid, sweep
+    from saesteer.steering.doses.sweep_files import rank_settings
     from saesteer.steering.hooking.scope import parse_scope
 
     for scope in axes.get("scope", ()):
         parse_scope(scope)
+    rank_settings(*(axes.get(name, ()) for name in ("position", "read", "by")), seed=args.seed or 0)
+    decoding = Decoding(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed or 0,
+        batch_size=args.batch_size,
+    )
     settings = Grid(
         **{name: axes[name] for name in ("k", "beta", "scale", "scope") if name in axes}
     )
@@ -161,12 +169,7 @@ def _sweep(
         settings,
         rounds=args.rounds,
         budget=limit,
-        decoding=Decoding(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed or 0,
-            batch_size=args.batch_size,
-        ),
+        decoding=decoding,
         progress=report,
     )
     return found, lm

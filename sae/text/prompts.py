@@ -56,6 +56,13 @@ class EncodedPrompt:
         return mask
 
 
+def check_prompt(text: str) -> None:
+    """Raise UserError for an empty prompt, or one that is no Unicode text."""
+    if not text.strip():
+        raise UserError("a prompt is empty: give at least one character of text")
+    check_text(text, "a prompt")
+
+
 def check_text(text: str, what: str) -> None:
     """Raise UserError for half of a surrogate pair, of which no tokenizer makes tokens."""
     for place, character in enumerate(text):
@@ -98,9 +105,7 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     model has positions, a missing chat template, or a template that rewrites the text so that it
     cannot be found again.
     """
-    if not text.strip():
-        raise UserError("a prompt is empty: give at least one character of text")
-    check_text(text, "a prompt")
+    check_prompt(text)
     if chat and not lm.has_chat_template:
         raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `chat=False`")
     rendered, start = text, 0

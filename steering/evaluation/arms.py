@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress, check_sampling, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.checks.words import without_thinking
@@ -74,6 +74,9 @@ class Decoding:
     top_p: float = 0.95
     seed: int = 0
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_p, self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from saesteer.checkpoints.errors import UsageError, none_of
+from saesteer.sae.config import check_sampling
 
 READS = ("last", "template", "span", "reply")
 """Where samples are read: at the last token of the user's text, at the last prompt token, at the
@@ -105,6 +106,7 @@ class RankConfig:
         ):
             if count < 1:
                 raise UsageError(f"{name} must be at least 1, got {count}")
+        check_sampling(self.temperature, self.top_p, self.batch_size)
         if self.shuffles < 0:
             raise UsageError(f"`shuffles` must be at least 0, got {self.shuffles}")
         if not self.max_norm_ratio > 1:

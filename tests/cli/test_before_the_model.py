@@ -119,7 +119,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     ],
     METRICS: [
         *_TEXT,
-        ("--tokens 0", "--tokens must be at least 1"),
+        ("--tokens 0", "--tokens must be at least 2"),
         ("--site resid_pots", "did you mean resid_post?"),
         ("--layer 3", "conflicts with"),
     ],
@@ -170,7 +170,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("--unit sigam", "did you mean sigma?"),
         ("--scope generatoin", "did you mean generation?"),
         ("--schedule constnat", "did you mean constant?"),
-        ("--gate 999>1", "--gate"),
+        ("--gate 64>1 --sae SAE", "--gate reads latent 64"),
         ("--gate nonsense", "--gate"),
         ("--also none", "none"),
         ("--beside none", "none"),
@@ -241,7 +241,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("--site resid_pots", "did you mean resid_post?"),
         ("-o used", "is not empty"),
     ],
-    "reproduce ": [("none", "none"), ("used", "used"), ("ACTS --activations none", "none")],
+    "reproduce ": [
+        ("none", "none"), ("used", "used"), ("ACTS --activations none", "this run is a harvest"),
+    ],
     "demo --model MODEL ": [
         ("--task frensh -o new", "did you mean french?"),
         ("-o used", "is not empty"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.inputs import check_data, read_prompts, reserved, take_folder
+from saesteer.cli.inputs import check_reading, read_prompts, reserved, take_folder
 
 
 def prompts(**values: object) -> list[str]:
@@ -60,13 +60,13 @@ def test_no_prompt_at_all(tmp_path: Path) -> None:
 
 
 def test_missing_data_is_refused_early(tmp_path: Path) -> None:
-    check_data(Namespace(data=None))
+    check_reading(Namespace(site=None, data=None))
     (tmp_path / "a.txt").write_text("words")
-    check_data(Namespace(data=("python-docs", str(tmp_path))))
+    check_reading(Namespace(site=None, data=("python-docs", str(tmp_path))))
     with pytest.raises(UserError, match="`data` .*none.txt does not exist"):
-        check_data(Namespace(data=(str(tmp_path / "none.txt"),)))
+        check_reading(Namespace(site=None, data=(str(tmp_path / "none.txt"),)))
     with pytest.raises(UserError, match="`data` hf:some/thing: it is not on this machine"):
-        check_data(Namespace(data=("hf:some/thing",)))
+        check_reading(Namespace(site=None, data=("hf:some/thing",)))
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.csv", "p.parquet", "p.jsonl.gz", "p.yaml"])

@@ -147,6 +147,7 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.steering import Decoding, Judge, evaluate_plans, load_ifeval, plans_by_task
     from saesteer.steering.evaluation.compare import CONTROLS, CompareConfig
+    from saesteer.steering.reports.plan_evaluation import check_ifeval
 
     seed = args.seed or 0
     controls = CONTROLS if args.controls is None else args.controls
@@ -163,6 +164,8 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
     judge = None if args.judge is None else Judge(args.judge, args.judge_model)
     rows = None if args.ifeval is None else load_ifeval(args.ifeval)
     groups = plans_by_task(args.plan or (), args.task)
+    if rows is not None:
+        check_ifeval(groups, rows, args.ifeval_only or ())
     sae = None if args.sae is None else load_sae(args.sae)
     plans = [plan for group in groups for plan in group.plans.values()]
     lm = open_model(args, report, name=plans[0].model.name if plans else None)

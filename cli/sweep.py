@@ -114,7 +114,7 @@ def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
     axes: dict[str, tuple[Any, ...]] = {}
     for name, values in args.grid or ():
         if name not in _AXES:
-            raise none_of("--grid", _AXES, name)
+            raise none_of("the axis of --grid", _AXES, name)
         if name in ("layer", "position", "read", "by") and args.plan:
             raise UsageError(f"--grid {name} needs --sae: a plan is ranked already")
         axes[name] = _typed(name, values)

@@ -1,5 +1,6 @@
 """What is wrong with a command line is said before the language model is opened."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ def run(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, 
     Path("broken-plan").mkdir()
     Path("broken-plan", "plan.yaml").write_text("schema_version: 1\n")
     Path("ifeval.jsonl").write_text('{"prompt": "x"}\n')
+    good = {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    Path("good.jsonl").write_text(json.dumps(good))
     names = {"MODEL": model, "ACTS": acts, "SAE": sae, "PLAN": plan, "TASK": task}
 
     def run_line(line: str) -> Outcome:
@@ -222,6 +225,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("--ifeval none.jsonl", "none.jsonl"),
         ("--ifeval ifeval.jsonl", "lacks prompt or instruction_id_list"),
         ("--ifeval ifeval.jsonl --max-new-tokens 0", "--max-new-tokens"),
+        ("--ifeval good.jsonl", "IFEval has no instruction like the task 'late'"),
+        ("--ifeval good.jsonl --ifeval-only startend:quotation", "no IFEval row is left"),
         ("--judge nonsense --judge-model x", "--judge"),
         ("-o used", "is not empty"),
     ],

@@ -88,7 +88,7 @@ def test_layers_are_an_axis_by_the_names_of_saes(
         ((), "--plan DIR, or --sae DIR with --task: give one, got neither"),
         (("--plan", "a", "--sae", "b"), "give one, got both"),
         (("--sae", "b"), "--task is missing: --sae ranks for a task first"),
-        (("--plan", "a", "--grid", "luck=1"), "--grid luck is none of the axes k, beta"),
+        (("--plan", "a", "--grid", "luck=1"), "the axis of --grid must be one of k, beta"),
         (("--plan", "a", "--grid", "read=last"), "--grid read needs --sae"),
         (("--plan", "a", "--grid", "layer=1"), "--grid layer needs --sae"),
         (("--sae", "b", "--task", "t", "--grid", "layer=x"), "--grid layer must be whole numbers"),

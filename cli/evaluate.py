@@ -117,7 +117,10 @@ def run(args: Namespace) -> int:
         reserved(args, plan=args.plan, task=args.task, sae=args.sae, ifeval=args.ifeval),
         reporting(args) as report,
     ):
-        found = _evaluate(args, report)
+        from saesteer.steering.checks.words import keeping_thoughts
+
+        with keeping_thoughts(not args.strip_thinking):
+            found = _evaluate(args, report)
         document = found.document
         for warning in found.warnings:
             report.warn(warning)

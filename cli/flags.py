@@ -197,6 +197,19 @@ def add_answering(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size", type=count, default=64, metavar="N", help="prompts per batch (default: 64)"
     )
+    add_thinking(group)
+
+
+def add_thinking(group: argparse._ArgumentGroup) -> None:
+    """`--strip-thinking`, of verbs that grade answers."""
+    group.add_argument(
+        "--strip-thinking",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave the thoughts that a model writes before an answer (<think>...</think>) out of "
+        "grades, repetition, fluency and the judge's prompt; thoughts that never end leave no "
+        "answer (default: on)",
+    )
 
 
 def add_documents(group: argparse._ArgumentGroup) -> None:

@@ -86,8 +86,10 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         from saesteer.steering import save_sweep, sweep_document
+        from saesteer.steering.checks.words import keeping_thoughts
 
-        found, lm = _sweep(args, axes, report)
+        with keeping_thoughts(not args.strip_thinking):
+            found, lm = _sweep(args, axes, report)
         for warning in found.warnings:
             report.warn(warning)
         if args.out is None:

@@ -25,6 +25,7 @@ from saesteer.steering.evaluation.grading import (
     mismatch_floor,
 )
 from saesteer.steering.evaluation.intervals import bootstrap_mean, wilson
+from saesteer.steering.evaluation.thoughts import answers_only
 from saesteer.steering.hooking.arrangement import Plans
 from saesteer.steering.hooking.generation import SteeredText, count_batches, generate_steered
 from saesteer.steering.plans.plan import Plan
@@ -397,8 +398,11 @@ def answer(
     stage: str = "generate",
     progress: Progress = no_progress,
 ) -> list[SteeredText]:
-    """Answer texts, steered or not, and show the number of answers as progress of a stage."""
-    return generate_steered(
+    """Answer texts, steered or not, and show the number of answers as progress of a stage.
+
+    Thoughts before the answers are left out.
+    """
+    replies = generate_steered(
         lm,
         texts,
         plan,
@@ -409,3 +413,4 @@ def answer(
         batch_size=decoding.batch_size,
         progress=count_batches(progress, stage, len(texts), decoding.batch_size),
     )
+    return answers_only(lm, replies)

@@ -115,11 +115,18 @@ def _module_at(lm: LanguageModel, path: str) -> tuple[str, nn.Module | None, str
     return path, None, side
 
 
+_HOOK_NAME = re.compile(rf"(?:blocks\.(\d+)\.)?hook_({'|'.join(SITES)})")  # of TransformerLens
+
+
 def check_site(site: str | None) -> None:
     """Refuse a misspelt site, before there is a model to look for a module of that name in.
 
     Raises UsageError.
     """
+    found = _HOOK_NAME.fullmatch(site or "")
+    if found:
+        block = "" if found[1] is None else f" and `layer` {found[1]}"
+        raise UsageError(f"`site` {site} is called {found[2]} here: give that{block}")
     if site is not None and site not in SITES and (near := meant(site, SITES)):
         raise UsageError(
             f"`site` must be one of {', '.join(SITES)} or a module path, got {site!r}{near}"

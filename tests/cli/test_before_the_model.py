@@ -78,6 +78,7 @@ _LIVE = [
     ("--epochs 0", "--epochs must be at least 1"),
     ("--tokens 0", "--tokens must be at least 1"),
     ("--site resid_pots", "did you mean resid_post?"),
+    ("--site blocks.1.hook_mlp_out", "is called mlp_out here: give that and --layer 1"),
     ("--device gpu", "--device must be auto, cpu, cuda or cuda:N"),
     ("--dtype int8", "--dtype must be"),
     ("--quantize 2bit", "--quantize must be one of 8bit, 4bit"),

@@ -1,6 +1,7 @@
 """`saesteer steer`: generate text with a steering plan."""
 
 import argparse
+import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -421,7 +422,13 @@ _GIGANTIC = 3.0
 
 
 def _warn_of_gigantic_doses(rows: list[Document], report: Report) -> None:
+    """Say that an edit is longer than any residual. Raises UserError where it has overflowed."""
     largest = max((row["relative_dose"] or 0.0 for row in rows), default=0.0)
+    if not math.isfinite(largest):
+        raise UserError(
+            "the edit is longer than float32 can hold, and what it gives is no answer: give a "
+            "smaller --scale, or smaller values"
+        )
     if largest > _GIGANTIC:
         report.warn(
             f"relative dose {figure(largest, 3)}: the edit is that many times as long as the "

@@ -163,6 +163,11 @@ def _sweep(
     )
     limit = None if args.budget is None else Budget(*args.budget)
     lm, task, plans = _plans(args, axes, max(settings.k), report)
+    most = max(len(plan.latents) for plan in plans.values())
+    if "k" in axes and max(axes["k"]) > most:
+        report.warn(
+            f"--grid k={max(axes['k'])} is more than the {most} latents there are: tried with those"
+        )
     found = sweep(
         lm,
         task,

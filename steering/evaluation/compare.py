@@ -152,9 +152,7 @@ def compare(
     lm = as_language_model(model, device=device, dtype=dtype)
     notes: list[str] = []
     if len(contents) < config.n:
-        notes.append(
-            f"{task.name}: {len(contents)} contents in the {config.split} split, {config.n} asked"
-        )
+        notes.append(f"{len(contents)} contents in the {config.split} split, {config.n} asked")
     for plan in plans.values():
         plan.check_model(lm)
     specs = _specs(lm, task, plans, config, sae, contents, notes, progress)

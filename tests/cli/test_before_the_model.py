@@ -235,6 +235,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("none", "none"),
         ("no-sae", "no-sae"),
         ("SAE --format sealens", "did you mean saelens?"),
+        ("SAE --format gguf", "--format gguf is not for an SAE"),
+        ("PLAN --format saelens", "--format saelens is not for a plan"),
         ("PLAN --as-scope al", "did you mean all?"),
         ("none --format plan --model MODEL", "none"),
         ("no-sae --format plan --model MODEL", "no-sae"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.inputs import check_reading, read_prompts, reserved, take_folder
+from saesteer.cli.inputs import check_reading, open_model, read_prompts, reserved, take_folder
+from saesteer.cli.progress import Report
 
 
 def prompts(**values: object) -> list[str]:
@@ -162,3 +163,9 @@ def test_force_never_empties_what_is_read(tmp_path: Path) -> None:
             pass
     with reserved(claim(sae / "metrics"), sae=str(sae), plan=None):
         pass
+
+
+def test_a_model_that_has_moved_is_asked_for(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"was at {gone}, where nothing is now: give --model"):
+        open_model(Namespace(model=None), Report(io.StringIO()), name=gone)

@@ -28,8 +28,8 @@ def open_model(
     chosen = args.model or name or DEFAULT_MODEL
     if args.model is None and Path(chosen).is_absolute() and not Path(chosen).exists():
         raise UserError(
-            f"the model that this was made for was at {chosen}, where nothing is now: give --model, "
-            "the place where it is"
+            f"the model that this was made for was at {chosen}, where nothing is now: give "
+            "--model, the place where it is"
         )
     report.say(f"loading {chosen}")
     lm = load_model(

@@ -166,7 +166,8 @@ def _sweep(
     most = max(len(plan.latents) for plan in plans.values())
     if "k" in axes and max(axes["k"]) > most:
         report.warn(
-            f"--grid k={max(axes['k'])} is more than the {most} latents there are: tried with those"
+            f"--grid k={max(axes['k'])} is more than the {most} latents there are: larger numbers "
+            f"are left out, and {most} is tried where no other is given"
         )
     found = sweep(
         lm,

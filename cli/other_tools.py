@@ -7,7 +7,10 @@ _PER_TOKEN = (
     "no loss is weighted by hand: give --k, latents per token, or --l0, with the architectures "
     "that aim at a number of them"
 )
-_LOGS = "every run writes metrics.jsonl into --out, one JSON object for each log line"
+_LOGS = (
+    "every run writes metrics.jsonl into --out, one JSON object for each log line, and "
+    "`saesteer watch` shows its curves"
+)
 _VECTORS = "a file of vectors becomes a plan with convert --format plan, and --plan takes that"
 
 _ANSWERS: dict[tuple[str, ...] | str, str] = {
@@ -118,7 +121,7 @@ VERBS = {
     "eval": "evaluate", "bench": "evaluate", "benchmark": "evaluate", "search": "rank",
     "find": "rank", "select": "rank", "tune": "sweep", "upload": "push", "share": "push",
     "export": "convert", "import": "convert", "check": "doctor", "quickstart": "demo",
-    "rerun": "reproduce",
+    "rerun": "reproduce", "plot": "watch", "monitor": "watch", "tensorboard": "watch",
 }  # fmt: skip
 """What other programs call our verbs."""
 

@@ -57,6 +57,10 @@ LINES: dict[str, list[tuple[str, str]]] = {
     "doctor": [("--sae SAE --tokens 1000 --context 64 --dtype float32 -o NEW", "ok  ")],
     "push": [("--sae SAE --repo NEW", "SHA-256")],
     "reproduce": [("CHANGED", "DIFFER")],
+    "watch": [("SAE", "finished")],
+    "tasks": [("", "french")],
+    "formats": [("", "saelens")],
+    "models": [("", "smollm2-135m-instruct")],
 }
 FAILS = {"CHANGED"}
 

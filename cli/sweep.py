@@ -151,7 +151,9 @@ def _sweep(
 
     for scope in axes.get("scope", ()):
         parse_scope(scope)
-    rank_settings(*(axes.get(name, ()) for name in ("position", "read", "by")), seed=args.seed or 0)
+    rank_settings(
+        axes.get("position", ()), axes.get("read", ()), axes.get("by", ()), args.seed or 0
+    )
     decoding = Decoding(
         temperature=args.temperature,
         top_p=args.top_p,

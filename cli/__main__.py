@@ -10,6 +10,7 @@ from importlib import import_module
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
+from saesteer.cli.threads import use_threads
 
 VERBS = {
     "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
@@ -73,6 +74,7 @@ def _run(verb: str, words: Sequence[str]) -> int:
         args = parser.read(words)
     except SystemExit as stop:  # --help has printed
         return int(stop.code or 0)
+    use_threads(getattr(args, "threads", None))
     status: int = import_module(f"saesteer.cli.{verb}").run(args)
     return status
 

@@ -49,8 +49,10 @@ def add_common(
     seed_help: str = "seed of sampling and of the order of the data (default: 0)",
     device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
     dtype_help: str = LM_DTYPE_HELP,
+    threads: bool = True,
 ) -> None:
-    """The flags of every verb. The arguments are the help texts that differ between verbs."""
+    """The flags of every verb. The arguments are the help texts that differ between verbs, and
+    whether it computes on a number of `threads` that can be chosen."""
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -65,6 +67,13 @@ def add_common(
     group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
     group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
+    if threads:
+        group.add_argument(
+            "--threads",
+            type=count,
+            metavar="N",
+            help="CPU threads to compute with (default: one for each core)",
+        )
     group.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     group.add_argument("-q", "--quiet", action="store_true", help="show no progress on stderr")
     group.add_argument(

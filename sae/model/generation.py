@@ -8,6 +8,7 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.model.nucleus import Nucleus
 from saesteer.sae.text.prompts import EncodedPrompt, pad_left
 
 
@@ -69,8 +70,9 @@ def generate(
     completions: list[Completion | None] = [None] * len(prompts)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        # top_k 0 switches off the library's hidden default of 50.
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        # top_k 0 switches off the library's hidden default of 50; both others happen in `Nucleus`.
+        sampling = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+        sampling["logits_processor"] = [Nucleus(temperature, top_p)]
     devices = [lm.device] if lm.device.type == "cuda" else []
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]

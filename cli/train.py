@@ -121,6 +121,12 @@ def add_flags(parser: VerbParser) -> None:
         metavar="N,...",
         help=f"seeds of the initialisation {default(TrainConfig, 'init_seed')}",
     )
+    shape.add_argument(
+        "--init-from",
+        metavar="SAE",
+        help="SAE to start from, in any format that --sae of other verbs takes, with a new "
+        "optimiser (default: random weights)",
+    )
     work = parser.add_argument_group("training")
     work.add_argument(
         "--tokens",

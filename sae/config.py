@@ -123,6 +123,8 @@ class TrainConfig:
     `matryoshka`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
+    init_from: str | None = None
+    """An SAE to start from, as `load_sae` takes it, in place of random weights."""
     tokens: int = 1_000_000
     """Activations to train on."""
     batch_tokens: int = 2048

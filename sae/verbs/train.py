@@ -10,6 +10,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
 from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.batches import ActivationSource, LiveSource, ShardSource
 from saesteer.sae.activations.reader import open_activations
@@ -21,6 +22,7 @@ from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.held_out import held_back_of_shards
+from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 
@@ -76,6 +78,11 @@ def train(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
         )
     folder = Path(out).expanduser()
+    start = None
+    if config.init_from is not None:
+        config = replace(config, init_from=as_given(config.init_from))
+        start = load_sae(config.init_from)
+        config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
     with folder_lock(folder):
         if resume or not force:
             claim_output(folder, resume=resume, force=force, can_resume=True)
@@ -108,6 +115,10 @@ def train(
         run = TrainingRun(
             folder, config, variants, source, facts, d_model, dtype, compute, progress, warn
         )
+        if start is not None:
+            facts["recipe"]["init_from"] = {"source": config.init_from, "sha256": start.sha256}
+            _tell_of_start(start, variants, facts, say, warn)
+            run.start = start
         say(run.check_memory())
         if activations is not None:
             _tell_of_shards(reader, facts["rows"], config, say, warn)
@@ -216,6 +227,23 @@ def _tell_of_shards(
             f"the harvest in {reader.folder} stopped after {reader.tokens:,}{of} rows and is not "
             "complete: its own command with `resume` goes on"
         )
+
+
+def _tell_of_start(
+    start: SAE,
+    variants: list[Variant],
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Check an SAE to start from; say what is other than in its training."""
+    check_start(start, variants)
+    if changed := differences(start, variants[0]):
+        warn(f"`init_from` {start.source} goes on with other settings: {changed}")
+    before = start.spec.metadata.get("saesteer") or {}
+    model = before.get("model") if isinstance(before, dict) else None
+    if isinstance(model, dict) and model.get("hash") not in (None, facts["model"].get("hash")):
+        say(f"{start.source} was trained on other weights, of {model.get('name')}")
 
 
 def _batch_size_before(folder: Path) -> int | None:

@@ -67,6 +67,10 @@ class LiveSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
 
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """See `ActivationStream.has_read`."""
+        return self.stream.has_read(state, identities)
+
     def held_out(self) -> "LiveSource | None":
         stream = self.stream.held_out()
         return None if stream is None else LiveSource(stream)

@@ -195,6 +195,13 @@ class ActivationStream:
         """What text was read."""
         return self.contexts.identity()
 
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """Whether the text that had been read when `state_dict` was taken, of corpora that then had
+        these identities, is the same now. What comes after it may have been mended since."""
+        contexts = state.get("contexts")
+        known = isinstance(contexts, dict) and isinstance(identities, list)
+        return known and self.contexts.has_read(contexts, identities)
+
     def compile(self) -> None:
         """Run one pass over made-up tokens, which compiles the blocks where that is asked.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from saesteer.checkpoints.files import plain
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import load_state
+from saesteer.sae.activations.batches import LiveSource
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.runs.facts import check_same_run
 from saesteer.sae.training.input_scale import InputScale
@@ -86,7 +87,16 @@ def restore(run: "TrainingRun") -> None:
         meta["config"]["tokens"] = run.config.tokens
         run.extended.append({"step": int(meta["step"]), "tokens": before})
     usual = asdict(TrainConfig())
-    check_same_run(meta, identity(run.config, run.facts), run.folder, usual)
+    check_same_run(
+        meta,
+        identity(run.config, run.facts),
+        run.folder,
+        usual,
+        lambda: (
+            isinstance(run.source, LiveSource)
+            and run.source.has_read(meta["stream"]["source"], meta["data"])
+        ),
+    )
     parts = _groups(tensors)
     scales: dict[Place, InputScale] = {}
     for i, variant in enumerate(run.variants):

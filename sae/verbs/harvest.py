@@ -155,7 +155,15 @@ class _Job:
         if resume and (self.folder / MANIFEST).exists():
             shared = files.read_json(self.folder / MANIFEST)
             stored = {"layers": layers, "dtype": str(dtype).removeprefix("torch.")}
-            check_same_run(shared, {**facts, **stored}, self.folder)
+            check_same_run(
+                shared,
+                {**facts, **stored},
+                self.folder,
+                read_the_same=lambda: (
+                    not shared.get("complete")
+                    and self.stream.has_read(shared.get("cursor") or {}, shared.get("data"))
+                ),
+            )
             if shared.get("complete"):
                 return dict(shared)
             if shared.get("processes", 1) != self.processes.world:
@@ -166,6 +174,7 @@ class _Job:
                 )
         if resume and self._on_all((self.folder / part_manifest(part)).exists()):
             self.writer, cursor = ShardWriter.resume(self.folder, part=part)
+            self.writer.manifest["data"] = facts["data"]  # text that is read later may be mended
             if self.processes.world > 1:
                 cursor = self._common_place(cursor)
             self._continue(cursor)

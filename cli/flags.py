@@ -149,6 +149,32 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             help="share of the contexts that are filled with replies "
             f"{default(TextConfig, 'replies_share')}",
         )
+        group.add_argument(
+            "--replies-count",
+            type=count,
+            metavar="N",
+            help="at most N replies, drawn from those of all tasks (default: all)",
+        )
+        group.add_argument(
+            "--replies-tokens",
+            type=count,
+            metavar="N",
+            help=f"longest reply {default(TextConfig, 'replies_tokens')}",
+        )
+        group.add_argument(
+            "--replies-temperature",
+            type=number,
+            metavar="T",
+            help="temperature that replies are sampled at; 0 is greedy "
+            f"{default(TextConfig, 'replies_temperature')}",
+        )
+        group.add_argument(
+            "--replies-top-p",
+            type=number,
+            metavar="P",
+            help="sample replies from the most likely tokens of total probability P "
+            f"{default(TextConfig, 'replies_top_p')}",
+        )
     group.add_argument(
         "--context",
         type=count,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -70,9 +71,16 @@ def reply_texts(args: Namespace) -> list[str]:
     from saesteer.steering.tasks.task import reply_prompts
 
     try:
-        return [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
+        texts = [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
     except UserError as error:
         raise type(error)(f"--replies {','.join(args.replies)}: {error}") from error
+    wanted = args.replies_count
+    if wanted is None or wanted >= len(texts):
+        return texts
+    if wanted < 1:
+        raise UsageError(f"--replies-count must be at least 1, got {wanted}")
+    chosen = random.Random(args.seed or 0).sample(range(len(texts)), wanted)
+    return [texts[i] for i in sorted(chosen)]
 
 
 def read_prompts(args: Namespace) -> list[str]:

@@ -276,7 +276,12 @@ def open_activations(
         raise UsageError(f"`layer` names a block twice: {named}")
     replies_file = None
     if replies:
-        settings = ReplyConfig(seed=config.seed)
+        settings = ReplyConfig(
+            max_new_tokens=config.replies_tokens,
+            temperature=config.replies_temperature,
+            top_p=config.replies_top_p,
+            seed=config.seed,
+        )
         if processes.rank:
             processes.wait_for_first()  # the first samples them; the others read its file
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)

@@ -19,7 +19,7 @@ from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, open_activations
-from saesteer.sae.config import HarvestConfig, Progress, no_progress
+from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
 from saesteer.sae.model.hooks import HookPoint, keep_only_read, resolve_site
 from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
 from saesteer.sae.runs.disk_use import harvest_row_bytes, stored_dtype
@@ -159,6 +159,7 @@ class _Job:
                 shared,
                 {**facts, **stored},
                 self.folder,
+                asdict(TextConfig()),
                 read_the_same=lambda: (
                     not shared.get("complete")
                     and self.stream.has_read(shared.get("cursor") or {}, shared.get("data"))

@@ -37,6 +37,7 @@ def open_model(
         device_map=getattr(args, "device_map", None),
         quantize=getattr(args, "quantize", None),
         trust_remote_code=args.trust_remote_code,
+        recorded=args.model is None and name is not None,
     )
     kind = str(lm.dtype).removeprefix("torch.")
     report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")

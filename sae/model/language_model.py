@@ -291,6 +291,7 @@ def load_model(
     device_map: str | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    recorded: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -306,6 +307,8 @@ def load_model(
             quantised weights.
         trust_remote_code: run Python files that lie beside the weights. Otherwise none is ever run,
             and a model that needs its own is refused.
+        recorded: the name is what a plan or an SAE says, see `resolve_model`; what uses it compares
+            the fingerprint.
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
@@ -315,7 +318,7 @@ def load_model(
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
     placed = _placement(device_map, quantize, target, chosen_dtype)
-    resolved = resolve_model(name, progress)
+    resolved = resolve_model(name, progress, recorded=recorded)
     offline = resolved.local_files_only
 
     def read() -> tuple[Any, Any]:

@@ -81,16 +81,10 @@ class LanguageModel:
     @cached_property
     def special_ids(self) -> torch.Tensor:
         """Ids of tokens that are not text: excluded from training and from steering scopes."""
-        ids = set(self.tokenizer.all_special_ids)
-        ids.update(getattr(self.tokenizer, "added_tokens_decoder", {}) or {})
-        specials = [i for i in ids if self._is_special(i)]
-        return torch.tensor(sorted(specials), dtype=torch.int64)
-
-    def _is_special(self, token_id: int) -> bool:
-        if token_id in self.tokenizer.all_special_ids:
-            return True
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token_id)
-        return bool(added is not None and added.special)
+        # Both are made anew at every access, which for Gemma's 6,000 added tokens adds up.
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        ids = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return torch.tensor(sorted(ids), dtype=torch.int64)
 
     @cached_property
     def text_model(self) -> nn.Module:

@@ -73,6 +73,6 @@ def test_it_is_early_enough_for_openmp(tmp_path: Path) -> None:
 
 def test_every_verb_that_computes_has_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     without = {verb for verb in VERBS if "--threads" not in make_parser(verb).flags()}
-    assert without == {"push", "reproduce"}
+    assert without == {"push", "reproduce", "watch", "tasks", "formats", "models"}
     assert main(["harvest", "--threads", "0", "-o", "x"]) == 2
     assert "--threads" in capsys.readouterr().err

@@ -106,6 +106,11 @@ class ShardSource:
         self.epoch = self.shard = self.row = self.kept = 0
         self._excluded = {"sinks": 0}
 
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows that `next_rows` reads; those that a run does not need are lost to it."""
+        return min(_CHUNK_ROWS, max(self.reader.shard_tokens, default=0))
+
     def _parts(self) -> list[tuple[int, slice]]:
         """The rows of each shard that are read; shards without any are left out."""
         first_held_back = self.reader.tokens - self.held_back

@@ -199,8 +199,9 @@ class ActivationStream:
         """Whether the text that had been read when `state_dict` was taken, of corpora that then had
         these identities, is the same now. What comes after it may have been mended since."""
         contexts = state.get("contexts")
-        known = isinstance(contexts, dict) and isinstance(identities, list)
-        return known and self.contexts.has_read(contexts, identities)
+        if not isinstance(contexts, dict) or not isinstance(identities, list):
+            return False
+        return self.contexts.has_read(contexts, identities)
 
     def compile(self) -> None:
         """Run one pass over made-up tokens, which compiles the blocks where that is asked.

@@ -418,7 +418,7 @@ class ContextStream:
             part = _hash_of(next(documents)) if state["used"] else ""
         except (UserError, StopIteration):
             return False  # one of them cannot be read any more
-        return digest == state["read"] and part == state["part"]
+        return bool(digest == state["read"] and part == state["part"])
 
 
 # Stands for the character spans of a document that is passed over. An identity, not a value.

@@ -81,7 +81,7 @@ def train(
     start = None
     if config.init_from is not None:
         config = replace(config, init_from=as_given(config.init_from))
-        start = load_sae(config.init_from)
+        start = load_sae(str(config.init_from))
         config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
     with folder_lock(folder):
         if resume or not force:
@@ -193,9 +193,10 @@ def _shard_source(
     if len(set(places)) != len(places):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     named = dict(zip(reader.places, paths, strict=False))
-    held_back = held_back_of_shards(config, reader.tokens)
-    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed, held_back), {
-        "rows": reader.tokens - held_back,
+    source = ShardSource(reader, places, config.text.max_norm_ratio, config.seed)
+    source.held_back = held_back_of_shards(config, reader.tokens, source.rows_at_once)
+    return source, {
+        "rows": reader.tokens - source.held_back,
         "model": model or {"name": str(manifest["model"])},
         "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
         "text": manifest.get("data") or [],

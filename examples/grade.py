@@ -16,7 +16,7 @@ CONTENT = "The cook tasted the sauce, frowned and reached for the vinegar."
 ANSWERS = (
     "Why did the cook reach for the vinegar after tasting the sauce?",  # good
     "Why do you think that people are happy when the weather is good?",  # about something else
-    "Vinegar the why reached sauce of cook frowned tasted?",  # no sentence
+    "Why the of cook vinegar a tasted sauce the reached?",  # no sentence
 )
 
 

@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "rank", "report", "steer",
-    "train",
+    "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "rank", "report",
+    "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 

@@ -31,6 +31,7 @@ def graded(rows: Sequence[Labelled], model: bool = False) -> list[Pair]:
         task, mine = load_task(name), [row for row in rows if row.task == name]
         # What the model said itself, stored: it gives the range of natural perplexities.
         own = [row["answer"] for row in read("prompted.jsonl") if row["task"] == name]
+        own += [row["answer"] for row in read("unsteered.jsonl")]
         grader = Grader(task, lm, own=own, scored=False)
         grades = grader.grade([row.content for row in mine], [row.answer for row in mine])
         found += zip(mine, grades, strict=True)

@@ -8,8 +8,11 @@ from functools import cache
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.model_files import cache_folder
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
+from saesteer.cli.threads import use_threads
+from saesteer.sae.model.kept_replies import keep_replies
 
 VERBS = {
     "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
@@ -79,7 +82,9 @@ def _run(verb: str, words: Sequence[str]) -> int:
         args = parser.read(words)
     except SystemExit as stop:  # --help has printed
         return int(stop.code or 0)
-    status: int = import_module(f"saesteer.cli.{verb}").run(args)
+    use_threads(getattr(args, "threads", None))
+    with keep_replies(cache_folder() / "replies"):
+        status: int = import_module(f"saesteer.cli.{verb}").run(args)
     return status
 
 
@@ -111,7 +116,11 @@ def _unknown(word: str) -> str:
 
     if word.startswith("-"):
         return f"the verb comes first, before {word}"
-    close = get_close_matches(word, VERBS, n=1)
+    from saesteer.cli import other_tools
+
+    close = [other_tools.VERBS.get(word.lower(), "")]
+    if not close[0]:
+        close = get_close_matches(word.lower(), VERBS, n=1)
     return f"unknown verb {word!r}" + (f": did you mean {close[0]}?" if close else "")
 
 

@@ -74,7 +74,8 @@ def read_answers(name: str) -> tuple[list[str], list[str]]:
 
     Raises UserError for a file that cannot be read, or a line that is not such an object.
     """
-    contents, answers = [], []
+    contents: list[str] = []
+    answers: list[str] = []
     for place, line in lines_of(name, "--answers", "answer"):
         where = f"--answers {name}, line {place}"
         try:

@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "report", "steer",
-    "train",
+    "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "rank", "report",
+    "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -190,6 +190,14 @@ def test_own_task_is_loaded_graded_and_answered(model: Path) -> None:
         rate, low, high = numbers(printed, rf"{arm}: follows ([\d.]+) \[([\d.]+), ([\d.]+)\]")
         assert low <= rate <= high
     assert len(re.findall(r"(?m)^  (?:strict|-)  ", printed)) == 4
+
+
+def test_grade_tells_a_good_answer_from_the_others(tmp_path: Path) -> None:
+    printed = run("grade")
+    assert re.findall(r"(?m)^  strict (\w+)", printed) == ["True", "False", "False"]
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"content": "Seven boats left.", "answer": "SEVEN BOATS LEFT."}\n')
+    assert "strict True" in run("grade", "--task", "uppercase", "--answers", file)
 
 
 def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> None:

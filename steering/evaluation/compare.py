@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
@@ -29,7 +29,6 @@ from saesteer.steering.evaluation.fluency import Fluency, fluency
 from saesteer.steering.evaluation.graded_arms import Answer, Arm
 from saesteer.steering.evaluation.intervals import holm, paired_difference, sign_test
 from saesteer.steering.evaluation.letters import Letter
-from saesteer.steering.evaluation.rates import per_content
 from saesteer.steering.grades.grade import DEFINITIONS
 from saesteer.steering.grades.log_probs import cross_entropies
 from saesteer.steering.plans.part import PlanPart
@@ -67,7 +66,8 @@ class CompareConfig:
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown:
             raise UsageError(
-                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
+                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got "
+                f"{unknown[0]!r}{meant(unknown[0], CONTROLS)}"
             )
         for name, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:
@@ -156,9 +156,7 @@ def compare(
     lm = as_language_model(model, device=device, dtype=dtype)
     notes: list[str] = []
     if len(contents) < config.n:
-        notes.append(
-            f"{task.name}: {len(contents)} contents in the {config.split} split, {config.n} asked"
-        )
+        notes.append(f"{len(contents)} contents in the {config.split} split, {config.n} asked")
     for plan in plans.values():
         plan.check_model(lm)
     specs = _specs(lm, task, plans, config, sae, contents, notes, progress)
@@ -286,11 +284,14 @@ def paired_tests(arms: Sequence[Arm]) -> list[PairedTest]:
             label = f"random{marker if len(steered) > 1 else ''}" if arm.kind == "random" else ""
             groups.setdefault(label or arm.name, []).append(arm)
         for measure in dict.fromkeys(("follows", ours.measure)):
-            own = per_content(ours.hits(measure), ours.seeds)
             for name, members in groups.items():
-                columns = [per_content(arm.hits(measure), arm.seeds) for arm in members]
-                theirs = np.mean(columns, axis=0).tolist()
-                found.append((ours.name, name, measure, own, theirs))
+                columns = [arm.shares(measure) for arm in (ours, *members)]
+                # Contents that could not be graded in one of the arms are left out of all.
+                rows = [row for row in zip(*columns, strict=True) if None not in row]
+                if rows:
+                    shares = np.asarray(rows, dtype=float)
+                    own, theirs = shares[:, 0].tolist(), shares[:, 1:].mean(axis=1).tolist()
+                    found.append((ours.name, name, measure, own, theirs))
     signs = [sign_test(own, theirs) for *_, own, theirs in found]
     adjusted = holm([p for _, _, p in signs])
     tests = []

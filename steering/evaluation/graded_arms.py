@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from saesteer.steering.checks.catalogue import Verdict
@@ -121,10 +121,19 @@ class Arm:
         Contents to which an answer could not be graded, where others could be, are left out.
         """
         contents = len(self.answers) // self.seeds
+        kept = [place for place, share in enumerate(self.shares(name)) if share is not None]
         found = [_grade(answer, name) for answer in self.answers]
-        kept = [i for i in range(contents) if None not in found[i::contents]]
         return [
             bool(found[seed * contents + place]) for seed in range(self.seeds) for place in kept
+        ]
+
+    def shares(self, name: str) -> list[float | None]:
+        """For each content, the share of seeds whose answer has the grade; None: not graded."""
+        contents = len(self.answers) // self.seeds
+        found = [_grade(answer, name) for answer in self.answers]
+        return [
+            None if None in found[place::contents] else fmean(map(bool, found[place::contents]))
+            for place in range(contents)
         ]
 
     @property

@@ -19,6 +19,9 @@ from saesteer.steering.hooking.generation import SteeredText
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, compose
 
+PLAIN_SHARE = math.exp(-1)
+"""The share (see `Scale`) of an answer that is as likely as plain ones."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -68,18 +71,21 @@ class Score:
 
     @property
     def value(self) -> float:
-        """What the search maximises, in [0, 1]: the mean of strict, of follows, and of the share
-        of the instructed model's log-probability (see `Scale`), the first counting twice.
+        """What the search maximises, in [0, 1]: the mean over answers of (2 strict + w + s) / 4.
 
-        `follows` counts half where the answer is not fluent, and not in a loop. It and the share
-        tell settings apart while none is strict yet.
+        s is the share of the instructed model's log-probability (see `Scale`), w is 1 for a fluent
+        answer and 1/2 for another. Both count only where the answer follows and is in no loop: they
+        tell settings apart while none is strict yet. Other answers get up to 1/8, by how far they
+        are from what the plain model says on the way to its instructed answers.
         """
         values = []
         for mark in self.marks:
-            grades = mark.grades
-            whole = 1.0 if grades.fluent is not False else 0.5
-            follows = whole * (grades.follows and not grades.fluency.degenerate)
-            values.append((2 * mark.good + follows + self.scale.share(mark)) / 4)
+            share = self.scale.share(mark)
+            if mark.grades.follows and not mark.grades.fluency.degenerate:
+                fluent = 1.0 if mark.grades.fluent is not False else 0.5
+                values.append((2 * mark.good + fluent + share) / 4)
+            else:
+                values.append(max(0.0, (share - PLAIN_SHARE) / (1 - PLAIN_SHARE)) / 8)
         return fmean(values) if values else 0.0
 
     def rate(self, grade: str) -> Rate | None:

@@ -143,7 +143,8 @@ class Grader:
             texts = [text for split in self.task.contents.values() for text in split[:20]]
             self.source_lang = content_language(" ".join(texts))
         if self.lm is not None and self.own and self.lang == self.source_lang:
-            judged = naturalness(self.lm, self.own, shuffled=[False] * len(self.own))
+            own = [without_thinking(answer) for answer in self.own]
+            judged = naturalness(self.lm, own, shuffled=[False] * len(own))
             self.within = own_range([one.nats for one in judged if one.nats is not None])
 
     @property

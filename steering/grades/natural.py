@@ -22,8 +22,9 @@ well: only what is no likelier than its words shuffled fails."""
 FEWEST_WORDS = 5
 """Replies of fewer words have too few orders to tell."""
 
-MARGIN = 0.5
-"""Nats per token that a reply may lie outside the middle 98 % of the model's own answers."""
+MARGIN = 2.0
+"""Nats per token that a reply may lie outside the middle 98 % of the model's own answers: what
+people write is that much more surprising to a small model than what it writes itself."""
 
 
 @dataclass(frozen=True)

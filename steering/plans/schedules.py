@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 
 SCHEDULES = ("constant", "first:N", "linear:N", "decay:OMEGA,K", "steps:G=W,G=W,...")
 """The forms that `parse_schedule` accepts."""
@@ -83,7 +83,7 @@ def parse_schedule(text: str) -> Schedule:
         raise UsageError(f"`schedule` {word}: OMEGA and K must be numbers above 0, as decay:0.05,3")
     if word.startswith("steps:"):
         return Schedule("steps", stages=_stages(word))
-    raise UsageError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {text!r}")
+    raise none_of("`schedule`", SCHEDULES, text)
 
 
 def _stages(word: str) -> tuple[tuple[int, float], ...]:

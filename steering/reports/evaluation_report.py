@@ -160,9 +160,10 @@ def _task_section(task: Mapping[str, Any]) -> str:
     ]
     for measure in GRADES:
         rows = [
-            Bar(arm["name"], *arm[measure], _KIND_COLOURS.get(arm["kind"], 6), "")
+            Bar(arm["name"], value, low, high, _KIND_COLOURS.get(arm["kind"], 6))
             for arm in task["arms"]
             if arm[measure] is not None
+            for value, low, high in [arm[measure]]
         ]
         missing = task["grades"]["not_graded"].get(measure)
         told = escape(f"{measure}: {missing}" if missing else measure)

@@ -193,6 +193,12 @@ def test_what_stands_for_strict_where_it_cannot_be_graded() -> None:
     assert measures == ["follows", "follows and fluent"]
 
 
+def test_contents_graded_in_one_arm_alone_are_left_out_of_the_test() -> None:
+    arms = [arm("unsteered", "unsteered", "?BB"), arm("steered", "steered", "AA?")]
+    (strict,) = [test for test in paired_tests(arms) if test.measure == "strict"]
+    assert (strict.difference, strict.wins, strict.losses) == (1.0, 1, 0)
+
+
 def test_two_plans_are_tested_against_their_own_controls() -> None:
     arms = [
         arm("unsteered", "unsteered", "CC"),

@@ -96,6 +96,13 @@ def test_the_same_seed_finds_the_same_plan(found: Found, lm: LanguageModel) -> N
     assert [one.score.value for one in again.tried] == [one.score.value for one in found.tried]
 
 
+@pytest.mark.slow
+def test_a_model_without_a_chat_template(lm_of: Any) -> None:
+    found = find(lm_of("gpt2", chat=False), TASK, config=CONFIG)
+    scopes = {part.scope for part in found.plan.parts}
+    assert scopes <= {"last-prompt", "replies"} and found.latents is None
+
+
 def test_settings_as_rows_answer_as_each_does_alone(lm: LanguageModel) -> None:
     scorer = scorer_of(lm)
     proposals = Proposals(lm, TASK, made_up(lm))
@@ -168,7 +175,8 @@ SCALE = Scale(plain=2.0, own=1.0)
         ((True, True, None, 3.0), (3 + math.exp(-2)) / 4),  # cannot be told: counts as strict
         ((True, False, True, 1.0), 1.5 / 4),  # follows in words that do not exist
         ((True, None, True, 0.1), 0.0),  # a loop is likely, and worth nothing
-        ((False, True, True, 0.5), 0.25),  # likelier than the model's own: no more than 1
+        ((False, True, True, 0.5), 0.125),  # likelier than the model's own: no more than 1/8
+        ((False, True, True, 2.0), 0.0),  # plain
     ],
 )
 def test_the_value_of_an_answer(row: Any, value: float) -> None:

@@ -2,7 +2,8 @@
 
 `references.jsonl` and `held_out.jsonl` hold answers written for contents of the built-in tasks, and
 `nonsense.jsonl` word salad as badly steered models write it, also by hand. `damaged` makes the
-rest, the same every time. `prompted.jsonl` holds what SmolLM2-135M-Instruct answers, unlabelled.
+rest, the same every time. `prompted.jsonl` and `unsteered.jsonl` hold what SmolLM2-135M-Instruct
+answers, unlabelled.
 """
 
 import json

@@ -13,7 +13,7 @@ from saesteer.steering.grades import natural as nature
 from saesteer.steering.grades.faithful import FLOORS, KINDS, faithful
 from saesteer.steering.grades.fluent import content_language, fluent, with_naturalness
 from saesteer.steering.grades.grade import GRADES, Grader, grade, not_graded
-from saesteer.steering.grades.natural import Naturalness, naturalness, own_range
+from saesteer.steering.grades.natural import MARGIN, Naturalness, naturalness, own_range
 from saesteer.steering.tasks.task import Task, load_task
 
 from .dictd_files import write_french
@@ -112,7 +112,7 @@ def test_naturalness_is_nats_and_the_gain_over_shuffled_words(
 def test_the_range_of_own_answers() -> None:
     assert own_range([1.0] * 7) is None
     low, high = own_range([float(i) for i in range(101)]) or (0.0, 0.0)
-    assert (low, high) == pytest.approx((0.5, 99.5))
+    assert (low, high) == pytest.approx((1 - MARGIN, 99 + MARGIN))
 
 
 # --- faithful ------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from saesteer.checkpoints.model_files import DEFAULT_MODEL
 from saesteer.sae.model.language_model import load_model
 from saesteer.steering.grades.dictionaries import bilingual
 from saesteer.steering.grades.grade import GRADES, Grader, Grades
-from saesteer.steering.grades.own_answers import own_answers
 from saesteer.steering.tasks.task import load_task
 
 from .labelled import FREE, TRANSLATIONS, TRUTH, Labelled, held_out, labelled, read
@@ -30,9 +29,9 @@ def graded(rows: Sequence[Labelled], model: bool = False) -> list[Pair]:
     found: list[Pair] = []
     for name in dict.fromkeys(row.task for row in rows):
         task, mine = load_task(name), [row for row in rows if row.task == name]
-        own: Sequence[str] = ()
-        if lm is not None and Grader(task).lang == "en":
-            own = own_answers(lm, task, task.contents["dev"][:8])
+        # What the model said itself, stored: it gives the range of natural perplexities.
+        own = [row["answer"] for row in read("prompted.jsonl") if row["task"] == name]
+        own += [row["answer"] for row in read("unsteered.jsonl")]
         grader = Grader(task, lm, own=own, scored=False)
         grades = grader.grade([row.content for row in mine], [row.answer for row in mine])
         found += zip(mine, grades, strict=True)

@@ -220,14 +220,14 @@ def _print_latents(latents: Document | None) -> None:
         return
     kept = latents["effect_kept"]
     share = "no effect to keep" if kept is None else f"{kept:.0%} of the directions' effect"
-    print(f"{latents['latents_per_phase_and_layer']} latents a phase and layer keep {share}:")
+    print(f"{latents['latents']} latents of both phases keep {share}:")
     for layer in latents["layers"]:
         for phase in ("tail", "replies"):
             held = layer[phase]
             ids = ", ".join(map(str, held["latents"][:8]))
             more = "" if len(held["latents"]) <= 8 else ", ..."
             print(
-                f"  layer {layer['layer']}, {phase}: {ids}{more} "
+                f"  layer {layer['layer']}, {phase}, {len(held['latents'])}: {ids}{more} "
                 f"({held['squared_length_explained']:.2f} of the squared length)"
             )
 

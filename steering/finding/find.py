@@ -19,9 +19,11 @@ from saesteer.steering.finding.scoring import Score, Scorer
 from saesteer.steering.finding.search import Search, SearchConfig, Tried
 from saesteer.steering.finding.setting import Proposals, Setting
 from saesteer.steering.grades.grade import Grader
-from saesteer.steering.plans.plan import Plan
+from saesteer.steering.plans.plan import Condition, Plan
 from saesteer.steering.tasks.task import Task, load_task
 
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Shares of the directions' squared length that latents are tried at."""
 KEPT_EFFECT = 0.9
 """Of the directions' effect, what the latents that are chosen have to keep."""
 
@@ -138,7 +140,9 @@ class _Finding:
         gate = None if not config.when else self._gate(wrapped)
         plan = proposals.plan(chosen.setting, None if gate is None else gate.condition)
         baseline = self._mean_difference(scorer, proposals)
-        in_latents = self._in_latents(scorer, proposals, wrapped, chosen) if wrapped else None
+        in_latents = None
+        if wrapped:
+            in_latents = self._in_latents(scorer, proposals, wrapped, chosen, plan.when)
 
         left = end - self.clock()
         each = 1.5 * seconds_per_row * self._arms()
@@ -289,8 +293,12 @@ class _Finding:
         proposals: Proposals,
         wrapped: Sequence[LatentPhases],
         chosen: Tried,
-    ) -> "LatentResult":
-        """Directions at the SAEs' layers alone, then the fewest latents that do nearly as much."""
+        when: Condition | None,
+    ) -> LatentResult:
+        """Directions at the SAEs' layers alone, then the fewest latents that do nearly as much.
+
+        Each phase at each layer takes as many as hold the same share of its squared length.
+        """
         layers = tuple(sorted(one.layer for one in wrapped))
         places = range(min(self.config.search.first, len(scorer.contents)))
         few = max(2, self.config.search.rows // len(places))
@@ -307,31 +315,35 @@ class _Finding:
         best = max(range(len(tries)), key=lambda i: scores[i].value)
         setting, whole = tries[best], scores[best]
         floor = Score(scorer.unsteered.marks[: len(places)], scorer.scale).value
-        counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < self.config.latents]
-        counts.append(self.config.latents)
-        counts = counts[-few:]
-        candidates = [self._latent_plan(proposals, wrapped, setting, n) for n in counts]
+        shares = SHARES[-few:]
+        candidates = [self._latent_plan(proposals, wrapped, setting, share) for share in shares]
         tried = scorer.scores(candidates, places, "latents in place of directions")
         wanted = floor + KEPT_EFFECT * (whole.value - floor)
         enough = [i for i, score in enumerate(tried) if score.value >= wanted]
         pick = enough[0] if enough else max(range(len(tried)), key=lambda i: tried[i].value)
+        counts = [sum(len(part.latents) for part in plan.parts) for plan in candidates]
         return LatentResult(
-            plan=candidates[pick],
-            directions=proposals.plan(setting),
+            plan=candidates[pick].with_changes(when=when),
+            directions=proposals.plan(setting, when),
             setting=setting,
             latents=counts[pick],
             effect_kept=_ratio(tried[pick].value - floor, whole.value - floor),
-            by_count=tuple((n, score.value) for n, score in zip(counts, tried, strict=True)),
+            by_share=tuple(
+                (share, count, score.value)
+                for share, count, score in zip(shares, counts, tried, strict=True)
+            ),
             directions_value=whole.value,
             unsteered_value=floor,
-            layers=tuple(one.row(counts[pick]) for one in wrapped),
+            layers=tuple(one.row(shares[pick]) for one in wrapped),
         )
 
     def _latent_plan(
-        self, proposals: Proposals, wrapped: Sequence[LatentPhases], setting: Setting, n: int
+        self, proposals: Proposals, wrapped: Sequence[LatentPhases], setting: Setting, share: float
     ) -> Plan:
-        tails = {one.layer: one.part(self.lm, "tail", n) for one in wrapped}
-        replies = {one.layer: one.part(self.lm, "replies", n) for one in wrapped}
+        tails, replies = (
+            {one.layer: one.part(self.lm, phase, one.count(phase, share)) for one in wrapped}
+            for phase in ("tail", "replies")
+        )
         return proposals.with_parts(tails, replies).plan(setting)
 
 

@@ -33,11 +33,12 @@ class LatentResult:
     directions: Plan
     setting: Setting
     latents: int
-    """For each phase at each layer."""
+    """Of both phases at all layers."""
     effect_kept: float | None
     """Of the directions' effect on development contents; None where they have none."""
-    by_count: tuple[tuple[int, float], ...]
-    """Numbers of latents and the search's value with them."""
+    by_share: tuple[tuple[float, int, float], ...]
+    """Shares of the directions' squared length, the latents that they take, and the search's value
+    with these."""
     directions_value: float
     unsteered_value: float
     layers: tuple[Mapping[str, object], ...]
@@ -46,9 +47,12 @@ class LatentResult:
         """JSON-ready."""
         return {
             "setting": self.setting.row(),
-            "latents_per_phase_and_layer": self.latents,
+            "latents": self.latents,
             "effect_kept": self.effect_kept,
-            "value_by_latents": [list(pair) for pair in self.by_count],
+            "by_share": [
+                {"share": share, "latents": count, "value": value}
+                for share, count, value in self.by_share
+            ],
             "value_of_directions": self.directions_value,
             "value_unsteered": self.unsteered_value,
             "layers": [dict(layer) for layer in self.layers],

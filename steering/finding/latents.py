@@ -6,7 +6,6 @@ directions, those of the places of a tail, are taken together and share their la
 Gilbert and Strauss 2006). How few latents keep the effect is for the model to say.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,20 +130,16 @@ class LatentPhases:
             threshold=columns.get("threshold"),
         )
 
-    def row(self, n: int) -> dict[str, object]:
-        """The first n latents of each phase, JSON-ready."""
-        return {
-            "layer": self.layer,
-            "sae": self.sae.source,
-            **{
-                phase: {
-                    "latents": list(self.pursuits[phase].ids[:n]),
-                    "squared_length_explained": _at(self.pursuits[phase].explained, n),
-                }
-                for phase in self.pursuits
-            },
-        }
+    def count(self, phase: str, share: float) -> int:
+        """The fewest latents that hold a share of the squared length, or all that were taken."""
+        held = self.pursuits[phase].explained
+        return next((n for n, value in enumerate(held, 1) if value >= share), len(held))
 
-
-def _at(values: Sequence[float], n: int) -> float | None:
-    return values[min(n, len(values)) - 1] if values else None
+    def row(self, share: float) -> dict[str, object]:
+        """The latents of each phase at a share of the squared length, JSON-ready."""
+        found: dict[str, object] = {"layer": self.layer, "sae": self.sae.source}
+        for phase, pursuit in self.pursuits.items():
+            n = self.count(phase, share)
+            held = pursuit.explained[n - 1]
+            found[phase] = {"latents": list(pursuit.ids[:n]), "squared_length_explained": held}
+        return found

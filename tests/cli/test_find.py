@@ -31,7 +31,7 @@ def test_the_tables_and_the_files(
     )
     assert outcome.status == 0, outcome.err
     for said in ("settings tried on development contents", "unsteered", "steered_latents",
-                 "on unrelated questions", "latents a phase and layer"):  # fmt: skip
+                 "on unrelated questions", "latents of both phases keep"):  # fmt: skip
         assert said in outcome.out
     assert {path.name for path in out.iterdir()} == {
         "plan.yaml", "plan.safetensors", "find.json", "run.json", "latents"

@@ -73,6 +73,21 @@ def test_parts_are_as_long_as_the_directions(architecture: str, lm: LanguageMode
         assert all(latent.lens for latent in part.latents)
 
 
+def test_shares_take_the_fewest_latents(lm: LanguageModel) -> None:
+    sae = make_sae(lm, layer=2)
+    tail, replies = noise(4, 3, lm.d_model).float(), noise(4, lm.d_model, seed=2).float()
+    found = LatentPhases.of(lm, sae, tail, replies, "tail", 12)
+    for phase, pursuit in found.pursuits.items():
+        for share in (0.05, 0.3, 0.5):
+            n = found.count(phase, share)
+            assert pursuit.explained[n - 1] >= share or n == 12
+            assert n == 1 or pursuit.explained[n - 2] < share
+        assert found.count(phase, 1.1) == 12
+    row = found.row(0.3)
+    ids = found.pursuits["replies"].ids[: found.count("replies", 0.3)]
+    assert row["replies"]["latents"] == list(ids)  # type: ignore[index]
+
+
 def test_saes_of_other_places_are_refused(lm: LanguageModel) -> None:
     tail, replies = noise(4, 3, lm.d_model).float(), noise(4, lm.d_model).float()
     sae = make_sae(lm, layer=2, normalize_activations="layer_norm")

@@ -15,9 +15,9 @@ SHUFFLES = 4
 LEAST_GAIN = 0.5
 """Nats a word that a reply has to be likelier than the mean of its shuffled orders."""
 
-LEAST_GAIN_ELSEWHERE = 0.0
-"""The same for replies in another language than the contents', whose order small models know less
-well: only what is no likelier than its words shuffled fails."""
+LEAST_GAIN_ELSEWHERE = -0.5
+"""The same for replies in another language than the contents', whose order small models hardly
+know: only what is clearly less likely than its words shuffled fails."""
 
 FEWEST_WORDS = 5
 """Replies of fewer words have too few orders to tell."""
@@ -71,7 +71,7 @@ def naturalness(
         words = reply.split()
         texts = [reply]
         if len(words) >= FEWEST_WORDS and (shuffled is None or shuffled[number]):
-            draw = random.Random(number)
+            draw = random.Random(reply)  # the same orders whatever stands beside it
             for _ in range(SHUFFLES):
                 texts.append(" ".join(draw.sample(words, len(words))))
         spans.append((len(rows), len(texts)))

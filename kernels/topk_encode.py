@@ -66,6 +66,18 @@ def chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device)
     return -(-batch // n_chunks)
 
 
+def products(x: Tensor, W_enc_rows: Tensor) -> Tensor:
+    """``x @ W_enc_rows.T`` in the accumulator dtype.
+
+    bfloat16 and float16 are multiplied as they are where the result can be float32 (CUDA alone can
+    do that): ranking results in bfloat16 would tie many latents at the threshold.
+    """
+    if x.is_cuda and x.dtype == W_enc_rows.dtype and x.element_size() == 2:
+        return torch.mm(x, W_enc_rows.t(), out_dtype=torch.float32)
+    dtype = accumulator_dtype(x, W_enc_rows)
+    return torch.mm(x.to(dtype), W_enc_rows.to(dtype).t())
+
+
 def _largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest values of each row, in descending order, and one choice of their columns.
 
@@ -438,19 +450,11 @@ def topk_encode_triton(
     indices = x.new_empty((batch, k), dtype=torch.int64)
     if batch == 0:
         return acts, indices
-    half = x.dtype == W_enc_rows.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    keep_half = half and x.is_cuda  # only CUDA multiplies halves into float32
-    if not keep_half:
-        x, W_enc_rows = x.to(dtype), W_enc_rows.to(dtype)
     b_enc = b_enc.to(dtype).contiguous()
     rows = chunk_rows(batch, d_sae, dtype, x.device)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
-        if keep_half:
-            # Ranking bfloat16 results would tie many latents at the threshold.
-            pre_acts = torch.mm(x[part], W_enc_rows.t(), out_dtype=torch.float32)
-        else:
-            pre_acts = torch.mm(x[part], W_enc_rows.t())
+        pre_acts = products(x[part], W_enc_rows)
         select_topk_triton(pre_acts, b_enc, k, acts[part], indices[part])
     return acts, indices
 

@@ -43,7 +43,7 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from saesteer.kernels import topk_encode
+from saesteer.kernels import near_products
 from saesteer.kernels.ops import encode_topk
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
@@ -344,7 +344,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.plain_float32:
-        topk_encode.fast_bfloat16 = lambda: False
+        near_products.fast_bfloat16 = lambda: False
     device = begin(args)
     torch.manual_seed(0)
     # Sparse combinations of fixed directions, so that latents differ in how often they are used.

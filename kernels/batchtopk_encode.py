@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from saesteer.kernels import topk_encode
+from saesteer.kernels.above_floor import chunks
 from saesteer.kernels.derivatives import sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.entries import filled_entries
-from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+from saesteer.kernels.native import use_native
 from saesteer.kernels.select_largest import places_of_largest
 
 Encoded = tuple[Tensor, Tensor, Tensor]
@@ -113,37 +114,13 @@ def _candidates(
     The first ``batch * k`` are among them if they are so many, or if the floor is 0. The guess
     decides how much is looked at twice, never what comes out.
     """
-    from saesteer.kernels.batchtopk_encode_cpu import count_above, take_above
-
-    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
-    count, guessed, floor = batch * k, 0.0, np.float32(0)
+    count, guessed, floor = len(x) * k, 0.0, np.float32(0)
     kept: list[tuple[Any, Any]] = [(np.empty(0, np.float32), np.empty(0, np.int64))]
-    rows = topk_encode.chunk_rows(max(1, batch), d_sae, torch.float32, x.device)
-    buffer = scratch((rows, d_sae), torch.float32)
-    for first in range(0, batch, rows):
-        part = x[first : first + rows]
-        pre_acts = buffer[: len(part)]
-        torch.mm(part, W_enc_rows.t(), out=pre_acts)
-        if first == 0:
-            guessed = _guess(pre_acts, b_enc, k, margin)
+    for chunk in chunks(x, W_enc_rows, b_enc, k):
+        if chunk.rows.start == 0:
+            guessed = _guess(chunk.sample(GUESS_ROWS), k, margin)
             floor = np.float32(guessed)
-        bounds = even_bounds(len(part), parts_of(len(part), 8))
-        starts = np.zeros(len(part) + 1, np.int64)
-        run_parts(count_above, bounds, pre_acts.numpy(), b_enc.numpy(), floor, starts[1:])
-        np.cumsum(starts, out=starts)
-        values, places = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
-        run_parts(
-            take_above,
-            bounds,
-            pre_acts.numpy(),
-            b_enc.numpy(),
-            floor,
-            starts,
-            first,
-            values,
-            places,
-        )
-        kept.append((values, places))
+        kept.append(chunk.above(floor)[:2])
         if sum(len(values) for values, _ in kept) > 2 * count:
             kept = [_keep_first(*_joined(kept), count)]
             # So many are as large already, and stand before whatever comes.
@@ -165,9 +142,8 @@ def _keep_first(values: Any, places: Any, count: int) -> tuple[Any, Any]:
     return values[chosen], places[chosen]
 
 
-def _guess(pre_acts: Tensor, b_enc: Tensor, k: int, margin: float) -> float:
+def _guess(sample: Tensor, k: int, margin: float) -> float:
     """A value that about ``margin * k`` pre-activations of each of these rows are above; or 0."""
-    sample = pre_acts[:: -(-len(pre_acts) // GUESS_ROWS)] + b_enc
     wanted = len(sample) * k * margin
     groups = sample.shape[1] // topk_encode.GROUP
     if groups >= 4 * k * margin:  # most groups hold one of the best at most

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from saesteer.kernels import topk_encode
+from saesteer.kernels.above_floor import chunks
 from saesteer.kernels.batchtopk_encode import largest_of_batch_triton
 from saesteer.kernels.dispatch import accumulator_dtype, use_triton
 from saesteer.kernels.entries import examples_of, filled_entries
-from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+from saesteer.kernels.native import use_native
 
 Encoded = tuple[Tensor, Tensor, Tensor]
 
@@ -74,30 +75,15 @@ def threshold_encode_native(
     x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, floors: Tensor
 ) -> Encoded:
     """Compiled CPU loops, for float32."""
-    from saesteer.kernels.batchtopk_encode_cpu import count_above, take_above
-
-    d_sae = len(W_enc_rows)
+    d_sae, zero = len(W_enc_rows), np.float32(0)
     x, W_enc_rows, lowered = x.contiguous(), W_enc_rows.contiguous(), (b_enc - floors).contiguous()
-    rows = topk_encode.chunk_rows(max(1, len(x)), d_sae, torch.float32, x.device)
-    buffer = scratch((rows, d_sae), torch.float32)
     values, places = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
     counts = [np.zeros(1, np.int64)]
-    zero = np.float32(0)
-    for first in range(0, len(x), rows):
-        part = x[first : first + rows]
-        pre_acts = buffer[: len(part)]
-        torch.mm(part, W_enc_rows.t(), out=pre_acts)
-        bounds = even_bounds(len(part), parts_of(len(part), 8))
-        starts = np.zeros(len(part) + 1, np.int64)
-        run_parts(count_above, bounds, pre_acts.numpy(), lowered.numpy(), zero, starts[1:])
-        counts.append(starts[1:].copy())
-        np.cumsum(starts, out=starts)
-        above, where = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
-        run_parts(
-            take_above, bounds, pre_acts.numpy(), lowered.numpy(), zero, starts, 0, above, where
-        )
+    for chunk in chunks(x, W_enc_rows, lowered, 0):
+        above, where, starts = chunk.above(zero)
         values.append(above)
         places.append(where % d_sae)
+        counts.append(np.diff(starts))
     indices = torch.from_numpy(np.concatenate(places))
     row_starts = torch.from_numpy(np.concatenate(counts).cumsum())
     return torch.from_numpy(np.concatenate(values)) + floors[indices], indices, row_starts

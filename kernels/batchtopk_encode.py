@@ -26,11 +26,11 @@ from saesteer.kernels.select_largest import places_of_largest
 
 Encoded = tuple[Tensor, Tensor, Tensor]
 
-MARGINS = (1.5, 6.0, math.inf)
+MARGINS = (1.2, 6.0, math.inf)
 """How many times the entries wanted a first guess of the threshold lets through; the next where
 that was too few. With the last every positive pre-activation is a candidate."""
 
-GUESS_ROWS = 64
+GUESS_ROWS = 256
 """Rows of the first chunk that the guess is made from."""
 
 CUDA_CHUNK_SHARE = 4

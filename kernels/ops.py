@@ -22,7 +22,7 @@ from saesteer.kernels.batchtopk_encode import batchtopk_encode_op
 from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.decode_prefixes import decode_prefixes_op
 from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op, sparse_row_grads_op
-from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
+from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_rows, check_slots
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices
 from saesteer.kernels.threshold_encode import threshold_encode_op
@@ -284,9 +284,9 @@ def sparse_row_grads(
 
 def sparse_pair_grads(
     weights_a: Float[Tensor, "*slots"],
-    rows_a: Float[Tensor, "batch width_a"],
+    rows_a: Float[Tensor, "rows_a width_a"],
     weights_b: Float[Tensor, "*slots"],
-    rows_b: Float[Tensor, "batch width_b"],
+    rows_b: Float[Tensor, "rows_b width_b"],
     latent_indices: Int[Tensor, "*slots"],
     d_sae: int,
     order: LatentOrder | None = None,
@@ -300,7 +300,9 @@ def sparse_pair_grads(
     """`sparse_row_grads` for two pairs of weights and rows that share their latents.
 
     For an SAE: (latent activations, errors) and (gradients of the pre-activations, inputs). Errors
-    and inputs may differ in width.
+    and inputs may differ in width. There is a row for each example, or one for every so many
+    examples in a row: with ``row_starts`` that cut examples into pieces, the inputs need not be
+    repeated for the pieces.
 
     Returns:
         the sums of a and of b, the sums of the weights b, and the nonzero weights a per latent.
@@ -312,8 +314,7 @@ def sparse_pair_grads(
     batch = check_slots(latent_indices, row_starts)
     for name, weights, rows in (("a", weights_a, rows_a), ("b", weights_b, rows_b)):
         check_like_slots(f"weights_{name}", weights, latent_indices)
-        check_matrix(f"rows_{name}", rows, "batch, d_model")
-        check(f"rows_{name}", rows, (batch, rows.shape[1]), "batch, d_model")
+        check_rows(f"rows_{name}", rows, batch)
     _check_order(order, latent_indices, d_sae)
     grads_a, grads_b, sums_b, counts = sparse_pair_grads_op(
         weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, row_starts, *(order or ())
@@ -516,7 +517,7 @@ def adam_sparse_rows_(
     exp_avg_sq: Float[Tensor, "d_sae d_model"],
     weights: Float[Tensor, "*slots"],
     latent_indices: Int[Tensor, "*slots"],
-    rows: Float[Tensor, "batch d_model"],
+    rows: Float[Tensor, "rows d_model"],
     order: LatentOrder,
     *,
     factor: float,
@@ -531,8 +532,8 @@ def adam_sparse_rows_(
 ) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
     """`sparse_row_grads` times ``factor``, plus ``extra`` at rows ``extra_ids``, then `adam_rows_`.
 
-    ``order`` is `sort_indices(latent_indices, d_sae, row_starts)`; ``extra_ids`` are distinct. On
-    the CPU no gradient of the size of param is made.
+    ``order`` is `sort_indices(latent_indices, d_sae, row_starts)`; ``extra_ids`` are distinct.
+    ``rows`` as in `sparse_pair_grads`. On the CPU no gradient of the size of param is made.
 
     Returns:
         per latent, ``factor`` times the sum of its weights, and how many of them are not 0.
@@ -544,7 +545,7 @@ def adam_sparse_rows_(
     _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
     batch = check_slots(latent_indices, row_starts)
     check_like_slots("weights", weights, latent_indices)
-    check("rows", rows, (batch, param.shape[1]), "batch, d_model")
+    pieces = check_rows("rows", rows, batch, param.shape[1])
     _check_order(order, latent_indices, param.shape[0])
     if extra is not None and extra_ids is not None:
         check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
@@ -556,6 +557,7 @@ def adam_sparse_rows_(
             weights,
             rows,
             *order,
+            pieces,
             factor,
             schedule,
             beta1,

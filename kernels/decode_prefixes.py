@@ -27,7 +27,7 @@ from saesteer.kernels.dispatch import (
     use_triton,
 )
 from saesteer.kernels.entries import check_entries, to_dense
-from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
+from saesteer.kernels.native import even_bounds, parts_of, result_memory, run_parts, use_native
 
 Decoded = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -185,7 +185,7 @@ def decode_prefixes_native(
     batch, d_model = target.shape
     squared = target.new_empty((batch, levels))
     last = target.new_empty((batch, d_model))
-    suffix = target.new_empty((batch, levels, d_model))
+    suffix = result_memory((batch, levels, d_model))
     act_grads = target.new_empty(latent_indices.shape)
     run_parts(
         decode_prefixes_rows, even_bounds(batch, parts_of(batch, 8)),

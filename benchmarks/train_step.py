@@ -17,8 +17,11 @@ machine.
 import argparse
 import contextlib
 import gc
+import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -201,6 +204,7 @@ def measure(
     timings: dict[str, Timing] = {}
     known: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
+    spent: dict[str, list[float]] = {}
 
     def time_those_ready() -> None:
         new = take_turns(ready, job.device, rounds=args.rounds, warmup=args.warmup)
@@ -217,6 +221,9 @@ def measure(
             with contextlib.redirect_stdout(sys.stderr):
                 ready[name], memory = prepare(make, job)
                 known[name] = {"status": "ok", "given": ready[name].given, **memory}
+                if args.arch:
+                    spent[name] = []
+                    ready[name] = counted(ready[name], spent[name])
                 if args.alone:
                     time_those_ready()
         except Exception as error:
@@ -230,7 +237,20 @@ def measure(
         say(f"timing {args.rounds} rounds after {args.warmup}")
         with contextlib.redirect_stdout(sys.stderr):
             time_those_ready()
+    for name, seconds in spent.items():
+        known[name]["cpu_ms"] = 1e3 * statistics.median(seconds[args.warmup :])
     return timings, known
+
+
+def counted(contender: Contender, seconds: list[float]) -> Contender:
+    """The same, keeping the CPU time of each step: others on the machine matter less to it."""
+
+    def step(number: int) -> None:
+        before = time.process_time()
+        contender.step(number)
+        seconds.append(time.process_time() - before)
+
+    return replace(contender, step=step)
 
 
 def free_memory(device: torch.device) -> None:
@@ -259,6 +279,8 @@ def rows_of(
             if (of := own_step(base)) in timings:
                 ratio = timing.over(timings[of])
                 rows[-1] |= {f"over_{base}{k[5:]}": v for k, v in ratio.items()}
+                if "cpu_ms" in about:
+                    rows[-1][f"cpu_over_{base}"] = about["cpu_ms"] / known[of]["cpu_ms"]
     return rows
 
 
@@ -279,6 +301,11 @@ def over(base: str) -> Callable[[dict[str, Any]], str]:
         if name in row
         else "-"
     )
+
+
+def cpu_over(base: str) -> Callable[[dict[str, Any]], str]:
+    """The same for the CPU time of all threads, by medians."""
+    return lambda row: f"{row[f'cpu_over_{base}']:.2f}" if f"cpu_over_{base}" in row else "-"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -370,6 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         given = columns.pop("given")
         del columns["saesteer is (p20 to p80)"]
         columns |= {f"time over {base}'s": over(base) for base in BASES}
+        columns |= {f"CPU time over {base}'s": cpu_over(base) for base in BASES}
         columns["given"] = given
     if device.type == "cuda":
         conditions["peak_gb"] = round(

@@ -42,6 +42,14 @@ EXTRA = {
 }
 
 
+@pytest.fixture(autouse=True)
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that the lines run in, with the answers that `grade` reads."""
+    monkeypatch.chdir(tmp_path)
+    row = {"content": "The old bridge was closed.", "answer": "Le vieux pont était fermé."}
+    Path("answers.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
 def readme_lines() -> list[list[str]]:
     """Every `saesteer` line of the fenced blocks, continuation lines joined."""
     blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README.read_text(), flags=re.S)
@@ -125,6 +133,7 @@ def test_help_examples_run_in_order(
     assert run_all(verbs, model, capsys) == len(VERBS) - 1
     again = tmp_path / "again"  # a folder name may come up in both
     again.mkdir()
+    (again / "answers.jsonl").write_text(Path("answers.jsonl").read_text())
     monkeypatch.chdir(again)
     assert run_all(more, model, capsys) >= 1
 

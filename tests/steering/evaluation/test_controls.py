@@ -119,7 +119,7 @@ def test_mean_difference_of_replies_reads_other_positions(lm: LanguageModel, pla
 def test_a_ranking_and_the_mean_difference_share_their_replies(
     lm: LanguageModel, plan: Plan, sae: SAE, tmp_path: Path
 ) -> None:
-    task = load_task("french")
+    task = dataclasses.replace(load_task("french"), contents={"train": CONTENTS})
     with keep_replies(tmp_path):
         rank(lm, sae, task, RankConfig(read="reply", all_replies=True, shuffles=0), layer=1)
         before = sorted(tmp_path.iterdir())

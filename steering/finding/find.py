@@ -205,7 +205,7 @@ class _Finding:
         count half as much again."""
         search = self.config.search
         finals = search.finalists * len(self.dev)
-        latents = 2 * search.rows if self.saes else 0
+        latents = 3 * search.rows if self.saes else 0
         neutral = 64
         judged = 1.5 * (finals + self._arms() * len(self.test))
         return judged + 2 * search.rows + latents + neutral
@@ -318,9 +318,27 @@ class _Finding:
         shares = SHARES[-few:]
         candidates = [self._latent_plan(proposals, wrapped, setting, share) for share in shares]
         tried = scorer.scores(candidates, places, "latents in place of directions")
-        wanted = floor + KEPT_EFFECT * (whole.value - floor)
-        enough = [i for i, score in enumerate(tried) if score.value >= wanted]
-        pick = enough[0] if enough else max(range(len(tried)), key=lambda i: tried[i].value)
+        ranked = sorted(range(len(tried)), key=lambda i: -tried[i].value)
+        enough = [i for i in range(len(tried)) if _keeps(tried[i], whole, floor)]
+        # A few contents flatter whichever does best on them: those in question answer more.
+        short = sorted((enough or ranked)[:3])
+        more = range(len(places), len(scorer.contents))
+        if more:
+            asked = [proposals.plan(setting), *(candidates[i] for i in short)]
+            stage = "latents on more contents"
+            whole, *others = (
+                before.joined(after)
+                for before, after in zip(
+                    [whole, *(tried[i] for i in short)],
+                    scorer.scores(asked, more, stage),
+                    strict=True,
+                )
+            )
+            floor = scorer.unsteered.value
+            for i, score in zip(short, others, strict=True):
+                tried[i] = score
+        enough = [i for i in short if _keeps(tried[i], whole, floor)]
+        pick = enough[0] if enough else max(short, key=lambda i: tried[i].value)
         counts = [sum(len(part.latents) for part in plan.parts) for plan in candidates]
         return LatentResult(
             plan=candidates[pick].with_changes(when=when),
@@ -345,6 +363,11 @@ class _Finding:
             for phase in ("tail", "replies")
         )
         return proposals.with_parts(tails, replies).plan(setting)
+
+
+def _keeps(latents: Score, directions: Score, floor: float) -> bool:
+    """Whether latents keep enough of what directions do beyond the unsteered model."""
+    return latents.value >= floor + KEPT_EFFECT * (directions.value - floor)
 
 
 def _outputs(scorer: Scorer) -> list[str]:

@@ -100,7 +100,7 @@ def fold_centred_scale(
 
     Args:
         trained: `W_enc` latent-major, `[d_sae, d_in]`; `b_enc`; `W_dec`; `b_dec`; perhaps
-            `threshold`.
+            `threshold` or `log_threshold`; `b_mag` and `r_mag` of a gated SAE.
         read: mean `[d_model]` and factor of each place side by side in the input.
         write: the same of the output.
     """
@@ -115,8 +115,15 @@ def fold_centred_scale(
         "W_dec": (wide["W_dec"] * (factor / factors_out)).float().contiguous(),
         "b_dec": (mean_out + wide["b_dec"] / factors_out).float(),
     }
+    if "log_threshold" in wide:
+        wide["threshold"] = wide["log_threshold"].exp()
     if "threshold" in wide:
         folded["threshold"] = (wide["threshold"] / factor).float()
+    if "r_mag" in wide:
+        # The magnitude's bias, on the same product times exp(r_mag).
+        shift = (mean_in @ encoder) * wide["r_mag"].exp()
+        folded["b_mag"] = (wide["b_mag"] / factor - shift).float()
+        folded["r_mag"] = wide["r_mag"].float()
     return folded
 
 
@@ -152,6 +159,36 @@ def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> S
     if not sae.spec.apply_b_dec_to_input:
         changes.update(_shifted(sae, -(mean @ encoder)))
     return _with(sae, **changes)
+
+
+def as_jumprelu(sae: SAE) -> SAE:
+    """The same function as a JumpReLU, of a ReLU or of a gated SAE. Latents stay the same.
+
+    A gated latent is active where u + b_gate > 0 and its magnitude u exp(r_mag) + b_mag > 0, which
+    both are thresholds of the magnitude: W_enc exp(r_mag), b_mag, and
+    max(0, b_mag - b_gate exp(r_mag)).
+
+    Raises UserError for other architectures.
+    """
+    if sae.spec.architecture == "jumprelu":
+        return sae
+    if sae.spec.architecture == "standard":
+        return _with(sae, architecture="jumprelu", threshold=torch.zeros_like(sae.b_enc))
+    if sae.spec.architecture != "gated" or sae.b_mag is None or sae.r_mag is None:
+        raise UserError(
+            f"an SAE of architecture {sae.spec.architecture} chooses its latents by comparing them:"
+            " it has no form as a jumprelu"
+        )
+    scale = _wide(sae.r_mag).exp()
+    b_mag = _wide(sae.b_mag)
+    changed = _with(
+        sae,
+        architecture="jumprelu",
+        W_enc=_wide(sae.W_enc) * scale,
+        b_enc=b_mag,
+        threshold=(b_mag - _wide(sae.b_enc) * scale).clamp(min=0),
+    )
+    return dataclasses.replace(changed, b_mag=None, r_mag=None)
 
 
 def canonical(sae: SAE) -> SAE:

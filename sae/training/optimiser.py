@@ -125,7 +125,10 @@ class Optimiser:
         )
         if compact is not None:
             b_enc[compact.ids] += compact.b_enc
-        for name, grad in {"b_enc": b_enc, **sae_pass.dense}.items():
+        grads = {**sae_pass.dense, "b_enc": b_enc}
+        if "b_enc" in sae_pass.dense:
+            b_enc += sae_pass.dense["b_enc"]
+        for name, grad in grads.items():
             self._adam(name, grad)
         return counts
 

@@ -116,7 +116,7 @@ class SAETrainer:
     def losses(self, rows: Mapping[Place, Tensor]) -> list[Pass]:
         """`forward` on rows that lie on the device already, in raw units."""
         dead = self.silence.listed(self._tokens_seen) if self.architecture.uses_dead else None
-        parameters = self.optimiser.in_products
+        parameters = {**self.optimiser.in_products, **self.buffers}
         x, target = self._scaled(rows, parameters["W_enc_rows"].dtype)
         size = self.config.micro_batch_tokens or max(1, len(x))
         passes = [

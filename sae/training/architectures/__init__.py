@@ -15,6 +15,9 @@ ARCHITECTURES = {
     "batchtopk": "batchtopk.BatchTopK",
     "matryoshka": "matryoshka.Matryoshka",
     "jumprelu": "jumprelu.JumpReLU",
+    "gemma-scope-2": "gemma_scope_2.GemmaScope2",
+    "standard": "standard.Standard",
+    "gated": "gated.Gated",
 }
 """Each value of `arch`, and the module and class that implement it."""
 

@@ -49,7 +49,10 @@ _LIVE_ONLY = (
 
 
 # What run.json says of an SAE besides the settings of its architecture.
-_OF_EVERY_SAE = ("layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256")
+_OF_EVERY_SAE = (
+    "layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256", "fvu_heldout",
+    "l0_heldout",
+)  # fmt: skip
 
 
 # Share of its target by which an L0 has to miss it for a warning.
@@ -193,6 +196,14 @@ def add_flags(parser: VerbParser) -> None:
         "most 10M)",
     )
     work.add_argument(
+        "--held-out-share",
+        type=number,
+        metavar="SHARE",
+        help="share of shards that are all needed, and of text that is read more than once, that "
+        "is not trained on but measured at the end; 0 trains on all "
+        f"{default(TrainConfig, 'held_out_share')}",
+    )
+    work.add_argument(
         "--buffer-tokens",
         type=count,
         metavar="N",
@@ -303,8 +314,8 @@ def _refuse_live_flags(args: Namespace) -> None:
 def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
-    # Of SAEs that infer otherwise than they train: with the threshold in their file.
-    calibrated = any("held_out_l0" in run["final"] for run in runs)
+    # As their files compute, on rows that were not trained on.
+    judged = any("fvu_heldout" in run["sae"] for run in runs)
     for run in runs:
         sae, final = run["sae"], run["final"]
         rows.append(
@@ -315,15 +326,16 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
                 str(sae["init_seed"]),
                 amount(final.get("tokens", 0)),
                 figure(final.get("fvu")),
+                *([figure(sae.get("fvu_heldout"))] if judged else []),
                 figure(final.get("l0")),
-                *([figure(final.get("held_out_l0"))] if calibrated else []),
+                *([figure(sae.get("l0_heldout"))] if judged else []),
                 figure(final.get("dead_fraction")),
                 duration(run["seconds"]),
                 run["folder"],
             ]
         )
-    both = ["L0", "held-out L0"] if calibrated else ["L0"]
-    measured = ["tokens", "FVU", *both, "dead", "time", "folder"]
+    both = ["FVU", "held-out FVU", "L0", "held-out L0"] if judged else ["FVU", "L0"]
+    measured = ["tokens", *both, "dead", "time", "folder"]
     print_table(["layer", "d_sae", *own, "seed", *measured], rows, left="folder")
     model = args.model or runs[0]["model"].get("name") or "MODEL"
     folder = Path(runs[0]["folder"])

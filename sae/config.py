@@ -211,6 +211,9 @@ class TrainConfig:
     """How many of the newest saved states are kept; the one with the lowest FVU is kept as well."""
     seed: int = 0
     """Seed of the order of the data."""
+    held_out_share: float = 0.05
+    """Share of the rows, of shards or of text that is read more than once, that is not trained on
+    but measured at the end; 0 trains on all. Where there is other text anyway, that is measured."""
     text: TextConfig = TextConfig()
     """Used when training live from a model."""
 
@@ -275,6 +278,8 @@ class TrainConfig:
             )
         _at_least("`checkpoint_every`", self.checkpoint_every, 1)
         _at_least("`keep_states`", self.keep_states, 1)
+        if not 0 <= self.held_out_share <= 0.5:
+            raise UsageError(f"`held_out_share` must be in 0..0.5, got {self.held_out_share}")
 
     @property
     def steps(self) -> int:

@@ -173,6 +173,19 @@ class ActivationStream:
                 f"batch {self.batches}: try `dtype` float32, or look at the text there"
             ) from None
 
+    def held_out(self) -> "ActivationStream | None":
+        """A stream of the activations of text that this one has not read; None where there is none.
+
+        Sinks are judged by the medians so far.
+        """
+        contexts = self.contexts.held_out()
+        if contexts is None:
+            return None
+        config = replace(self.config, compile=False)  # not worth compiling for
+        stream = ActivationStream(self.lm, self.points, contexts, config, self.processes)
+        stream.sinks.load_state_dict(self.sinks.state_dict())
+        return stream
+
     @property
     def prepend_bos(self) -> bool:
         """Whether every context starts with the beginning-of-text token."""
@@ -237,6 +250,7 @@ def open_activations(
     replies_folder: Path,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    held_back: float = 0.0,
 ) -> ActivationStream:
     """The stream of activations of a `TextConfig`, with the model's replies sampled first.
 
@@ -244,6 +258,7 @@ def open_activations(
         points: hook points to read, each block once.
         replies: prompts that the model answers; prompts and replies join the corpus.
         replies_folder: where the replies are stored.
+        held_back: share of the documents of repeated text that is left for `held_out`.
 
     Raises:
         UsageError: a block is named twice.
@@ -262,7 +277,7 @@ def open_activations(
             processes.wait_for_first()
     if config.isolate_documents:
         prove_isolation(lm)
-    contexts = open_contexts(lm, config, replies_file, processes)
+    contexts = open_contexts(lm, config, replies_file, processes, held_back)
     stream = ActivationStream(lm, points, contexts, config, processes)
     if config.compile:
         progress("compile", 0, 1, "model")

@@ -1,6 +1,9 @@
 """From corpora to packed contexts of token ids, in a seeded and resumable order."""
 
+import functools
+import hashlib
 import itertools
+import json
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +68,9 @@ class ContextStream:
     templates write it, gets no second one. Special tokens are marked not to keep,
     and without `keep_template` also what the chat template adds to the messages of a chat. What is
     left at the end of the last epoch and fills no context is dropped.
+
+    With `held_back` above 0 that share of the documents, chosen by their text, is passed over in
+    every epoch (all of them are read where nothing else is left): `held_out` reads those.
     """
 
     def __init__(
@@ -78,7 +84,13 @@ class ContextStream:
         *,
         bos: str = "auto",
         isolated: bool = False,
+        held_back: float = 0.0,
     ) -> None:
+        self._again = functools.partial(
+            ContextStream, corpus, lm, context, seed, 1, keep_template, bos=bos, isolated=isolated
+        )
+        self.held_back = held_back
+        self._only_held_back = False
         self.corpus = corpus
         self.lm = lm
         self.context = context
@@ -91,7 +103,8 @@ class ContextStream:
         self.skipped_rows = 0
         """Rows without text (null) that were passed over."""
         self._keep_template = keep_template
-        self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
+        self._tokenized: deque[tuple[list[int], list[bool]] | Exception | None] = deque()
+        """None stands for a document that is passed over."""
         self._tokens: list[int] = []
         self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
@@ -109,6 +122,20 @@ class ContextStream:
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
         return [self.corpus.identity()]
+
+    def held_out(self) -> "ContextStream | None":
+        """A stream of text that this one has not read: the documents held back, or the rest of the
+        first epoch. None where all text was read."""
+        position = self.state_dict()
+        if self.held_back:
+            stream = self._again(held_back=self.held_back)
+            stream._only_held_back = True
+        elif position["epoch"] == 0:
+            stream = self._again()
+            stream.load_state_dict(position)
+        else:
+            return None
+        return stream
 
     def next_batch(self, rows: int) -> ContextBatch | None:
         """The next contexts, at most `rows`; None at the end of the last epoch.
@@ -131,7 +158,7 @@ class ContextStream:
             template.append([False] * len(prefix) + self._in_template[:body])
             del self._tokens[:body], self._in_template[:body]
         if not ids:
-            if self.emitted == 0:
+            if self.emitted == 0 and not self._only_held_back:
                 raise UserError(
                     f"`data` {self.corpus.name} holds fewer tokens than one context of "
                     f"{self.context}: give more text or a smaller `context`"
@@ -171,6 +198,9 @@ class ContextStream:
                 tokenized = self._tokenized.popleft()
                 if isinstance(tokenized, Exception):
                     raise tokenized
+                if tokenized is None:
+                    self.consumed += 1
+                    return True
                 tokens, template = tokenized
                 skip, self._skip = self._skip, 0
                 if len(tokens) > skip:
@@ -186,6 +216,9 @@ class ContextStream:
                 return True
             if self.consumed == 0:
                 return False
+            if self.held_back and not self._only_held_back and not self.emitted + len(self._tokens):
+                self.held_back = 0.0  # the few documents there are would all be held back
+                self.epoch -= 1
             self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
         return False
 
@@ -200,6 +233,10 @@ class ContextStream:
         characters = 0
         try:
             for document in itertools.islice(documents, _DOCUMENTS_AT_ONCE):
+                if self._passes_over(document):
+                    texts.append("")
+                    spans.append(_PASSED_OVER)
+                    continue
                 text, content = self._as_text(document)
                 texts.append(text)
                 spans.append(content)
@@ -225,9 +262,15 @@ class ContextStream:
         if failure is not None:
             self._tokenized.append(failure)
 
+    def _passes_over(self, document: Document) -> bool:
+        """Whether a document is none of this stream's."""
+        if not self.held_back or not document:
+            return False
+        return is_held_back(document, self.held_back) != self._only_held_back
+
     def _tokenize(
         self, texts: list[str], spans: list[list[tuple[int, int]] | None]
-    ) -> list[tuple[list[int], list[bool]]]:
+    ) -> list[tuple[list[int], list[bool]] | None]:
         """Token ids of each text and its separator, and which come from its chat template."""
         if not texts:
             return []
@@ -236,12 +279,12 @@ class ContextStream:
         empty = [content == [] for content in spans]
         encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
         offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
-        tokenized: list[tuple[list[int], list[bool]]] = []
+        tokenized: list[tuple[list[int], list[bool]] | None] = []
         for ids, places, content, nothing in zip(
             encoded["input_ids"], offsets, spans, empty, strict=True
         ):
-            if nothing:
-                tokenized.append(([], []))
+            if content is _PASSED_OVER or nothing:
+                tokenized.append(None if content is _PASSED_OVER else ([], []))
                 continue
             # A token that holds a character of a message belongs to the message.
             template = [False] * len(ids) if content is None else [
@@ -320,15 +363,28 @@ class ContextStream:
             "used": used,
             "emitted": self.emitted,
             "skipped_rows": skipped_rows,
+            **({"held_back": self.held_back} if self.held_back else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, with the same documents held back."""
+        self.held_back = state.get("held_back", 0.0)
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
         self.skipped_rows = state.get("skipped_rows", 0)
         self._tokens, self._in_template = [], []
         self._tokenized, self._pieces, self._documents = deque(), deque(), None
+
+
+# Stands for the character spans of a document that is passed over. An identity, not a value.
+_PASSED_OVER: list[tuple[int, int]] = []
+
+
+def is_held_back(document: Document, share: float) -> bool:
+    """Whether a document is among a share that is chosen by the documents' text alone, so that the
+    same text is never both trained on and held out."""
+    digest = hashlib.sha256(json.dumps(document).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _prefix_of(lm: LanguageModel, bos: str) -> list[int]:
@@ -395,6 +451,13 @@ class MixedStream:
         """What text was read."""
         return self.corpus.identity() + self.replies.identity()
 
+    def held_out(self) -> "MixedStream | None":
+        """A stream of corpus and replies that were not read; None where there is not both."""
+        corpus, replies = self.corpus.held_out(), self.replies.held_out()
+        if corpus is None or replies is None:
+            return None
+        return MixedStream(corpus, replies, self.share)
+
     def next_batch(self, rows: int) -> ContextBatch | None:
         """The next contexts, at most `rows`; None when the corpus has ended."""
         batches: list[ContextBatch] = []
@@ -456,6 +519,11 @@ class SharedStream:
         """Rows without text (null) that were passed over."""
         return self.contexts.skipped_rows
 
+    def held_out(self) -> "SharedStream | None":
+        """This process's contexts of text that was not read."""
+        contexts = self.contexts.held_out()
+        return None if contexts is None else SharedStream(contexts, self.processes)
+
     def next_batch(self, rows: int) -> ContextBatch | None:
         """This process's next contexts, at most `rows`; None when the text has ended.
 
@@ -476,8 +544,12 @@ def open_contexts(
     config: TextConfig,
     replies_file: Path | None = None,
     processes: Processes = ALONE,
+    held_back: float = 0.0,
 ) -> Contexts:
     """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
+
+    Of text that may be read more than once (several epochs, replies) the share `held_back` of the
+    documents is left for `held_out`.
 
     Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
     model's positions.
@@ -489,6 +561,7 @@ def open_contexts(
         )
 
     def packed(corpus: Corpus, epochs: int) -> ContextStream:
+        repeats = epochs > 1
         return ContextStream(
             corpus,
             lm,
@@ -498,6 +571,7 @@ def open_contexts(
             not config.exclude_template,
             bos=config.bos,
             isolated=config.isolate_documents,
+            held_back=held_back if repeats else 0.0,
         )
 
     stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)

@@ -10,6 +10,9 @@ from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 
+HELD_OUT = ("fvu_heldout", "l0_heldout")
+"""What is said of an SAE besides its settings, where there were rows to measure it on."""
+
 
 class RunFiles:
     """The folders of a run's SAEs: the run's own for one, folders in it for several."""
@@ -102,6 +105,7 @@ class RunFiles:
                     "init_seed": trainer.variant.init_seed,
                     "peak_lr": trainer.peak_lr,
                     "sha256": sha256,
+                    **{name: row[name] for name in HELD_OUT if name in row},
                 },
                 "config": plain(asdict(self.config)),
                 "recipe": self.facts["recipe"],

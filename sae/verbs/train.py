@@ -20,6 +20,7 @@ from saesteer.sae.runs.facts import as_given, model_facts
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
+from saesteer.sae.training.held_out import held_back_of_shards
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 
@@ -109,7 +110,7 @@ def train(
         )
         say(run.check_memory())
         if activations is not None:
-            _tell_of_shards(reader, config, say, warn)
+            _tell_of_shards(reader, facts["rows"], config, say, warn)
         run.check_disk()
         if force:
             # Only now, after all checks: this empties the folder.
@@ -147,7 +148,13 @@ def _live_source(
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     folder = replies_folder or cache_folder() / "replies"
     stream = open_activations(
-        lm, points, config.text, replies=replies, replies_folder=folder, progress=progress
+        lm,
+        points,
+        config.text,
+        replies=replies,
+        replies_folder=folder,
+        progress=progress,
+        held_back=config.held_out_share,
     )
     return LiveSource(stream), {
         "model": model_facts(lm),
@@ -175,7 +182,9 @@ def _shard_source(
     if len(set(places)) != len(places):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     named = dict(zip(reader.places, paths, strict=False))
-    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
+    held_back = held_back_of_shards(config, reader.tokens)
+    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed, held_back), {
+        "rows": reader.tokens - held_back,
         "model": model or {"name": str(manifest["model"])},
         "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
         "text": manifest.get("data") or [],
@@ -187,13 +196,17 @@ def _shard_source(
 
 def _tell_of_shards(
     reader: ShardReader,
+    rows: int,
     config: TrainConfig,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
-    """How often each row will be seen, and whether the harvest ever ended."""
+    """How often each of the `rows` that are trained on will be seen, and whether the harvest ever
+    ended."""
+    held_back = reader.tokens - rows
+    but = f" of which {held_back:,} are held back" if held_back else ""
     say(
-        f"the shards hold {reader.tokens:,} rows: {config.tokens / reader.tokens:.1f} epochs make "
+        f"the shards hold {reader.tokens:,} rows{but}: {config.tokens / rows:.1f} epochs make "
         f"{config.tokens:,}"
     )
     if reader.manifest.get("complete") is False:

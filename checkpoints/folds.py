@@ -92,22 +92,24 @@ def fold_centred_scale(
     """Weights for raw activations, of an SAE with unit decoder rows that was trained on
     x~ = a (x - mean), with a mean and an a for each place that it reads, and that it writes.
 
-    Latents f = f~ / a come out in units of the first place read, of factor a: W_enc takes each
-    place's factor over a (1 for one place), b_enc = b_enc~ / a - mean W_enc, and a threshold is
-    divided by a. The reconstruction is W_dec with a over the factor of each place written (1 for an
-    SAE), and b_dec = mean + b_dec~ / factor. Products are taken in float64; float32 tensors on the
-    CPU come out.
+    Latents f = f~ / a come out in units of the first place written, of factor a: each is the length
+    that it adds there. W_enc takes each read place's factor over a (1 for an SAE of one place),
+    b_enc = b_enc~ / a - mean W_enc, and a threshold is divided by a. The reconstruction is W_dec
+    with a over the factor of each place written (1 for the first), and b_dec = mean + b_dec~ /
+    factor. A skip connection takes the factor of each place read over that of each place written,
+    and b_dec loses mean W_skip^T. Products are taken in float64; float32 tensors on the CPU come
+    out.
 
     Args:
         trained: `W_enc` latent-major, `[d_sae, d_in]`; `b_enc`; `W_dec`; `b_dec`; perhaps
-            `threshold` or `log_threshold`; `b_mag` and `r_mag` of a gated SAE.
+            `threshold` or `log_threshold`; `b_mag` and `r_mag` of a gated SAE; `W_skip`.
         read: mean `[d_model]` and factor of each place side by side in the input.
         write: the same of the output.
     """
     wide = {name: _wide(tensor.cpu()) for name, tensor in trained.items()}
     mean_in, factors_in = _columns(read)
     mean_out, factors_out = _columns(write)
-    factor = read[0][1]
+    factor = write[0][1]
     encoder = wide["W_enc"].T * (factors_in / factor)[:, None]
     folded = {
         "W_enc": encoder.float().contiguous(),
@@ -124,6 +126,10 @@ def fold_centred_scale(
         shift = (mean_in @ encoder) * wide["r_mag"].exp()
         folded["b_mag"] = (wide["b_mag"] / factor - shift).float()
         folded["r_mag"] = wide["r_mag"].float()
+    if "W_skip" in wide:
+        skip = wide["W_skip"] * factors_in / factors_out[:, None]
+        folded["W_skip"] = skip.float()
+        folded["b_dec"] = (mean_out + wide["b_dec"] / factors_out - skip @ mean_in).float()
     return folded
 
 

@@ -52,11 +52,11 @@ _LIVE_ONLY = (
 _OF_EVERY_SAE = (
     "layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256", "fvu_heldout",
     "l0_heldout",
+    "threshold",
+    "to_layer",
+    "to_site",
+    "places",
 )  # fmt: skip
-
-
-# Share of its target by which an L0 has to miss it for a warning.
-_L0_MISSED = 0.2
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -289,12 +289,6 @@ def run(args: Namespace) -> int:
             say=report.say,
             warn=report.warn,
         )
-        for run in runs:
-            if run["final"].get("l0_missed_by", 0) > _L0_MISSED:
-                report.warn(
-                    f"{run['folder']} has an L0 of {run['final']['held_out_l0']:.3g} where "
-                    f"{run['sae']['l0']:g} was aimed at: train on more --tokens"
-                )
     if args.json:
         print_json({"runs": runs})
     else:
@@ -320,7 +314,8 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
         sae, final = run["sae"], run["final"]
         rows.append(
             [
-                str(sae["layer"]),
+                "+".join(str(layer) for layer, _ in sae.get("places", [[sae["layer"], ""]]))
+                + (f" to {sae['to_layer']}" if "to_layer" in sae else ""),
                 str(sae["d_sae"]),
                 *(str(sae[name]) for name in own),
                 str(sae["init_seed"]),

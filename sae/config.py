@@ -154,6 +154,10 @@ class TrainConfig:
     """Blocks to train on; empty with shards means every layer they hold."""
     site: str = "resid_post"
     """The site to read; see `HarvestConfig.site`."""
+    to_layer: int | None = None
+    """With transcoders: the block that is reconstructed; by default the one that is read."""
+    to_site: str | None = None
+    """With transcoders: the site that is reconstructed; by default the same as `site`."""
     arch: str = "topk"
     """The kind of SAE: a name in `saesteer.sae.training.architectures`."""
     d_sae: tuple[int, ...] = ()

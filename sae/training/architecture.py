@@ -22,9 +22,13 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.folds import fold_centred_scale
+from saesteer.checkpoints.places import Place
 from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
+
+Arrangement = tuple[tuple[Place, ...], tuple[Place, ...]]
+"""The places that an SAE reads, and those that it writes."""
 
 Parameters = dict[str, Tensor]
 """What the optimiser moves, in the units of x~, by name."""
@@ -128,6 +132,8 @@ class Architecture(ABC):
     """Parameters that move at another rate than the rest: by how many times."""
     canonical_buffers: ClassVar[Mapping[str, str]] = {}
     """The same for buffers."""
+    transcodes: ClassVar[bool] = False
+    """Whether it writes elsewhere than it reads: `to_layer` and `to_site` say where."""
     calibrates: ClassVar[bool] = False
     """Whether `calibrate` wants rows at the end of training."""
 
@@ -138,6 +144,14 @@ class Architecture(ABC):
 
         Raises UsageError for settings that it does not take.
         """
+
+    @classmethod
+    def arrangements(cls, reads: Sequence[Place], writes: Sequence[Place]) -> list[Arrangement]:
+        """What each SAE of a run reads and writes, from the places asked for.
+
+        Raises UsageError for places that do not fit.
+        """
+        return [((place,), (place,)) for place in reads]
 
     @property
     @abstractmethod
@@ -156,6 +170,10 @@ class Architecture(ABC):
 
     def at_width(self, d_sae: int) -> "Architecture":
         """The same with settings that depend on the number of latents worked out."""
+        return self
+
+    def at_places(self, reads: Sequence[int], writes: Sequence[int]) -> "Architecture":
+        """The same with settings that depend on the widths of its places worked out."""
         return self
 
     def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
@@ -235,7 +253,7 @@ class Architecture(ABC):
         write: Sequence[InputScale],
         buffers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "..."]]:
-        """The same SAE on raw activations, latents in units of the (first) place it reads."""
+        """The same SAE on raw activations, latents in units of the (first) place it writes."""
         named = {ours: parameters[name] for name, ours in self.canonical_names.items()}
         named |= {ours: (buffers or {})[name] for name, ours in self.canonical_buffers.items()}
         return fold_centred_scale(

@@ -30,7 +30,6 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import Architecture, Parameters, Pass, refuse_others
-from saesteer.sae.training.architectures.batchtopk import mean_l0
 from saesteer.sae.training.architectures.topk import TopK
 
 GAIN = 1.5
@@ -47,12 +46,10 @@ _RANGE = 2000.0
 
 @dataclass(frozen=True)
 class L0Target(Architecture):
-    """What kinds with a target for L0 share. Subclasses say `loss`, `spec` and `l0_thresholds`."""
+    """What kinds with a target for L0 share. Subclasses say `loss`, `spec`, `start`, `highest`."""
 
     own_config: ClassVar[tuple[str, ...]] = ()
     """Settings of `TrainConfig` besides `l0` that the subclass takes."""
-    calibrates: ClassVar[bool] = True
-
     l0: float
     """Active latents per token aimed at."""
     auxk: float = 0.0
@@ -164,22 +161,6 @@ class L0Target(Architecture):
             lowest = highest - math.log(_RANGE)
         integral.add_(self.rate * miss).clamp_(lowest, highest)
         buffers["l0_steps"].add_(1)
-
-    # --- inference ---
-
-    def l0_thresholds(self, parameters: Parameters) -> Float[Tensor, " d_sae"]:
-        """Above which pre-activations a latent is active."""
-        return torch.zeros_like(parameters["b_enc"])
-
-    def calibrate(
-        self,
-        parameters: Parameters,
-        buffers: Mapping[str, Tensor],
-        x: Float[Tensor, "rows d_in"],
-    ) -> dict[str, float]:
-        """Nothing is set; L0 is measured."""
-        (l0,) = mean_l0(parameters, x, self.l0_thresholds(parameters))
-        return {"held_out_l0": l0, "l0_missed_by": abs(l0 / self.l0 - 1)}
 
     def metadata(self) -> dict[str, Any]:
         """What the SAE's file says of its training."""

@@ -92,10 +92,5 @@ class Gated(Standard):
             measured={"l0": l0},
         )
 
-    def l0_thresholds(self, parameters: Parameters) -> Float[Tensor, " d_sae"]:
-        """Of u + b_gate: where the gate opens and the magnitude is positive."""
-        lowest = -parameters["b_mag"] * (-parameters["r_mag"]).exp() + parameters["b_enc"]
-        return lowest.clamp(min=0)
-
     def spec(self) -> dict[str, Any]:
         return {"architecture": "gated", "metadata": self.metadata()}

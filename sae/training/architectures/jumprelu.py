@@ -109,9 +109,6 @@ class JumpReLU(L0Target):
         """The thresholds of the latents."""
         return parameters["threshold"]
 
-    def l0_thresholds(self, parameters: Parameters) -> Float[Tensor, " d_sae"]:
-        return self.thresholds(parameters)
-
     def ends(self, d_sae: int) -> tuple[int, ...]:
         """Where prefixes of latents end that reconstruct by themselves; empty for none."""
         return ()

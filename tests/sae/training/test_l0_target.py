@@ -39,13 +39,14 @@ def test_l0_on_rows_not_trained_on_is_the_target(
         layers=(1,),
         tokens=400 * 64,
         lr=5e-3,
+        held_out_share=0.2,
         jumprelu=JumpReLUConfig(penalty=penalty or "quadratic"),
     )
     (usual,) = architecture_named(arch).from_config(config)
     assert isinstance(usual, L0Target)
     config = replace(config, coefficient=times * usual.start)
     (run,) = train(tmp_path, config, activations=shards, device="cpu")
-    assert run["final"]["held_out_l0"] == pytest.approx(4, rel=0.05)
+    assert run["sae"]["l0_heldout"] == pytest.approx(4, rel=0.05)
 
 
 def test_the_coefficient_rises_and_answers() -> None:

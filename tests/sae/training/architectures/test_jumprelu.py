@@ -187,7 +187,7 @@ RUN = replace(CONFIG, arch="jumprelu", k=(), layers=(1,), tokens=4800, lr=5e-3)
 def test_a_short_run_meets_its_target(l0: float, shards: Path, tmp_path: Path) -> None:
     (run,) = train(tmp_path / "one", replace(RUN, l0=(l0,)), activations=shards, device="cpu")
     final = run["final"]
-    assert final["held_out_l0"] == pytest.approx(l0, rel=0.05)
+    assert run["sae"]["l0_heldout"] == pytest.approx(l0, rel=0.05)
     assert final["fvu"] == pytest.approx({3.0: 0.37, 6.0: 0.24}[l0], rel=0.1)
     sae = load_sae(tmp_path / "one")
     assert sae.spec.architecture == "jumprelu" and sae.threshold is not None

@@ -137,7 +137,7 @@ class JumpReLUConfig:
             raise UsageError(f"`penalty` must be one of {', '.join(PENALTIES)}, got {self.penalty}")
         if self.units not in ("sqrt_d", "unit"):
             raise UsageError(f"`units` must be sqrt_d or unit, got {self.units!r}")
-        for name, value in (("bandwidth", self.bandwidth), ("knee", self.frequency_knee)):
+        for name, value in (("bandwidth", self.bandwidth), ("frequency_knee", self.frequency_knee)):
             if not 0 < value < float("inf"):
                 raise UsageError(f"`{name}` must be above 0, got {value:g}")
         if self.threshold is not None and not 0 < self.threshold < float("inf"):
@@ -188,6 +188,8 @@ class TrainConfig:
     """Peak learning rate; by default `default_lr` of the width and the number of steps."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a twentieth of the run, at most 1000."""
+    beta1: float = 0.9
+    """Adam's decay of the mean of gradients; that of their squares is 0.999."""
     decay_share: float = 0.2
     """Share of the run, at its end, over which the learning rate falls to zero."""
     dtype: str = "auto"
@@ -262,6 +264,8 @@ class TrainConfig:
             raise UsageError(f"`lr` must be between 0 and 1, got {self.lr}")
         if self.warmup_steps is not None:
             _at_least("`warmup_steps`", self.warmup_steps, 0)
+        if not 0 <= self.beta1 < 1:
+            raise UsageError(f"`beta1` must be in 0..1, got {self.beta1}")
         if not 0 <= self.decay_share <= 1:
             raise UsageError(f"`decay_share` must be in 0..1, got {self.decay_share}")
         if self.dtype not in ("auto", "float32", "bfloat16"):

@@ -273,8 +273,9 @@ def refuse_others(config: TrainConfig, *names: str) -> None:
             name, value = (changed[0], getattr(value, changed[0])) if changed else (name, default)
         if value != default:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            instead = {"k": "give `l0`", "l0": "give `k`"}.get(name, "leave it out")
             raise UsageError(
-                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: leave it out"
+                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: {instead}"
             )
 
 

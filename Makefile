@@ -93,6 +93,7 @@ peers: env-dev
 typecheck-links:
 	@mkdir -p .typecheck/saesteer
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/saesteer/$$room; done
+	@ln -sfn ../../cli/toplevel/__init__.py ../../cli/toplevel/__main__.py .typecheck/saesteer/
 
 env-run:
 	@.ci/env run

@@ -1,4 +1,4 @@
-"""The console script `saesteer`, also `python -m saesteer.cli`."""
+"""The console script `saesteer`, also `python -m saesteer` and `python -m saesteer.cli`."""
 
 import os
 import sys
@@ -24,6 +24,10 @@ VERBS = {
     "doctor": "check that hooks work on a model, and predict time and memory of a job",
     "push": "publish an SAE with a generated model card, on the Hub or in a folder",
     "reproduce": "repeat a recorded training or harvest and compare the results",
+    "watch": "show the curves of a training run in the terminal",
+    "tasks": "list the instruction tasks that come with the package",
+    "formats": "list the file formats that are read and written",
+    "models": "list the language models that open without the network",
 }
 _INTERRUPTED = 130
 _NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"saesteer {version('saesteer')}")

@@ -75,6 +75,13 @@ def add_common(
     )
 
 
+def add_listing(parser: VerbParser) -> None:
+    """The flags of verbs that list what there is and write nothing."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--json", action="store_true", help="print the list as JSON on stdout")
+    group.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+
+
 def add_model(
     group: argparse._ArgumentGroup, fallback: str = f"(default: {DEFAULT_MODEL})"
 ) -> None:

@@ -66,7 +66,7 @@ class VerbParser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(words)
         if unknown:
             raise UsageError(self._complaint(unknown))
-        if args.config:
+        if getattr(args, "config", None):  # verbs that only list have no such flag
             for file in args.config:
                 self.set_defaults(**self._config(Path(file).expanduser()))
             args, _ = self.parse_known_args(words)

@@ -36,7 +36,7 @@ def placed(rows: Tensor) -> PlacedRows:
 
 @torch.no_grad()
 def held_out_fvu(trainer: SAETrainer, rows: Tensor, batch: int) -> float:
-    """FVU of rows `[rows, d_model]` by the loss of training, which chooses latents as training does.
+    """FVU of rows `[rows, d_model]` by the loss of training, which chooses latents likewise.
 
     An architecture that infers by a threshold has another FVU in use.
     """

@@ -22,7 +22,7 @@ _BLOCK = 8192
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one hook point, sinks left out, in the stored dtype and in the order of the shards."""
+    """Rows of one hook point, sinks left out, in the stored dtype, in the order of the shards."""
 
     values: Tensor
     """`[rows, d_model]`, not scaled."""

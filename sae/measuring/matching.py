@@ -40,8 +40,8 @@ def match(similarity: Float[Tensor, "first second"]) -> Matching:
     smaller = min(similarity.shape)
     if smaller > MOST_ROWS:
         raise UserError(
-            f"`against` pairs latents by the Hungarian method, of up to {MOST_ROWS:,} latents in "
-            f"the narrower SAE, got {smaller:,}: compare narrower SAEs"
+            f"the Hungarian method pairs up to {MOST_ROWS:,} rows of the smaller set, got "
+            f"{smaller:,}: compare narrower SAEs"
         )
     rows, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
     first, second = torch.from_numpy(rows), torch.from_numpy(columns)

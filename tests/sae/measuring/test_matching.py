@@ -52,5 +52,5 @@ def test_what_cannot_be_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="`against` it writes rows of width 4, the SAE it of width"):
         stability(sae_of(torch.eye(3)), sae_of(torch.eye(4)))
     monkeypatch.setattr(matching, "MOST_ROWS", 3)
-    with pytest.raises(UserError, match="up to 3 latents in the narrower SAE, got 4"):
+    with pytest.raises(UserError, match="up to 3 rows of the smaller set, got 4"):
         stability(sae_of(torch.eye(4)), sae_of(torch.eye(4)))

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from our_trainer import held_out_fvu, make_trainer
 from rows import Rows, load_rows
-from side_by_side import say
+from side_by_side import leave_folder, say
 
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
 
+leave_folder()
 _SCALE_ROWS = 32_768
 
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from side_by_side import leave_folder
 from torch import Tensor
 
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.sinks import SinkFilter
 
-leave_folder()
 _BLOCK = 8192
 
 

@@ -164,7 +164,7 @@ def measure(data: Data, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     for sae, seconds in zip(saes, done["cpu"], strict=True):
         equal = at_equal_l0(sae, data, job["k"])
         sums = sums_of(equal, Rows(held_out.values[:_CURVE_ROWS], held_out.units[:_CURVE_ROWS]))
-        curve.append((seconds, float(figures(sums)["fvu"])))
+        curve.append((seconds, figures(sums)["fvu"]))
     last = at_equal_l0(saes[-1], data, job["k"])
     latents = LatentTally(job["d_sae"], torch.device("cpu"))
     sums = sums_of(last, held_out, latents)
@@ -175,13 +175,13 @@ def measure(data: Data, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": done["version"],
         "given": done["given"],
-        "fvu": float(now["fvu"]),
-        "l0": float(now["l0"]),
-        "fvu_stored": float(stored["fvu"]),
-        "l0_stored": float(stored["l0"]),
+        "fvu": now["fvu"],
+        "l0": now["l0"],
+        "fvu_stored": stored["fvu"],
+        "l0_stored": stored["l0"],
         "dead": of_latents["dead_fraction"],
         "dense": of_latents["dense_latents"]["above_0.1"] / job["d_sae"],
-        "cosine": float(now["cosine"]),
+        "cosine": now["cosine"],
         **{name: scores[name] for name in _COUNTS if name in scores},
         "cpu_seconds": done["cpu"][-1],
         "wall_seconds": done["wall"][-1],
@@ -236,10 +236,10 @@ def sums_of(sae: SAE, rows: Rows, latents: LatentTally | None = None) -> np.ndar
     return sums.numpy()
 
 
-def figures(sums: np.ndarray) -> dict[str, Any]:
-    """Figures from sums `[..., contexts, columns]`, added up over contexts."""
-    total = sums.sum(axis=-2)
-    return figures_of_rows({name: total[..., at] for at, name in enumerate(OF_ROWS)})
+def figures(sums: np.ndarray) -> dict[str, float]:
+    """Figures from sums by context."""
+    total = dict(zip(OF_ROWS, sums.sum(axis=0)[:, None], strict=True))
+    return {name: float(value[0]) for name, value in figures_of_rows(total).items()}
 
 
 def benchmark(data: Data, arch: str, args: Any) -> None:

@@ -215,7 +215,7 @@ def matching_sae(part: PlanPart, sae: SAE | None, force: bool) -> SAE:
                 f"{whose} names latent {number}, and `sae` {sae.source} has the latents "
                 f"0..{sae.spec.d_sae - 1}: choose one of these"
             )
-    if sae.spec.d_model != part.directions.shape[1]:
+    if is_plain(sae) and sae.spec.d_model != part.directions.shape[1]:
         raise UserError(
             f"`sae` {sae.source} has d_model {sae.spec.d_model} and the plan is for "
             f"{part.directions.shape[1]}: give {part.sae.source}"

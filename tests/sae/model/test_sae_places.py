@@ -77,11 +77,9 @@ def test_a_transcoder(shared_lm: Shared) -> None:
     assert places.input(rows).sum() > 0 == places.target(rows).sum()
     with pytest.raises(UserError, match="names no hook, which is none of our sites"):
         steered(random_sae(lm, d_out=lm.d_model), lm)
-    away = replace(
-        sae.spec, metadata={**sae.spec.metadata, "hook_name_out": "blocks.99.hook_mlp_out"}
-    )
+    away = random_sae(lm, d_out=lm.d_model, hook_name_out="blocks.99.hook_mlp_out")
     with pytest.raises(UserError, match="has a place in layer 99"):
-        steered(replace(sae, spec=away), lm)
+        steered(away, lm)
 
 
 def test_a_crosscoder_over_layers(shared_lm: Shared) -> None:

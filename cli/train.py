@@ -42,6 +42,10 @@ _LIVE_ONLY = (
     "data",
     "replies",
     "replies_share",
+    "replies_count",
+    "replies_tokens",
+    "replies_temperature",
+    "replies_top_p",
     "context",
     "bos",
     "batch_size",
@@ -152,6 +156,12 @@ def add_flags(parser: VerbParser) -> None:
         type=counts,
         metavar="N,...",
         help=f"seeds of the initialisation {default(TrainConfig, 'init_seed')}",
+    )
+    shape.add_argument(
+        "--init-from",
+        metavar="SAE",
+        help="SAE to start from, in any format that --sae of other verbs takes, with a new "
+        "optimiser (default: random weights)",
     )
     _add_penalties(parser)
     work = parser.add_argument_group("training")

@@ -32,6 +32,12 @@ class TextConfig:
     """Sequences per forward pass of the language model; 0 takes what fits the memory."""
     replies_share: float = 0.5
     """Share of the contexts that hold the model's own replies, when there are any."""
+    replies_tokens: int = 40
+    """Longest of these replies, in tokens."""
+    replies_temperature: float = 0.8
+    """Temperature that they are sampled at; 0 is greedy."""
+    replies_top_p: float = 0.95
+    """Share of the probability that their tokens are drawn from."""
     epochs: int = 1
     """How often the corpus may be read."""
     max_norm_ratio: float = 10.0
@@ -59,6 +65,10 @@ class TextConfig:
             raise UsageError(
                 f"`replies_share` must be between 0 and 1 exclusive, got {self.replies_share}"
             )
+        _at_least("`replies_tokens`", self.replies_tokens, 1)
+        _at_least("`replies_temperature`", self.replies_temperature, 0)
+        if not 0 < self.replies_top_p <= 1:
+            raise UsageError(f"`replies_top_p` must be in (0, 1], got {self.replies_top_p}")
         if self.bos not in ("auto", "always", "never"):
             raise UsageError(f"`bos` must be auto, always or never, got {self.bos!r}")
         if not self.max_norm_ratio > 1:
@@ -180,6 +190,8 @@ class TrainConfig:
     `matryoshka` and `gemma-scope-2`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
+    init_from: str | None = None
+    """An SAE to start from, as `load_sae` takes it, in place of random weights."""
     tokens: int = 1_000_000
     """Activations to train on."""
     batch_tokens: int = 2048

@@ -68,6 +68,10 @@ class LiveSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
 
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """See `ActivationStream.has_read`."""
+        return self.stream.has_read(state, identities)
+
     def held_out(self) -> "LiveSource | None":
         stream = self.stream.held_out()
         return None if stream is None else LiveSource(stream)
@@ -102,6 +106,11 @@ class ShardSource:
         self.sinks = SinkFilter(max_norm_ratio)
         self.epoch = self.shard = self.row = self.kept = 0
         self._excluded = {"sinks": 0}
+
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows that `next_rows` reads; those that a run does not need are lost to it."""
+        return min(_CHUNK_ROWS, max(self.reader.shard_tokens, default=0))
 
     def _parts(self) -> list[tuple[int, slice]]:
         """The rows of each shard that are read; shards without any are left out."""

@@ -195,6 +195,14 @@ class ActivationStream:
         """What text was read."""
         return self.contexts.identity()
 
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """Whether the text that had been read when `state_dict` was taken, of corpora that then had
+        these identities, is the same now. What comes after it may have been mended since."""
+        contexts = state.get("contexts")
+        if not isinstance(contexts, dict) or not isinstance(identities, list):
+            return False
+        return self.contexts.has_read(contexts, identities)
+
     def compile(self) -> None:
         """Run one pass over made-up tokens, which compiles the blocks where that is asked.
 
@@ -269,7 +277,12 @@ def open_activations(
         raise UsageError(f"`layer` names a block twice: {named}")
     replies_file = None
     if replies:
-        settings = ReplyConfig(seed=config.seed)
+        settings = ReplyConfig(
+            max_new_tokens=config.replies_tokens,
+            temperature=config.replies_temperature,
+            top_p=config.replies_top_p,
+            seed=config.seed,
+        )
         if processes.rank:
             processes.wait_for_first()  # the first samples them; the others read its file
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)

@@ -81,16 +81,10 @@ class LanguageModel:
     @cached_property
     def special_ids(self) -> torch.Tensor:
         """Ids of tokens that are not text: excluded from training and from steering scopes."""
-        ids = set(self.tokenizer.all_special_ids)
-        ids.update(getattr(self.tokenizer, "added_tokens_decoder", {}) or {})
-        specials = [i for i in ids if self._is_special(i)]
-        return torch.tensor(sorted(specials), dtype=torch.int64)
-
-    def _is_special(self, token_id: int) -> bool:
-        if token_id in self.tokenizer.all_special_ids:
-            return True
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token_id)
-        return bool(added is not None and added.special)
+        # Both are made anew at every access, which for Gemma's 6,000 added tokens adds up.
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        ids = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return torch.tensor(sorted(ids), dtype=torch.int64)
 
     @cached_property
     def text_model(self) -> nn.Module:
@@ -291,6 +285,7 @@ def load_model(
     device_map: str | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    recorded: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -306,6 +301,8 @@ def load_model(
             quantised weights.
         trust_remote_code: run Python files that lie beside the weights. Otherwise none is ever run,
             and a model that needs its own is refused.
+        recorded: the name is what a plan or an SAE says, see `resolve_model`; what uses it compares
+            the fingerprint.
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
@@ -315,7 +312,7 @@ def load_model(
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
     placed = _placement(device_map, quantize, target, chosen_dtype)
-    resolved = resolve_model(name, progress)
+    resolved = resolve_model(name, progress, recorded=recorded)
     offline = resolved.local_files_only
 
     def read() -> tuple[Any, Any]:

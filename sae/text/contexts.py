@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class _Piece:
     left: int
     skipped_rows: int
     """Rows without text before it."""
+    read_before: str
+    """`ContextStream.read` before it."""
+    text: str
+    """The hash of its text."""
 
     @property
     def owner(self) -> int:
@@ -100,11 +104,17 @@ class ContextStream:
         self.consumed = 0
         self.emitted = 0
         self._skip = 0
+        self._part = ""
         self.skipped_rows = 0
         """Rows without text (null) that were passed over."""
         self._keep_template = keep_template
+        self.read: str | None = ""
+        """A hash over the texts of the epoch up to the present document; None where it is not
+        known."""
         self._tokenized: deque[tuple[list[int], list[bool]] | Exception | None] = deque()
         """None stands for a document that is passed over."""
+        self._hashes: deque[str] = deque()
+        """Of the texts of those documents."""
         self._tokens: list[int] = []
         self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
@@ -197,7 +207,10 @@ class ContextStream:
             if self._tokenized:
                 tokenized = self._tokenized.popleft()
                 if isinstance(tokenized, Exception):
+                    self._hashes.clear()  # those of documents that it kept from being tokenized
                     raise tokenized
+                before, text = self.read, self._hashes.popleft()
+                self.read = _chained(before, text)
                 if tokenized is None:
                     self.consumed += 1
                     return True
@@ -207,7 +220,13 @@ class ContextStream:
                     self._tokens += tokens[skip:]
                     self._in_template += template[skip:]
                     piece = _Piece(
-                        self.epoch, self.consumed, skip, len(tokens) - skip, self.skipped_rows
+                        self.epoch,
+                        self.consumed,
+                        skip,
+                        len(tokens) - skip,
+                        self.skipped_rows,
+                        before or "",
+                        text,
                     )
                     self._pieces.append(piece)
                 elif not tokens and not skip:
@@ -220,6 +239,7 @@ class ContextStream:
                 self.held_back = 0.0  # the few documents there are would all be held back
                 self.epoch -= 1
             self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
+            self.read = ""
         return False
 
     def _tokenize_some(self, documents: Iterator[Document]) -> None:
@@ -233,6 +253,7 @@ class ContextStream:
         characters = 0
         try:
             for document in itertools.islice(documents, _DOCUMENTS_AT_ONCE):
+                self._hashes.append(_hash_of(document))
                 if self._passes_over(document):
                     texts.append("")
                     spans.append(_PASSED_OVER)
@@ -352,12 +373,17 @@ class ContextStream:
     def state_dict(self) -> dict[str, Any]:
         """The position: the first document that is not used up, and how much of it is used."""
         epoch, document, used = self.epoch, self.consumed, self._skip
-        skipped_rows = self.skipped_rows
+        skipped_rows, read = self.skipped_rows, self.read
+        part = self._part if used else ""
         if self._pieces:
             first = self._pieces[0]
             epoch, document, used = first.epoch, first.document, first.used
             skipped_rows = first.skipped_rows
+            read = None if self.read is None else first.read_before
+            part = first.text if used else ""
+        known = {} if read is None else {"read": read, "part": part}
         return {
+            **known,
             "epoch": epoch,
             "document": document,
             "used": used,
@@ -372,8 +398,27 @@ class ContextStream:
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
         self.skipped_rows = state.get("skipped_rows", 0)
+        self.read, self._part = state.get("read"), state.get("part", "")
         self._tokens, self._in_template = [], []
         self._tokenized, self._pieces, self._documents = deque(), deque(), None
+        self._hashes = deque()
+
+    def has_read(self, state: dict[str, Any], identities: Sequence[Any]) -> bool:
+        """Whether what was read when `state_dict` was taken, of a corpus that then had the first of
+        `identities`, is what the corpus holds now: text that comes after may have changed."""
+        if list(identities[:1]) == self.identity():
+            return True
+        if state.get("read") is None or state["epoch"] != 0:
+            return False  # all of it was read, or it is not known what
+        digest: str | None = ""
+        documents = self.corpus.documents(self.seed, 0)
+        try:
+            for document in itertools.islice(documents, state["document"]):
+                digest = _chained(digest, _hash_of(document))
+            part = _hash_of(next(documents)) if state["used"] else ""
+        except (UserError, StopIteration):
+            return False  # one of them cannot be read any more
+        return bool(digest == state["read"] and part == state["part"])
 
 
 # Stands for the character spans of a document that is passed over. An identity, not a value.
@@ -383,8 +428,16 @@ _PASSED_OVER: list[tuple[int, int]] = []
 def is_held_back(document: Document, share: float) -> bool:
     """Whether a document is among a share that is chosen by the documents' text alone, so that the
     same text is never both trained on and held out."""
-    digest = hashlib.sha256(json.dumps(document).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int(_hash_of(document)[:16], 16) < share * 2**64
+
+
+def _hash_of(document: Document) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def _chained(before: str | None, text: str) -> str | None:
+    """The hash over the texts before and one more."""
+    return None if before is None else hashlib.sha256(f"{before}{text}".encode()).hexdigest()
 
 
 def _prefix_of(lm: LanguageModel, bos: str) -> list[int]:
@@ -451,6 +504,12 @@ class MixedStream:
         """What text was read."""
         return self.corpus.identity() + self.replies.identity()
 
+    def has_read(self, state: dict[str, Any], identities: Sequence[Any]) -> bool:
+        """Whether what was read when `state_dict` was taken is what there is now."""
+        return self.corpus.has_read(state["corpus"], identities[:1]) and self.replies.has_read(
+            state["replies"], identities[1:]
+        )
+
     def held_out(self) -> "MixedStream | None":
         """A stream of corpus and replies that were not read; None where there is not both."""
         corpus, replies = self.corpus.held_out(), self.replies.held_out()
@@ -511,6 +570,7 @@ class SharedStream:
         self.processes = processes
         self.prepend_bos = contexts.prepend_bos
         self.identity = contexts.identity
+        self.has_read = contexts.has_read
         self.state_dict = contexts.state_dict
         self.load_state_dict = contexts.load_state_dict
 

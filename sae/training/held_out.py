@@ -34,9 +34,10 @@ def wanted_rows(config: TrainConfig) -> int:
     return min(_MOST, max(config.batch_tokens, round(config.tokens * share)))
 
 
-def held_back_of_shards(config: TrainConfig, rows: int) -> int:
-    """How many of `rows` stored rows training leaves out: none where it does not need them all."""
-    if not config.held_out_share or config.tokens + wanted_rows(config) <= rows:
+def held_back_of_shards(config: TrainConfig, rows: int, at_once: int) -> int:
+    """How many of `rows` stored rows, read `at_once` at most, training leaves out: none where there
+    are more than it can read."""
+    if not config.held_out_share or config.tokens + at_once + wanted_rows(config) <= rows:
         return 0
     return min(wanted_rows(config), int(rows * config.held_out_share))
 
@@ -72,7 +73,7 @@ def figures(trainer: SAETrainer, rows: PlacedRows, facts: Mapping[str, Any]) -> 
     FVU is sum |y - x^|^2 / sum |y - mean y|^2, each place in the units of training, so that several
     places count alike.
     """
-    sae = trainer.as_sae(facts)
+    sae = trainer.as_sae(dict(facts))
     reads = _side_by_side(rows, trainer.variant.reads)
     writes = _side_by_side(rows, trainer.variant.writes)
     units = torch.cat([torch.full((len(s.mean),), s.factor) for s in trainer.write])

@@ -164,4 +164,4 @@ class L0Target(Architecture):
 
     def metadata(self) -> dict[str, Any]:
         """What the SAE's file says of its training."""
-        return {"training_architecture": self.name, "l0": self.l0}
+        return {"training_architecture": self.name, "l0_target": self.l0}

@@ -172,11 +172,11 @@ class Entries(Pairs):
     ) -> Pass:
         factor = _factor(decoded)
         levels = decoded.levels
-        starts, x, order = self.row_starts, self.x, self._order
+        starts, order = self.row_starts, self._order
         if levels > 1:
-            # Each piece counts as an example of its own, with its suffix error.
+            # Each piece counts as an example of its own, with its suffix error; the pieces of an
+            # example share its input.
             starts = cut_at(self.indices, self.row_starts, ends)
-            x = x.repeat_interleave(levels, dim=0)
             order = sort_indices(self.indices, self.d_sae, starts)
         dense = dict(rest.pop("dense"))  # type: ignore[call-overload]
         dense["b_dec"] = decoded.suffix[:, 0].sum(dim=0) * factor
@@ -185,7 +185,7 @@ class Entries(Pairs):
             latent_indices=self.indices,
             order=order,
             decoder=EntrySum(acts, decoded.suffix.flatten(0, 1)),
-            encoder=EntrySum(derivatives / factor, x),
+            encoder=EntrySum(derivatives / factor, self.x),
             factor=factor,
             row_starts=starts,
             dense=dense,

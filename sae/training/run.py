@@ -12,6 +12,7 @@ from saesteer.checkpoints.disk import folder_bytes, need_space
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UserError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import has_state, restoring
+from saesteer.checkpoints.sparse_autoencoder import SAE
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.activations.batches import ActivationSource, BatchStream
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
@@ -20,6 +21,7 @@ from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
 from saesteer.sae.training.held_out import few_rows, figures, missed, read_held_out, wanted_rows
+from saesteer.sae.training.init_from import start_from
 from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
 from saesteer.sae.training.run_files import RunFiles
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
@@ -82,6 +84,8 @@ class TrainingRun:
         self.last: list[dict[str, Any]] = [{} for _ in variants]
         """The latest log line of each SAE."""
         self._due = False
+        self.start: SAE | None = None
+        """What a new run of one SAE starts from, in place of random weights."""
 
     # --- preparation ---
 
@@ -148,6 +152,9 @@ class TrainingRun:
         for line in dict.fromkeys(told):
             self.warn(line)
         self.make_trainers({place: InputScale.of(sample.at(place)) for place in self.columns})
+        if self.start is not None:
+            (trainer,), (place,) = self.trainers, self.variants[0].reads
+            start_from(self.start, trainer, sample.at(place))
         self.files.begin()
 
     def make_trainers(self, scales: dict[Place, InputScale]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -287,7 +287,7 @@ class SAETrainer:
     def as_sae(self, facts: dict[str, Any]) -> SAE:
         """The SAE in canonical form, as trained so far."""
         tensors = self.architecture.canonical(self.parameters, self.read, self.write, self.buffers)
-        return SAE(self.spec(facts), **tensors)
+        return SAE(spec=self.spec(facts), **cast(dict[str, Any], tensors))
 
     def save(self, folder: Path, facts: dict[str, Any]) -> str:
         """Write the SAE in canonical form; returns the SHA-256 of its weights."""

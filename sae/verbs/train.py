@@ -9,6 +9,7 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
 from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.batches import LiveSource
 from saesteer.sae.config import Progress, TrainConfig, no_progress
 from saesteer.sae.model.hooks import keep_only_read
@@ -17,6 +18,7 @@ from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
+from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 from saesteer.sae.verbs.train_sources import Source, live_source, shard_source
@@ -75,6 +77,11 @@ def train(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
         )
     folder = Path(out).expanduser()
+    start = None
+    if config.init_from is not None:
+        config = replace(config, init_from=as_given(config.init_from))
+        start = load_sae(str(config.init_from))
+        config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
     with folder_lock(folder):
         if resume or not force:
             claim_output(folder, resume=resume, force=force, can_resume=True)
@@ -112,6 +119,10 @@ def train(
             progress,
             warn,
         )
+        if start is not None:
+            facts["recipe"]["init_from"] = {"source": config.init_from, "sha256": start.sha256}
+            _tell_of_start(start, run.variants, facts, say, warn)
+            run.start = start
         for line in (run.check_memory(), *told):
             say(line)
         run.check_disk()
@@ -158,6 +169,23 @@ def _variants(config: TrainConfig, source: Source) -> list[Variant]:
     for variant in variants:
         variant.architecture.check(variant.d_sae)
     return variants
+
+
+def _tell_of_start(
+    start: SAE,
+    variants: list[Variant],
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Check an SAE to start from; say what is other than in its training."""
+    check_start(start, variants)
+    if changed := differences(start, variants[0]):
+        warn(f"`init_from` {start.source} goes on with other settings: {changed}")
+    before = start.spec.metadata.get("saesteer") or {}
+    model = before.get("model") if isinstance(before, dict) else None
+    if isinstance(model, dict) and model.get("hash") not in (None, facts["model"].get("hash")):
+        say(f"{start.source} was trained on other weights, of {model.get('name')}")
 
 
 def _batch_size_before(folder: Path) -> int | None:

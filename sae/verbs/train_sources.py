@@ -124,12 +124,13 @@ def shard_source(
         writes = [named[-1][last.places.index(last.place(*at))] for at in wanted]
     if len(set(reads)) != len(reads):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
-    held_back = held_back_of_shards(config, reader.tokens)
     places = list(dict.fromkeys((*reads, *writes)))
-    rows = ShardSource(reader, places, config.text.max_norm_ratio, config.seed, held_back)
+    rows = ShardSource(reader, places, config.text.max_norm_ratio, config.seed)
+    rows.held_back = held_back = held_back_of_shards(config, reader.tokens, rows.rows_at_once)
     _tell(readers, reader.tokens, held_back, config, say, warn)
     widths = {place: r.d_model for r, own in zip(readers, named, strict=True) for place in own}
-    return Source(rows, _facts(readers, named, config), reads, writes, widths, reader.dtype)
+    facts = {"rows": reader.tokens - held_back, **_facts(readers, named, config)}
+    return Source(rows, facts, reads, writes, widths, reader.dtype)
 
 
 def _places(reader: ShardReader, named: Sequence[Place], config: TrainConfig) -> list[Place]:

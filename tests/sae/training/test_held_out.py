@@ -56,7 +56,7 @@ def drawn(source: Any, count: int) -> Tensor:
 
 def test_shards_that_are_all_needed_keep_their_last_rows(shards: Path) -> None:
     config = replace(CONFIG, tokens=3 * TOKENS)
-    held_back = held_back_of_shards(config, TOKENS)
+    held_back = held_back_of_shards(config, TOKENS, 1000)
     assert held_back == int(TOKENS * 0.05) < wanted_rows(config)
     source = ShardSource(ShardReader(shards), [PLACE], 10.0, 0, held_back)
     trained = rows_of(drawn(source, 2 * TOKENS))
@@ -67,9 +67,12 @@ def test_shards_that_are_all_needed_keep_their_last_rows(shards: Path) -> None:
 
 
 def test_of_longer_shards_the_rest_is_held_out_and_nothing_held_back(shards: Path) -> None:
-    assert held_back_of_shards(CONFIG, TOKENS) == 0
-    assert held_back_of_shards(replace(CONFIG, held_out_share=0.0, tokens=TOKENS), TOKENS) == 0
+    assert held_back_of_shards(CONFIG, TOKENS, 1000) == 0
+    assert held_back_of_shards(replace(CONFIG, held_out_share=0.0, tokens=TOKENS), TOKENS, 0) == 0
+    # One shard is read at once, and what a run does not need of it is not read again.
+    assert held_back_of_shards(CONFIG, 3000, 1000) == 102
     source = ShardSource(ShardReader(shards), [PLACE], 10.0, 0)
+    assert source.rows_at_once == 1000
     trained = rows_of(drawn(source, 3000))
     before = source.state_dict()
     rows, why = read_held_out(source, 100)
@@ -149,7 +152,7 @@ def test_figures_are_those_of_the_file(shards: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, tokens=2 * TOKENS, layers=(1,), arch="batchtopk")
     (run,) = train(tmp_path, config, activations=shards, device="cpu")
     sae = load_sae(tmp_path, dtype=torch.float64)
-    held_back = held_back_of_shards(config, TOKENS)
+    held_back = held_back_of_shards(config, TOKENS, 1000)
     x = sparse_data(TOKENS, 1)[-held_back:].double()
     error = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(dim=0)).square().sum()
     l0 = (sae.encode(x) != 0).sum().item() / len(x)

@@ -18,9 +18,10 @@ from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.training.architecture import gradients as pass_gradients
 from saesteer.sae.training.architectures.crosscoder import Crosscoder
 from saesteer.sae.training.architectures.transcoder import SkipTranscoder
+from saesteer.sae.verbs.reproduce import reproduce
 from saesteer.sae.verbs.train import train
 
-from ...training_runs import CONFIG, D_MODEL, sparse_data, write_shards
+from ...training_runs import CONFIG, D_MODEL, sparse_data, weights, write_shards
 from .test_batchtopk import keep_batch
 
 CPU = torch.device("cpu")
@@ -147,6 +148,17 @@ def test_a_crosscoder_over_two_models(tmp_path: Path) -> None:
     torch.testing.assert_close(
         theirs.encode(rows), latents, rtol=1e-4, atol=1e-5 * float(latents.abs().max())
     )
+
+
+def test_a_transcoder_from_two_folders_is_the_one_from_one(shards: Path, tmp_path: Path) -> None:
+    """Another folder for each place: the same bits. Repeated from its record, too."""
+    one, two = (write_shards(tmp_path / str(layer), (layer,)) for layer in (1, 5))
+    config = replace(CONFIG, arch="transcoder", layers=(1,), to_layer=5)
+    train(tmp_path / "together", config, activations=shards, device="cpu")
+    (run,) = train(tmp_path / "apart", config, activations=[one, two], device="cpu")
+    assert (run["sae"]["layer"], run["sae"]["to_layer"]) == (1, 5)
+    assert weights(tmp_path / "apart") == weights(tmp_path / "together")
+    assert reproduce(tmp_path / "apart")["equal"]
 
 
 def test_shards_of_other_tokens_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ and converted once into a cache folder.
 """
 
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.model_kinds import ADAPTER_CONFIG, check_folder
 
 Announce = Callable[[str], None]
 """Called with one line at the start of a step that takes a while."""
@@ -47,6 +49,13 @@ WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 WHEEL_VARIABLE = "SAESTEER_SMOLLM2_WHEEL"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Models that only their makers' servers run: no weights of them can be opened anywhere.
+_API_MODEL = re.compile(
+    r"((openai|anthropic|google|xai)/)?"
+    r"(gpt-[345](?!\w*-oss)[\w.-]*|chatgpt-[\w.-]+|o[134](-[\w.-]+)?|text-(davinci|embedding)[\w.-]*"
+    r"|claude-[\w.-]+|gemini-[\w.-]+|grok-[234][\w.-]*)",
+    re.IGNORECASE,
+)
 _PROBE_MEMORY_SECONDS = 60.0
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -100,7 +109,7 @@ def resolve_model(
         return _resolve_default(progress)
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") is the working folder
-        _check_folder(path, name)
+        check_folder(path, name)
         return ResolvedModel(str(path.absolute()), str(path), "folder")
     if path.suffix.lower() == ".gguf":
         converted = gguf_model(path, progress, recorded=recorded)
@@ -110,6 +119,12 @@ def resolve_model(
         raise UserError(
             f"`model` {name} {what}: give a Hub name, a folder with config.json, a .gguf file, or "
             f"one of {', '.join(ALIASES)}"
+        )
+    if _API_MODEL.fullmatch(name):
+        raise UserError(
+            f"`model` {name} runs on its maker's servers only, and activations can be read and "
+            "steered only where the weights are: give a model with open weights, such as "
+            f"{DEFAULT_MODEL}"
         )
     return _resolve_hub(name)
 
@@ -446,16 +461,33 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
 
 def _resolve_hub(name: str) -> ResolvedModel:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     if not hub_reachable():
         if _cached(name):
             return ResolvedModel(name, name, "hub")
+        near = difflib.get_close_matches(name, ALIASES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"`model` {name} is not on this machine and the Hub cannot be reached: connect to the "
-            f"network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
+            f"`model` {name}{meant} is not on this machine and the Hub cannot be reached: connect "
+            f"to the network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
         )
+
+    def config() -> None:
+        try:
+            hf_hub_download(name, "config.json")
+        except EntryNotFoundError:
+            try:
+                check_folder(Path(hf_hub_download(name, ADAPTER_CONFIG)).parent, name)
+            except EntryNotFoundError:
+                raise UserError(
+                    f"`model` {name} holds no config.json on the Hub, so transformers cannot open "
+                    "it (GGUF files, SAEs or data, perhaps): give a model's own repository, or "
+                    "fetch its .gguf file and give that"
+                ) from None
+
     todo = f"give a Hub name, a folder with config.json, a .gguf file, or {DEFAULT_MODEL}"
-    hub_call(lambda: hf_hub_download(name, "config.json"), f"`model` {name}", todo)
+    hub_call(config, f"`model` {name}", todo)
     return ResolvedModel(name, name, "hub", local_files_only=False)
 
 
@@ -471,18 +503,6 @@ def _cached(repo: str) -> bool:
         names = set(files.read_json(snapshot / _WEIGHTS_INDEX)["weight_map"].values())
         return all((snapshot / name).exists() for name in names)
     return any((snapshot / n).exists() for n in ("model.safetensors", "pytorch_model.bin"))
-
-
-def _check_folder(path: Path, name: str) -> None:
-    if not (path / "config.json").is_file():
-        gguf_files = sorted(path.glob("*.gguf"))
-        hint = f"give the file {gguf_files[0]}" if gguf_files else "give a folder with config.json"
-        raise UserError(f"`model` {name} holds no config.json: {hint}")
-    for weights in sorted(path.glob("*.safetensors")):
-        try:
-            files.read_header(weights)
-        except UserError as error:
-            raise UserError(f"`model` {name}: {error}") from error
 
 
 def _answers(endpoint: str, timeout: float) -> bool:

@@ -114,7 +114,11 @@ def _unknown(word: str) -> str:
 
     if word.startswith("-"):
         return f"the verb comes first, before {word}"
-    close = get_close_matches(word, VERBS, n=1)
+    from saesteer.cli import other_tools
+
+    close = [other_tools.VERBS.get(word.lower(), "")]
+    if not close[0]:
+        close = get_close_matches(word.lower(), VERBS, n=1)
     return f"unknown verb {word!r}" + (f": did you mean {close[0]}?" if close else "")
 
 

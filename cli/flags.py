@@ -138,7 +138,8 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         "--data",
         action=Repeated,
         metavar="CORPUS",
-        help="text file, JSONL with `text` or `messages`, folder, hf:DATASET[:config][:split], or "
+        help="text file, JSONL, Parquet or CSV with `text` or `messages`, folder, "
+        "hf:DATASET[:config][:split], or "
         f"python-docs; repeatable {default(TextConfig, 'data')}",
     )
     if replies:
@@ -237,6 +238,19 @@ def add_answering(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--batch-size", type=count, default=64, metavar="N", help="prompts per batch (default: 64)"
+    )
+    add_thinking(group)
+
+
+def add_thinking(group: argparse._ArgumentGroup) -> None:
+    """`--strip-thinking`, of verbs that grade answers."""
+    group.add_argument(
+        "--strip-thinking",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave the thoughts that a model writes before an answer (<think>...</think>) out of "
+        "grades, repetition, fluency and the judge's prompt; thoughts that never end leave no "
+        "answer (default: on)",
     )
 
 

@@ -14,7 +14,7 @@ from saesteer.cli.flags import (
     given,
     need,
 )
-from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
+from saesteer.cli.inputs import check_reading, open_model, reply_texts, reserved
 from saesteer.cli.output import (
     Document,
     amount,
@@ -398,7 +398,7 @@ def run(args: Namespace) -> int:
         ),
         reporting(args) as report,
     ):
-        check_data(args)
+        check_reading(args)
         replies = reply_texts(args)
         from saesteer.sae import train
         from saesteer.sae.training.architectures import check_settings

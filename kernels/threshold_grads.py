@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.entries import batch_of, check_entries
+from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
 from saesteer.kernels.sparse_row_grads import LatentOrder, grouped_by, sparse_row_grads_torch
 
 BLOCK = 64
@@ -116,6 +117,28 @@ def threshold_grads_triton(
     return pre_act_grads, sums
 
 
+def threshold_grads_native(
+    pre_acts: Tensor, thresholds: Tensor, act_grads: Tensor, price: Tensor, order: LatentOrder,
+    bandwidth: float, to_input: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compiled CPU loop, for float32."""
+    import numpy as np
+
+    from saesteer.kernels.threshold_grads_cpu import threshold_grads_latents
+
+    pre_act_grads = act_grads.new_empty(act_grads.shape)
+    sums = act_grads.new_empty((len(thresholds),))
+    flat = (t.reshape(-1).contiguous().numpy() for t in (act_grads, price))
+    run_parts(
+        threshold_grads_latents,
+        even_bounds(len(thresholds), parts_of(len(thresholds), 256)),
+        pre_acts.reshape(-1).contiguous().numpy(), thresholds.contiguous().numpy(), *flat,
+        order.order.numpy(), order.starts.numpy(), np.float32(bandwidth), to_input,
+        pre_act_grads.view(-1).numpy(), sums.numpy(),
+    )  # fmt: skip
+    return pre_act_grads, sums
+
+
 @torch.library.custom_op("saesteer::threshold_grads", mutates_args=())
 def threshold_grads_op(
     pre_acts: Tensor,
@@ -137,6 +160,10 @@ def threshold_grads_op(
         by_latent = grouped_by(indices, d_sae, row_starts, order, starts, examples)
         if use_triton(pre_acts):
             return threshold_grads_triton(
+                pre_acts, thresholds, act_grads, price, by_latent, bandwidth, to_input
+            )
+        if use_native(pre_acts, thresholds, act_grads, price):
+            return threshold_grads_native(
                 pre_acts, thresholds, act_grads, price, by_latent, bandwidth, to_input
             )
         batch = int(batch_of(indices, row_starts))

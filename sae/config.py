@@ -15,6 +15,18 @@ def no_progress(stage: str, done: int, total: int, note: str) -> None:
     """A `Progress` that shows nothing."""
 
 
+def check_sampling(
+    temperature: float, top_p: float, batch_size: int, max_new_tokens: int = 1
+) -> None:
+    """Raise UsageError for settings of generation that are out of range."""
+    _at_least("`max_new_tokens`", max_new_tokens, 1)
+    if temperature < 0:
+        raise UsageError(f"`temperature` must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"`top_p` must be in (0, 1], got {top_p}")
+    _at_least("`batch_size`", batch_size, 1)
+
+
 def _at_least(name: str, value: int | float, least: int | float) -> None:
     if value < least:
         raise UsageError(f"{name} must be at least {least}, got {value}")
@@ -25,7 +37,8 @@ class TextConfig:
     """Which text goes through the language model, and how it is cut."""
 
     data: tuple[str, ...] = ("python-docs",)
-    """Corpora: a text or JSONL file, a folder, `hf:DATASET[:config][:split]`, `python-docs`."""
+    """Corpora: a text file, JSONL, Parquet or CSV with `text` or `messages`, a folder,
+    `hf:DATASET[:config][:split]`, `python-docs`."""
     context: int = 256
     """Tokens per sequence; documents are packed, nothing is padded."""
     batch_size: int = 16

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.config import check_sampling
 from saesteer.sae.model.kept_replies import kept_replies
-from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.model.nucleus import Nucleus
 from saesteer.sae.text.prompts import EncodedPrompt, pad_left
 
@@ -54,16 +55,9 @@ def generate(
     """
     from saesteer.checkpoints.model_files import quiet
 
-    if max_new_tokens < 1:
-        raise UsageError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise UsageError(f"`temperature` must be 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"`top_p` must be in (0, 1], got {top_p}")
-    if batch_size < 1:
-        raise UsageError(f"`batch_size` must be at least 1, got {batch_size}")
+    check_sampling(temperature, top_p, batch_size, max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    positions = position_limit(lm)
+    positions = lm.positions
     if positions is not None and longest + max_new_tokens > positions:
         raise UsageError(
             f"`max_new_tokens` {max_new_tokens} after a prompt of {longest} tokens is more than "
@@ -113,13 +107,6 @@ def generate(
         if progress is not None:
             progress(sum(len(completion.token_ids) for completion in batch))
     return [c for c in completions if c is not None]
-
-
-def position_limit(lm: LanguageModel) -> int | None:
-    """Most tokens a sequence may have, or None when the model's configuration does not say."""
-    config = text_config(lm.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def stop_ids(lm: LanguageModel) -> set[int]:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 from saesteer.sae.config import TextConfig
-from saesteer.sae.model.generation import position_limit
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.processes import ALONE, Processes
-from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus
+from saesteer.sae.text.corpora import Corpus, FileCorpus, open_corpus
+from saesteer.sae.text.prompts import check_places
+from saesteer.sae.text.rows import Document
 
 # Tokenized in one call: fewer would leave cores idle, more would only need memory.
 _DOCUMENTS_AT_ONCE = 32
@@ -347,6 +348,7 @@ class ContextStream:
         The template is rendered a second time with a mark in place of each message: searching for a
         message itself could find it in the template ("user", "assistant").
         """
+        check_places(self.lm)
         marks = [f"\u2042{i}\u2042" for i in range(len(messages))]
         marked = self._render(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
@@ -614,7 +616,7 @@ def open_contexts(
     Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
     model's positions.
     """
-    longest = position_limit(lm)
+    longest = lm.positions
     if longest is not None and config.context > longest:
         raise UsageError(
             f"`context` must be at most {longest}, the positions of {lm.name}, got {config.context}"

@@ -72,14 +72,21 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("choice", ["auto", "torch"])
 @pytest.mark.parametrize("to_input", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("lengths", "d_sae"), [([41, 0, 7], 41), ([0, 0], 9), ([], 5), ([1] * 200, 3), ([1000], 1000)]
 )
 def test_it_is_the_straight_through_derivative(
-    lengths: list[int], d_sae: int, dtype: torch.dtype, to_input: bool
+    lengths: list[int],
+    d_sae: int,
+    dtype: torch.dtype,
+    to_input: bool,
+    choice: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SAESTEER_KERNELS", choice)
     p = problem(lengths, d_sae, dtype)
     entries = p["indices"], p["starts"]
     prices = [torch.tensor(0.7, dtype=dtype), torch.linspace(0.1, 2, p["up"].numel(), dtype=dtype)]
@@ -101,7 +108,9 @@ def test_it_is_the_straight_through_derivative(
         torch.testing.assert_close(found[1].double(), wanted[1], **CLOSE[dtype])
 
 
-def test_a_rectangle_fillers_and_nan() -> None:
+@pytest.mark.parametrize("choice", ["auto", "torch"])
+def test_a_rectangle_fillers_and_nan(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAESTEER_KERNELS", choice)
     h = torch.tensor([[1.2, -torch.inf], [torch.nan, 0.9]])
     indices, thresholds = torch.tensor([[0, 1], [0, 1]]), torch.ones(2)
     up = torch.tensor([[3.0, 5.0], [7.0, 11.0]])

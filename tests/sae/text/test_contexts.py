@@ -22,7 +22,7 @@ from saesteer.sae.text.contexts import (
     end_of_text,
     open_contexts,
 )
-from saesteer.sae.text.corpora import Document
+from saesteer.sae.text.rows import Document
 
 Shared = Callable[..., LanguageModel]
 

@@ -70,9 +70,9 @@ def test_of_longer_shards_the_rest_is_held_out_and_nothing_held_back(shards: Pat
     assert held_back_of_shards(CONFIG, TOKENS, 1000) == 0
     assert held_back_of_shards(replace(CONFIG, held_out_share=0.0, tokens=TOKENS), TOKENS, 0) == 0
     # One shard is read at once, and what a run does not need of it is not read again.
-    assert held_back_of_shards(CONFIG, 3000, 1000) == 102
+    assert held_back_of_shards(CONFIG, 3000, 1024) == 102
     source = ShardSource(ShardReader(shards), [PLACE], 10.0, 0)
-    assert source.rows_at_once == 1000
+    assert source.rows_at_once == 1024
     trained = rows_of(drawn(source, 3000))
     before = source.state_dict()
     rows, why = read_held_out(source, 100)
@@ -164,6 +164,7 @@ def test_figures_are_those_of_the_file(shards: Path, tmp_path: Path) -> None:
     assert read_json(tmp_path / "run.json")["sae"] == run["sae"]
 
 
+@pytest.mark.slow
 def test_a_small_text_learnt_by_heart_is_warned_of(shards: Path, tmp_path: Path) -> None:
     warned: list[str] = []
     config = TrainConfig(

@@ -88,7 +88,9 @@ def restore(run: "TrainingRun") -> None:
         # More of the same: the one setting that may grow.
         meta["config"]["tokens"] = run.config.tokens
         run.extended.append({"step": int(meta["step"]), "tokens": before})
-    usual = asdict(TrainConfig()) | asdict(TextConfig())
+    plain_run = TrainConfig()
+    usual = asdict(plain_run) | asdict(TextConfig())
+    usual |= {"k": plain_run.resolved_k, "l0": plain_run.resolved_l0}
     check_same_run(
         meta,
         identity(run.config, run.facts),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import none_of
 from saesteer.sae.config import JumpReLUConfig, TrainConfig
 
 _MOST_OF_A_RUN = 5
@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def with_recipe(
-    name: str, given: Mapping[str, Any], jumprelu: Mapping[str, Any]
+    recipe: str, given: Mapping[str, Any], jumprelu: Mapping[str, Any]
 ) -> tuple[TrainConfig, list[str]]:
     """The settings of a recipe and those that were given, which win; and a line for each of those
     that the recipe has otherwise, and for what it does not do as published.
@@ -96,19 +96,19 @@ def with_recipe(
 
     Raises UsageError for an unknown name, and for settings that `TrainConfig` refuses.
     """
-    if name not in RECIPES:
-        raise UsageError(f"`recipe` must be one of {', '.join(RECIPES)}, got {name!r}")
-    recipe = RECIPES[name]
-    told = [f"recipe {name}: {recipe.source}" + (f"; {recipe.differs}" if recipe.differs else "")]
-    for ours, theirs in ((given, recipe.settings), (jumprelu, recipe.jumprelu)):
+    if recipe not in RECIPES:
+        raise none_of("`recipe`", RECIPES, recipe)
+    one = RECIPES[recipe]
+    told = [f"recipe {recipe}: {one.source}" + (f"; {one.differs}" if one.differs else "")]
+    for ours, theirs in ((given, one.settings), (jumprelu, one.jumprelu)):
         told += [
-            f"`{key}` {_shown(ours[key])} was given and wins: the recipe {name} has "
+            f"`{key}` {_shown(ours[key])} was given and wins: the recipe {recipe} has "
             f"{_shown(theirs[key])}"
             for key in theirs
             if key in ours and ours[key] != theirs[key]
         ]
-    details = JumpReLUConfig(**{**recipe.jumprelu, **jumprelu})
-    config = TrainConfig(**{**recipe.settings, **given}, jumprelu=details)
+    details = JumpReLUConfig(**{**one.jumprelu, **jumprelu})
+    config = TrainConfig(**{**one.settings, **given}, jumprelu=details)
     rising, most = config.sparsity_warmup_steps, config.steps // _MOST_OF_A_RUN
     if "sparsity_warmup_steps" not in given and rising is not None and rising > most:
         config = replace(config, sparsity_warmup_steps=most)

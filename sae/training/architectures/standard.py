@@ -37,7 +37,7 @@ class Standard(L0Target):
 
     @property
     def highest(self) -> float | None:
-        return 6 / self.l0**0.5
+        return float(6 / self.l0**0.5)
 
     def initialise(
         self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device

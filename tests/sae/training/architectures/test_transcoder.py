@@ -179,4 +179,4 @@ def test_shards_of_other_tokens_are_refused(tmp_path: Path) -> None:
     b = of_another_model(tmp_path / "b", sparse_data, "tuned", shard_tokens=700)
     with pytest.raises(UserError, match="must hold the same tokens"):
         train(tmp_path / "out", config, activations=[a, b], device="cpu")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "run.json").exists()

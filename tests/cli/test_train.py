@@ -26,7 +26,8 @@ def test_from_shards(cli: Cli, acts: Path, tmp_path: Path) -> None:
     assert "for a shuffle buffer of 640 tokens" in outcome.err
     header, row, following = outcome.out.splitlines()
     assert header.split() == [
-        "layer", "d_sae", "k", "seed", "tokens", "FVU", "L0", "dead", "time", "folder"
+        "layer", "d_sae", "k", "seed", "tokens", "FVU", "held-out", "FVU", "L0", "held-out", "L0",
+        "dead", "time", "folder",
     ]  # fmt: skip
     assert row.split()[:5] == ["1", "64", "4", "0", "1,280"]
     assert following.startswith(f"next: saesteer metrics --sae {tmp_path / 'sae'}")

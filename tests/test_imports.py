@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
+ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate")
 VERBS += ("convert", "doctor", "push", "reproduce")
 

@@ -1,0 +1,85 @@
+"""Settings of the calls in this package. No torch here, so that a command line loads fast."""
+
+from dataclasses import dataclass
+
+from saesteer.checkpoints.errors import UsageError
+
+RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+HEAD_SITES = ("q", "k", "v", "pattern", "z")
+METRICS = ("logit-diff", "logprob", "prob-ratio", "logit", "rr", "accuracy", "kl")
+FAST = ("atp", "atp*", "ig")
+NO_GRADIENT = ("rr", "accuracy")
+"""Metrics that jump: a gradient says nothing of them."""
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """A grid of patches, and what is measured."""
+
+    sites: tuple[str, ...] = ("resid_post",)
+    """What is patched: some of `RESIDUAL_SITES` and `HEAD_SITES`."""
+    at: tuple[str, ...] = ("last",)
+    """Position names, or `all` for every token of runs of equal length."""
+    layers: tuple[int, ...] | None = None
+    """Blocks; None for all."""
+    heads: tuple[int, ...] | None = None
+    """Query heads, where the site is one of heads; None for all."""
+    direction: str = "noise"
+    """`noise` puts values of the corrupt run into the clean one, `denoise` the other way."""
+    metric: str | None = None
+    """One of `METRICS`; None is `logit-diff` where every pair has a wrong answer, else
+    `logprob`."""
+    fast: str | None = None
+    """A gradient shortcut, one of `FAST`; None patches exactly."""
+    verify: int = 50
+    """With a shortcut: how many of its largest nodes are patched exactly."""
+    checks: int = 150
+    """With a shortcut: how many more nodes, drawn over quantiles of its values."""
+    ig_steps: int = 10
+    """Points of the straight line of embeddings, for `ig`."""
+    chat: bool = False
+    """Whether texts go through the chat template."""
+    allow_copies: bool = False
+    """Whether an answer may begin with the query's own token, so that copying scores."""
+    check_chance: bool = True
+    """Refuse a model that does the task no better than chance: there is nothing to explain."""
+    budget_minutes: float = 20.0
+    """A longer grid, as predicted from its first batches, is refused."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _known("sites", self.sites, (*RESIDUAL_SITES, *HEAD_SITES))
+        if not self.at:
+            raise UsageError("`at` names no position: give last, first, a name of the pairs or all")
+        _known("direction", (self.direction,), ("noise", "denoise"))
+        if self.metric is not None:
+            _known("metric", (self.metric,), METRICS)
+        if self.fast is not None:
+            _known("fast", (self.fast,), FAST)
+            if self.metric in NO_GRADIENT:
+                raise UsageError(
+                    f"`fast` {self.fast} needs a metric with a gradient, got {self.metric}: use "
+                    f"{', '.join(m for m in METRICS if m not in NO_GRADIENT)}"
+                )
+        for name in ("verify", "checks", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
+        if self.fast is not None and self.verify + self.checks < 3:
+            raise UsageError(
+                f"`verify` {self.verify} and `checks` {self.checks} leave under 3 nodes to compare "
+                "a shortcut with exact patches: it is never shown alone"
+            )
+        if self.ig_steps < 1:
+            raise UsageError(f"`ig_steps` must be at least 1, got {self.ig_steps}")
+        if not self.budget_minutes > 0:
+            raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
+
+
+def _known(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """Raise UsageError for a value that is none of `allowed`, for none at all, and for repeats."""
+    wrong = [value for value in values if value not in allowed]
+    if wrong or not values:
+        came = repr(wrong[0]) if wrong else "none"
+        raise UsageError(f"`{name}` must be of {', '.join(allowed)}, got {came}")
+    if len(set(values)) != len(values):
+        raise UsageError(f"`{name}` names one of {', '.join(values)} twice")

@@ -1,0 +1,39 @@
+"""How a behaviour is carried: patches between runs, and models whose mechanism is known.
+
+The names below are the public calls. Each loads its module on first use, so that importing the
+package is fast. No sub-package has the name of a call.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saesteer.mechanisms.config import PatchConfig as PatchConfig
+    from saesteer.mechanisms.data.pairs import Pair as Pair
+    from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
+    from saesteer.mechanisms.patching.agreement import Agreement as Agreement
+    from saesteer.mechanisms.patching.grid import patch as patch
+    from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
+    from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
+    from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
+
+_HOME = {
+    "PatchConfig": "config",
+    "Pair": "data.pairs",
+    "load_pairs": "data.pairs",
+    "Agreement": "patching.agreement",
+    "patch": "patching.grid",
+    "save_patch": "reports.patch_page",
+    "PatchResult": "reports.patch_result",
+    "hand_built": "toys.hand_built",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -138,9 +138,7 @@ def contrast_rows(name: str, n: int, seed: int) -> list[dict[str, Any]]:
                 "corrupt": corrupt,
                 "answer": f" {first}",
                 "wrong": f" {second}",
-                "positions": {
-                    key: (clean_spans[key], corrupt_spans[key]) for key in clean_spans
-                },
+                "positions": {key: (clean_spans[key], corrupt_spans[key]) for key in clean_spans},
                 "group": word,
             }
         )

@@ -171,5 +171,3 @@ def _task_pairs(name: str, against: str | None, n: int, seed: int) -> list[Pair]
             spans["instruction"] = ((start, len(clean)), (start, len(corrupt)))
         pairs.append(Pair(clean, corrupt, positions=spans, group=content))
     return pairs
-
-

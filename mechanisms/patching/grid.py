@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ def patch(
     device: str = "auto",
     dtype: str = "float32",
     n: int = 100,
+    drop: bool | None = None,
     progress: Progress = no_progress,
 ) -> PatchResult:
     """Put values of one run of each pair into the other, one node at a time, and measure.
@@ -42,9 +44,10 @@ def patch(
     Args:
         model: a model or its name. Names are loaded in float32 unless `dtype` says otherwise:
             bfloat16 resolves 0.06 at a logit of 10, and half of that is a patch's effect.
-        pairs: pairs, or what `load_pairs` takes (at most `n`). Of a built-in maker, pairs whose
-            answer cannot be told apart by one token are left out and counted.
+        pairs: pairs, or what `load_pairs` takes (at most `n`).
         config: the grid and the metric.
+        drop: leave out, and count, pairs whose answer one token cannot tell apart, instead of
+            raising. None does so for the built-in makers alone.
 
     Returns:
         Effects `[pairs, nodes x positions]` with everything that describes them; `print` it, or
@@ -58,10 +61,11 @@ def patch(
     """
     config = config or PatchConfig()
     lm = as_language_model(model, device=device, dtype=dtype)
-    made = isinstance(pairs, str) and not pairs.endswith(".jsonl")
+    if drop is None:
+        drop = isinstance(pairs, str) and not Path(pairs).is_file()
     listed = load_pairs(pairs, n=n, seed=config.seed) if isinstance(pairs, str) else list(pairs)
     encoded, dropped = encode_pairs(
-        lm, listed, chat=config.chat, allow_copies=config.allow_copies, drop=made
+        lm, listed, chat=config.chat, allow_copies=config.allow_copies, drop=drop
     )
     grid = _Grid(lm, encoded, config)
     began = time.perf_counter()
@@ -299,4 +303,3 @@ class _Clock:
     def note(self) -> str:
         """What progress shows."""
         return f", about {self.minutes():.1f} min in all" if self.batches else ""
-

@@ -259,7 +259,9 @@ def _heads_are_apart(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
             after = _logits(lm, ids)
     moved = entered[projected.key].unflatten(-1, (layout.n_heads, layout.d_head))
     others = [h for h in range(layout.n_heads) if h != head]
-    if not torch.equal(moved, seen[1]) or not torch.equal(moved[:, :, others], seen[0][:, :, others]):
+    if not torch.equal(moved, seen[1]) or not torch.equal(
+        moved[:, :, others], seen[0][:, :, others]
+    ):
         raise _Failed(f"an edit of head {head} reached other heads, or not the out-projection")
     if torch.equal(before, after):
         raise _Failed(f"an edit of head {head} never reached the logits")

@@ -104,7 +104,7 @@ class PatchResult:
                     "effect": mean,
                     "low": float(low[i]) if enough else None,
                     "high": float(high[i]) if enough else None,
-                    "share": mean / self.total if self.total else None,
+                    "share": mean / self.total + 0.0 if self.total else None,
                     "share_low": _finite(share_low[i]),
                     "share_high": _finite(share_high[i]),
                     "p_adjusted": float(p[i]) if enough else None,

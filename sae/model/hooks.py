@@ -70,11 +70,11 @@ def layer_index(lm: LanguageModel, layer: int) -> int:
 def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> HookPoint:
     """Find the module and side that carry a site of one block.
 
-    `site` is one of `SITES`, `z` (the attention heads' outputs side by side), or a module path (`model.layers.3.mlp.down_proj`; `{layer}` in it is
-    replaced, and `.input` after it takes what goes in), whose output is taken. Sites inside the
-    block are found and proved by a pass over a few tokens, see `find_site`. Raises UsageError for
-    an unknown site, and for one that a block does not have (`resid_mid` does not exist where
-    attention and MLP run in parallel).
+    `site` is one of `SITES`, `z` (the attention heads' outputs side by side), or a module path
+    (`model.layers.3.mlp.down_proj`; `{layer}` in it is replaced, and `.input` after it takes what
+    goes in), whose output is taken. Sites inside the block are found and proved by a pass over a
+    few tokens, see `find_site`. Raises UsageError for an unknown site, and for one that a block
+    does not have (`resid_mid` does not exist where attention and MLP run in parallel).
     """
     layer = layer_index(lm, layer)
     block = lm.blocks[layer]
@@ -94,7 +94,8 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     wanted, module, side = _module_at(lm, site.replace("{layer}", str(layer)))
     if module is None:
         raise UsageError(
-            f"`site` must be one of {', '.join(SITES)}, z or a module path of {lm.name}, got {site!r}"
+            f"`site` must be one of {', '.join(SITES)}, {HEADS_OUT} or a module path of {lm.name}, "
+            f"got {site!r}"
         )
     inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
     if inside and int(inside[1]) != layer:

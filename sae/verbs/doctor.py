@@ -57,10 +57,11 @@ def doctor(
     """Examine one hook point of a model and predict what harvesting and training would take.
 
     Checks: the hook reads what the model itself reports there; attn_out, mlp_out and resid_mid add
-    up to what the block returns; single attention heads can be edited; a stored row is what a whole pass computes; handing back the same
+    up to what the block returns; a stored row is what a whole pass computes; handing back the same
     values changes no logit; adding a unit vector changes the site by that vector, nothing below it,
-    and the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when
-    given, fits and explains some text (`force`: also one that was trained on other weights).
+    and the logits; cached and uncached passes agree; attention heads are read and written one by
+    one; the hook is gone afterwards; an SAE, when given, fits and explains some text (`force`: also
+    one that was trained on other weights).
 
     Returns:
         `model`, `layer`, `site`, `checks` (`name`, `ok`, `detail`) and `predictions` (tokens per
@@ -259,9 +260,8 @@ def _heads_are_apart(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
             after = _logits(lm, ids)
     moved = entered[projected.key].unflatten(-1, (layout.n_heads, layout.d_head))
     others = [h for h in range(layout.n_heads) if h != head]
-    if not torch.equal(moved, seen[1]) or not torch.equal(
-        moved[:, :, others], seen[0][:, :, others]
-    ):
+    apart = torch.equal(moved[:, :, others], seen[0][:, :, others])
+    if not (apart and torch.equal(moved, seen[1])):
         raise _Failed(f"an edit of head {head} reached other heads, or not the out-projection")
     if torch.equal(before, after):
         raise _Failed(f"an edit of head {head} never reached the logits")

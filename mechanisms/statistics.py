@@ -31,16 +31,12 @@ def bootstrap_ratio(
     where the denominator changes its sign among the resamples.
     """
     n = len(weights)
-    if n < FEWEST_GROUPS:
-        nothing = np.full(sums.shape[1], np.nan)
-        return nothing, nothing.copy()
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
     below = drawn @ weights
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (drawn @ sums) / below[:, None]
-    low, high = np.percentile(ratios, [2.5, 97.5], axis=0)
-    if below.min() <= 0 <= below.max():
-        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
+    if n < FEWEST_GROUPS or below.min() <= 0 <= below.max():
+        nothing = np.full(sums.shape[1], np.nan)
+        return nothing, nothing.copy()
+    low, high = np.percentile((drawn @ sums) / below[:, None], [2.5, 97.5], axis=0)
     return low, high
 
 

@@ -10,6 +10,7 @@ give the values are inside the time. A rival that is missing is listed as `not i
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -38,7 +39,7 @@ from saesteer.mechanisms.patching.engine import PatchEngine, single
 from saesteer.mechanisms.patching.reference import patched_logits
 from saesteer.mechanisms.patching.sites import Node, make_nodes, read_values
 from saesteer.sae.model.attention import head_tap, heads
-from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.language_model import LanguageModel, wrap_model
 
 ENGINE, TWIN = "saesteer engine", "one by one, hooks"
 Run = Callable[[], Tensor]
@@ -57,6 +58,11 @@ class Grid:
     def difference(self, logits: Tensor) -> Tensor:
         """Answer minus wrong, of rows of logits."""
         return logits[..., self.pair.answer].double() - logits[..., self.pair.wrong].double()
+
+
+def copied(lm: LanguageModel) -> LanguageModel:
+    """A model of a rival's own: some replace its modules."""
+    return wrap_model(copy.deepcopy(lm.model), lm.tokenizer, lm.name)
 
 
 def engine(grid: Grid) -> tuple[Run, str]:
@@ -107,10 +113,8 @@ def transformer_lens(grid: Grid) -> tuple[Run, str]:
             )
 
             def setter(values: Tensor, where: Any, corrupt: Any) -> Tensor:
-                layer, position, head = where
-                new = corrupt[f"blocks.{layer}.attn.hook_z"].view(
-                    1, -1, layout.n_heads, layout.d_head
-                )
+                _, position, head = where
+                new = corrupt.view(1, -1, layout.n_heads, layout.d_head)
                 values = values.clone()
                 view = values.view(1, -1, layout.n_heads, layout.d_head)
                 view[:, position, head] = new[:, position, head]
@@ -142,7 +146,9 @@ def nnsight(grid: Grid, rows: int = 1) -> tuple[Run, str]:
         found = []
         with torch.no_grad():
             with traced.trace(grid.source):
-                stored = [blocks(traced)[i].self_attn.o_proj.input[:, -1].save() for i in layers]
+                stored = list().save()
+                for i in layers:
+                    stored.append(blocks(traced)[i].self_attn.o_proj.input[:, -1])
             for node in grid.nodes:
                 part = slice(node.head * width, (node.head + 1) * width)  # type: ignore[operator]
                 value = stored[node.layer][:, part]
@@ -195,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"preparing {name}")
         try:
             with quiet():
-                run, given = make(grid)
+                own = grid if name in (ENGINE, TWIN) else Grid(copied(lm), grid.pair)
+                run, given = make(own)
                 off[name] = float((run() - expected).abs().max())
             if off[name] > 1e-2:
                 raise RuntimeError(f"its effects differ by up to {off[name]:.3g}")

@@ -272,7 +272,7 @@ def diverging_map(
     longest = max(map(len, columns), default=0)
     cell = 22.0 if len(columns) <= 40 else max(8.0, 880 / len(columns))
     turn = longest * _CHAR > cell
-    top = 12 + (0.8 * _CHAR * longest + 6 if turn else 14)
+    top = 12.0 + (0.8 * _CHAR * longest + 6 if turn else 14.0)
     body = []
     for place, name in enumerate(columns):
         x = left + cell * (place + 0.5)

@@ -75,6 +75,69 @@ class PatchConfig:
             raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
 
 
+ABLATIONS = ("mean-position", "resample")
+
+
+@dataclass(frozen=True)
+class CircuitConfig:
+    """How a circuit is found, made smaller and tested."""
+
+    top: tuple[int, ...] | None = None
+    """Heads to take for each group; None takes every head that passes `fdr` and `least`."""
+    fdr: float = 0.05
+    """False discovery rate (Benjamini and Hochberg over all senders) of the one-sided sign test
+    that a head lowers the answer's probability."""
+    least: float = 0.01
+    """Smallest mean drop (p - p') / p of a head that is taken: a sign test alone finds any effect
+    that is always negative, however small."""
+    keep: float = 0.95
+    """Heads are dropped while the circuit keeps this share of the model's logit difference; 1
+    drops none."""
+    ablate: str = "mean-position"
+    """What heads outside of the circuit give: `mean-position`, their mean over prompts at the same
+    token, or `resample`, what they give in the pair's corrupt run."""
+    draws: int = 20
+    """Random subsets of the circuit, for completeness."""
+    random: int = 10
+    """Random circuits of equal size at each position."""
+    held_out: float = 0.5
+    """Share of the pairs that no head is found on: the circuit is pruned and tested on these."""
+    chat: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _known("ablate", (self.ablate,), ABLATIONS)
+        for name in ("fdr", "held_out"):
+            if not 0 < getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.keep <= 1:
+            raise UsageError(f"`keep` must be above 0 and at most 1, got {self.keep}")
+        for name in ("least", "draws", "random", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
+        if self.top is not None and min(self.top, default=0) < 1:
+            raise UsageError(f"`top` must be counts of at least 1, got {self.top}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How a mask over heads is learned."""
+
+    lam: float = 0.01
+    """Price of a head: the loss is the target's logit, negated, plus this times heads chosen."""
+    lr: float = 0.1
+    epochs: int = 2
+    batch: int = 32
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "batch", "seeds"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"`{name}` must be above 0, got {getattr(self, name)}")
+        if self.lam < 0:
+            raise UsageError(f"`lam` must be 0 or more, got {self.lam}")
+
+
 def _known(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     """Raise UsageError for a value that is none of `allowed`, for none at all, and for repeats."""
     wrong = [value for value in values if value not in allowed]

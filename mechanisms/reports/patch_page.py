@@ -1,6 +1,7 @@
 """The files of a patch grid: report.json, report.html and effects.safetensors."""
 
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def render_patch(result: PatchResult) -> str:
     ]
     kind = "effect" if config.fast is None else f"effect, by {config.fast} where not exact"
     for title, rows, columns, values in result.maps():
-        parts.append(f"<h2>{title}</h2>")
+        parts.append(f"<h2>{escape(title)}</h2>")
         parts.append(diverging_map(values.tolist(), rows, columns, f"{title}: {kind} by block"))
     if result.agreement is not None:
         parts += _agreement(result)

@@ -32,7 +32,9 @@ def test_answers_are_the_tokens_that_follow(lm: LanguageModel) -> None:
     first, last = found.place("query-first")[0], found.place("query")[0]
     assert lm.tokenizer.decode(found.clean[first : last + 1]).strip() == "name"
     assert found.place("token:2") == (2, 2)
-    with pytest.raises(UsageError, match="`at` must be one of first, last, query, .* got 'nowhere'"):
+    with pytest.raises(
+        UsageError, match="`at` must be one of first, last, query, .* got 'nowhere'"
+    ):
         found.place("nowhere")
 
 

@@ -112,6 +112,7 @@ def test_tasks_pair_contents_with_and_without_the_instruction() -> None:
     assert plain[0].clean == f"{plain[0].corrupt}\n" + plain[0].clean.rpartition("\n")[2]
     assert plain[0].answer is None and "instruction" not in plain[0].positions
     start, end = other[0].positions["instruction"][1]
-    assert other[0].corrupt[start:end].startswith("Answer in German") or "German" in other[
-        0
-    ].corrupt[start:end]
+    assert (
+        other[0].corrupt[start:end].startswith("Answer in German")
+        or "German" in other[0].corrupt[start:end]
+    )

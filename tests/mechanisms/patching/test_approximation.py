@@ -1,4 +1,4 @@
-"""Shortcuts against what they approximate: derivatives, softmaxes computed again, line integrals."""
+"""Shortcuts against what they approximate: derivatives, softmaxes, line integrals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +80,7 @@ def test_atp_star_computes_the_softmax_again(
         grad = _Gradients(lm, BASE, {(2, "z")}, score, tap).grads[2, "z"]
         new, _ = read_values(lm, SOURCE, [(node, at) for node, at, _ in wanted], tap)
         expected = []
-        for (node, at, _), value in zip(wanted, new, strict=True):
+        for (node, _, _), value in zip(wanted, new, strict=True):
             seen: list[Tensor] = []
 
             def put(x: Tensor, node: Node = node, value: Tensor = value) -> Tensor:
@@ -89,7 +89,7 @@ def test_atp_star_computes_the_softmax_again(
                 return x
 
             for edits in ({}, {(2, node.site): put}):
-                tap.edits = {**edits, (2, "z"): lambda z: seen.append(z.detach())}
+                tap.edits = {**edits, (2, "z"): lambda z, seen=seen: seen.append(z.detach())}
                 with torch.no_grad():
                     uncompiled(lm.model)(input_ids=torch.tensor([BASE]), use_cache=False)
             tap.edits = {}

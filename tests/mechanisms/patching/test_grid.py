@@ -161,4 +161,3 @@ def test_a_grid_over_the_budget_is_refused_after_three_batches(
     with pytest.raises(UsageError, match=says):
         patch(lm, pairs, dataclasses.replace(config, budget_minutes=0.1))
     assert torch.is_grad_enabled()
-

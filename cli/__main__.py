@@ -21,6 +21,7 @@ VERBS = {
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
     "patch": "put values of one run into another: which token, block or head carries the answer",
+    "circuit": "find the heads that carry an answer, path by path, and test whether they suffice",
     "toy": "write a small model whose mechanism is known, with pairs of prompts",
     "convert": "write an SAE or a plan in another tool's format, and report what differs",
     "doctor": "check that hooks work on a model, and predict time and memory of a job",

@@ -8,6 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saesteer.mechanisms.circuits.ablation import Ablation as Ablation
+    from saesteer.mechanisms.circuits.ablation import evaluate_circuit as evaluate_circuit
+    from saesteer.mechanisms.circuits.ablation import prune as prune
+    from saesteer.mechanisms.circuits.circuit import find_circuit as find_circuit
+    from saesteer.mechanisms.circuits.circuit import load_circuit as load_circuit
+    from saesteer.mechanisms.circuits.groups import Group as Group
+    from saesteer.mechanisms.circuits.groups import read_groups as read_groups
+    from saesteer.mechanisms.circuits.masks import learn_mask as learn_mask
+    from saesteer.mechanisms.circuits.paths import path_effects as path_effects
+    from saesteer.mechanisms.circuits.study import save_study as save_study
+    from saesteer.mechanisms.circuits.study import study_circuit as study_circuit
+    from saesteer.mechanisms.config import CircuitConfig as CircuitConfig
+    from saesteer.mechanisms.config import MaskConfig as MaskConfig
     from saesteer.mechanisms.config import PatchConfig as PatchConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
@@ -18,6 +31,19 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
 
 _HOME = {
+    "Ablation": "circuits.ablation",
+    "evaluate_circuit": "circuits.ablation",
+    "prune": "circuits.ablation",
+    "find_circuit": "circuits.circuit",
+    "load_circuit": "circuits.circuit",
+    "Group": "circuits.groups",
+    "read_groups": "circuits.groups",
+    "learn_mask": "circuits.masks",
+    "path_effects": "circuits.paths",
+    "save_study": "circuits.study",
+    "study_circuit": "circuits.study",
+    "CircuitConfig": "config",
+    "MaskConfig": "config",
     "PatchConfig": "config",
     "Pair": "data.pairs",
     "load_pairs": "data.pairs",

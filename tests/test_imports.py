@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate")
-VERBS += ("convert", "doctor", "push", "reproduce", "patch", "toy")
+VERBS += ("convert", "doctor", "push", "reproduce", "patch", "circuit", "toy")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 

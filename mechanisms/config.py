@@ -126,7 +126,9 @@ class MaskConfig:
     lam: float = 0.01
     """Price of a head: the loss is the target's logit, negated, plus this times heads chosen."""
     lr: float = 0.1
-    epochs: int = 2
+    epochs: int = 20
+    """Passes over the prompts; the one that does best on others is kept. A mask moves by at most
+    `lr` a step, so that few prompts need many passes."""
     batch: int = 32
     seeds: int = 5
 

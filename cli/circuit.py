@@ -68,6 +68,12 @@ def add_flags(parser: VerbParser) -> None:
         metavar="NAME,...",
         help="positions at which to learn a mask over heads as well (default: none)",
     )
+    search.add_argument(
+        "--cross",
+        metavar="MODEL",
+        help="a tuned model of the same form: put its heads into this one, and see how much of the "
+        "difference they bring (default: none)",
+    )
     test = parser.add_argument_group("test")
     test.add_argument(
         "--ablate",
@@ -113,7 +119,7 @@ def run(args: Namespace) -> int:
     need(args, "--pairs", "pairs of prompts, or boxes:N")
     config = CircuitConfig(**given(args, CircuitConfig))
     with (
-        reserved(args, model=args.model, pairs=args.pairs, groups=args.groups),
+        reserved(args, model=args.model, pairs=args.pairs, groups=args.groups, cross=args.cross),
         reporting(args) as report,
     ):
         from saesteer.mechanisms import load_pairs, save_study, study_circuit
@@ -129,6 +135,7 @@ def run(args: Namespace) -> int:
         lm = open_model(args, report, dtype="float32" if args.dtype == "auto" else args.dtype)
         study = study_circuit(
             lm, pairs, groups, config, masks=args.mask or (),
+            cross=args.cross, device=args.device, dtype=str(lm.dtype).removeprefix("torch."),
             drop=not Path(args.pairs).is_file(), progress=report,
         )  # fmt: skip
         if args.out is None:
@@ -173,6 +180,13 @@ def _print(args: Namespace, document: Document) -> None:
             f"prompt's answer, {number(mask['random']['value'], 2)} with as many at random, "
             f"{number(mask['every']['value'], 2)} with all"
         )
+    if document["cross"]:
+        cross = document["cross"]
+        print(
+            f"tuned model: {number(cross['tuned'])} against {number(cross['base'])}; recovered by"
+        )
+        for name, value in cross["recovered"].items():
+            print(f"  {name}: {_figure(value)}")
     if args.out is not None:
         print(f"written to {args.out / 'circuit.json'}")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.circuits.ablation import prune as prune
     from saesteer.mechanisms.circuits.circuit import find_circuit as find_circuit
     from saesteer.mechanisms.circuits.circuit import load_circuit as load_circuit
+    from saesteer.mechanisms.circuits.crossing import cross_patch as cross_patch
     from saesteer.mechanisms.circuits.groups import Group as Group
     from saesteer.mechanisms.circuits.groups import read_groups as read_groups
     from saesteer.mechanisms.circuits.masks import learn_mask as learn_mask
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.config import CircuitConfig as CircuitConfig
     from saesteer.mechanisms.config import MaskConfig as MaskConfig
     from saesteer.mechanisms.config import PatchConfig as PatchConfig
+    from saesteer.mechanisms.config import ToyConfig as ToyConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
     from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
     from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
+    from saesteer.mechanisms.toys.boxes_model import train_boxes as train_boxes
     from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
 
 _HOME = {
@@ -36,6 +39,7 @@ _HOME = {
     "prune": "circuits.ablation",
     "find_circuit": "circuits.circuit",
     "load_circuit": "circuits.circuit",
+    "cross_patch": "circuits.crossing",
     "Group": "circuits.groups",
     "read_groups": "circuits.groups",
     "learn_mask": "circuits.masks",
@@ -51,6 +55,8 @@ _HOME = {
     "patch": "patching.grid",
     "save_patch": "reports.patch_page",
     "PatchResult": "reports.patch_result",
+    "ToyConfig": "config",
+    "train_boxes": "toys.boxes_model",
     "hand_built": "toys.hand_built",
 }
 

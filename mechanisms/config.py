@@ -140,6 +140,34 @@ class MaskConfig:
             raise UsageError(f"`lam` must be 0 or more, got {self.lam}")
 
 
+@dataclass(frozen=True)
+class ToyConfig:
+    """How the two models are trained."""
+
+    blocks: int = 2
+    d_model: int = 64
+    heads: int = 4
+    steps: int = 700
+    """Of the base model."""
+    tuning_steps: int = 500
+    lr: float = 3e-3
+    batch: int = 96
+    queries: int = 6
+    """Boxes asked for in each row."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "d_model", "heads", "steps", "tuning_steps", "batch", "queries"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise UsageError(f"`lr` must be above 0, got {self.lr}")
+        if self.d_model % self.heads or self.heads % 2:
+            raise UsageError(
+                f"`heads` must be even and divide `d_model` {self.d_model}, got {self.heads}"
+            )
+
+
 def _known(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     """Raise UsageError for a value that is none of `allowed`, for none at all, and for repeats."""
     wrong = [value for value in values if value not in allowed]

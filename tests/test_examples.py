@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "report", "steer",
-    "train",
+    "circuit", "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "patch", "rank",
+    "report", "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -73,6 +73,17 @@ def ranked(model: Path, folder: Path, trained: str) -> str:
 
 def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == RUN_HERE
+
+
+def test_patch_draws_a_map_and_circuit_finds_the_known_one(folder: Path) -> None:
+    found = run("circuit", "--out", folder / "hand", "--scenes", 16)
+    assert "fetcher at last: heads [(1, 1)]" in found and "faithfulness 1.00" in found
+    assert "mover at object: heads [(0, 0)]" in found
+    pairs = folder / "hand" / "scenes.jsonl"
+    printed = run("patch", "--model", folder / "hand" / "model", "--pairs", pairs, "--n", 8,
+                  "--out", folder / "patch")  # fmt: skip
+    assert "z 1.1 at last: -10.000 logit-diff, 100% of the whole difference" in printed
+    assert "<svg" in (folder / "patch" / "report.html").read_text()
 
 
 def test_harvest_leaves_shards_that_training_takes(model: Path, folder: Path) -> None:

@@ -15,6 +15,11 @@ from saesteer.mechanisms.circuits.ablation import (
     prune,
 )
 from saesteer.mechanisms.circuits.circuit import Circuit, find_circuit, save_circuit
+from saesteer.mechanisms.circuits.crossing import (
+    CrossReport,
+    check_same_form,
+    cross_patch,
+)
 from saesteer.mechanisms.circuits.groups import Group
 from saesteer.mechanisms.circuits.masks import HeadMask, learn_mask
 from saesteer.mechanisms.config import CircuitConfig, MaskConfig
@@ -35,6 +40,8 @@ class CircuitStudy:
     circuit: Circuit
     report: CircuitReport
     masks: tuple[HeadMask, ...]
+    cross: CrossReport | None
+    """Against a tuned model, on the pairs of the test."""
     n_found_on: int
     n_tested_on: int
     seconds: float
@@ -73,6 +80,7 @@ class CircuitStudy:
             "circuit": self.circuit.document(),
             "test": self.report.document(),
             "masks": [mask.document() for mask in self.masks],
+            "cross": None if self.cross is None else self.cross.document(),
             "seconds": self.seconds,
         }
 
@@ -85,6 +93,7 @@ def study_circuit(
     *,
     masks: Sequence[str] = (),
     mask_config: MaskConfig | None = None,
+    cross: str | LanguageModel | None = None,
     device: str = "auto",
     dtype: str = "float32",
     drop: bool = False,
@@ -95,6 +104,7 @@ def study_circuit(
     Args:
         groups: from the end backwards, see `Group`.
         masks: positions at which a mask over heads is learned as well (`learn_mask`).
+        cross: a tuned model of the same form, whose heads are put into this one (`cross_patch`).
         drop: leave out pairs that cannot be scored instead of raising.
 
     Raises:
@@ -106,6 +116,9 @@ def study_circuit(
     lm = as_language_model(model, device=device, dtype=dtype)
     encoded, _ = encode_pairs(lm, pairs, chat=config.chat, drop=drop)
     train, test = _parts(encoded, config.held_out)
+    tuned = None if cross is None else as_language_model(cross, device=device, dtype=dtype)
+    if tuned is not None:
+        check_same_form(lm, tuned, encoded)
     circuit = find_circuit(lm, train, groups, config, progress=progress)
     ablation = Ablation(lm, test, circuit, config.ablate)
     circuit = prune(ablation, config, progress)
@@ -114,9 +127,13 @@ def study_circuit(
         learn_mask(lm, encoded, at, mask_config, seed=config.seed, progress=progress)
         for at in masks
     ]
+    crossed = (
+        None if tuned is None
+        else cross_patch(lm, tuned, circuit, test, config, progress=progress)
+    )  # fmt: skip
     return CircuitStudy(
         {**model_facts(lm), "n_layers": lm.n_layers}, config, circuit, report, tuple(learned),
-        len(train), len(test), time.perf_counter() - began,
+        crossed, len(train), len(test), time.perf_counter() - began,
     )  # fmt: skip
 
 

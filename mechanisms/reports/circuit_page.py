@@ -43,6 +43,8 @@ def render_circuit(document: Mapping[str, Any]) -> str:
     for mask in document["masks"]:
         parts.append(f"<h2>Mask learned at {escape(mask['at'])}</h2>")
         parts.append(_mask(mask))
+    if document["cross"]:
+        parts += ["<h2>Against the tuned model</h2>", _cross(document["cross"])]
     return page("Circuit", parts)
 
 
@@ -84,6 +86,23 @@ def _completeness(test: Mapping[str, Any]) -> list[str]:
         f"<h3>{title}</h3>",
         cloud(points, title, x_label="F(M without K)", y_label="F(C without K)"),
     ]
+
+
+def _cross(cross: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            interval(value["value"], value["low"], value["high"], 2),
+            f"{cross['accuracy'][name]:.2f}",
+        ]
+        for name, value in cross["recovered"].items()
+    ]
+    return note(
+        "The tuned model's z is put into the base at the circuit's positions, on "
+        f"{cross['n_pairs']} clean prompts. F is {cross['base']:.2f} in the base (accuracy "
+        f"{cross['accuracy']['base']:.2f}) and {cross['tuned']:.2f} in the tuned model "
+        f"({cross['accuracy']['tuned']:.2f}); recovered is the share of that difference."
+    ) + table(["heads", "recovered", "answer beats the wrong one"], rows)
 
 
 def _mask(mask: Mapping[str, Any]) -> str:

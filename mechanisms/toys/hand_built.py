@@ -81,7 +81,7 @@ def hand_built_model(*, redundant: bool = False) -> LanguageModel:
         for head in (FETCHER, SPARE) if redundant else (FETCHER,):
             _set_fetcher(model.model.layers[head[0]].self_attn, head[1], config)
         model.lm_head.weight[:, 2 * v :] = _LOGIT * torch.eye(v) * _norm_of(3, config)
-    return wrap_model(model.eval(), _tokenizer(), "hand-built")
+    return wrap_model(model.eval(), word_tokenizer(), "hand-built")
 
 
 def _norm_of(ones: int, config: Any) -> float:
@@ -119,7 +119,8 @@ def _still_dimensions(v: int, dh: int) -> Tensor:
     return torch.tensor([i for i in range(dh) if i not in (0, dh // 2)][:v])
 
 
-def _tokenizer() -> Any:
+def word_tokenizer() -> Any:
+    """One token a word, split at blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -130,21 +131,22 @@ def _tokenizer() -> Any:
     )
 
 
-def hand_built_scenes(n: int, seed: int) -> list[Pair]:
-    """Pairs of scenes of five boxes. The corrupt one has other things and letters, and asks for a
-    letter that is in neither. Positions `object` and `label`, at the same place in both."""
+def hand_built_scenes(n: int, seed: int, boxes: int = BOXES) -> list[Pair]:
+    """Pairs of scenes of some boxes, five if not said. The corrupt one has other things and
+    letters, and asks for a letter that is in neither. Positions `object` and `label`, at the same
+    place in both."""
     drawn = random.Random(seed)
     pairs = []
     for number in range(n):
-        letters = drawn.sample(LETTERS, 2 * BOXES + 1)
-        things = drawn.sample(THINGS, 2 * BOXES)
-        asked = drawn.randrange(BOXES)
-        clean, spans = _scene(letters[:BOXES], things[:BOXES], asked, letters[asked])
-        corrupt, others = _scene(letters[BOXES:-1], things[BOXES:], asked, letters[-1])
+        letters = drawn.sample(LETTERS, 2 * boxes + 1)
+        things = drawn.sample(THINGS, 2 * boxes)
+        asked = drawn.randrange(boxes)
+        clean, spans = _scene(letters[:boxes], things[:boxes], asked, letters[asked])
+        corrupt, others = _scene(letters[boxes:-1], things[boxes:], asked, letters[-1])
         pairs.append(
             Pair(
-                clean, corrupt, f" {things[asked]}", f" {things[(asked + 1) % BOXES]}",
-                {name: (spans[name], others[name]) for name in spans}, f"scene {number}", 1 / BOXES,
+                clean, corrupt, f" {things[asked]}", f" {things[(asked + 1) % boxes]}",
+                {name: (spans[name], others[name]) for name in spans}, f"scene {number}", 1 / boxes,
             )
         )  # fmt: skip
     return pairs

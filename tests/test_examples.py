@@ -308,3 +308,18 @@ def test_several_tasks_in_one_go(saif: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# The SAIF experiments") and "| lowercase | unsteered | " in text
+
+
+@pytest.mark.parametrize("script", sorted((EXAMPLES / "mechanisms").glob("*.sh")),
+                         ids=lambda path: path.name)  # fmt: skip
+def test_prepared_commands_parse(script: Path) -> None:
+    """Scripts that need models we do not have: their flags exist, and the shell reads them."""
+    from saesteer.cli.__main__ import make_parser
+
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+    text = script.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *saesteer (\w+) (.*)$", text, flags=re.M)
+    assert commands
+    for verb, words in commands:
+        args = make_parser(verb).read([w.strip('"') for w in words.split()])
+        assert args.out.startswith("$OUT/")

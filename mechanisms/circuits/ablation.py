@@ -7,6 +7,7 @@ its heads at their positions, and nothing elsewhere; MLPs are free.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -104,9 +105,8 @@ class Ablation:
         self._batches = self._by_length()
         self._instead = [self._values(batch) for batch in self._batches]
         if how == "mean-position":
-            total = sum(values.sum(dim=0) for values in self._instead)
-            mean = total / len(self.pairs)
-            self._instead = [mean[None].expand(len(b), -1, -1, -1, -1) for b in self._batches]
+            mean = torch.cat(self._instead).mean(dim=0, keepdim=True)
+            self._instead = [mean.expand(len(b), -1, -1, -1, -1) for b in self._batches]
 
     def _by_length(self) -> list[list[int]]:
         by_length: dict[int, list[int]] = {}
@@ -123,7 +123,7 @@ class Ablation:
         seen: dict[int, Tensor] = {}
         with head_tap(self.lm) as tap, torch.no_grad():
             for layer in range(self.lm.n_layers):
-                tap.edits[layer, "z"] = lambda z, layer=layer: seen.update({layer: z.detach()})
+                tap.edits[layer, "z"] = partial(_keep, seen, layer)
             run_model(self.lm, torch.tensor(rows, device=self.lm.device), use_cache=False)
         return torch.stack([seen[layer] for layer in range(self.lm.n_layers)], dim=1)
 
@@ -149,15 +149,22 @@ class Ablation:
             ids = torch.tensor([self.pairs[i].clean for i in batch], device=self.lm.device)
             with head_tap(self.lm) as tap, torch.no_grad():
                 for layer in range(self.lm.n_layers):
-                    own, other = mask[:, layer, :, :, None], instead[:, layer]
-                    tap.edits[layer, "z"] = lambda z, own=own, other=other: torch.where(
-                        own, z, other
+                    tap.edits[layer, "z"] = partial(
+                        _either, mask[:, layer, :, :, None], instead[:, layer]
                     )
                 logits = run_model(self.lm, ids, use_cache=False).logits[:, -1]
             for row, index in enumerate(batch):
                 pair = self.pairs[index]
                 found[index] = float(logits[row, pair.answer] - logits[row, pair.wrong])
         return found
+
+
+def _keep(seen: dict[int, Tensor], layer: int, z: Tensor) -> None:
+    seen[layer] = z.detach()
+
+
+def _either(kept: Tensor, instead: Tensor, z: Tensor) -> Tensor:
+    return torch.where(kept, z, instead)
 
 
 def prune(ablation: Ablation, config: CircuitConfig, progress: Progress = no_progress) -> Circuit:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,10 @@ def find_circuit(
                 base = read_values(lm, pair.clean, [])[1]
                 base_at = pair.place(group.at)[0]
                 source_at = pair.place(group.source_at or group.at)[1]
+                score = partial(measure, METRIC, pair=pair, base=base)
                 scores[row] = path_effects(
-                    lm, pair.clean, pair.corrupt, senders, receivers, base_at, source_at,
-                    lambda logits, pair=pair, base=base: measure(METRIC, logits, pair, base), tap,
-                ).numpy()  # fmt: skip
+                    lm, pair.clean, pair.corrupt, senders, receivers, base_at, source_at, score, tap
+                ).numpy()
         progress(stage, len(pairs), len(pairs), "pairs")
         top = None if config.top is None else config.top[number]
         chosen = _choose(scores, [pair.group for pair in pairs], top, config)

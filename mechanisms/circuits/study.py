@@ -1,6 +1,7 @@
 """`circuit`: find heads on some of the pairs, make the circuit smaller and test it on the rest."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def study_circuit(
         groups: from the end backwards, see `Group`.
         masks: positions at which a mask over heads is learned as well (`learn_mask`).
         cross: a tuned model of the same form, whose heads are put into this one (`cross_patch`).
-        drop: leave out pairs that cannot be scored instead of raising.
+        drop: leave out pairs that cannot be scored, or whose runs do not both have the most common
+            length, instead of raising.
 
     Raises:
         UserError: no head found for a group; fewer than 16 pairs.
@@ -115,6 +117,8 @@ def study_circuit(
     began = time.perf_counter()
     lm = as_language_model(model, device=device, dtype=dtype)
     encoded, _ = encode_pairs(lm, pairs, chat=config.chat, drop=drop)
+    if drop:
+        encoded = _of_one_length(encoded)
     train, test = _parts(encoded, config.held_out)
     tuned = None if cross is None else as_language_model(cross, device=device, dtype=dtype)
     if tuned is not None:
@@ -135,6 +139,15 @@ def study_circuit(
         {**model_facts(lm), "n_layers": lm.n_layers}, config, circuit, report, tuple(learned),
         crossed, len(train), len(test), time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _of_one_length(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
+    """The pairs whose runs both have the most common length, as ablation and masks need them."""
+    lengths = Counter(len(pair.clean) for pair in pairs if pair.equal_length)
+    if not lengths:
+        raise UserError("no pair has two runs of one length: give pairs of one structure")
+    (length, _), *_ = lengths.most_common(1)
+    return [pair for pair in pairs if len(pair.clean) == len(pair.corrupt) == length]
 
 
 def _parts(

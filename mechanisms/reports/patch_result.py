@@ -175,7 +175,7 @@ class PatchResult:
             ats = list(dict.fromkeys(c.at for c, _ in own))
             if own[0][0].node.head is None:
                 names = [self._column(at) for at in ats]
-                table = {(c.node.layer, c.at): v for c, v in own}
+                table: dict[Any, float] = {(c.node.layer, c.at): v for c, v in own}
                 found.append((site, *_table(table, layers, ats), names))
                 continue
             heads = sorted({c.node.head for c, _ in own if c.node.head is not None})

@@ -6,6 +6,7 @@ of a base and a fine-tuned model, small enough to look into, that does better at
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ def train_boxes(
     for name, boxes, steps in (
         ("base", BASE_BOXES, config.steps), ("tuned", TUNED_BOXES, config.tuning_steps)
     ):  # fmt: skip
-        _train(model, boxes, steps, config, drawn, lambda done, total, note, name=name: progress(
-            f"training {name}", done, total, note))  # fmt: skip
+        _train(model, boxes, steps, config, drawn, partial(progress, f"training {name}"))
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         accuracy[name] = {n: _accuracy(model, n, seed=1) for n in (*BASE_BOXES, *TUNED_BOXES)}

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from saesteer.mechanisms.reports.page import interval, note, page, table
-from saesteer.steering.reports.svg import Point, cloud, diverging_map
+from saesteer.sae.reports.svg import Point, cloud, diverging_map
 
 
 def render_circuit(document: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from saesteer.checkpoints.files import write_json, write_tensors, write_text
 from saesteer.mechanisms.reports.page import interval, note, page, table, warning
 from saesteer.mechanisms.reports.patch_result import PatchResult
-from saesteer.steering.reports.svg import Point, cloud, diverging_map
+from saesteer.sae.reports.svg import Point, cloud, diverging_map
 
 SHOWN = 30
 """Rows of the table on the page; report.json has all."""

@@ -17,6 +17,7 @@ KINDS = ("hand-built", "boxes")
 
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
+    parser.usage = "saesteer toy KIND [flags]"
     what = parser.add_argument_group("model")
     what.add_argument(
         "kind",
@@ -53,7 +54,7 @@ def run(args: Namespace) -> int:
     """Write the model and its pairs."""
     if args.kind not in KINDS:
         came = "none" if args.kind is None else repr(args.kind)
-        raise UsageError(f"toy takes one of {', '.join(KINDS)} as its first word, got {came}")
+        raise UsageError(f"KIND must be one of {', '.join(KINDS)}, got {came}")
     need(args, "--out", "the folder to write the model to")
     with reserved(args), reporting(args) as report:
         from saesteer.mechanisms import hand_built, train_boxes

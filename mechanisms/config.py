@@ -147,9 +147,9 @@ class ToyConfig:
     blocks: int = 2
     d_model: int = 64
     heads: int = 4
-    steps: int = 700
+    steps: int = 400
     """Of the base model."""
-    tuning_steps: int = 500
+    tuning_steps: int = 300
     lr: float = 3e-3
     batch: int = 96
     queries: int = 6

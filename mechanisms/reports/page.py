@@ -11,7 +11,7 @@ def page(title: str, parts: Sequence[str]) -> str:
     """A whole HTML document; `parts` are HTML already."""
     software = versions()
     provenance = {name: software[name] for name in ("saesteer", "torch", "transformers")}
-    return render("parts.html", title=title, provenance=provenance, parts=parts)
+    return render("parts.html", title=title, provenance=provenance, refresh=None, parts=parts)
 
 
 def note(text: str) -> str:

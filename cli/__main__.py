@@ -23,6 +23,7 @@ VERBS = {
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
+    "grade": "grade answers made anywhere: do they follow, fluently and faithfully",
     "patch": "put values of one run into another: which token, block or head carries the answer",
     "circuit": "find the heads that carry an answer, path by path, and test whether they suffice",
     "toy": "write a small model whose mechanism is known, with pairs of prompts",

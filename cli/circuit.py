@@ -13,7 +13,10 @@ from saesteer.cli.values import count, counts, names
 from saesteer.cli.values import number as a_number
 from saesteer.mechanisms.config import ABLATIONS, CircuitConfig
 
-EXAMPLE = "saesteer circuit --pairs boxes:3 --n 60 -o runs/circuit"
+EXAMPLE = (
+    "saesteer circuit --model runs/hand/model --pairs runs/hand/scenes.jsonl "
+    "--groups runs/hand/groups.yaml -o runs/circuit"
+)
 
 
 def add_flags(parser: VerbParser) -> None:

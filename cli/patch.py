@@ -12,7 +12,10 @@ from saesteer.cli.values import count, counts, layers, names
 from saesteer.cli.values import number as a_number
 from saesteer.mechanisms.config import FAST, HEAD_SITES, METRICS, RESIDUAL_SITES, PatchConfig
 
-EXAMPLE = "saesteer patch --pairs contrast:animals --site z --at last -o runs/patch"
+EXAMPLE = (
+    "saesteer patch --model runs/hand/model --pairs runs/hand/scenes.jsonl --site z "
+    "--at last,object -o runs/patch"
+)
 _SHOWN = 15
 
 

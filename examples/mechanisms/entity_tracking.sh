@@ -8,8 +8,9 @@ set -eu
 OUT=${OUT:-runs/entity-tracking}
 
 for MODEL in "$BASE" "$TUNED"; do
+    NAME=$(basename "$MODEL")
     saesteer circuit --model "$MODEL" --pairs boxes:7 --n 300 --top 40,7,20,5 --keep 1 \
-        --mask last --ablate resample -o "$OUT/$(basename "$MODEL")"
+        --mask last --ablate resample -o "$OUT/$NAME"
 done
 saesteer circuit --model "$BASE" --pairs boxes:7 --n 300 --top 40,7,20,5 --keep 1 \
     --ablate resample --cross "$TUNED" -o "$OUT/cross"

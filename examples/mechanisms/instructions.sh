@@ -9,10 +9,11 @@ set -eu
 OUT=${OUT:-runs/instructions}
 
 for MODEL in $MODELS; do
+    NAME=$(basename "$MODEL")
     for WORDS in adjectives animals; do
         saesteer patch --model "$MODEL" --pairs "contrast:$WORDS" --site resid_post,attn_out,mlp_out \
-            --at instruction,query-first,query,last -o "$OUT/$(basename "$MODEL")-$WORDS-stream"
+            --at instruction,query-first,query,last -o "$OUT/$NAME-$WORDS-stream"
         saesteer patch --model "$MODEL" --pairs "contrast:$WORDS" --site z --at last,query \
-            -o "$OUT/$(basename "$MODEL")-$WORDS-heads"
+            -o "$OUT/$NAME-$WORDS-heads"
     done
 done

@@ -10,7 +10,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.mechanisms.circuits.circuit import load_circuit
 from saesteer.mechanisms.circuits.groups import Group
 from saesteer.mechanisms.circuits.study import save_study, study_circuit
-from saesteer.mechanisms.config import CircuitConfig
+from saesteer.mechanisms.config import CircuitConfig, MaskConfig
 from saesteer.mechanisms.data.pairs import Pair
 from saesteer.mechanisms.toys.hand_built import hand_built_scenes
 from saesteer.sae.model.language_model import LanguageModel
@@ -20,7 +20,14 @@ GROUPS = (Group("fetcher", "last", "logits"), Group("mover", "object", "fetcher"
 
 def test_a_study(toy: LanguageModel, tmp_path: Path) -> None:
     config = CircuitConfig(draws=2, random=2, ablate="resample")
-    study = study_circuit(toy, hand_built_scenes(16, 3), GROUPS, config, masks=("last",))
+    study = study_circuit(
+        toy,
+        hand_built_scenes(16, 3),
+        GROUPS,
+        config,
+        masks=("last",),
+        mask_config=MaskConfig(seeds=1),
+    )
     assert (study.n_found_on, study.n_tested_on) == (8, 8)
     document = save_study(tmp_path, study)
     assert load_circuit(tmp_path / "circuit.json", toy).members == {

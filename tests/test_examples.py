@@ -219,7 +219,7 @@ def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> 
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 7
+    assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 8
     assert "FAIL" not in ended.stdout
     (tokens,) = numbers(ended.stdout, r"(?m)^tokens: (\d+)$")
     assert tokens == 500

@@ -81,6 +81,7 @@ def add_flags(parser: VerbParser) -> None:
     test.add_argument(
         "--ablate",
         choices=ABLATIONS,
+        metavar="HOW",
         help="what heads outside give: their mean over prompts at the same token, or their value "
         f"in the corrupt run {default(CircuitConfig, 'ablate')}",
     )

@@ -66,6 +66,7 @@ def add_flags(parser: VerbParser) -> None:
     grid.add_argument(
         "--direction",
         choices=("noise", "denoise"),
+        metavar="WAY",
         help="noise: corrupt values into the clean run; denoise: clean values into the corrupt run "
         f"{default(PatchConfig, 'direction')}",
     )

@@ -24,7 +24,7 @@ def add_flags(parser: VerbParser) -> None:
         nargs="?",
         metavar="KIND",
         help="hand-built: two blocks whose circuit is heads (0,0) and (1,1) by construction; "
-        "boxes: a base and a tuned model, trained here (minutes)",
+        "boxes: a base and a tuned model, trained here in minutes (needed)",
     )
     what.add_argument(
         "--scenes", type=count, default=200, metavar="N", help="pairs to write (default: 200)"

@@ -38,6 +38,8 @@ EXTRA = {
     "rank": ["--all-replies", "--rank-contents", "2", "--max-new-tokens", "4"],
     "steer": ["--max-new-tokens", "4"],
     "sweep": ["--grid", "k=1", "--grid", "scale=1", "--rounds", "1:1"],
+    "toy": ["--scenes", "16"],
+    "circuit": ["--draws", "1", "--random", "1"],
     "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
 
@@ -182,7 +184,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_names_and_flags_exist(page: Path) -> None:
     text = page.read_text()
-    calls = re.findall(r"\b(sae|steering|checkpoints)((?:\.[A-Za-z]\w*)+)\(", text)
+    calls = re.findall(r"\b(sae|steering|mechanisms|checkpoints)((?:\.[A-Za-z]\w*)+)\(", text)
     calls += [
         (found[1], found[2])
         for name in named_in(page)

@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 # -P keeps the top-level folders off sys.path: the code is imported as saesteer, as installed.
 RUN := $(BIN)/python -P -m
 RESULTS := --csv benchmarks/results --page docs/performance.md
+ARCHS := --arch topk,batchtopk,matryoshka,jumprelu
 
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
@@ -78,6 +79,7 @@ format: env-dev
 bench: env-dev
 	@$(BIN)/python benchmarks/train_step.py --device cpu $(RESULTS) $(ARGS)
 	@$(BIN)/python benchmarks/train_step.py --device cpu --auxk $(RESULTS) $(ARGS)
+	@$(BIN)/python benchmarks/train_step.py --device cpu $(ARCHS) $(RESULTS) $(ARGS)
 	@$(BIN)/python benchmarks/kernels.py --device cpu $(RESULTS) $(ARGS)
 
 # Proved on a CPU by: make gpu ARGS="--device cpu --smoke".
@@ -93,6 +95,7 @@ peers: env-dev
 typecheck-links:
 	@mkdir -p .typecheck/saesteer
 	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/saesteer/$$room; done
+	@ln -sfn ../../cli/toplevel/__init__.py ../../cli/toplevel/__main__.py .typecheck/saesteer/
 
 env-run:
 	@.ci/env run

@@ -133,15 +133,16 @@ def encode_above(o: Operands) -> Iterator[Case]:
         above = pre_acts > floors
         return pre_acts[above], above.nonzero()
 
-    yield Case(
-        "encode_above",
-        "any",
-        lambda: ops.encode_above(o.x, o.W, b, floors),
-        plain,
-        "addmm, compare, nonzero",
-        flops=2 * batch * d_model * d_sae,
-        bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
-    )
+    for name, capacity in (("", None), (", capacity 1.25 k", min(d_sae, 5 * k // 4) * batch)):
+        yield Case(
+            f"encode_above{name}",
+            "any",
+            lambda capacity=capacity: ops.encode_above(o.x, o.W, b, floors, capacity),
+            plain,
+            "addmm, compare, nonzero",
+            flops=2 * batch * d_model * d_sae,
+            bytes=(batch + d_sae) * o.row_bytes + 12 * o.slots,
+        )
 
 
 def sparse_decode(o: Operands) -> Iterator[Case]:
@@ -277,6 +278,33 @@ def sparse_pair_grads(o: Operands) -> Iterator[Case]:
     )
 
 
+def threshold_grads(o: Operands) -> Iterator[Case]:
+    # A fifth of the pairs lie in the window; order and rows as a step has them.
+    indices, thresholds = o.indices.flatten(), o.zeros(len(o.W)) + 0.4
+    pre_acts, grads = o.acts.flatten(), o.acts.flatten().neg()
+    starts = torch.arange(len(o.x) + 1, device=indices.device) * o.indices.shape[1]
+    order = ops.sort_indices(indices, len(o.W), starts)
+    price, width = grads.new_tensor(0.1), 0.2
+
+    def plain() -> tuple[Tensor, Tensor]:
+        own = thresholds[indices]
+        distance = pre_acts - own
+        pull = torch.where(distance.abs() < width / 2, (own * grads + price) / width, 0)
+        return torch.where(distance > 0, grads, 0), o.zeros(len(o.W)).index_add_(0, indices, -pull)
+
+    yield Case(
+        "threshold_grads",
+        o.latents,
+        lambda: ops.threshold_grads(
+            pre_acts, indices, thresholds, grads, price, width, order, starts
+        ),
+        plain,
+        "index, compare, index_add_",
+        flops=0,
+        bytes=20 * o.slots + 8 * len(o.W),
+    )
+
+
 class _Adam:
     """torch.optim.Adam on one matrix, with the projection and normalisation of unit rows."""
 
@@ -387,6 +415,7 @@ MAKERS: dict[str, Callable[[Operands], Iterator[Case]]] = {
         sort_indices,
         sparse_row_grads,
         sparse_pair_grads,
+        threshold_grads,
         adam_rows_,
         adam_sparse_rows_,
         auxk,

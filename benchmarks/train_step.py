@@ -1,7 +1,8 @@
-"""One TopK optimiser step: saesteer and its rivals, side by side in one process.
+"""One optimiser step: saesteer and its rivals at TopK, or saesteer's architectures side by side.
 
     python benchmarks/train_step.py                # d_model 576, d_sae 9216, k 32, batch 2048
     python benchmarks/train_step.py --auxk         # with the auxiliary loss and 10 % dead latents
+    python benchmarks/train_step.py --arch topk,batchtopk,matryoshka,jumprelu --d-sae 4608
     python benchmarks/train_step.py --d-sae 4608 --rounds 15 --json
     python benchmarks/train_step.py --device cuda --only "saesteer step;saesteer step, CUDA graph"
 
@@ -16,8 +17,11 @@ machine.
 import argparse
 import contextlib
 import gc
+import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -40,8 +44,9 @@ from side_by_side import (
     take_turns,
     why_not,
 )
+from torch import Tensor
 
-from saesteer.kernels import topk_encode
+from saesteer.kernels import near_products
 from saesteer.kernels.ops import encode_topk
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
@@ -49,14 +54,20 @@ from saesteer.sae.training.input_scale import InputScale
 OURS = "saesteer step"
 AUXK = 1 / 32
 BATCHES = 4
+AIMED_AT_L0 = {"jumprelu"}
+"""Architectures that have no k."""
 Make = Callable[[Job], Contender]
 
 
-def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contender:
-    """saesteer's own step."""
+def ours(
+    job: Job, *, arch: str = "topk", dtype: str = "auto", cuda_graph: bool = False
+) -> Contender:
+    """saesteer's own step. An architecture without k has k as its L0."""
+    by_l0 = arch in AIMED_AT_L0
     config = TrainConfig(
+        arch=arch,
         d_sae=(job.d_sae,),
-        k=(job.k,),
+        **{"l0": (float(job.k),)} if by_l0 else {"k": (job.k,)},
         tokens=job.steps * job.batch,
         batch_tokens=job.batch,
         auxk=AUXK if job.dead else 0.0,
@@ -68,6 +79,8 @@ def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contende
     )
     scale = InputScale(torch.zeros(job.d_model, dtype=torch.float64), 1.0)
     trainer, take = make_trainer(config, scale, job.device)
+    if by_l0:
+        start_at_l0(trainer.parameters, job)
 
     def step(number: int) -> None:
         take(job.at(number))
@@ -86,9 +99,22 @@ def ours(job: Job, *, dtype: str = "auto", cuda_graph: bool = False) -> Contende
     recorded = ", CUDA graph" if cuda_graph else ""
     return Contender(
         step,
-        f"saesteer {version('saesteer')}, {products}, Adam, unit decoder rows, {auxk}{recorded}",
+        f"saesteer {version('saesteer')}, {products}, Adam, unit decoder rows, {auxk}{recorded}"
+        + (f", L0 {_measured_l0(trainer.parameters, job):.1f} at the start" if by_l0 else ""),
         before,
     )
+
+
+def start_at_l0(parameters: Mapping[str, Tensor], job: Job) -> None:
+    """Set all thresholds to the value that k latents an example are above, as late in training."""
+    wanted = job.batch * job.k
+    pre_acts = job.at(0) @ parameters["W_enc_rows"].T + parameters["b_enc"]
+    parameters["threshold"].fill_(pre_acts.flatten().topk(wanted, sorted=False).values.amin())
+
+
+def _measured_l0(parameters: Mapping[str, Tensor], job: Job) -> float:
+    pre_acts = job.at(0) @ parameters["W_enc_rows"].T + parameters["b_enc"]
+    return int((pre_acts > parameters["threshold"]).sum()) / job.batch
 
 
 def product(job: Job, *, dtype: torch.dtype = torch.float32) -> Contender:
@@ -178,6 +204,7 @@ def measure(
     timings: dict[str, Timing] = {}
     known: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
+    spent: dict[str, list[float]] = {}
 
     def time_those_ready() -> None:
         new = take_turns(ready, job.device, rounds=args.rounds, warmup=args.warmup)
@@ -194,6 +221,9 @@ def measure(
             with contextlib.redirect_stdout(sys.stderr):
                 ready[name], memory = prepare(make, job)
                 known[name] = {"status": "ok", "given": ready[name].given, **memory}
+                if args.arch:
+                    spent[name] = []
+                    ready[name] = counted(ready[name], spent[name])
                 if args.alone:
                     time_those_ready()
         except Exception as error:
@@ -207,7 +237,20 @@ def measure(
         say(f"timing {args.rounds} rounds after {args.warmup}")
         with contextlib.redirect_stdout(sys.stderr):
             time_those_ready()
+    for name, seconds in spent.items():
+        known[name]["cpu_ms"] = 1e3 * statistics.median(seconds[args.warmup :])
     return timings, known
+
+
+def counted(contender: Contender, seconds: list[float]) -> Contender:
+    """The same, keeping the CPU time of each step: others on the machine matter less to it."""
+
+    def step(number: int) -> None:
+        before = time.process_time()
+        contender.step(number)
+        seconds.append(time.process_time() - before)
+
+    return replace(contender, step=step)
 
 
 def free_memory(device: torch.device) -> None:
@@ -221,7 +264,7 @@ def free_memory(device: torch.device) -> None:
 def rows_of(
     timings: dict[str, Timing], known: dict[str, dict[str, Any]], batch: int
 ) -> list[dict[str, Any]]:
-    """A row for each contender, with its speed and its time over saesteer's."""
+    """A row for each contender, with its speed and its time over saesteer's, or other rows'."""
     rows: list[dict[str, Any]] = []
     for name, about in known.items():
         rows.append({"contender": name, **about})
@@ -232,7 +275,37 @@ def rows_of(
         if OURS in timings:
             ratio = timing.over(timings[OURS])
             rows[-1] |= {f"saesteer_times_as_fast{k[5:]}": v for k, v in ratio.items()}
+        for base in BASES:
+            if (of := own_step(base)) in timings:
+                ratio = timing.over(timings[of])
+                rows[-1] |= {f"over_{base}{k[5:]}": v for k, v in ratio.items()}
+                if "cpu_ms" in about:
+                    rows[-1][f"cpu_over_{base}"] = about["cpu_ms"] / known[of]["cpu_ms"]
     return rows
+
+
+BASES = ("topk", "batchtopk")
+"""Architectures that the time of the others is divided by."""
+
+
+def own_step(arch: str) -> str:
+    """The name of our step as a contender of `--arch`."""
+    return f"{OURS}, {arch}"
+
+
+def over(base: str) -> Callable[[dict[str, Any]], str]:
+    """A cell with the time over that of another architecture."""
+    name = f"over_{base}"
+    return lambda row: (
+        f"{row[name]:.2f} ({row[f'{name}_p20']:.2f} to {row[f'{name}_p80']:.2f})"
+        if name in row
+        else "-"
+    )
+
+
+def cpu_over(base: str) -> Callable[[dict[str, Any]], str]:
+    """The same for the CPU time of all threads, by medians."""
+    return lambda row: f"{row[f'cpu_over_{base}']:.2f}" if f"cpu_over_{base}" in row else "-"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -281,19 +354,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="one after the other, each gone before the next: where there is no room for all; what "
         "fails is a row",
     )
+    parser.add_argument(
+        "--arch", help="our step of these architectures, with commas between them, and no rivals"
+    )
     add_only(parser)
     add_flags(parser, name="train_step", rounds=9)
     args = parser.parse_args(argv)
+    if args.arch and args.only:
+        parser.error("--arch and --only both say what runs: leave one out")
     if not 0 < args.dead < 1:
         parser.error(f"--dead must be between 0 and 1 exclusive, got {args.dead}")
-    args.name += "_auxk" if args.auxk else ""
+    args.name += ("_arch" if args.arch else "") + ("_auxk" if args.auxk else "")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.plain_float32:
-        topk_encode.fast_bfloat16 = lambda: False
+        near_products.fast_bfloat16 = lambda: False
     device = begin(args)
     torch.manual_seed(0)
     # Sparse combinations of fixed directions, so that latents differ in how often they are used.
@@ -306,12 +384,21 @@ def main(argv: list[str] | None = None) -> None:
     dead = max(1, round(args.dead * args.d_sae)) if args.auxk else 0
     job = Job(args.d_model, args.d_sae, args.k, batches, dead)
     usual = FOR_CUDA if device.type == "cuda" else CONTENDERS
-    makers = choose(args.only, usual, {**CONTENDERS, **FOR_CUDA, **usual})
+    if args.arch:
+        makers = {own_step(arch): partial(ours, arch=arch) for arch in args.arch.split(",")}
+    else:
+        makers = choose(args.only, usual, {**CONTENDERS, **FOR_CUDA, **usual})
     timings, known = measure(makers, job, args)
     rows = rows_of(timings, known, args.batch)
     shape = {"d_model": args.d_model, "d_sae": args.d_sae, "k": args.k, "batch": args.batch}
     conditions = {**facts(device, shape), "rounds": args.rounds}
     columns = dict(COLUMNS)
+    if args.arch:
+        given = columns.pop("given")
+        del columns["saesteer is (p20 to p80)"]
+        columns |= {f"time over {base}'s": over(base) for base in BASES}
+        columns |= {f"CPU time over {base}'s": cpu_over(base) for base in BASES}
+        columns["given"] = given
     if device.type == "cuda":
         conditions["peak_gb"] = round(
             max((row.get("peak_gb", 0.0) for row in rows), default=0.0), 2

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints import files, folds, formats
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UserError, none_of
 from saesteer.checkpoints.model_files import quiet
 from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.sae_spec import DTYPES
@@ -61,7 +61,7 @@ def convert(
         UsageError: an unknown format or dtype.
     """
     if format not in formats.WRITERS:
-        raise UsageError(f"`format` must be one of {', '.join(formats.WRITERS)}, got {format!r}")
+        raise none_of("`format`", formats.WRITERS, format)
     before = load_sae(source)
     changed, units = before, torch.ones(before.spec.d_sae, dtype=torch.float64)
     if canonical:

@@ -4,6 +4,9 @@ Every message is one line: what was given, what is allowed and what to do. Argum
 backticks; the command line shows them as flags.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 def reason_of(error: BaseException, most: int = 200) -> str:
     """What a library's error says, as one line of at most `most` characters."""
@@ -30,3 +33,15 @@ class Interrupted(UserError):
     """The user asked to stop, and the state was saved."""
 
     exit_status = 130
+
+
+def meant(word: object, allowed: Iterable[str]) -> str:
+    """` (did you mean X?)` for the nearest word of `allowed`; nothing where none is near."""
+    near = difflib.get_close_matches(str(word).casefold(), list(allowed), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def none_of(name: str, allowed: Iterable[str], got: object) -> UsageError:
+    """The error for a value that is none of the words that are allowed."""
+    words = list(allowed)
+    return UsageError(f"{name} must be one of {', '.join(words)}, got {got!r}{meant(got, words)}")

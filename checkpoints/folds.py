@@ -120,6 +120,35 @@ def fold_centred_scale(
     return folded
 
 
+def unfold_centred_scale(
+    raw: Mapping[str, Tensor], mean: Float[Tensor, " d_model"], factor: float
+) -> dict[str, Float[Tensor, "..."]]:
+    """The inverse of `fold_centred_scale` for an SAE of one place: weights for x~ = a (x - mean).
+
+    Args:
+        raw: the tensors of an SAE in canonical form; `W_enc` is `[d_model, d_sae]`.
+
+    Returns:
+        The same names in float32, `W_enc` latent-major; with `threshold` its `log_threshold`, too.
+    """
+    wide = {name: _wide(tensor.cpu()) for name, tensor in raw.items()}
+    mean = _wide(mean.cpu())
+    shift = mean @ wide["W_enc"]
+    found = {
+        "W_enc": wide["W_enc"].T,
+        "b_enc": (wide["b_enc"] + shift) * factor,
+        "W_dec": wide["W_dec"],
+        "b_dec": (wide["b_dec"] - mean) * factor,
+    }
+    if "threshold" in wide:
+        found["threshold"] = wide["threshold"] * factor
+        found["log_threshold"] = found["threshold"].clamp_min(1e-12).log()
+    if "r_mag" in wide:
+        found["r_mag"] = wide["r_mag"]
+        found["b_mag"] = (wide["b_mag"] + shift * wide["r_mag"].exp()) * factor
+    return {name: values.float().contiguous() for name, values in found.items()}
+
+
 def _columns(places: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, Tensor]:
     """The means of places side by side, and the factor of each column."""
     means = [_wide(mean.cpu()) for mean, _ in places]

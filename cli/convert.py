@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common, need
 from saesteer.cli.inputs import reserved, take_folder
 from saesteer.cli.output import Document, number, print_json, print_table, write_run
@@ -103,6 +104,16 @@ def run(args: Namespace) -> int:
     need(args, "--from", "an SAE folder or file, RELEASE:ID, a plan, or vectors")
     source: str = getattr(args, "from")
     kind = args.format or ("gguf" if _is_plan(source) else "saelens")
+    if _is_plan(source) and kind not in _PLAN_FORMATS[:-1]:
+        raise UsageError(
+            f"--format {kind} is not for a plan, which --from {source} is: give one of "
+            f"{', '.join(_PLAN_FORMATS[:-1])}"
+        )
+    if (Path(source).expanduser() / "cfg.json").is_file() and kind not in _SAE_FORMATS:
+        raise UsageError(
+            f"--format {kind} is not for an SAE, which --from {source} is: give one of "
+            f"{', '.join(_SAE_FORMATS)}, or make a plan of it with rank"
+        )
     with reserved(args, locked=False, **{"from": source, "activations": args.activations}):
         with reporting(args) as report:
             if kind in _SAE_FORMATS:
@@ -158,6 +169,7 @@ def _convert_plan(args: Namespace, source: str, kind: str, report: Report) -> Do
         from saesteer.sae.model.language_model import load_model
 
         need(args, "--model", "the model that the vectors are for")
+        exchange.read_blocks(source)  # refuses another file before the model is loaded
         lm = load_model(
             args.model,
             device=args.device,

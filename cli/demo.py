@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.files import claim_output
 from saesteer.checkpoints.model_files import DEFAULT_MODEL, WHEEL_ALIAS
-from saesteer.cli.flags import add_common
+from saesteer.cli.flags import add_common, add_thinking
 from saesteer.cli.output import (
     Document,
     amount,
@@ -42,6 +42,7 @@ def add_flags(parser: VerbParser) -> None:
         default="french",
         help="the built-in instruction to find and steer by (default: french)",
     )
+    add_thinking(group)
     group.add_argument("--quick", action="store_true", help="about a third of the work")
     group.add_argument(
         "--trust-remote-code",
@@ -59,7 +60,9 @@ def run(args: Namespace) -> int:
     """Run the stages, and print what each found."""
     out = Path(args.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     claim_output(out, force=args.force)
-    with reporting(args) as progress:
+    from saesteer.steering.checks.words import keeping_thoughts
+
+    with keeping_thoughts(not args.strip_thinking), reporting(args) as progress:
         from saesteer.sae.model.language_model import LanguageModel, load_model
         from saesteer.steering.demonstration.pipeline import FULL, QUICK, Demo
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import (
@@ -18,6 +19,7 @@ from saesteer.cli.output import (
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, one_layer
+from saesteer.sae.config import HarvestConfig, TextConfig
 
 EXAMPLE = "saesteer doctor --model smollm2-135m-instruct --layer 20 --tokens 1000000"
 
@@ -63,9 +65,19 @@ def add_flags(parser: VerbParser) -> None:
 
 def run(args: Namespace) -> int:
     """Run the checks, print the results, and fail when a check fails."""
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {args.batch_size}")
+    # Refuses numbers out of range, before the model is loaded.
+    HarvestConfig(
+        layers=(0,),
+        tokens=args.tokens,
+        text=TextConfig(context=args.context, batch_size=args.batch_size),
+    )
     with reserved(args, model=args.model, sae=args.sae), reporting(args) as report:
         from saesteer.sae import doctor
+        from saesteer.sae.model.hooks import check_site
 
+        check_site(args.site)
         sae = None if args.sae is None else open_sae(args, report)
         lm = open_model(args, report, name=None if sae is None else sae.spec.model_name)
         found = doctor(

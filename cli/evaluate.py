@@ -117,7 +117,10 @@ def run(args: Namespace) -> int:
         reserved(args, plan=args.plan, task=args.task, sae=args.sae, ifeval=args.ifeval),
         reporting(args) as report,
     ):
-        found = _evaluate(args, report)
+        from saesteer.steering.checks.words import keeping_thoughts
+
+        with keeping_thoughts(not args.strip_thinking):
+            found = _evaluate(args, report)
         document = found.document
         for warning in found.warnings:
             report.warn(warning)
@@ -139,12 +142,15 @@ def _check_flags(args: Namespace) -> None:
         raise UsageError("--judge and --judge-model belong together: give both")
     if args.ifeval is None and args.ifeval_only is not None:
         raise UsageError("--ifeval-only needs --ifeval FILE")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
 
 
 def _evaluate(args: Namespace, report: Report) -> "Evaluation":
     from saesteer.checkpoints.sae_file import load_sae
     from saesteer.steering import Decoding, Judge, evaluate_plans, load_ifeval, plans_by_task
     from saesteer.steering.evaluation.compare import CONTROLS, CompareConfig
+    from saesteer.steering.reports.plan_evaluation import check_ifeval
 
     seed = args.seed or 0
     controls = CONTROLS if args.controls is None else args.controls
@@ -161,6 +167,8 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
     judge = None if args.judge is None else Judge(args.judge, args.judge_model)
     rows = None if args.ifeval is None else load_ifeval(args.ifeval)
     groups = plans_by_task(args.plan or (), args.task)
+    if rows is not None:
+        check_ifeval(groups, rows, args.ifeval_only or ())
     sae = None if args.sae is None else load_sae(args.sae)
     plans = [plan for group in groups for plan in group.plans.values()]
     lm = open_model(args, report, name=plans[0].model.name if plans else None)

@@ -49,8 +49,10 @@ def add_common(
     seed_help: str = "seed of sampling and of the order of the data (default: 0)",
     device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
     dtype_help: str = LM_DTYPE_HELP,
+    threads: bool = True,
 ) -> None:
-    """The flags of every verb. The arguments are the help texts that differ between verbs."""
+    """The flags of every verb. The arguments are the help texts that differ between verbs, and
+    whether it computes on a number of `threads` that can be chosen."""
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -65,6 +67,13 @@ def add_common(
     group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
     group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
+    if threads:
+        group.add_argument(
+            "--threads",
+            type=count,
+            metavar="N",
+            help="CPU threads to compute with (default: one for each core)",
+        )
     group.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     group.add_argument("-q", "--quiet", action="store_true", help="show no progress on stderr")
     group.add_argument(
@@ -73,6 +82,13 @@ def add_common(
         action="store_true",
         help="show debug messages, warnings of other libraries, and tracebacks",
     )
+
+
+def add_listing(parser: VerbParser) -> None:
+    """The flags of verbs that list what there is and write nothing."""
+    group = parser.add_argument_group("common")
+    group.add_argument("--json", action="store_true", help="print the list as JSON on stdout")
+    group.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
 
 
 def add_model(
@@ -122,7 +138,8 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
         "--data",
         action=Repeated,
         metavar="CORPUS",
-        help="text file, JSONL with `text` or `messages`, folder, hf:DATASET[:config][:split], or "
+        help="text file, JSONL, Parquet or CSV with `text` or `messages`, folder, "
+        "hf:DATASET[:config][:split], or "
         f"python-docs; repeatable {default(TextConfig, 'data')}",
     )
     if replies:
@@ -139,6 +156,32 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             metavar="SHARE",
             help="share of the contexts that are filled with replies "
             f"{default(TextConfig, 'replies_share')}",
+        )
+        group.add_argument(
+            "--replies-count",
+            type=count,
+            metavar="N",
+            help="at most N replies, drawn from those of all tasks (default: all)",
+        )
+        group.add_argument(
+            "--replies-tokens",
+            type=count,
+            metavar="N",
+            help=f"longest reply {default(TextConfig, 'replies_tokens')}",
+        )
+        group.add_argument(
+            "--replies-temperature",
+            type=number,
+            metavar="T",
+            help="temperature that replies are sampled at; 0 is greedy "
+            f"{default(TextConfig, 'replies_temperature')}",
+        )
+        group.add_argument(
+            "--replies-top-p",
+            type=number,
+            metavar="P",
+            help="sample replies from the most likely tokens of total probability P "
+            f"{default(TextConfig, 'replies_top_p')}",
         )
     group.add_argument(
         "--context",
@@ -195,6 +238,19 @@ def add_answering(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--batch-size", type=count, default=64, metavar="N", help="prompts per batch (default: 64)"
+    )
+    add_thinking(group)
+
+
+def add_thinking(group: argparse._ArgumentGroup) -> None:
+    """`--strip-thinking`, of verbs that grade answers."""
+    group.add_argument(
+        "--strip-thinking",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave the thoughts that a model writes before an answer (<think>...</think>) out of "
+        "grades, repetition, fluency and the judge's prompt; thoughts that never end leave no "
+        "answer (default: on)",
     )
 
 

@@ -14,7 +14,7 @@ from saesteer.cli.flags import (
     given,
     need,
 )
-from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
+from saesteer.cli.inputs import check_reading, open_model, reply_texts, reserved
 from saesteer.cli.output import Document, amount, duration, print_json, print_next, size
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import Report, reporting
@@ -104,7 +104,7 @@ def run(args: Namespace) -> int:
     args.quiet = args.quiet or not first
     folder = reserved(args, locked=False, model=args.model, data=args.data)
     with folder if first else contextlib.nullcontext(), reporting(args) as report:
-        check_data(args)
+        check_reading(args)
         replies = reply_texts(args)
         from saesteer.sae import harvest
 
@@ -152,7 +152,7 @@ def _print_summary(folder: Path, manifest: Document, report: Report) -> None:
 
 def _dry_run(args: Namespace, config: HarvestConfig) -> int:
     with reporting(args) as report:
-        check_data(args)
+        check_reading(args)
         texts = reply_texts(args)
         lm = open_model(args, report)
         from saesteer.sae.runs.harvest_prediction import predict_harvest

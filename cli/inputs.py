@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,11 @@ def open_model(
     from saesteer.sae.model.language_model import load_model
 
     chosen = args.model or name or DEFAULT_MODEL
+    if args.model is None and Path(chosen).is_absolute() and not Path(chosen).exists():
+        raise UserError(
+            f"the model that this was made for was at {chosen}, where nothing is now: give "
+            "--model, the place where it is"
+        )
     report.say(f"loading {chosen}")
     lm = load_model(
         chosen,
@@ -36,6 +42,7 @@ def open_model(
         device_map=getattr(args, "device_map", None),
         quantize=getattr(args, "quantize", None),
         trust_remote_code=args.trust_remote_code,
+        recorded=args.model is None and name is not None,
     )
     kind = str(lm.dtype).removeprefix("torch.")
     report.say(f"loaded {lm.name}: {lm.n_layers} blocks, d_model {lm.d_model}, {kind}, {lm.device}")
@@ -45,22 +52,25 @@ def open_model(
 def open_sae(args: Namespace, report: Report) -> "SAE":
     """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
     from saesteer.checkpoints.sae_file import load_sae
+    from saesteer.sae.model.hooks import check_place
 
     report.say(f"loading {args.sae}")
-    return load_sae(args.sae)
+    sae = load_sae(args.sae)
+    if getattr(args, "plan", None) is None:  # a plan says itself where it steers
+        check_place(sae, args.layer, args.site)
+    return sae
 
 
-def check_data(args: Namespace) -> None:
-    """Refuse a missing `--data` file before the model is loaded."""
-    missing = [
-        spec
-        for spec in args.data or ()
-        if not spec.startswith("hf:") and spec != "python-docs" and not Path(spec).exists()
-    ]
-    if missing:
-        from saesteer.sae.text.corpora import open_corpus
+def check_reading(args: Namespace) -> None:
+    """Refuse a misspelt `--site`, and `--data` without documents, before the model is loaded."""
+    if args.site is not None:
+        from saesteer.sae.model.hooks import check_site
 
-        open_corpus(missing[:1])  # raises the usual error for a missing file
+        check_site(args.site)
+    if args.data:
+        from saesteer.sae.text.corpora import try_corpora
+
+        try_corpora(args.data)
 
 
 def reply_texts(args: Namespace) -> list[str]:
@@ -70,9 +80,16 @@ def reply_texts(args: Namespace) -> list[str]:
     from saesteer.steering.tasks.task import reply_prompts
 
     try:
-        return [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
+        texts = [prompt.text for prompt in reply_prompts(args.replies, seed=args.seed or 0)]
     except UserError as error:
         raise type(error)(f"--replies {','.join(args.replies)}: {error}") from error
+    wanted = args.replies_count
+    if wanted is None or wanted >= len(texts):
+        return texts
+    if wanted < 1:
+        raise UsageError(f"--replies-count must be at least 1, got {wanted}")
+    chosen = random.Random(args.seed or 0).sample(range(len(texts)), wanted)
+    return [texts[i] for i in sorted(chosen)]
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -81,6 +98,11 @@ def read_prompts(args: Namespace) -> list[str]:
     Raises UserError for a file that cannot be read as prompts, UsageError when there are none.
     """
     texts = list(args.prompt or ())
+    if texts:
+        from saesteer.sae.text.prompts import check_prompt
+
+        for text in texts:
+            check_prompt(text)
     if args.prompts is not None:
         texts += prompts_in(args.prompts)
     if not texts:
@@ -91,6 +113,11 @@ def read_prompts(args: Namespace) -> list[str]:
 def prompts_in(name: str, flag: str = "--prompts") -> list[str]:
     """The prompts of a .jsonl or .txt file, or of stdin (-); errors name the flag."""
     what = f"{flag} {name}"
+    if Path(name).suffix.lower() in _NOT_LINES:
+        raise UserError(
+            f'{what} is no .jsonl or .txt file: write one {{"prompt": "..."}} a line, or one '
+            "prompt a line"
+        )
     try:
         if name == "-":
             content = sys.stdin.read()
@@ -123,6 +150,10 @@ def _prompt_of(line: str, where: str) -> str:
 
     check_text(text, where)
     return text
+
+
+_NOT_LINES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".yaml", ".yml")
+"""Ends of names of files whose lines are not prompts."""
 
 
 # --- the folder for the results ------------------------------------------------------------------

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from saesteer.cli.flags import add_common, add_documents, add_sae, add_text, default, given, need
-from saesteer.cli.inputs import check_data, open_model, open_sae, reserved, take_folder
+from saesteer.cli.inputs import check_reading, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import Document, amount, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
     with reserved(args, **read), reporting(args) as report:
         from saesteer.sae import metrics
 
-        check_data(args)
+        check_reading(args)
         sae = open_sae(args, report)
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant, none_of
 from saesteer.cli.values import LISTS
 
 ALIASES = {
@@ -66,7 +66,7 @@ class VerbParser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(words)
         if unknown:
             raise UsageError(self._complaint(unknown))
-        if args.config:
+        if getattr(args, "config", None):  # verbs that only list have no such flag
             for file in args.config:
                 self.set_defaults(**self._config(Path(file).expanduser()))
             args, _ = self.parse_known_args(words)
@@ -83,6 +83,8 @@ class VerbParser(argparse.ArgumentParser):
             raise UsageError(f"{flag} needs a value: {flag} {metavar} ({self._where_to_look()})")
         if reason.startswith("ignored explicit argument"):
             raise UsageError(f"{flag} takes no value ({self._where_to_look()})")
+        if found := re.match(r"invalid choice: '(.*?)' \(", reason, flags=re.DOTALL):
+            raise none_of(flag, map(str, self.flags()[flag].choices or ()), found[1])
         raise UsageError(f"{flag} {reason}")
 
     def _where_to_look(self) -> str:
@@ -98,8 +100,13 @@ class VerbParser(argparse.ArgumentParser):
     def _suggestion(self, flag: str) -> str:
         from difflib import get_close_matches
 
-        close = get_close_matches(flag, self.flags(), n=1)
-        return f": did you mean {close[0]}?" if close else f": {self._where_to_look()}"
+        from saesteer.cli.other_tools import answer
+
+        if known := answer(flag, self.flags()):
+            return f": {known}"
+        names = {option.lstrip("-"): option for option in self.flags()}
+        close = get_close_matches(flag.lstrip("-"), names, n=1)
+        return f": did you mean {names[close[0]]}?" if close else f": {self._where_to_look()}"
 
     def _plain_words(self, argv: Sequence[str]) -> list[str]:
         """Replace aliases by main names, and tie values that start with a minus to their flags."""
@@ -205,7 +212,9 @@ def _typed(action: argparse.Action, raw: object) -> object:
         raise ValueError(f"must be one value, got a {kind}")
     value = action.type(raw) if callable(action.type) else raw
     if action.choices is not None and value not in action.choices:
-        raise ValueError(f"must be one of {', '.join(action.choices)}, got {raw!r}")
+        raise ValueError(
+            f"must be one of {', '.join(action.choices)}, got {raw!r}{meant(raw, action.choices)}"
+        )
     return value
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from argparse import Namespace
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SECONDS_BETWEEN_LINES = 5.0
+_LONGEST_SILENCE = 9.0
 
 # For libraries that are imported later; `quiet_libraries` sets the log levels of the others.
 _QUIET_ENVIRONMENT = {
@@ -124,6 +126,10 @@ class Report:
         """Show a warning, also with `--quiet`."""
         print(f"{paint('warning:', 'bold', self.stream)} {one_line(text)}", file=self.stream)
 
+    def beat(self) -> None:
+        """Show that the work goes on, if nothing has been shown for a while; called now and then
+        from another thread."""
+
     def on_start(self, stage: Stage) -> None:
         """A stage has started."""
 
@@ -139,7 +145,17 @@ class Report:
 
 
 class Lines(Report):
-    """A line when a stage starts, every few seconds, and when it ends."""
+    """A line when a stage starts, every few seconds, and when it ends; and after a while in which
+    nothing moved, what is being waited for."""
+
+    _beating = "still at "
+    _doing = ""
+    """The last line shown."""
+    _since = 0.0
+
+    def __init__(self, stream: Stream, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream, clock)
+        self._shown = clock()
 
     def on_start(self, stage: Stage) -> None:
         from_where = f" from {amount(stage.first)}" if stage.first else ""
@@ -167,6 +183,21 @@ class Lines(Report):
 
     def say(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
+        if not text.startswith(self._beating):
+            self._doing, self._since = text, self.clock()
+        self._shown = self.clock()
+
+    def beat(self) -> None:
+        now, stage = self.clock(), self.stage
+        if now - self._shown < _LONGEST_SILENCE:
+            return
+        if stage is not None:
+            self.say(
+                f"{self._beating}{stage.name}: {amount(stage.done)} of {amount(stage.total)} "
+                f"{stage.unit} for {duration(now - stage.began)}"
+            )
+        elif self._doing:
+            self.say(f"{self._beating}{self._doing}: for {duration(now - self._since)}")
 
 
 class Bars(Report):
@@ -250,7 +281,27 @@ def reporting(args: Namespace) -> Iterator[Report]:
         if not args.verbose:
             stack.enter_context(quiet_libraries())
         stack.enter_context(_our_log(report, args.verbose))
+        stack.enter_context(_heart(report))
         yield report
+
+
+@contextlib.contextmanager
+def _heart(report: Report) -> Iterator[None]:
+    """Let a report show that the work goes on, also within one long step."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(1.0):
+            with contextlib.suppress(ValueError, OSError):  # the stream was closed
+                report.beat()
+
+    thread = threading.Thread(target=beat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ def add_flags(parser: VerbParser) -> None:
         seed_help="not used (default: 0)",
         device_help="not used (default: auto)",
         dtype_help="not used: the SAE is shared as it is (default: auto)",
+        threads=False,
     )
 
 

@@ -5,8 +5,8 @@ from argparse import Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_sae, default, given, need
+from saesteer.checkpoints.errors import UsageError, none_of
+from saesteer.cli.flags import add_common, add_sae, add_thinking, default, given, need
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, write_run
 from saesteer.cli.parser import VerbParser
@@ -173,6 +173,7 @@ def add_flags(parser: VerbParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="send texts through the chat template (default: when there is one)",
     )
+    add_thinking(read)
     plan = parser.add_argument_group("plan")
     plan.add_argument("--top", type=count, metavar="N", help="latents in the plan (default: 15)")
     plan.add_argument(
@@ -218,6 +219,7 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         from saesteer.steering import plan_from_ranking, rank, ranking_document, save_ranking
+        from saesteer.steering.checks.words import keeping_thoughts
 
         config = RankConfig(**given(args, RankConfig, contents="rank_contents"))
         top = _plan_settings(args)
@@ -226,16 +228,17 @@ def run(args: Namespace) -> int:
         _check_explain(args, sae.spec.d_sae)
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)
-        ranking = rank(
-            lm,
-            sae,
-            task,
-            config,
-            layer=args.layer,
-            site=args.site,
-            force=args.force,
-            progress=report,
-        )
+        with keeping_thoughts(not args.strip_thinking):
+            ranking = rank(
+                lm,
+                sae,
+                task,
+                config,
+                layer=args.layer,
+                site=args.site,
+                force=args.force,
+                progress=report,
+            )
         plan = plan_from_ranking(lm, sae, ranking, **top)
         if args.out is None:
             document = ranking_document(lm, sae, ranking, plan, args.explain)
@@ -276,7 +279,7 @@ def _plan_settings(args: Namespace) -> dict[str, Any]:
         ("--unit", args.unit, UNITS),
     ):
         if value is not None and value not in allowed:
-            raise UsageError(f"{flag} must be one of {', '.join(allowed)}, got {value!r}")
+            raise none_of(flag, allowed, value)
     if args.scope is not None:
         parse_scope(args.scope)
     if args.top is not None and args.top < 1:

@@ -44,6 +44,7 @@ def add_flags(parser: VerbParser) -> None:
         seed_help="refused: the recorded seed is used (default: 0)",
         device_help="refused: the recorded device is used (default: auto)",
         dtype_help="refused: the recorded arithmetic is used (default: auto)",
+        threads=False,  # sums depend on it: the recorded number is used
     )
 
 

@@ -1,18 +1,27 @@
 """`saesteer steer`: generate text with a steering plan."""
 
 import argparse
+import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.cli.flags import SITE_HELP, add_common, add_model
-from saesteer.cli.inputs import open_model, open_sae, read_prompts, reserved, take_folder
+from saesteer.cli.inputs import (
+    open_model,
+    open_sae,
+    prompts_in,
+    read_prompts,
+    reserved,
+    take_folder,
+)
 from saesteer.cli.output import Document, print_json
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
 from saesteer.cli.steer_output import print_blocks, print_changes, write_answers
 from saesteer.cli.values import budget, count, latents, number, one_layer
+from saesteer.sae.config import check_sampling
 
 if TYPE_CHECKING:
     from saesteer.checkpoints.sae_file import SAE
@@ -195,9 +204,10 @@ def run(args: Namespace) -> int:
         reserved(args, model=args.model, plan=args.plan, sae=args.sae, prompts=args.prompts),
         reporting(args) as report,
     ):
+        neutral = None if args.dose_on is None else prompts_in(args.dose_on, "--dose-on")
         lm, plan, sae = _open(args, report)
         if plan is not None and args.dose is not None:
-            plan = _dosed(args, lm, plan, report)
+            plan = _dosed(args, lm, plan, neutral, report)
         rows = _generate(args, texts, lm, plan, sae, report)
         if args.beside:
             _add_other_ways(args, texts, lm, plan, rows, report)
@@ -216,7 +226,8 @@ def run(args: Namespace) -> int:
 
 
 def _check_flags(args: Namespace) -> None:
-    """Refuse flags that contradict each other, before anything is loaded."""
+    """Refuse flags that contradict each other or are out of range, before anything is loaded."""
+    check_sampling(args.temperature, args.top_p, args.batch_size, args.max_new_tokens)
     if args.plan is not None and args.latents is not None:
         raise UsageError(
             "--plan and --latents exclude each other: give --plan, or --sae with --latents"
@@ -277,8 +288,9 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
 def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None, SAE | None]":
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
     from saesteer.sae.model.hooks import sae_hook_point
-    from saesteer.steering import plan_from_latents, with_gate
-    from saesteer.steering.plans.from_sae import parse_latents
+    from saesteer.steering import load_plan, plan_from_latents, with_gate
+    from saesteer.steering.hooking.gates import parse_gate
+    from saesteer.steering.plans.from_sae import check_values, parse_latents
 
     changes = {
         name: value
@@ -302,11 +314,18 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
         if args.gate is not None:
             for number in range(len(plan.parts)):
                 plan = with_gate(plan, args.gate, sae, part=number)
+        _check_ways(args, plan)
         return open_model(args, report, name=plan.model.name), plan, sae
     if args.sae is None:
+        _check_ways(args, None)
         return open_model(args, report), None, None
     values = parse_latents(args.latents)
     sae = open_sae(args, report)
+    check_values(sae, values, **changes)
+    for other in args.also or ():
+        load_plan(other)
+    if args.gate is not None:
+        parse_gate(args.gate)
     lm = open_model(args, report, name=sae.spec.model_name)
     sae_hook_point(sae, lm, layer=args.layer, site=args.site, force=args.force)
     plan = plan_from_latents(lm, sae, args.layer, values, site=args.site, **changes)
@@ -315,6 +334,13 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
     for other in args.also or ():
         plan = _joined(args, plan, other, {k: v for k, v in changes.items() if k in _OF_EVERY})
     return lm, plan, sae.to(lm.device)
+
+
+def _check_ways(args: Namespace, plan: "Plan | None") -> None:
+    if args.beside:
+        from saesteer.steering.evaluation.side_by_side import check_ways
+
+        check_ways(args.beside, plan)
 
 
 _OF_EVERY = ("scale", "scope", "schedule")
@@ -352,12 +378,16 @@ def _joined(args: Namespace, plan: "Plan", other: str, changes: dict[str, Any]) 
     return plan.with_changes(parts=(*plan.parts, *theirs.parts))
 
 
-def _dosed(args: Namespace, lm: "LanguageModel", plan: "Plan", report: Report) -> "Plan":
-    """The plan at the scale that `--dose` asks for."""
-    from saesteer.cli.inputs import prompts_in
+def _dosed(
+    args: Namespace,
+    lm: "LanguageModel",
+    plan: "Plan",
+    texts: list[str] | None,
+    report: Report,
+) -> "Plan":
+    """The plan at the scale that `--dose` asks for, measured on `texts` (None: neutral ones)."""
     from saesteer.steering import Budget, dose_plan
 
-    texts = None if args.dose_on is None else prompts_in(args.dose_on, "--dose-on")
     found = dose_plan(lm, plan, Budget(*args.dose), texts=texts, progress=report)
     report.say(
         f"--dose {found.target.kind}={found.target.limit:g}: scale {found.plan.scale:.4g} costs "
@@ -392,7 +422,13 @@ _GIGANTIC = 3.0
 
 
 def _warn_of_gigantic_doses(rows: list[Document], report: Report) -> None:
+    """Say that an edit is longer than any residual. Raises UserError where it has overflowed."""
     largest = max((row["relative_dose"] or 0.0 for row in rows), default=0.0)
+    if not math.isfinite(largest):
+        raise UserError(
+            "the edit is longer than float32 can hold, and what it gives is no answer: give a "
+            "smaller --scale, or smaller values"
+        )
     if largest > _GIGANTIC:
         report.warn(
             f"relative dose {figure(largest, 3)}: the edit is that many times as long as the "

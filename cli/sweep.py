@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.cli.flags import add_answering, add_common, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import Document, print_json, print_next, print_table, write_run
@@ -86,8 +86,10 @@ def run(args: Namespace) -> int:
         reporting(args) as report,
     ):
         from saesteer.steering import save_sweep, sweep_document
+        from saesteer.steering.checks.words import keeping_thoughts
 
-        found, lm = _sweep(args, axes, report)
+        with keeping_thoughts(not args.strip_thinking):
+            found, lm = _sweep(args, axes, report)
         for warning in found.warnings:
             report.warn(warning)
         if args.out is None:
@@ -114,7 +116,7 @@ def _axes(args: Namespace) -> dict[str, tuple[Any, ...]]:
     axes: dict[str, tuple[Any, ...]] = {}
     for name, values in args.grid or ():
         if name not in _AXES:
-            raise UsageError(f"--grid {name} is none of the axes {', '.join(_AXES)}")
+            raise none_of("the axis of --grid", _AXES, name)
         if name in ("layer", "position", "read", "by") and args.plan:
             raise UsageError(f"--grid {name} needs --sae: a plan is ranked already")
         axes[name] = _typed(name, values)
@@ -144,15 +146,31 @@ def _sweep(
     args: Namespace, axes: dict[str, tuple[Any, ...]], report: Report
 ) -> "tuple[Sweep, LanguageModel]":
     from saesteer.steering import Budget, Decoding, Grid, sweep
+    from saesteer.steering.doses.sweep_files import rank_settings
     from saesteer.steering.hooking.scope import parse_scope
 
     for scope in axes.get("scope", ()):
         parse_scope(scope)
+    rank_settings(
+        axes.get("position", ()), axes.get("read", ()), axes.get("by", ()), args.seed or 0
+    )
+    decoding = Decoding(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed or 0,
+        batch_size=args.batch_size,
+    )
     settings = Grid(
         **{name: axes[name] for name in ("k", "beta", "scale", "scope") if name in axes}
     )
     limit = None if args.budget is None else Budget(*args.budget)
     lm, task, plans = _plans(args, axes, max(settings.k), report)
+    most = max(len(plan.latents) for plan in plans.values())
+    if "k" in axes and max(axes["k"]) > most:
+        report.warn(
+            f"--grid k={max(axes['k'])} is more than the {most} latents there are: larger numbers "
+            f"are left out, and {most} is tried where no other is given"
+        )
     found = sweep(
         lm,
         task,
@@ -161,12 +179,7 @@ def _sweep(
         settings,
         rounds=args.rounds,
         budget=limit,
-        decoding=Decoding(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed or 0,
-            batch_size=args.batch_size,
-        ),
+        decoding=decoding,
         progress=report,
     )
     return found, lm

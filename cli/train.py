@@ -14,7 +14,7 @@ from saesteer.cli.flags import (
     given,
     need,
 )
-from saesteer.cli.inputs import check_data, open_model, reply_texts, reserved
+from saesteer.cli.inputs import check_reading, open_model, reply_texts, reserved
 from saesteer.cli.output import Document, amount, duration, print_json, print_next, print_table
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
@@ -33,6 +33,10 @@ _LIVE_ONLY = (
     "data",
     "replies",
     "replies_share",
+    "replies_count",
+    "replies_tokens",
+    "replies_temperature",
+    "replies_top_p",
     "context",
     "bos",
     "batch_size",
@@ -49,7 +53,10 @@ _LIVE_ONLY = (
 
 
 # What run.json says of an SAE besides the settings of its architecture.
-_OF_EVERY_SAE = ("layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256")
+_OF_EVERY_SAE = (
+    "layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256", "fvu_heldout",
+    "l0_heldout",
+)  # fmt: skip
 
 
 # Share of its target by which an L0 has to miss it for a warning.
@@ -117,6 +124,12 @@ def add_flags(parser: VerbParser) -> None:
         type=counts,
         metavar="N,...",
         help=f"seeds of the initialisation {default(TrainConfig, 'init_seed')}",
+    )
+    shape.add_argument(
+        "--init-from",
+        metavar="SAE",
+        help="SAE to start from, in any format that --sae of other verbs takes, with a new "
+        "optimiser (default: random weights)",
     )
     work = parser.add_argument_group("training")
     work.add_argument(
@@ -193,6 +206,14 @@ def add_flags(parser: VerbParser) -> None:
         "most 10M)",
     )
     work.add_argument(
+        "--held-out-share",
+        type=number,
+        metavar="SHARE",
+        help="share of shards that are all needed, and of text that is read more than once, that "
+        "is not trained on but measured at the end; 0 trains on all "
+        f"{default(TrainConfig, 'held_out_share')}",
+    )
+    work.add_argument(
         "--buffer-tokens",
         type=count,
         metavar="N",
@@ -254,7 +275,7 @@ def run(args: Namespace) -> int:
         ),
         reporting(args) as report,
     ):
-        check_data(args)
+        check_reading(args)
         replies = reply_texts(args)
         from saesteer.sae import train
         from saesteer.sae.training.architectures import check_settings
@@ -303,8 +324,8 @@ def _refuse_live_flags(args: Namespace) -> None:
 def _print_summary(args: Namespace, runs: list[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
-    # Of SAEs that infer otherwise than they train: with the threshold in their file.
-    calibrated = any("held_out_l0" in run["final"] for run in runs)
+    # As their files compute, on rows that were not trained on.
+    judged = any("fvu_heldout" in run["sae"] for run in runs)
     for run in runs:
         sae, final = run["sae"], run["final"]
         rows.append(
@@ -315,15 +336,16 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
                 str(sae["init_seed"]),
                 amount(final.get("tokens", 0)),
                 figure(final.get("fvu")),
+                *([figure(sae.get("fvu_heldout"))] if judged else []),
                 figure(final.get("l0")),
-                *([figure(final.get("held_out_l0"))] if calibrated else []),
+                *([figure(sae.get("l0_heldout"))] if judged else []),
                 figure(final.get("dead_fraction")),
                 duration(run["seconds"]),
                 run["folder"],
             ]
         )
-    both = ["L0", "held-out L0"] if calibrated else ["L0"]
-    measured = ["tokens", "FVU", *both, "dead", "time", "folder"]
+    both = ["FVU", "held-out FVU", "L0", "held-out L0"] if judged else ["FVU", "L0"]
+    measured = ["tokens", *both, "dead", "time", "folder"]
     print_table(["layer", "d_sae", *own, "seed", *measured], rows, left="folder")
     model = args.model or runs[0]["model"].get("name") or "MODEL"
     folder = Path(runs[0]["folder"])

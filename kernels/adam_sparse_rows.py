@@ -4,7 +4,8 @@
 rows of ``extra`` for the few latents that have one; then `adam_rows`. On the CPU the gradient never
 becomes a matrix: each row of it lives in the cache from its first term to the step it causes.
 Where the gradient has to be known as a whole (clipping, accumulation, several devices), sum it with
-`sparse_pair_grads` and step with `adam_rows`. Entries may be ragged (`saesteer.kernels.entries`).
+`sparse_pair_grads` and step with `adam_rows`. Entries may be ragged (`saesteer.kernels.entries`),
+and ``pieces`` examples in a row may share a row.
 """
 
 import torch
@@ -34,6 +35,7 @@ def adam_sparse_rows_torch(
     weights: Tensor,
     rows: Tensor,
     order: LatentOrder,
+    pieces: int,
     factor: float,
     schedule: Tensor,
     beta1: float,
@@ -44,7 +46,7 @@ def adam_sparse_rows_torch(
     extra_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch twin: the sum, then the step."""
-    grads, sums, counts = sum_rows(weights, rows, order)
+    grads, sums, counts = sum_rows(weights, rows, order, pieces)
     grads.mul_(factor)
     if extra is not None and extra_ids is not None:
         grads[extra_ids] += extra.to(grads.dtype)
@@ -61,6 +63,7 @@ def adam_sparse_rows_native(
     weights: Tensor,
     rows: Tensor,
     order: LatentOrder,
+    pieces: int,
     factor: float,
     schedule: Tensor,
     beta1: float,
@@ -100,6 +103,7 @@ def adam_sparse_rows_native(
         ragged,
         examples.numpy(),
         k,
+        pieces,
         float32(factor),
         float32(rate),
         float32(1 - beta1),
@@ -128,6 +132,7 @@ def adam_sparse_rows_op(
     order: Tensor,
     starts: Tensor,
     examples: Tensor | None,
+    pieces: int,
     factor: float,
     schedule: Tensor,
     beta1: float,
@@ -147,6 +152,7 @@ def adam_sparse_rows_op(
             weights,
             rows,
             LatentOrder(order, starts, examples),
+            pieces,
             factor,
             schedule,
             beta1,
@@ -168,6 +174,7 @@ def _(
     order: Tensor,
     starts: Tensor,
     examples: Tensor | None,
+    pieces: int,
     factor: float,
     schedule: Tensor,
     beta1: float,

@@ -67,6 +67,7 @@ def adam_sparse_rows(
     ragged,
     examples,
     k,
+    pieces,
     factor,
     rate,
     decay1,
@@ -84,7 +85,8 @@ def adam_sparse_rows(
 ):
     """Latents first..last-1: sum their entries in order, take the step, store sums and counts.
 
-    An entry's example is ``entry // k``, or where entries are ragged ``examples[entry]``.
+    An entry's example is ``entry // k``, or where entries are ragged ``examples[entry]``; of its
+    row there is one for ``pieces`` examples.
     ``extra_at[f]`` is the row of ``extra`` to add to latent f's gradient, or -1.
     """
     grad = np.empty(param.shape[1], np.float32)
@@ -99,7 +101,7 @@ def adam_sparse_rows(
                 hits += 1
                 total += weight
                 example = examples[entry] if ragged else entry // k
-                _add_scaled(grad, rows[example], factor * weight)
+                _add_scaled(grad, rows[example // pieces], factor * weight)
         if extra_at[f] >= 0:
             _add_scaled(grad, extra[extra_at[f]], np.float32(1))
         sums[f] = factor * total

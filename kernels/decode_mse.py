@@ -34,7 +34,7 @@ from saesteer.kernels.entries import (
     to_dense,
 )
 from saesteer.kernels.gather_dot import gather_dot_torch
-from saesteer.kernels.native import even_bounds, parts_of, run_parts, use_native
+from saesteer.kernels.native import even_bounds, parts_of, result_memory, run_parts, use_native
 from saesteer.kernels.sparse_decode import sparse_decode_torch
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -207,7 +207,7 @@ def decode_mse_native(
 
     batch, d_model = target.shape
     squared_error = target.new_empty((batch,))
-    error = target.new_empty((batch, d_model))
+    error = result_memory((batch, d_model))
     act_grads = target.new_empty(latent_indices.shape)
     run_parts(
         decode_mse_rows,

@@ -95,3 +95,46 @@ def from_dense(dense: Tensor, indices: Tensor, row_starts: Tensor | None) -> Ten
     if row_starts is None:
         return dense.gather(1, indices)
     return dense[examples_of(len(indices), row_starts), indices]
+
+
+def filled_entries(
+    values: Tensor, places: Tensor, batch: int, d_sae: int, *, filler: float, even: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged entries out of places in the flattened [batch, d_sae], with fillers for what lacks.
+
+    ``places`` ascend, and are -1 at the end for entries that were not found. Each of those becomes
+    a pair of value ``filler``: with ``even`` as many for every example as far as it has room, else
+    the first pairs of the batch that are not there. Among the latents of its example it is in
+    order. Nothing here has a length that only the device knows.
+
+    Returns:
+        values and latents [entries], row starts [batch + 1].
+    """
+    count, device = len(places), places.device
+    if batch == 0:
+        return values, places, torch.zeros(1, dtype=torch.int64, device=device)
+    slots, bounds = torch.arange(count, device=device), torch.arange(batch + 1, device=device)
+    found = places >= 0
+    examples = torch.where(found, places.div(d_sae, rounding_mode="floor"), batch)
+    starts = torch.searchsorted(examples, bounds)
+    lengths, missing = starts.diff(), count - starts[-1]
+    room = d_sae - lengths
+    share = torch.zeros_like(room)
+    if even:
+        share = torch.minimum((bounds * missing).div(batch, rounding_mode="floor").diff(), room)
+    room = room - share
+    left = missing - share.sum() - (room.cumsum(0) - room)
+    share = share + torch.minimum(left.clamp(min=0), room)
+    new_starts = torch.zeros_like(starts)
+    torch.cumsum(lengths + share, 0, out=new_starts[1:])
+    # An example's fillers are the first latents that are not there. So a latent moves up by as many
+    # of them as are below it, and a filler is the latent that its own slot counts.
+    example = examples.clamp(max=batch - 1)
+    nth, latent = slots - starts[example], places - example * d_sae
+    to = new_starts[example] + nth + torch.minimum(share[example], latent - nth)
+    to = torch.where(found, to, count)
+    indices = torch.cat([slots - new_starts[examples_of(count, new_starts)], slots[:1]])
+    all_values = values.new_full((count + 1,), filler)
+    indices.scatter_(0, to, latent)
+    all_values.scatter_(0, to, values)
+    return all_values[:count].clone(), indices[:count].clone(), new_starts

@@ -13,8 +13,10 @@ is computed by one thread alone and in one order, so results do not depend on ho
 import ctypes
 import functools
 import logging
+import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -202,3 +204,34 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if size <= _MOST_SCRATCH_BYTES:
             _kept.block = block
     return block[:size].view(dtype).view(shape)
+
+
+_LEAST_BLOCK_BYTES = 16 * 2**20
+_MOST_BLOCK_BYTES = 256 * 2**20
+# Of the pass before, which is let go only after the next is made, and of the next.
+_MOST_BLOCKS = 2
+
+
+def result_memory(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised float32 memory for a result: that of an earlier result which nobody has any
+    more, for the reason that `scratch` gives.
+
+    A thread keeps two blocks of 16 to 256 MiB; anything else is allocated at each call.
+
+    Args:
+        shape: of the tensor, which is contiguous and on the CPU.
+    """
+    import numpy as np
+
+    count = math.prod(shape)
+    if not _LEAST_BLOCK_BYTES <= 4 * count <= _MOST_BLOCK_BYTES:
+        return torch.empty(shape)
+    blocks: list[tuple[Any, Any]] = getattr(_kept, "blocks", [])
+    # A tensor made from an array keeps that array alive, and so do all its views.
+    free = [block for block, user in blocks if user() is None and block.size >= count]
+    block = free[0] if free else np.empty(count, np.float32)
+    user = block[:count].reshape(shape)
+    others = [(b, u) for b, u in blocks if b is not block]
+    others.sort(key=lambda kept: kept[1]() is None)  # of those let go, the last go first
+    _kept.blocks = [(block, weakref.ref(user)), *others[: _MOST_BLOCKS - 1]]
+    return torch.from_numpy(user)

@@ -47,3 +47,19 @@ def check_slots(indices: Tensor, row_starts: Tensor | None) -> int:
 def check_like_slots(name: str, values: Tensor, indices: Tensor) -> None:
     """Raise ValueError unless there is one value for each index."""
     check(name, values, tuple(indices.shape), "batch, k" if indices.dim() == 2 else "entries")
+
+
+def check_rows(name: str, rows: Tensor, batch: int, width: int | None = None) -> int:
+    """Raise ValueError unless there is a row for each example, or for so many in a row.
+
+    Returns how many examples share a row: those that are pieces of one.
+    """
+    check_matrix(name, rows, "batch, d_model")
+    pieces = max(1, batch // max(1, len(rows)))
+    if len(rows) * pieces != batch or width not in (None, rows.shape[1]):
+        wanted = [batch, rows.shape[1] if width is None else width]
+        raise ValueError(
+            f"{name} must be [batch, d_model] = {wanted}, or have one row for several examples in "
+            f"a row, got {list(rows.shape)}"
+        )
+    return pieces

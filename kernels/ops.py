@@ -22,10 +22,11 @@ from saesteer.kernels.batchtopk_encode import batchtopk_encode_op
 from saesteer.kernels.decode_mse import decode_mse_op
 from saesteer.kernels.decode_prefixes import decode_prefixes_op
 from saesteer.kernels.derivatives import gather_dot_op, sparse_decode_op, sparse_row_grads_op
-from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_slots
+from saesteer.kernels.operands import check, check_like_slots, check_matrix, check_rows, check_slots
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_op
 from saesteer.kernels.sparse_row_grads import LatentOrder, sort_indices
 from saesteer.kernels.threshold_encode import threshold_encode_op
+from saesteer.kernels.threshold_grads import threshold_grads_op
 from saesteer.kernels.topk_encode import topk_encode_op
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "sparse_decode",
     "sparse_pair_grads",
     "sparse_row_grads",
+    "threshold_grads",
 ]
 
 
@@ -105,23 +107,31 @@ def encode_above(
     W_enc_rows: Float[Tensor, "d_sae d_model"],
     b_enc: Float[Tensor, " d_sae"],
     floors: Float[Tensor, " d_sae"],
+    capacity: int | None = None,
 ) -> tuple[Float[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " starts"]]:
     """The pre-activations above the floor of their latent, as ragged entries.
 
-    Latents are listed by ascending index within an example. NaN is above nothing. The host waits
-    for the device, which alone knows how many they are. Not differentiable.
+    Latents are listed by ascending index within an example and never twice. NaN is above nothing.
+    Without ``capacity`` the host waits for the device, which alone knows how many they are. With
+    it there are always so many entries: those furthest above their floors where more are above
+    (exact; of equal ones the earlier), and fillers where fewer are: latents that are not above,
+    spread over the examples, with the value -inf. No filler means that some may have been left
+    out. Not differentiable.
 
     Returns:
         pre-activations (float32, or float64 for float64 inputs), latent indices (int64), and row
         starts ``[batch + 1]`` (int64).
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or capacity is not in 0..batch * d_sae.
     """
     _check_encoder(x, W_enc_rows, b_enc, 1)
-    check("floors", floors, (W_enc_rows.shape[0],), "d_sae")
+    d_sae = W_enc_rows.shape[0]
+    check("floors", floors, (d_sae,), "d_sae")
+    if capacity is not None and not 0 <= capacity <= len(x) * d_sae:
+        raise ValueError(f"capacity must be in 0..{len(x) * d_sae} (batch * d_sae), got {capacity}")
     with torch.no_grad():
-        values, indices, row_starts = threshold_encode_op(x, W_enc_rows, b_enc, floors)
+        values, indices, row_starts = threshold_encode_op(x, W_enc_rows, b_enc, floors, capacity)
     return values, indices, row_starts
 
 
@@ -274,9 +284,9 @@ def sparse_row_grads(
 
 def sparse_pair_grads(
     weights_a: Float[Tensor, "*slots"],
-    rows_a: Float[Tensor, "batch width_a"],
+    rows_a: Float[Tensor, "rows_a width_a"],
     weights_b: Float[Tensor, "*slots"],
-    rows_b: Float[Tensor, "batch width_b"],
+    rows_b: Float[Tensor, "rows_b width_b"],
     latent_indices: Int[Tensor, "*slots"],
     d_sae: int,
     order: LatentOrder | None = None,
@@ -290,7 +300,9 @@ def sparse_pair_grads(
     """`sparse_row_grads` for two pairs of weights and rows that share their latents.
 
     For an SAE: (latent activations, errors) and (gradients of the pre-activations, inputs). Errors
-    and inputs may differ in width.
+    and inputs may differ in width. There is a row for each example, or one for every so many
+    examples in a row: with ``row_starts`` that cut examples into pieces, the inputs need not be
+    repeated for the pieces.
 
     Returns:
         the sums of a and of b, the sums of the weights b, and the nonzero weights a per latent.
@@ -302,8 +314,7 @@ def sparse_pair_grads(
     batch = check_slots(latent_indices, row_starts)
     for name, weights, rows in (("a", weights_a, rows_a), ("b", weights_b, rows_b)):
         check_like_slots(f"weights_{name}", weights, latent_indices)
-        check_matrix(f"rows_{name}", rows, "batch, d_model")
-        check(f"rows_{name}", rows, (batch, rows.shape[1]), "batch, d_model")
+        check_rows(f"rows_{name}", rows, batch)
     _check_order(order, latent_indices, d_sae)
     grads_a, grads_b, sums_b, counts = sparse_pair_grads_op(
         weights_a, rows_a, weights_b, rows_b, latent_indices, d_sae, row_starts, *(order or ())
@@ -390,6 +401,51 @@ def auxk(
     return loss, W_enc_grads, b_enc_grads, W_dec_grads
 
 
+def threshold_grads(
+    pre_acts: Float[Tensor, "*slots"],
+    latent_indices: Int[Tensor, "*slots"],
+    thresholds: Float[Tensor, " d_sae"],
+    act_grads: Float[Tensor, "*slots"],
+    price: Float[Tensor, "*priced"],
+    bandwidth: float,
+    order: LatentOrder | None = None,
+    row_starts: Int[Tensor, " starts"] | None = None,
+    *,
+    to_input: bool = False,
+) -> tuple[Float[Tensor, "*slots"], Float[Tensor, " d_sae"]]:
+    """Straight-through gradients of JumpReLU, on its active and nearly active pairs alone.
+
+    ``act_grads`` are the derivatives of the loss by the activations, ``price`` those of a penalty
+    by one more active pair: one number (no axes), or one for each slot. A pair within half a
+    ``bandwidth`` of its latent's threshold is in the window that moves the threshold, and with
+    ``to_input`` the pre-activation as well (`saesteer.kernels.threshold_grads` has the formulas).
+    The slots have to hold all pairs above the threshold less half a bandwidth; further ones, and
+    the fillers of `encode_above`, change nothing. Not differentiable: it gives gradients.
+
+    Returns:
+        derivatives by the pre-activations and by the thresholds (float32, or float64 if an operand
+        is), each sum in a fixed order.
+
+    Raises:
+        ValueError: shapes or row_starts are wrong, or bandwidth is not above 0.
+        IndexError: an index is outside 0..d_sae-1 (checked on the CPU only).
+    """
+    check_slots(latent_indices, row_starts)
+    check_like_slots("pre_acts", pre_acts, latent_indices)
+    check_like_slots("act_grads", act_grads, latent_indices)
+    if price.dim():
+        check_like_slots("price", price, latent_indices)
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above 0, got {bandwidth}")
+    _check_order(order, latent_indices, len(thresholds))
+    with torch.no_grad():
+        grads, by_threshold = threshold_grads_op(
+            pre_acts, latent_indices, thresholds, act_grads, price, bandwidth, to_input,
+            row_starts, *(order or ()),
+        )  # fmt: skip
+    return grads, by_threshold
+
+
 def _check_state(
     param: Tensor, moments: tuple[Tensor, Tensor], unit_rows: bool, schedule: Tensor
 ) -> None:
@@ -461,7 +517,7 @@ def adam_sparse_rows_(
     exp_avg_sq: Float[Tensor, "d_sae d_model"],
     weights: Float[Tensor, "*slots"],
     latent_indices: Int[Tensor, "*slots"],
-    rows: Float[Tensor, "batch d_model"],
+    rows: Float[Tensor, "rows d_model"],
     order: LatentOrder,
     *,
     factor: float,
@@ -476,8 +532,8 @@ def adam_sparse_rows_(
 ) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"]]:
     """`sparse_row_grads` times ``factor``, plus ``extra`` at rows ``extra_ids``, then `adam_rows_`.
 
-    ``order`` is `sort_indices(latent_indices, d_sae, row_starts)`; ``extra_ids`` are distinct. On
-    the CPU no gradient of the size of param is made.
+    ``order`` is `sort_indices(latent_indices, d_sae, row_starts)`; ``extra_ids`` are distinct.
+    ``rows`` as in `sparse_pair_grads`. On the CPU no gradient of the size of param is made.
 
     Returns:
         per latent, ``factor`` times the sum of its weights, and how many of them are not 0.
@@ -489,7 +545,7 @@ def adam_sparse_rows_(
     _check_state(param, (exp_avg, exp_avg_sq), unit_rows, schedule)
     batch = check_slots(latent_indices, row_starts)
     check_like_slots("weights", weights, latent_indices)
-    check("rows", rows, (batch, param.shape[1]), "batch, d_model")
+    pieces = check_rows("rows", rows, batch, param.shape[1])
     _check_order(order, latent_indices, param.shape[0])
     if extra is not None and extra_ids is not None:
         check("extra", extra, (len(extra_ids), param.shape[1]), "some, d_model")
@@ -501,6 +557,7 @@ def adam_sparse_rows_(
             weights,
             rows,
             *order,
+            pieces,
             factor,
             schedule,
             beta1,

@@ -72,20 +72,24 @@ def sparse_row_grads_reference(
     return dense.t() @ rows, dense.sum(0), hits.sum(0)
 
 
-def sorted_examples(weights: Tensor, order: LatentOrder) -> Tensor:
-    """Example of each entry in the order of the latents, [entries] int64."""
+def sorted_rows(weights: Tensor, order: LatentOrder, pieces: int = 1) -> Tensor:
+    """Row of each entry in the order of the latents, [entries] int64.
+
+    That is its example, or where ``pieces`` examples in a row are pieces of one, the one.
+    """
     if order.examples is None:
-        return order.order // weights.shape[1]
-    return order.examples[order.order]
+        return order.order // (weights.shape[1] * pieces)
+    examples = order.examples[order.order]
+    return examples if pieces == 1 else examples // pieces
 
 
 def sparse_row_grads_torch(
-    weights: Tensor, rows: Tensor, order: LatentOrder
+    weights: Tensor, rows: Tensor, order: LatentOrder, pieces: int = 1
 ) -> tuple[Tensor, Tensor]:
     """PyTorch twin: row sums [d_sae, d_model] and weight sums [d_sae]."""
     acc = accumulator_dtype(weights, rows)
     sorted_weights = weights.reshape(-1)[order.order].to(acc)
-    examples = sorted_examples(weights, order)
+    examples = sorted_rows(weights, order, pieces)
 
     def add_up(matrix: Tensor) -> Tensor:
         # A bag per latent. Several times faster on a CPU than a CSR product, and as exact.
@@ -231,16 +235,16 @@ class WorkList(NamedTuple):
     latents occur, because the host would have to wait for that."""
 
     examples: Tensor
-    """[entries] int64, in the order of the latents."""
+    """[entries] int64, in the order of the latents: `sorted_rows`."""
     owners: Tensor
     """1 + the latent of every CHUNK-th entry of the order."""
 
 
-def work_list(weights: Tensor, order: LatentOrder) -> WorkList:
+def work_list(weights: Tensor, order: LatentOrder, pieces: int = 1) -> WorkList:
     """The work list of one grouping; ``weights`` gives only the shape of the entries."""
     firsts = torch.arange(0, order.order.numel(), CHUNK, device=order.starts.device)
     owners = torch.searchsorted(order.starts, firsts, right=True)
-    return WorkList(sorted_examples(weights, order), owners)
+    return WorkList(sorted_rows(weights, order, pieces), owners)
 
 
 def sparse_row_grads_triton(
@@ -302,12 +306,16 @@ def sparse_row_grads_triton(
     return result
 
 
-def sum_rows(weights: Tensor, rows: Tensor, order: LatentOrder) -> tuple[Tensor, Tensor, Tensor]:
+def sum_rows(
+    weights: Tensor, rows: Tensor, order: LatentOrder, pieces: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row sums [d_sae, d_model], weight sums [d_sae], nonzero counts [d_sae]."""
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         if use_triton(rows):
-            return sparse_row_grads_triton(weights, rows, order)
-        return (*sparse_row_grads_torch(weights, rows, order), count_nonzero(weights, order))
+            work = work_list(weights, order, pieces)
+            return sparse_row_grads_triton(weights, rows, order, work)
+        sums = sparse_row_grads_torch(weights, rows, order, pieces)
+        return (*sums, count_nonzero(weights, order))
 
 
 def grouped_by(

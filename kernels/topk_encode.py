@@ -8,7 +8,6 @@ Both implementations select exactly the first k of that order and list them by a
 A chosen pre-activation that is not positive becomes an empty slot: value 0, gradient 0.
 """
 
-from functools import cache
 from typing import Any, no_type_check
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from saesteer.kernels.derivatives import sparse_decode_op, sparse_row_grads_op
 from saesteer.kernels.dispatch import TRITON_INSTALLED, accumulator_dtype, use_triton
 from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+from saesteer.kernels.near_products import near_operands, they_pay
 
 CPU_CHUNK_BYTES = 20 * 2**20
 """Bytes of dense pre-activations in a chunk on a CPU: they stay in the last-level cache until they
@@ -31,9 +31,6 @@ MOST_CPU_CHUNK_BYTES = 64 * 2**20
 
 CUDA_CHUNK_BYTES = 256 * 2**20
 """Bytes of dense pre-activations in a chunk on a GPU, most of which small products leave idle."""
-
-LEAST_CERTAIN_ROWS = 128
-"""Smallest batch for which it pays to round both operands and rule out latents in bfloat16."""
 
 GROUP = 16
 """Columns per group of the PyTorch selection: of 8 to 64 the fastest for d_sae 4608 to 16384."""
@@ -64,6 +61,18 @@ def chunk_rows(batch: int, d_sae: int, dtype: torch.dtype, device: torch.device)
         most = max(1, CUDA_CHUNK_BYTES // row_bytes)
     n_chunks = -(-batch // most)
     return -(-batch // n_chunks)
+
+
+def products(x: Tensor, W_enc_rows: Tensor) -> Tensor:
+    """``x @ W_enc_rows.T`` in the accumulator dtype.
+
+    bfloat16 and float16 are multiplied as they are where the result can be float32 (CUDA alone can
+    do that): ranking results in bfloat16 would tie many latents at the threshold.
+    """
+    if x.is_cuda and x.dtype == W_enc_rows.dtype and x.element_size() == 2:
+        return torch.mm(x, W_enc_rows.t(), out_dtype=torch.float32)
+    dtype = accumulator_dtype(x, W_enc_rows)
+    return torch.mm(x.to(dtype), W_enc_rows.to(dtype).t())
 
 
 def _largest(pre_acts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -138,13 +147,6 @@ def topk_encode_torch(
     return acts, indices
 
 
-@cache
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices many times as fast as float32 (AMX)."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(has_tiles()) and torch.backends.mkldnn.is_available()
-
-
 def topk_encode_native(
     x: Tensor, W_enc_rows: Tensor, b_enc: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,7 @@ def topk_encode_native(
     acts = x.new_empty((batch, k))
     indices = x.new_empty((batch, k), dtype=torch.int64)
     x, W_enc_rows, b_enc = x.contiguous(), W_enc_rows.contiguous(), b_enc.contiguous()
-    if fast_bfloat16() and batch >= LEAST_CERTAIN_ROWS and d_sae >= 16 * k and x.shape[1] >= 64:
+    if they_pay(x, d_sae, k):
         undecided = _encode_certain(x, W_enc_rows, b_enc, k, acts, indices)
         if len(undecided):
             acts[undecided], indices[undecided] = _encode_rows(x[undecided], W_enc_rows, b_enc, k)
@@ -197,29 +199,10 @@ def _encode_certain(
 
     Returns the indices of the rows for which this was not possible; they are left unfilled.
     """
-    import numpy as np
+    from saesteer.kernels.topk_encode_cpu import SPAN, select_certain_rows
 
-    from saesteer.kernels.topk_encode_cpu import SPAN, round_rows, select_certain_rows
-
-    def rounded(matrix: Tensor) -> tuple[Tensor, Any, Any]:
-        near = matrix.new_empty(matrix.shape, dtype=torch.bfloat16)
-        norms, errors = matrix.new_empty(len(matrix)).numpy(), matrix.new_empty(len(matrix)).numpy()
-        bounds = even_bounds(len(matrix), parts_of(len(matrix), 64))
-        bits = near.view(torch.uint16).numpy()
-        run_parts(round_rows, bounds, matrix.numpy(), bits, norms, errors)
-        return near, norms, errors
-
-    (batch, d_model), d_sae = x.shape, W_enc_rows.shape[0]
-    W_near, W_norms, W_errors = rounded(W_enc_rows)
-    x_near, x_norms, x_errors = rounded(x)
-    # |<x, w> - <x^, w^>| <= |dx| |w^| + |x| |dw| <= |x| (worst |w^| + |dw|), plus the rounding of
-    # two sums of d_model products in any order. The factors cover the rounding of these lines.
-    x_sizes = (x_norms + x_errors) * 1.001
-    with np.errstate(invalid="ignore"):  # rows that are not finite will be left undecided
-        relative = x_errors / np.maximum(x_sizes, 1e-30)
-    worst = float(np.max(relative, initial=0.0, where=np.isfinite(relative)))
-    summing = 2.2 * (d_model + 8) * 2.0**-24
-    error_scales = ((worst + summing) * W_norms + (1 + summing) * W_errors) * 1.001
+    batch, d_sae = x.shape[0], W_enc_rows.shape[0]
+    near = near_operands(x, W_enc_rows)
     span = max(1, min(SPAN, d_sae // (4 * k)))
     undecided = torch.zeros(batch, dtype=torch.bool)
     rows = chunk_rows(batch, d_sae, torch.bfloat16, x.device)
@@ -227,15 +210,15 @@ def _encode_certain(
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
         product = buffer[: part.stop - first]
-        torch.mm(x_near[part], W_near.t(), out=product)
+        torch.mm(near.x[part], near.W.t(), out=product)
         run_parts(
             select_certain_rows,
             even_bounds(len(product), parts_of(len(product), 8)),
             product.view(torch.uint16).numpy(),
             x[part].numpy(),
-            x_sizes[part],
+            near.x_sizes[part],
             W_enc_rows.numpy(),
-            error_scales,
+            near.error_scales,
             b_enc.numpy(),
             k,
             span,
@@ -438,19 +421,11 @@ def topk_encode_triton(
     indices = x.new_empty((batch, k), dtype=torch.int64)
     if batch == 0:
         return acts, indices
-    half = x.dtype == W_enc_rows.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    keep_half = half and x.is_cuda  # only CUDA multiplies halves into float32
-    if not keep_half:
-        x, W_enc_rows = x.to(dtype), W_enc_rows.to(dtype)
     b_enc = b_enc.to(dtype).contiguous()
     rows = chunk_rows(batch, d_sae, dtype, x.device)
     for first in range(0, batch, rows):
         part = slice(first, min(first + rows, batch))
-        if keep_half:
-            # Ranking bfloat16 results would tie many latents at the threshold.
-            pre_acts = torch.mm(x[part], W_enc_rows.t(), out_dtype=torch.float32)
-        else:
-            pre_acts = torch.mm(x[part], W_enc_rows.t())
+        pre_acts = products(x[part], W_enc_rows)
         select_topk_triton(pre_acts, b_enc, k, acts[part], indices[part])
     return acts, indices
 

@@ -1,15 +1,10 @@
 """TopK selection as compiled CPU loops, and a faster product that stays exact.
 
-On a CPU with matrix units for bfloat16 the product of the rounded operands costs a fraction of the
-float32 product. It cannot rank latents by itself, but it can say which latents have no chance. With
-x = x^ + dx and w = w^ + dw (the hats are bfloat16), and p the rounded product,
-
-    |<x, w> - p| <= |dx| |w^| + |x| |dw| + rounding of the sums and of p        (Cauchy-Schwarz),
-
-all of it known before any other product is taken. Let L be the k-th largest lower bound of a row.
-A latent whose upper bound is below L has k latents above it, so the top k are among the others: a
-few more than k, and only those are multiplied in float32. Rows where that leaves too many latents
-(ties, zero rows) or where something is not finite are handed back and done in float32 throughout.
+`saesteer.kernels.near_products` has the products that bound others. Let L be the k-th largest lower
+bound of a row. A latent whose upper bound is below L has k latents above it, so the top k are among
+the others: a few more than k, and only those are multiplied in float32. Rows where that leaves too
+many latents (ties, zero rows) or where something is not finite are handed back and done in float32
+throughout.
 """
 
 from typing import no_type_check

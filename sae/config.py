@@ -15,6 +15,18 @@ def no_progress(stage: str, done: int, total: int, note: str) -> None:
     """A `Progress` that shows nothing."""
 
 
+def check_sampling(
+    temperature: float, top_p: float, batch_size: int, max_new_tokens: int = 1
+) -> None:
+    """Raise UsageError for settings of generation that are out of range."""
+    _at_least("`max_new_tokens`", max_new_tokens, 1)
+    if temperature < 0:
+        raise UsageError(f"`temperature` must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"`top_p` must be in (0, 1], got {top_p}")
+    _at_least("`batch_size`", batch_size, 1)
+
+
 def _at_least(name: str, value: int | float, least: int | float) -> None:
     if value < least:
         raise UsageError(f"{name} must be at least {least}, got {value}")
@@ -25,13 +37,20 @@ class TextConfig:
     """Which text goes through the language model, and how it is cut."""
 
     data: tuple[str, ...] = ("python-docs",)
-    """Corpora: a text or JSONL file, a folder, `hf:DATASET[:config][:split]`, `python-docs`."""
+    """Corpora: a text file, JSONL, Parquet or CSV with `text` or `messages`, a folder,
+    `hf:DATASET[:config][:split]`, `python-docs`."""
     context: int = 256
     """Tokens per sequence; documents are packed, nothing is padded."""
     batch_size: int = 16
     """Sequences per forward pass of the language model; 0 takes what fits the memory."""
     replies_share: float = 0.5
     """Share of the contexts that hold the model's own replies, when there are any."""
+    replies_tokens: int = 40
+    """Longest of these replies, in tokens."""
+    replies_temperature: float = 0.8
+    """Temperature that they are sampled at; 0 is greedy."""
+    replies_top_p: float = 0.95
+    """Share of the probability that their tokens are drawn from."""
     epochs: int = 1
     """How often the corpus may be read."""
     max_norm_ratio: float = 10.0
@@ -59,6 +78,10 @@ class TextConfig:
             raise UsageError(
                 f"`replies_share` must be between 0 and 1 exclusive, got {self.replies_share}"
             )
+        _at_least("`replies_tokens`", self.replies_tokens, 1)
+        _at_least("`replies_temperature`", self.replies_temperature, 0)
+        if not 0 < self.replies_top_p <= 1:
+            raise UsageError(f"`replies_top_p` must be in (0, 1], got {self.replies_top_p}")
         if self.bos not in ("auto", "always", "never"):
             raise UsageError(f"`bos` must be auto, always or never, got {self.bos!r}")
         if not self.max_norm_ratio > 1:
@@ -123,6 +146,8 @@ class TrainConfig:
     `matryoshka`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
+    init_from: str | None = None
+    """An SAE to start from, as `load_sae` takes it, in place of random weights."""
     tokens: int = 1_000_000
     """Activations to train on."""
     batch_tokens: int = 2048
@@ -158,6 +183,9 @@ class TrainConfig:
     """How many of the newest saved states are kept; the one with the lowest FVU is kept as well."""
     seed: int = 0
     """Seed of the order of the data."""
+    held_out_share: float = 0.05
+    """Share of the rows, of shards or of text that is read more than once, that is not trained on
+    but measured at the end; 0 trains on all. Where there is other text anyway, that is measured."""
     text: TextConfig = TextConfig()
     """Used when training live from a model."""
 
@@ -220,6 +248,8 @@ class TrainConfig:
             )
         _at_least("`checkpoint_every`", self.checkpoint_every, 1)
         _at_least("`keep_states`", self.keep_states, 1)
+        if not 0 <= self.held_out_share <= 0.5:
+            raise UsageError(f"`held_out_share` must be in 0..0.5, got {self.held_out_share}")
 
     @property
     def steps(self) -> int:

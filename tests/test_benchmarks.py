@@ -211,6 +211,22 @@ def test_with_auxk_every_contender_gets_dead_latents(
     assert rows[OURS]["status"] == "ok"
 
 
+def test_a_step_of_each_architecture(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    train_step = load("train_step")
+    train_step.main([*STEP, "--arch", "topk,batchtopk,matryoshka,jumprelu", "--json"])
+    rows = {row["contender"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert [name.split(", ")[1] for name in rows] == ["topk", "batchtopk", "matryoshka", "jumprelu"]
+    topk = rows[f"{OURS}, topk"]
+    for row in rows.values():
+        assert row["over_topk"] == pytest.approx(row["median_ms"] / topk["median_ms"])
+        assert row["cpu_over_topk"] == pytest.approx(row["cpu_ms"] / topk["cpu_ms"])
+    # Thresholds start where k latents an example are above them.
+    assert "L0 4.0 at the start" in rows[f"{OURS}, jumprelu"]["given"]
+    with pytest.raises(SystemExit):
+        train_step.main([*STEP, "--arch", "topk", "--only", OURS])
+    assert "leave one out" in capsys.readouterr().err
+
+
 def test_a_rival_that_is_missing_or_broken_is_listed(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -620,9 +636,10 @@ def test_make_bench_writes_every_table_of_the_page() -> None:
     for name, command in {
         "train_step-cpu": "train_step.py --device cpu $(RESULTS)",
         "train_step_auxk-cpu": "train_step.py --device cpu --auxk $(RESULTS)",
+        "train_step_arch-cpu": "train_step.py --device cpu $(ARCHS) $(RESULTS)",
         "kernels-cpu": "kernels.py --device cpu $(RESULTS)",
     }.items():
         assert command in recipe
         assert between(text, name) is not None
     assert between(text, "gpu")
-    assert text.count("<!-- begin ") == 4
+    assert text.count("<!-- begin ") == 5

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate")
-VERBS += ("convert", "doctor", "push", "reproduce")
+VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 
@@ -25,6 +25,7 @@ def module_names() -> list[str]:
         + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for room in ROOMS
         for path in (ROOT / room).rglob("*.py")
+        if path.parent.name != "toplevel"  # the package saesteer itself, imported with any other
     )
 
 
@@ -59,6 +60,7 @@ print(json.dumps([sum(name in sys.modules for name in names), torch.cuda.is_init
 @pytest.mark.parametrize(
     "name",
     [
+        "saesteer",
         "saesteer.sae",
         "saesteer.sae.config",
         "saesteer.steering",
@@ -72,6 +74,23 @@ def test_light_modules_load_nothing_heavy(name: str) -> None:
     loaded = loaded_after(f"import {name}")
     assert "saesteer" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_the_package_offers_its_main_calls() -> None:
+    """`dir(saesteer)` tells the truth: each name is there, and is the call of its room."""
+    code = """
+import json
+import saesteer
+from importlib.metadata import version
+names = sorted(saesteer._ROOMS)
+print(json.dumps([
+    [name for name in names if name not in dir(saesteer)],
+    [name for name in names if not callable(getattr(saesteer, name))],
+    saesteer.__version__ == version("saesteer"),
+    "saesteer." + saesteer.__doc__.split("saesteer.")[1].split("(")[0],
+]))
+"""
+    assert json.loads(child(code)) == [[], [], True, "saesteer.load_model"]
 
 
 def test_the_ops_load_only_torch() -> None:

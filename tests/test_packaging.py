@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
-SUFFIXES = (".py", ".typed", ".yaml", ".jsonl")
+SUFFIXES = (".py", ".typed", ".yaml", ".jsonl", ".html")
 
 # Runs in a child with the installed wheel first on the path. The packages of this environment stay
 # importable; only its editable install of saesteer, which points at the repository, is taken out.
@@ -34,14 +34,19 @@ for name in json.loads(sys.argv[1]):
 data = importlib.resources.files("saesteer.steering.tasks") / "builtin"
 builtin = sorted(entry.name for entry in data.iterdir())
 
+import saesteer
+wanted = ("load_sae", "train", "rank", "steer", "__version__")
+offers = sorted(name for name in wanted if name in dir(saesteer) and hasattr(saesteer, name))
+
 sys.argv = ["saesteer", "--help"]
 try:
-    runpy.run_module("saesteer.cli", run_name="__main__")
+    runpy.run_module("saesteer", run_name="__main__")
     status = 0
 except SystemExit as stop:
     status = stop.code or 0
 print()
-print(json.dumps({"files": files, "builtin": builtin, "help_status": status}))
+print(json.dumps({"files": files, "builtin": builtin, "help_status": status,
+                  "offers": offers}))
 """
 
 
@@ -96,13 +101,15 @@ def test_wheel_is_pure_python(wheel: Path) -> None:
 
 def test_wheel_holds_only_saesteer(names: set[str], dist_info: str) -> None:
     assert {name.split("/")[0] for name in names} == {"saesteer", dist_info}
-    assert {name.split("/")[1] for name in names if name.startswith("saesteer/")} == set(ROOMS)
+    inside = {name.split("/")[1] for name in names if name.startswith("saesteer/")}
+    assert inside == {*ROOMS, "__init__.py", "__main__.py"}
     assert "saesteer/kernels/__init__.py" not in names
 
 
 def test_wheel_holds_all_of_saesteer(names: set[str], clean_tree: Path) -> None:
     expected = {
-        f"saesteer/{path.relative_to(clean_tree).as_posix()}"
+        # cli/toplevel is the package saesteer itself
+        f"saesteer/{path.relative_to(clean_tree).as_posix()}".replace("/cli/toplevel/", "/")
         for room in ROOMS
         for path in (clean_tree / room).rglob("*")
         if path.suffix in SUFFIXES
@@ -148,6 +155,7 @@ def test_installed_wheel_imports_everywhere(
     for name, file in result["files"].items():
         assert Path(file).is_relative_to(site), f"{name} came from {file}"
     assert set(result["files"]) == set(modules)
+    assert result["offers"] == ["__version__", "load_sae", "rank", "steer", "train"]
     in_tree = {path.name for path in (clean_tree / "steering" / "tasks" / "builtin").iterdir()}
     assert {name for name in result["builtin"] if name != "__pycache__"} == in_tree
     assert result["help_status"] == 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import none_of
 from saesteer.checkpoints.formats.sae_files import SAEFiles
 from saesteer.checkpoints.sparse_autoencoder import SAE
 
@@ -58,6 +58,6 @@ def write(name: str, sae: SAE, folder: Path) -> SAE:
     Raises UsageError for an unknown format and UserError for an SAE that it cannot express.
     """
     if name not in WRITERS:
-        raise UsageError(f"`format` must be one of {', '.join(WRITERS)}, got {name!r}")
+        raise none_of("`format`", WRITERS, name)
     writer: Callable[[str, SAE, Path], SAE] = import_module(f"{__name__}.{WRITERS[name]}").write
     return writer(name, sae, folder)

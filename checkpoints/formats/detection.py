@@ -77,7 +77,7 @@ def detect(path: Path, source: str) -> tuple[str, SAEFiles]:
         raise UserError(f"`sae` {source} holds several SAEs: {names}: give one of the files")
     if problems:
         raise problems[0]
-    raise UserError(f"`sae` {source} {_nothing(path, candidates)}: {SHAPE}")
+    raise UserError(f"`sae` {source} {_nothing(path, candidates)}")
 
 
 def _candidates(folder: Path) -> list[str]:
@@ -172,9 +172,12 @@ def _nothing(folder: Path, candidates: list[str]) -> str:
             below.append(entry.name)
     if below:
         names = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
-        return f"holds no SAE itself, but its folders may ({names}): give one of them"
+        return (
+            f"holds no SAE itself, but its folders may ({names}): give one of them, such as "
+            f"{folder / below[0]}"
+        )
     if candidates:
-        return f"holds {candidates[0]}, whose tensors are not those of an SAE"
+        return f"holds {candidates[0]}, whose tensors are not those of an SAE: {SHAPE}"
     needed = (saelens.CFG, saelens.WEIGHTS)
     missing = [name for name in needed if not (folder / name).exists()]
-    return f"holds no {' and no '.join(missing)}"
+    return f"holds no {' and no '.join(missing)}: {SHAPE}"

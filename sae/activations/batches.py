@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
@@ -37,6 +37,11 @@ class ActivationSource(Protocol):
         """Continue where `state_dict` was taken."""
         ...
 
+    def held_out(self) -> "ActivationSource | None":
+        """A source of rows, each once, that this one has not given and, where rows are held back,
+        never will; None where there are none."""
+        ...
+
     @property
     def excluded(self) -> dict[str, int]:
         """Rows left out so far, by reason."""
@@ -62,6 +67,14 @@ class LiveSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
 
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """See `ActivationStream.has_read`."""
+        return self.stream.has_read(state, identities)
+
+    def held_out(self) -> "LiveSource | None":
+        stream = self.stream.held_out()
+        return None if stream is None else LiveSource(stream)
+
     @property
     def excluded(self) -> dict[str, int]:
         return self.stream.excluded
@@ -71,6 +84,7 @@ class ShardSource:
     """Activations from shards: every epoch in a new order of shards and of rows within each.
 
     Orders are drawn from (seed, epoch, shard), so a position is three numbers: epoch, shard, row.
+    The last `held_back` rows, in the order in which they were harvested, are in no epoch.
     Raises UserError from `next_rows` when every row is a sink, NonFiniteError for NaN or infinity.
     """
 
@@ -80,28 +94,61 @@ class ShardSource:
         places: Sequence[Place],
         max_norm_ratio: float,
         seed: int,
+        held_back: int = 0,
     ) -> None:
+        """`held_back`: fewer than all rows."""
         self.reader = reader
         self.places = list(places)
         self.seed = seed
+        self.held_back = held_back
+        self._only_held_back = self._one_epoch = False
         self.sinks = SinkFilter(max_norm_ratio)
         self.epoch = self.shard = self.row = self.kept = 0
         self._excluded = {"sinks": 0}
 
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows that `next_rows` reads; those that a run does not need are lost to it."""
+        return min(_CHUNK_ROWS, max(self.reader.shard_tokens, default=0))
+
+    def _parts(self) -> list[tuple[int, slice]]:
+        """The rows of each shard that are read; shards without any are left out."""
+        first_held_back = self.reader.tokens - self.held_back
+        parts, before = [], 0
+        for index, tokens in enumerate(self.reader.shard_tokens):
+            cut = min(max(first_held_back - before, 0), tokens)
+            rows = slice(cut, tokens) if self._only_held_back else slice(0, cut)
+            if rows.start < rows.stop:
+                parts.append((index, rows))
+            before += tokens
+        return parts
+
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
-        if self.shard == len(self.reader):
+        parts = self._parts()
+        if self.shard == len(parts):
+            if self._one_epoch:
+                return None
             if self.kept == 0:
                 raise UserError("`activations` holds no rows to train on: every row is a sink")
             self.epoch, self.shard, self.row = self.epoch + 1, 0, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.reader))
-        index = int(order[self.shard])
-        tokens = self.reader.shard_tokens[index]
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(parts))
+        index, rows = parts[order[self.shard]]
+        tokens = rows.stop - rows.start
         mixed = np.random.default_rng([self.seed, self.epoch, index]).permutation(tokens)
-        chosen = torch.from_numpy(mixed[self.row : self.row + _CHUNK_ROWS])
+        chosen = rows.start + torch.from_numpy(mixed[self.row : self.row + _CHUNK_ROWS])
         if self.row == 0:
-            following = order[self.shard + 1 : self.shard + 2].tolist()
-            for later in following:
-                self.reader.read_ahead(later, self.places)
+            for later in order[self.shard + 1 : self.shard + 2].tolist():
+                self.reader.read_ahead(parts[later][0], self.places)
+        kept = self._kept_rows(index, chosen)
+        self.row += len(chosen)
+        if self.row >= tokens:
+            self.shard, self.row = self.shard + 1, 0
+        self._excluded["sinks"] += len(chosen) - len(kept)
+        self.kept += len(kept)
+        return kept
+
+    def _kept_rows(self, index: int, chosen: Int[Tensor, " some"]) -> Float[Tensor, "rows width"]:
+        """Rows of a shard, side by side, without the sinks among them."""
         rows = {place: self.reader.shard(index, *place)[0][chosen] for place in self.places}
         try:
             keep = self.sinks.keep(rows)
@@ -111,15 +158,23 @@ class ShardSource:
                 f"`activations` {self.reader.folder} holds NaN or infinity in shard {index} of "
                 f"layer {layer} {site}: harvest again"
             ) from None
-        self.row += len(chosen)
-        if self.row >= tokens:
-            self.shard, self.row = self.shard + 1, 0
-        self._excluded["sinks"] += int((~keep).sum())
-        self.kept += int(keep.sum())
         return torch.cat([values[keep] for values in rows.values()], dim=1)
+
+    def held_out(self) -> "ActivationSource | None":
+        """The rows that are held back, or those that are left of the first epoch."""
+        if self.epoch and not self.held_back:
+            return None
+        other = ShardSource(self.reader, self.places, self.sinks.max_norm_ratio, self.seed)
+        other.load_state_dict(self.state_dict())
+        other._one_epoch = True
+        if self.held_back:
+            other._only_held_back = True
+            other.epoch = other.shard = other.row = 0
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **({"held_back": self.held_back} if self.held_back else {}),
             "epoch": self.epoch,
             "shard": self.shard,
             "row": self.row,
@@ -129,6 +184,8 @@ class ShardSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # States of earlier versions held nothing back, and go on like that.
+        self.held_back = state.get("held_back", 0)
         self.epoch, self.shard, self.row = state["epoch"], state["shard"], state["row"]
         self.kept = state["kept"]
         self.sinks.load_state_dict(state["sinks"])

@@ -173,6 +173,19 @@ class ActivationStream:
                 f"batch {self.batches}: try `dtype` float32, or look at the text there"
             ) from None
 
+    def held_out(self) -> "ActivationStream | None":
+        """A stream of the activations of text that this one has not read; None where there is none.
+
+        Sinks are judged by the medians so far.
+        """
+        contexts = self.contexts.held_out()
+        if contexts is None:
+            return None
+        config = replace(self.config, compile=False)  # not worth compiling for
+        stream = ActivationStream(self.lm, self.points, contexts, config, self.processes)
+        stream.sinks.load_state_dict(self.sinks.state_dict())
+        return stream
+
     @property
     def prepend_bos(self) -> bool:
         """Whether every context starts with the beginning-of-text token."""
@@ -181,6 +194,14 @@ class ActivationStream:
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
         return self.contexts.identity()
+
+    def has_read(self, state: dict[str, Any], identities: Any) -> bool:
+        """Whether the text that had been read when `state_dict` was taken, of corpora that then had
+        these identities, is the same now. What comes after it may have been mended since."""
+        contexts = state.get("contexts")
+        if not isinstance(contexts, dict) or not isinstance(identities, list):
+            return False
+        return self.contexts.has_read(contexts, identities)
 
     def compile(self) -> None:
         """Run one pass over made-up tokens, which compiles the blocks where that is asked.
@@ -237,6 +258,7 @@ def open_activations(
     replies_folder: Path,
     progress: Progress = no_progress,
     processes: Processes = ALONE,
+    held_back: float = 0.0,
 ) -> ActivationStream:
     """The stream of activations of a `TextConfig`, with the model's replies sampled first.
 
@@ -244,6 +266,7 @@ def open_activations(
         points: hook points to read, each block once.
         replies: prompts that the model answers; prompts and replies join the corpus.
         replies_folder: where the replies are stored.
+        held_back: share of the documents of repeated text that is left for `held_out`.
 
     Raises:
         UsageError: a block is named twice.
@@ -254,7 +277,12 @@ def open_activations(
         raise UsageError(f"`layer` names a block twice: {named}")
     replies_file = None
     if replies:
-        settings = ReplyConfig(seed=config.seed)
+        settings = ReplyConfig(
+            max_new_tokens=config.replies_tokens,
+            temperature=config.replies_temperature,
+            top_p=config.replies_top_p,
+            seed=config.seed,
+        )
         if processes.rank:
             processes.wait_for_first()  # the first samples them; the others read its file
         replies_file = sample_replies(lm, replies, replies_folder, settings, progress)
@@ -262,7 +290,7 @@ def open_activations(
             processes.wait_for_first()
     if config.isolate_documents:
         prove_isolation(lm)
-    contexts = open_contexts(lm, config, replies_file, processes)
+    contexts = open_contexts(lm, config, replies_file, processes, held_back)
     stream = ActivationStream(lm, points, contexts, config, processes)
     if config.compile:
         progress("compile", 0, 1, "model")

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.model.language_model import LanguageModel, text_config
+from saesteer.sae.config import check_sampling
+from saesteer.sae.model.kept_replies import kept_replies
+from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.nucleus import Nucleus
 from saesteer.sae.text.prompts import EncodedPrompt, pad_left
 
 
@@ -47,19 +50,14 @@ def generate(
 
     Raises:
         UsageError: a sampling parameter out of range.
+
+    Inside `keep_replies` a batch that was answered before is not run again.
     """
     from saesteer.checkpoints.model_files import quiet
 
-    if max_new_tokens < 1:
-        raise UsageError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise UsageError(f"`temperature` must be 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"`top_p` must be in (0, 1], got {top_p}")
-    if batch_size < 1:
-        raise UsageError(f"`batch_size` must be at least 1, got {batch_size}")
+    check_sampling(temperature, top_p, batch_size, max_new_tokens)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    positions = position_limit(lm)
+    positions = lm.positions
     if positions is not None and longest + max_new_tokens > positions:
         raise UsageError(
             f"`max_new_tokens` {max_new_tokens} after a prompt of {longest} tokens is more than "
@@ -69,9 +67,12 @@ def generate(
     completions: list[Completion | None] = [None] * len(prompts)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        # top_k 0 switches off the library's hidden default of 50.
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        # top_k 0 switches off the library's hidden default of 50; both others happen in `Nucleus`.
+        sampling = dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
+        sampling["logits_processor"] = [Nucleus(temperature, top_p)]
     devices = [lm.device] if lm.device.type == "cuda" else []
+    limits = {"new": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    kept = kept_replies(lm, limits)
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         if finished is not None and all(i in finished for i in rows):
@@ -83,16 +84,22 @@ def generate(
         ids, mask = pad_left(lm, [prompts[i].token_ids for i in rows])
         if before_batch is not None:
             before_batch(rows)
-        with torch.inference_mode(), torch.random.fork_rng(devices), quiet():
-            torch.manual_seed(seed + first)
-            output = lm.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=lm.pad_id,
-                **sampling,
-            )
-        batch = [_finish(lm, row) for row in output[:, ids.shape[1] :].tolist()]
+        asked = [prompts[i].token_ids for i in rows]
+        new = None if kept is None else kept.get(asked, seed + first)
+        if new is None:
+            with torch.inference_mode(), torch.random.fork_rng(devices), quiet():
+                torch.manual_seed(seed + first)
+                output = lm.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=lm.pad_id,
+                    **sampling,
+                )
+            new = output[:, ids.shape[1] :].tolist()
+            if kept is not None:
+                kept.put(asked, seed + first, new)
+        batch = [_finish(lm, row) for row in new]
         for i, completion in zip(rows, batch, strict=True):
             completions[i] = completion
         if after_batch is not None:
@@ -100,13 +107,6 @@ def generate(
         if progress is not None:
             progress(sum(len(completion.token_ids) for completion in batch))
     return [c for c in completions if c is not None]
-
-
-def position_limit(lm: LanguageModel) -> int | None:
-    """Most tokens a sequence may have, or None when the model's configuration does not say."""
-    config = text_config(lm.model)
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def stop_ids(lm: LanguageModel) -> set[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
@@ -85,6 +85,7 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     if module is None:
         raise UsageError(
             f"`site` must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
+            f"{meant(site, SITES)}"
         )
     inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
     if inside and int(inside[1]) != layer:
@@ -112,6 +113,52 @@ def _module_at(lm: LanguageModel, path: str) -> tuple[str, nn.Module | None, str
         with contextlib.suppress(AttributeError):
             return wanted, lm.model.get_submodule(wanted), side
     return path, None, side
+
+
+_HOOK_NAME = re.compile(rf"(?:blocks\.(\d+)\.)?hook_({'|'.join(SITES)})")  # of TransformerLens
+
+
+def check_site(site: str | None) -> None:
+    """Refuse a misspelt site, before there is a model to look for a module of that name in.
+
+    Raises UsageError.
+    """
+    found = _HOOK_NAME.fullmatch(site or "")
+    if found:
+        block = "" if found[1] is None else f" and `layer` {found[1]}"
+        raise UsageError(f"`site` {site} is called {found[2]} here: give that{block}")
+    if site is not None and site not in SITES and (near := meant(site, SITES)):
+        raise UsageError(
+            f"`site` must be one of {', '.join(SITES)} or a module path, got {site!r}{near}"
+        )
+
+
+def check_place(sae: SAE, layer: int | None, site: str | None) -> None:
+    """What `sae_hook_point` refuses, as far as the SAE alone tells: a place that cannot be hooked,
+    or another layer or site than its own. Raises UserError, or UsageError for what was asked."""
+    spec, name = sae.spec, sae.source or "(in memory)"
+    check_site(site)
+    if layer is None and spec.layer is None:
+        raise UsageError(f"`sae` {name} names no layer: give `layer`")
+    if layer is not None and layer >= 0 and spec.layer not in (None, layer):
+        raise _other_layer(sae, layer)
+    if spec.is_transcoder or spec.reshape_activations != "none":
+        what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
+        raise UserError(
+            f"`sae` {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
+            "write one place of width d_model can be hooked: use it from Python (load_sae)"
+        )
+    if spec.hook_name and spec.site is None and site is None:
+        raise UsageError(
+            f"`sae` {name} reads {spec.hook_name}, which is none of our sites: give `site`"
+        )
+
+
+def _other_layer(sae: SAE, layer: int | None) -> UsageError:
+    return UsageError(
+        f"`layer` {layer} conflicts with `sae` {sae.source or '(in memory)'}, which reads layer "
+        f"{sae.spec.layer}: leave `layer` out"
+    )
 
 
 def last_block(lm: LanguageModel, points: Sequence[HookPoint]) -> int | None:
@@ -156,27 +203,14 @@ def sae_hook_point(
             f"`model` {lm.name} has weights {lm.fingerprint}: use that model, or `force`"
         )
     chosen = spec.layer if layer is None else layer_index(lm, layer)
-    if chosen is None:
-        raise UsageError(f"`sae` {name} names no layer: give `layer`")
     if spec.layer is not None and chosen != spec.layer:
-        raise UsageError(
-            f"`layer` {layer} conflicts with `sae` {name}, which reads layer {spec.layer}: "
-            "leave `layer` out"
-        )
+        raise _other_layer(sae, layer)
+    check_place(sae, layer, site)
+    assert chosen is not None  # or check_place had raised
     if chosen >= lm.n_layers:
         raise UserError(
             f"`sae` {name} reads layer {chosen}, `model` {lm.name} has {lm.n_layers} blocks: "
             "use the model it was trained on"
-        )
-    if spec.is_transcoder or spec.reshape_activations != "none":
-        what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
-        raise UserError(
-            f"`sae` {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
-            "write one place of width d_model can be hooked: use it from Python (load_sae)"
-        )
-    if spec.hook_name and spec.site is None and site is None:
-        raise UsageError(
-            f"`sae` {name} reads {spec.hook_name}, which is none of our sites: give `site`"
         )
     wanted = None if site is None else site.replace("{layer}", str(chosen))
     if wanted is None or spec.site is None or wanted == spec.site:

@@ -69,6 +69,12 @@ class LanguageModel:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
+    def positions(self) -> int | None:
+        """Most tokens a sequence may have, or None when the configuration does not say."""
+        limit = getattr(text_config(self.model), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
     def pad_id(self) -> int:
         """A token id to fill padding with; the attention mask hides it, so any will do that the
         embedding has a row for."""
@@ -81,16 +87,10 @@ class LanguageModel:
     @cached_property
     def special_ids(self) -> torch.Tensor:
         """Ids of tokens that are not text: excluded from training and from steering scopes."""
-        ids = set(self.tokenizer.all_special_ids)
-        ids.update(getattr(self.tokenizer, "added_tokens_decoder", {}) or {})
-        specials = [i for i in ids if self._is_special(i)]
-        return torch.tensor(sorted(specials), dtype=torch.int64)
-
-    def _is_special(self, token_id: int) -> bool:
-        if token_id in self.tokenizer.all_special_ids:
-            return True
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token_id)
-        return bool(added is not None and added.special)
+        # Both are made anew at every access, which for Gemma's 6,000 added tokens adds up.
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        ids = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return torch.tensor(sorted(ids), dtype=torch.int64)
 
     @cached_property
     def text_model(self) -> nn.Module:
@@ -291,6 +291,7 @@ def load_model(
     device_map: str | None = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
+    recorded: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
@@ -306,16 +307,19 @@ def load_model(
             quantised weights.
         trust_remote_code: run Python files that lie beside the weights. Otherwise none is ever run,
             and a model that needs its own is refused.
+        recorded: the name is what a plan or an SAE says, see `resolve_model`; what uses it compares
+            the fingerprint.
 
     Raises:
         UserError: nothing loadable under that name; the message says what to do.
     """
     from saesteer.checkpoints.model_files import hub_call, quiet, resolve_model
+    from saesteer.checkpoints.model_kinds import check_vocabulary
 
     target = pick_device(device)
     chosen_dtype = pick_dtype(dtype, target)
     placed = _placement(device_map, quantize, target, chosen_dtype)
-    resolved = resolve_model(name, progress)
+    resolved = resolve_model(name, progress, recorded=recorded)
     offline = resolved.local_files_only
 
     def read() -> tuple[Any, Any]:
@@ -326,8 +330,7 @@ def load_model(
         first = "auto" if chosen_dtype == torch.float16 else chosen_dtype
         path = resolved.path_or_repo
         with _no_foreign_code(name):
-            if not trust_remote_code:
-                _refuse_hub_kernels(path, offline, name)
+            _check_config(path, offline, name, trust_remote_code)
             model = _from_pretrained(path, first, offline, placed, trust_remote_code)
             return model, AutoTokenizer.from_pretrained(
                 path, local_files_only=offline, trust_remote_code=trust_remote_code
@@ -348,6 +351,7 @@ def load_model(
         todo = "check the name, or give a folder with config.json or a .gguf file"
         model, tokenizer = hub_call(read, f"`model` {name}", todo)
     lm = wrap_model(model, tokenizer, resolved.name, blocks_path)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     for parameter in model.parameters():
         if parameter.is_floating_point() and chosen_dtype == torch.float16:
             parameter.data = parameter.data.to(chosen_dtype)
@@ -370,10 +374,21 @@ def _no_foreign_code(name: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_hub_kernels(path: str, offline: bool, name: str) -> None:
-    """Refuse a config that has its attention or experts computed by a repository of the Hub, which
-    the library would fetch and run. Reads the config alone."""
+def _check_config(path: str, offline: bool, name: str, trust_remote_code: bool) -> None:
+    """Refuse, by its config alone, what is no causal language model or would run foreign code."""
     from transformers import PretrainedConfig
+
+    from saesteer.checkpoints.model_kinds import check_config
+
+    config, _ = PretrainedConfig.get_config_dict(path, local_files_only=offline)
+    check_config(config, name)
+    if not trust_remote_code:
+        _refuse_hub_kernels(config, name)
+
+
+def _refuse_hub_kernels(config: dict[str, Any], name: str) -> None:
+    """Refuse a config that has its attention or experts computed by a repository of the Hub, which
+    the library would fetch and run."""
 
     def foreign(value: Any) -> str | None:
         if isinstance(value, dict):
@@ -386,7 +401,6 @@ def _refuse_hub_kernels(path: str, offline: bool, name: str) -> None:
                     return found
         return None
 
-    config, _ = PretrainedConfig.get_config_dict(path, local_files_only=offline)
     if found := foreign(config):
         raise UserError(
             f"`model` {name} has its attention computed by code of {found}, which is not fetched: "

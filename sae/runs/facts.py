@@ -1,6 +1,6 @@
 """Facts that identify a run, its model and its text, so that a later run can be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ def check_same_run(
     now: Mapping[str, Any],
     folder: Path,
     usual: Mapping[str, Any] | None = None,
+    read_the_same: Callable[[], bool] = lambda: False,
 ) -> None:
     """Refuse to resume a run whose settings, text or model differ from the ones before.
 
     Compares `config` key by key, then `layers`, `dtype`, `data` and the model's weights and dtype,
     as far as `now` has them. A setting that `before` lacks is from after it was made, and was what
-    `usual` says. Raises UserError naming the first setting that differs.
+    `usual` says. Where the text differs, `read_the_same` says whether the part that was read does
+    not. Raises UserError naming the first setting that differs.
     """
     old, new = dict(before.get("config") or {}), plain(now.get("config") or {})
     if old:
@@ -42,10 +44,11 @@ def check_same_run(
                 f"`resume`: {folder} was made with a `model` of {key} {first.get(key)}, now it is "
                 f"{second.get(key)}: give the model of the first run, or another `out`"
             )
-    if not _same(before.get("data"), plain(now["data"])):
+    if not _same(before.get("data"), plain(now["data"])) and not read_the_same():
         raise UserError(
-            f"`resume`: {folder} was made from other text or replies than those there now: restore "
-            "them, or give another `out`"
+            f"`resume`: {folder} was made from other text or replies than those there now, in what "
+            "was read before it stopped: restore them (rows that come later may be mended in their "
+            "places), or give another `out`"
         )
 
 

@@ -1,8 +1,11 @@
 """From corpora to packed contexts of token ids, in a seeded and resumable order."""
 
+import functools
+import hashlib
 import itertools
+import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 from saesteer.sae.config import TextConfig
-from saesteer.sae.model.generation import position_limit
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.processes import ALONE, Processes
-from saesteer.sae.text.corpora import Corpus, Document, FileCorpus, open_corpus
+from saesteer.sae.text.corpora import Corpus, FileCorpus, open_corpus
+from saesteer.sae.text.prompts import check_places
+from saesteer.sae.text.rows import Document
 
 # Tokenized in one call: fewer would leave cores idle, more would only need memory.
 _DOCUMENTS_AT_ONCE = 32
@@ -49,6 +53,10 @@ class _Piece:
     left: int
     skipped_rows: int
     """Rows without text before it."""
+    read_before: str
+    """`ContextStream.read` before it."""
+    text: str
+    """The hash of its text."""
 
     @property
     def owner(self) -> int:
@@ -65,6 +73,9 @@ class ContextStream:
     templates write it, gets no second one. Special tokens are marked not to keep,
     and without `keep_template` also what the chat template adds to the messages of a chat. What is
     left at the end of the last epoch and fills no context is dropped.
+
+    With `held_back` above 0 that share of the documents, chosen by their text, is passed over in
+    every epoch (all of them are read where nothing else is left): `held_out` reads those.
     """
 
     def __init__(
@@ -78,7 +89,13 @@ class ContextStream:
         *,
         bos: str = "auto",
         isolated: bool = False,
+        held_back: float = 0.0,
     ) -> None:
+        self._again = functools.partial(
+            ContextStream, corpus, lm, context, seed, 1, keep_template, bos=bos, isolated=isolated
+        )
+        self.held_back = held_back
+        self._only_held_back = False
         self.corpus = corpus
         self.lm = lm
         self.context = context
@@ -88,10 +105,17 @@ class ContextStream:
         self.consumed = 0
         self.emitted = 0
         self._skip = 0
+        self._part = ""
         self.skipped_rows = 0
         """Rows without text (null) that were passed over."""
         self._keep_template = keep_template
-        self._tokenized: deque[tuple[list[int], list[bool]] | Exception] = deque()
+        self.read: str | None = ""
+        """A hash over the texts of the epoch up to the present document; None where it is not
+        known."""
+        self._tokenized: deque[tuple[list[int], list[bool]] | Exception | None] = deque()
+        """None stands for a document that is passed over."""
+        self._hashes: deque[str] = deque()
+        """Of the texts of those documents."""
         self._tokens: list[int] = []
         self._in_template: list[bool] = []
         self._pieces: deque[_Piece] = deque()
@@ -109,6 +133,20 @@ class ContextStream:
     def identity(self) -> list[dict[str, Any]]:
         """What text was read."""
         return [self.corpus.identity()]
+
+    def held_out(self) -> "ContextStream | None":
+        """A stream of text that this one has not read: the documents held back, or the rest of the
+        first epoch. None where all text was read."""
+        position = self.state_dict()
+        if self.held_back:
+            stream = self._again(held_back=self.held_back)
+            stream._only_held_back = True
+        elif position["epoch"] == 0:
+            stream = self._again()
+            stream.load_state_dict(position)
+        else:
+            return None
+        return stream
 
     def next_batch(self, rows: int) -> ContextBatch | None:
         """The next contexts, at most `rows`; None at the end of the last epoch.
@@ -131,7 +169,7 @@ class ContextStream:
             template.append([False] * len(prefix) + self._in_template[:body])
             del self._tokens[:body], self._in_template[:body]
         if not ids:
-            if self.emitted == 0:
+            if self.emitted == 0 and not self._only_held_back:
                 raise UserError(
                     f"`data` {self.corpus.name} holds fewer tokens than one context of "
                     f"{self.context}: give more text or a smaller `context`"
@@ -170,14 +208,26 @@ class ContextStream:
             if self._tokenized:
                 tokenized = self._tokenized.popleft()
                 if isinstance(tokenized, Exception):
+                    self._hashes.clear()  # those of documents that it kept from being tokenized
                     raise tokenized
+                before, text = self.read, self._hashes.popleft()
+                self.read = _chained(before, text)
+                if tokenized is None:
+                    self.consumed += 1
+                    return True
                 tokens, template = tokenized
                 skip, self._skip = self._skip, 0
                 if len(tokens) > skip:
                     self._tokens += tokens[skip:]
                     self._in_template += template[skip:]
                     piece = _Piece(
-                        self.epoch, self.consumed, skip, len(tokens) - skip, self.skipped_rows
+                        self.epoch,
+                        self.consumed,
+                        skip,
+                        len(tokens) - skip,
+                        self.skipped_rows,
+                        before or "",
+                        text,
                     )
                     self._pieces.append(piece)
                 elif not tokens and not skip:
@@ -186,7 +236,11 @@ class ContextStream:
                 return True
             if self.consumed == 0:
                 return False
+            if self.held_back and not self._only_held_back and not self.emitted + len(self._tokens):
+                self.held_back = 0.0  # the few documents there are would all be held back
+                self.epoch -= 1
             self._documents, self.consumed, self.epoch = None, 0, self.epoch + 1
+            self.read = ""
         return False
 
     def _tokenize_some(self, documents: Iterator[Document]) -> None:
@@ -200,6 +254,11 @@ class ContextStream:
         characters = 0
         try:
             for document in itertools.islice(documents, _DOCUMENTS_AT_ONCE):
+                self._hashes.append(_hash_of(document))
+                if self._passes_over(document):
+                    texts.append("")
+                    spans.append(_PASSED_OVER)
+                    continue
                 text, content = self._as_text(document)
                 texts.append(text)
                 spans.append(content)
@@ -225,9 +284,15 @@ class ContextStream:
         if failure is not None:
             self._tokenized.append(failure)
 
+    def _passes_over(self, document: Document) -> bool:
+        """Whether a document is none of this stream's."""
+        if not self.held_back or not document:
+            return False
+        return is_held_back(document, self.held_back) != self._only_held_back
+
     def _tokenize(
         self, texts: list[str], spans: list[list[tuple[int, int]] | None]
-    ) -> list[tuple[list[int], list[bool]]]:
+    ) -> list[tuple[list[int], list[bool]] | None]:
         """Token ids of each text and its separator, and which come from its chat template."""
         if not texts:
             return []
@@ -236,12 +301,12 @@ class ContextStream:
         empty = [content == [] for content in spans]
         encoded = self.lm.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=asked)
         offsets = encoded["offset_mapping"] if asked else [()] * len(texts)
-        tokenized: list[tuple[list[int], list[bool]]] = []
+        tokenized: list[tuple[list[int], list[bool]] | None] = []
         for ids, places, content, nothing in zip(
             encoded["input_ids"], offsets, spans, empty, strict=True
         ):
-            if nothing:
-                tokenized.append(([], []))
+            if content is _PASSED_OVER or nothing:
+                tokenized.append(None if content is _PASSED_OVER else ([], []))
                 continue
             # A token that holds a character of a message belongs to the message.
             template = [False] * len(ids) if content is None else [
@@ -283,6 +348,7 @@ class ContextStream:
         The template is rendered a second time with a mark in place of each message: searching for a
         message itself could find it in the template ("user", "assistant").
         """
+        check_places(self.lm)
         marks = [f"\u2042{i}\u2042" for i in range(len(messages))]
         marked = self._render(
             [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
@@ -309,26 +375,71 @@ class ContextStream:
     def state_dict(self) -> dict[str, Any]:
         """The position: the first document that is not used up, and how much of it is used."""
         epoch, document, used = self.epoch, self.consumed, self._skip
-        skipped_rows = self.skipped_rows
+        skipped_rows, read = self.skipped_rows, self.read
+        part = self._part if used else ""
         if self._pieces:
             first = self._pieces[0]
             epoch, document, used = first.epoch, first.document, first.used
             skipped_rows = first.skipped_rows
+            read = None if self.read is None else first.read_before
+            part = first.text if used else ""
+        known = {} if read is None else {"read": read, "part": part}
         return {
+            **known,
             "epoch": epoch,
             "document": document,
             "used": used,
             "emitted": self.emitted,
             "skipped_rows": skipped_rows,
+            **({"held_back": self.held_back} if self.held_back else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken, with the same documents held back."""
+        self.held_back = state.get("held_back", 0.0)
         self.epoch, self.consumed = state["epoch"], state["document"]
         self._skip, self.emitted = state["used"], state["emitted"]
         self.skipped_rows = state.get("skipped_rows", 0)
+        self.read, self._part = state.get("read"), state.get("part", "")
         self._tokens, self._in_template = [], []
         self._tokenized, self._pieces, self._documents = deque(), deque(), None
+        self._hashes = deque()
+
+    def has_read(self, state: dict[str, Any], identities: Sequence[Any]) -> bool:
+        """Whether what was read when `state_dict` was taken, of a corpus that then had the first of
+        `identities`, is what the corpus holds now: text that comes after may have changed."""
+        if list(identities[:1]) == self.identity():
+            return True
+        if state.get("read") is None or state["epoch"] != 0:
+            return False  # all of it was read, or it is not known what
+        digest: str | None = ""
+        documents = self.corpus.documents(self.seed, 0)
+        try:
+            for document in itertools.islice(documents, state["document"]):
+                digest = _chained(digest, _hash_of(document))
+            part = _hash_of(next(documents)) if state["used"] else ""
+        except (UserError, StopIteration):
+            return False  # one of them cannot be read any more
+        return bool(digest == state["read"] and part == state["part"])
+
+
+# Stands for the character spans of a document that is passed over. An identity, not a value.
+_PASSED_OVER: list[tuple[int, int]] = []
+
+
+def is_held_back(document: Document, share: float) -> bool:
+    """Whether a document is among a share that is chosen by the documents' text alone, so that the
+    same text is never both trained on and held out."""
+    return int(_hash_of(document)[:16], 16) < share * 2**64
+
+
+def _hash_of(document: Document) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def _chained(before: str | None, text: str) -> str | None:
+    """The hash over the texts before and one more."""
+    return None if before is None else hashlib.sha256(f"{before}{text}".encode()).hexdigest()
 
 
 def _prefix_of(lm: LanguageModel, bos: str) -> list[int]:
@@ -395,6 +506,19 @@ class MixedStream:
         """What text was read."""
         return self.corpus.identity() + self.replies.identity()
 
+    def has_read(self, state: dict[str, Any], identities: Sequence[Any]) -> bool:
+        """Whether what was read when `state_dict` was taken is what there is now."""
+        return self.corpus.has_read(state["corpus"], identities[:1]) and self.replies.has_read(
+            state["replies"], identities[1:]
+        )
+
+    def held_out(self) -> "MixedStream | None":
+        """A stream of corpus and replies that were not read; None where there is not both."""
+        corpus, replies = self.corpus.held_out(), self.replies.held_out()
+        if corpus is None or replies is None:
+            return None
+        return MixedStream(corpus, replies, self.share)
+
     def next_batch(self, rows: int) -> ContextBatch | None:
         """The next contexts, at most `rows`; None when the corpus has ended."""
         batches: list[ContextBatch] = []
@@ -448,6 +572,7 @@ class SharedStream:
         self.processes = processes
         self.prepend_bos = contexts.prepend_bos
         self.identity = contexts.identity
+        self.has_read = contexts.has_read
         self.state_dict = contexts.state_dict
         self.load_state_dict = contexts.load_state_dict
 
@@ -455,6 +580,11 @@ class SharedStream:
     def skipped_rows(self) -> int:
         """Rows without text (null) that were passed over."""
         return self.contexts.skipped_rows
+
+    def held_out(self) -> "SharedStream | None":
+        """This process's contexts of text that was not read."""
+        contexts = self.contexts.held_out()
+        return None if contexts is None else SharedStream(contexts, self.processes)
 
     def next_batch(self, rows: int) -> ContextBatch | None:
         """This process's next contexts, at most `rows`; None when the text has ended.
@@ -476,19 +606,24 @@ def open_contexts(
     config: TextConfig,
     replies_file: Path | None = None,
     processes: Processes = ALONE,
+    held_back: float = 0.0,
 ) -> Contexts:
     """The stream of contexts that a `TextConfig` describes, replies mixed in when there are any.
+
+    Of text that may be read more than once (several epochs, replies) the share `held_back` of the
+    documents is left for `held_out`.
 
     Raises UserError for a corpus that cannot be opened, UsageError for contexts longer than the
     model's positions.
     """
-    longest = position_limit(lm)
+    longest = lm.positions
     if longest is not None and config.context > longest:
         raise UsageError(
             f"`context` must be at most {longest}, the positions of {lm.name}, got {config.context}"
         )
 
     def packed(corpus: Corpus, epochs: int) -> ContextStream:
+        repeats = epochs > 1
         return ContextStream(
             corpus,
             lm,
@@ -498,6 +633,7 @@ def open_contexts(
             not config.exclude_template,
             bos=config.bos,
             isolated=config.isolate_documents,
+            held_back=held_back if repeats else 0.0,
         )
 
     stream: ContextStream | MixedStream = packed(open_corpus(config.data), config.epochs)

@@ -1,8 +1,10 @@
-"""Corpora: documents from files, folders, the Hub and CPython, in a seeded order."""
+"""Corpora: documents from text files, folders and CPython, in a seeded order, and opening any."""
 
 import hashlib
+import itertools
 import json
 import mmap
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,18 +12,22 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from saesteer.checkpoints.errors import UserError, reason_of
+from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.files import sha256_file
-
-Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat; no messages stand for a row whose text is null."""
+from saesteer.sae.text.rows import Document, json_document
+from saesteer.sae.text.streamed import TABLES, HubCorpus, TableCorpus, is_table
 
 # Paragraphs of a plain-text file are joined until a document has this many bytes.
 _DOCUMENT_BYTES = 2000
 # A text without blank lines is cut after this many bytes.
 _LONGEST_DOCUMENT_BYTES = 65_536
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
-_HUB_SHUFFLE_ROWS = 10_000
+_NO_TEXT = (
+    ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".docx", ".xlsx", ".xls",
+    ".epub", ".feather", ".npy", ".npz", ".pt", ".pkl", ".safetensors", ".db", ".sqlite",
+)  # fmt: skip
+_SUFFIXES = (*_TEXT_SUFFIXES, ".json", *_NO_TEXT, *TABLES)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+){0,2}")
 
 
 @runtime_checkable
@@ -73,20 +79,7 @@ class FileCorpus:
             yield self._read(self.files[number], int(low), int(high))
 
     def _read(self, path: Path, start: int, end: int) -> Document:
-        with path.open("rb") as file:
-            file.seek(start)
-            raw = file.read(end - start)
-        try:
-            # Some editors begin a file with a byte-order mark, which is not text.
-            text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"`data` {path} is not UTF-8 (byte {start + error.start}): convert it, "
-                "for example with iconv"
-            ) from None
-        if _is_json_lines(path):
-            return _json_document(text, f"{path} (byte {start})")
-        return text
+        return _read_document(path, start, end)
 
     def identity(self) -> dict[str, Any]:
         hashes = {"name": self.name, "sha256": [sha256_file(path) for path in self.files]}
@@ -95,16 +88,33 @@ class FileCorpus:
         return {**hashes, "files": [path.relative_to(self.root).as_posix() for path in self.files]}
 
 
+def _read_document(path: Path, start: int, end: int) -> Document:
+    with path.open("rb") as file:
+        file.seek(start)
+        raw = file.read(end - start)
+    try:
+        # Some editors begin a file with a byte-order mark, which is not text.
+        text = raw.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"`data` {path} is not UTF-8 (byte {start + error.start}): convert it, "
+            "for example with iconv"
+        ) from None
+    if _is_json_lines(path):
+        return json_document(text, f"{path} (byte {start})")
+    return text
+
+
 def _is_json_lines(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".json")
 
 
-def _check_json(path: Path) -> None:
-    """Refuse a `.json` file unless it is JSON lines under another name."""
+def _check_json(path: Path, most: int | None = None) -> None:
+    """Refuse a `.json` file unless it is JSON lines (at most `most` are read) of another name."""
     if path.suffix.lower() != ".json":
         return
     with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
+        for line in itertools.islice(filter(bytes.strip, file), most):
             try:
                 is_row = isinstance(json.loads(line.decode("utf-8-sig", "replace")), dict)
             except (ValueError, RecursionError):
@@ -145,79 +155,6 @@ def _document_spans(path: Path) -> Iterator[tuple[int, int]]:
             yield start, len(data)
 
 
-def _json_document(line: str, source: str) -> Document:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"`data` {source} has a line that is not JSON ({error.msg}): give one object a line"
-        ) from None
-    return _row_document(row, source)
-
-
-def _row_document(row: Any, source: str) -> Document:
-    if not isinstance(row, dict):
-        raise UserError(
-            f"`data` {source} has a row that is a {type(row).__name__}: give objects with `text` "
-            "or `messages`"
-        )
-    text, messages = row.get("text"), row.get("messages")
-    if isinstance(text, str):
-        return text
-    if messages is not None:
-        return _messages_of(messages, source)
-    if text is not None:
-        raise UserError(
-            f"`data` {source} has a row whose `text` is a {type(text).__name__}: it must be a "
-            "string"
-        )
-    if "text" in row or "messages" in row:
-        return []  # a table's empty cell: nothing to read, and nothing to mend
-    raise UserError(
-        f"`data` {source} has a row with neither `text` (a string) nor `messages` (a list of role "
-        f"and content); it has: {', '.join(map(str, row))}"
-    )
-
-
-def _messages_of(messages: Any, source: str) -> Document:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"`data` {source} has a row whose `messages` is no list with a message in it: give "
-            "objects of role and content"
-        )
-    read = []
-    for number, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str):
-            raise UserError(
-                f"`data` {source}: message {number} of a row has no role: give objects of role "
-                "and content"
-            )
-        read.append({"role": role, "content": _content_of(message, f"message {number}", source)})
-    return read
-
-
-def _content_of(message: dict[str, Any], which: str, source: str) -> str:
-    """A message's text, also where it is a list of parts."""
-    content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        wrong = "holds parts that are not text"
-    elif content is None:
-        wrong = "is null" + (" beside tool calls" if "tool_calls" in message else "")
-    else:
-        wrong = f"is a {type(content).__name__}"
-    raise UserError(
-        f"`data` {source}: the `content` of {which} of a row {wrong}: give a string, or leave the "
-        "row out"
-    )
-
-
 class PythonDocs:
     """The language reference that comes with every CPython as the help texts of `pydoc`."""
 
@@ -236,92 +173,6 @@ class PythonDocs:
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256("\0".join(self.topics).encode()).hexdigest()
         return {"name": self.name, "python": sys.version.split()[0], "sha256": digest}
-
-
-class HubCorpus:
-    """A dataset of the Hugging Face Hub, or a local folder of one, streamed.
-
-    Written `hf:DATASET[:config][:split]`; the split is `train` unless given. Rows have `text` or
-    `messages`. Raises UserError when it cannot be opened or breaks off.
-    """
-
-    def __init__(self, name: str) -> None:
-        from saesteer.checkpoints.model_files import hub_call
-
-        self.name = name
-        dataset, *rest = name.removeprefix("hf:").split(":")
-        if not dataset or len(rest) > 2:
-            raise UserError(f"`data` {name} must read hf:DATASET[:config][:split]")
-        config = rest[0] or None if len(rest) == 2 else None
-        split = (rest[-1] if rest else "") or "train"
-
-        def load() -> Any:
-            from datasets import load_dataset
-
-            # Up to version 3 the library ran a dataset's own script, after asking on stdout.
-            return load_dataset(
-                dataset, config, split=split, streaming=True, trust_remote_code=False
-            )
-
-        self._content: dict[str, Any] = {}
-        """What identifies the text itself: hashes of a folder's files, or the Hub's commit."""
-        if Path(dataset).is_dir():
-            try:
-                self.rows = load()
-                self._content = {"sha256": _hashes_in(Path(dataset))}
-            except Exception as error:  # the library raises a dozen unrelated types
-                raise UserError(
-                    f"`data` {name} could not be opened ({reason_of(error)}): check the folder, "
-                    "the config and the split"
-                ) from error
-        else:
-            todo = "check the name, the config and the split, or give a file or python-docs"
-            self.rows = hub_call(load, f"`data` {name}", todo)
-            self._content = {"revision": _revision_of(dataset)}
-
-    def documents(self, seed: int, start: int) -> Iterator[Document]:
-        rows = iter(self.rows.shuffle(seed=seed, buffer_size=_HUB_SHUFFLE_ROWS).skip(start))
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise UserError(
-                    f"`data` {self.name} broke off ({reason_of(error)}): try again, with `resume` "
-                    "if something was saved"
-                ) from error
-            yield _row_document(row, self.name)
-
-    def identity(self) -> dict[str, Any]:
-        info = self.rows.info
-        return {
-            "name": self.name,
-            "builder": info.builder_name,
-            "version": str(info.version),
-            **self._content,
-        }
-
-
-def _hashes_in(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder that is not hidden, by its path in it."""
-    return {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-
-
-def _revision_of(dataset: str) -> str | None:
-    """The commit that the Hub has of a dataset now; None where it does not say."""
-    from huggingface_hub import HfApi
-
-    try:
-        sha: str | None = HfApi().dataset_info(dataset, timeout=10).sha
-        return sha
-    except Exception:  # no network, no such call: the name is all that is known then
-        return None
 
 
 class JoinedCorpus:
@@ -356,22 +207,67 @@ def open_corpus(specs: Sequence[str]) -> Corpus:
     return parts[0] if len(parts) == 1 else JoinedCorpus(parts)
 
 
+def try_corpora(specs: Sequence[str]) -> None:
+    """Read the first document of each file that `data` names, or open what is streamed.
+
+    It takes a moment, also where indexing a file would not. Raises UserError for what is missing
+    or holds no documents.
+    """
+    for spec in specs:
+        files = _text_files(spec)
+        if files is None:
+            _open_one(spec)
+            continue
+        found = False
+        for path in files:
+            _check_json(path, most=1)
+            for start, end in itertools.islice(_document_spans(path), 1):
+                _read_document(path, start, end)
+                found = True
+        if not found:
+            raise UserError(f"`data` {spec} holds no text: give at least one document")
+
+
 def _open_one(spec: str) -> Corpus:
     if spec == PythonDocs.name:
         return PythonDocs()
     if spec.startswith("hf:"):
         return HubCorpus(spec)
-    path = Path(spec)
+    path = Path(spec).expanduser()
+    files = _text_files(spec)
+    if files is None:
+        return TableCorpus(spec, path)
+    return FileCorpus(spec, files, root=path if path.is_dir() else None)
+
+
+def _text_files(spec: str) -> list[Path] | None:
+    """The text files that `data` names; None for what is streamed. Raises UserError for others."""
+    path = Path(spec).expanduser()
+    if spec == PythonDocs.name or spec.startswith("hf:"):
+        return None
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if _is_text_in(p, path))
         if not files:
-            raise UserError(f"`data` {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files")
-        return FileCorpus(spec, files, root=path)
+            tables = any(is_table(file) for file in path.rglob("*"))
+            hint = f"; write hf:{spec} to stream the tables in it" if tables else ""
+            raise UserError(
+                f"`data` {spec} is a folder without {', '.join(_TEXT_SUFFIXES)} files{hint}"
+            )
+        return files
     if not path.is_file():
+        hint = f"; to stream {spec} from the Hub write hf:{spec}"
         raise UserError(
             f"`data` {spec} does not exist: give a file, a folder, hf:DATASET or python-docs"
+            f"{hint if _HUB_NAME.fullmatch(spec) and path.suffix not in _SUFFIXES else ''}"
         )
-    return FileCorpus(spec, [path])
+    if is_table(path):
+        return None
+    if path.suffix.lower() in _NO_TEXT:
+        raise UserError(
+            f"`data` {spec} is no text file: unpack or export it as .txt, or as JSON lines with "
+            f"`text` or `messages` ({', '.join(TABLES)} are read as they are)"
+        )
+    return [path]
 
 
 def _is_text_in(file: Path, folder: Path) -> bool:

@@ -56,6 +56,13 @@ class EncodedPrompt:
         return mask
 
 
+def check_prompt(text: str) -> None:
+    """Raise UserError for an empty prompt, or one that is no Unicode text."""
+    if not text.strip():
+        raise UserError("a prompt is empty: give at least one character of text")
+    check_text(text, "a prompt")
+
+
 def check_text(text: str, what: str) -> None:
     """Raise UserError for half of a surrogate pair, of which no tokenizer makes tokens."""
     for place, character in enumerate(text):
@@ -65,6 +72,16 @@ def check_text(text: str, what: str) -> None:
                 f"{text[max(0, place - 40) : place]!r}), which is no character: an emoji was cut, "
                 "or bytes were read that are not UTF-8; mend the text"
             )
+
+
+def check_places(lm: LanguageModel) -> None:
+    """Raise UserError for a tokenizer that does not say where in a text its tokens are."""
+    if not getattr(lm.tokenizer, "is_fast", True):
+        raise UserError(
+            f"the tokenizer of {lm.name} ({type(lm.tokenizer).__name__}, written in Python) does "
+            "not say where in a text its tokens are, which prompts and `exclude_template` need: "
+            "give a model folder with a tokenizer.json"
+        )
 
 
 _PLACEHOLDER = "\u2042 the text \u2042"
@@ -84,12 +101,11 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
 
     Blanks and line breaks at the ends are part of the prompt, unless the template drops them.
 
-    Raises UserError for an empty prompt, one that is no Unicode text, a missing chat template, or a
-    template that rewrites the text so that it cannot be found again.
+    Raises UserError for an empty prompt, one that is no Unicode text or has more tokens than the
+    model has positions, a missing chat template, or a template that rewrites the text so that it
+    cannot be found again.
     """
-    if not text.strip():
-        raise UserError("a prompt is empty: give at least one character of text")
-    check_text(text, "a prompt")
+    check_prompt(text)
     if chat and not lm.has_chat_template:
         raise UserError(f"`chat` needs a chat template and {lm.name} has none: use `chat=False`")
     rendered, start = text, 0
@@ -105,10 +121,15 @@ def encode_prompt(lm: LanguageModel, text: str, *, chat: bool) -> EncodedPrompt:
     # get the tokenizer's.
     bos = lm.tokenizer.bos_token
     add = not chat and not (bos and rendered.startswith(bos))
+    check_places(lm)
     encoded = lm.tokenizer(rendered, add_special_tokens=add, return_offsets_mapping=True)
-    return EncodedPrompt(
-        text, rendered, list(encoded["input_ids"]), list(encoded["offset_mapping"]), start
-    )
+    ids = list(encoded["input_ids"])
+    if lm.positions is not None and len(ids) > lm.positions:
+        raise UserError(
+            f"a prompt of {len(ids)} tokens is longer than the {lm.positions} positions of "
+            f"{lm.name}: shorten the one that begins {text[:40]!r}"
+        )
+    return EncodedPrompt(text, rendered, ids, list(encoded["offset_mapping"]), start)
 
 
 Padded = tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]

@@ -46,10 +46,11 @@ class DeadList:
 @dataclass(frozen=True)
 class EntrySum:
     """The gradient of a matrix: its row f is `Pass.factor` times the sum, over the entries of
-    latent f, of the entry's weight times the row of the entry's example."""
+    latent f, of the entry's weight times the row of the entry's example. Examples that are pieces
+    of one may share a row."""
 
     weights: Float[Tensor, "batch k"] | Float[Tensor, " entries"]
-    rows: Float[Tensor, "batch width"]
+    rows: Float[Tensor, "rows width"]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from saesteer.checkpoints.disk import folder_bytes, need_space
 from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UserError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import has_state, restoring
+from saesteer.checkpoints.sparse_autoencoder import SAE
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.activations.batches import ActivationSource, BatchStream
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
@@ -19,6 +20,8 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
+from saesteer.sae.training.held_out import few_rows, figures, read_held_out, wanted_rows
+from saesteer.sae.training.init_from import start_from
 from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
 from saesteer.sae.training.run_files import RunFiles
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
@@ -26,10 +29,6 @@ from saesteer.sae.training.saved_state import restore, state_of
 from saesteer.sae.training.stopwatch import Stopwatch
 
 _LOGS_PER_RUN = 100
-# Rows after those of training that thresholds are set on: a share of the run, so many at most. The
-# mean L0 of so many tokens is known to a few thousandths.
-_HELD_OUT_SHARE = 0.05
-_MOST_HELD_OUT = 32_768
 # Rows that mean and scale are measured on; more would not change the third digit.
 _SCALE_ROWS = 32_768
 
@@ -83,6 +82,8 @@ class TrainingRun:
         self.last: list[dict[str, Any]] = [{} for _ in variants]
         """The latest log line of each SAE."""
         self._due = False
+        self.start: SAE | None = None
+        """What a new run of one SAE starts from, in place of random weights."""
 
     # --- preparation ---
 
@@ -149,6 +150,9 @@ class TrainingRun:
         for line in dict.fromkeys(told):
             self.warn(line)
         self.make_trainers({place: InputScale.of(sample.at(place)) for place in self.columns})
+        if self.start is not None:
+            (trainer,), (place,) = self.trainers, self.variants[0].reads
+            start_from(self.start, trainer, sample.at(place))
         self.files.begin()
 
     def make_trainers(self, scales: dict[Place, InputScale]) -> None:
@@ -199,7 +203,7 @@ class TrainingRun:
                 if stop() and self.step < steps:
                     self.stop()
                 self.save_when_due()
-            self.calibrate()
+            self.hold_out()
             self.save()
             return self.finish()
 
@@ -230,21 +234,48 @@ class TrainingRun:
         for trainer, own_passes in zip(self.trainers, passes, strict=True):
             trainer.step(own_passes)
 
-    def calibrate(self) -> None:
-        """After the last step: SAEs that infer by what is measured measure it, on rows after those
-        of training (of shards that were read to their end, the next epoch's)."""
-        waiting = [
-            i for i, trainer in enumerate(self.trainers)
-            if trainer.architecture.calibrates and "held_out_rows" not in self.last[i]
-        ]  # fmt: skip
+    def hold_out(self) -> None:
+        """After the last step: SAEs that infer by what is measured measure it, and all are judged,
+        on rows that were not trained on."""
+        waiting = [i for i, last in enumerate(self.last) if "held_out_rows" not in last]
         if not waiting:
             return
-        wanted = max(self.config.batch_tokens, round(self.config.tokens * _HELD_OUT_SHARE))
+        wanted = wanted_rows(self.config)
+
+        def show(rows: int) -> None:
+            self.progress("held out", rows, wanted, "tokens")
+
         with self.prefetch.paused():  # nobody else reads from the source meanwhile
-            rows = self.batches.rows_after(min(wanted, _MOST_HELD_OUT))
+            show(0)
+            rows, why = read_held_out(self.source, wanted, show)
+            show(wanted)
+            judged = rows is not None
+            if rows is None and any(self.trainers[i].architecture.calibrates for i in waiting):
+                # Better than no rows: those that come next, which were trained on before.
+                rows = self.batches.rows_after(wanted)
+        if not judged:
+            self.warn(f"no held-out rows to measure the SAE on: {why}")
         for i in waiting:
-            found = self.trainers[i].calibrate(PlacedRows(rows, self.columns)) if len(rows) else {}
-            self.last[i] |= {"held_out_rows": len(rows), **found}
+            trainer = self.trainers[i]
+            self.last[i]["held_out_rows"] = 0 if rows is None else len(rows)
+            if rows is None or not len(rows):
+                continue
+            placed = PlacedRows(rows.to(self.dtype), self.columns)
+            if trainer.architecture.calibrates:
+                self.last[i] |= trainer.calibrate(placed)
+            if judged:
+                self._judge(i, placed)
+
+    def _judge(self, i: int, rows: PlacedRows) -> None:
+        """Measure an SAE on rows that it was not trained on."""
+        trainer = self.trainers[i]
+        trainer.check_finite()
+        found = figures(trainer, rows, self.facts)
+        self.last[i] |= found
+        trained_on = min(self.batches.total, self.facts.get("rows", self.batches.total))
+        told = few_rows(trainer, trained_on, self.last[i]["fvu"], found)
+        if told is not None:
+            self.warn(told)
 
     # --- logging and saving ---
 

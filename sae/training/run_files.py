@@ -1,14 +1,28 @@
 """The logs and records of each SAE that a training run writes next to its state."""
 
+import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saesteer.checkpoints.files import append_jsonl, plain, read_json, write_json, writing
+from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.files import (
+    append_jsonl,
+    plain,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.sae.config import TrainConfig
+from saesteer.sae.reports.curves import SECONDS_BETWEEN_PAGES, read_curves, training_page
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
+
+HELD_OUT = ("fvu_heldout", "l0_heldout")
+"""What is said of an SAE besides its settings, where there were rows to measure it on."""
 
 
 class RunFiles:
@@ -25,6 +39,7 @@ class RunFiles:
         self.variants = variants
         self.config = config
         self.facts = facts
+        self._page_written = time.monotonic()
 
     def place_of(self, variant: Variant) -> Path:
         """The folder of an SAE."""
@@ -70,6 +85,15 @@ class RunFiles:
     def log(self, variant: Variant, row: dict[str, Any]) -> None:
         """Add a line to the log of an SAE."""
         append_jsonl(self.place_of(variant) / "metrics.jsonl", row)
+        if time.monotonic() - self._page_written > SECONDS_BETWEEN_PAGES:
+            self.write_page()
+
+    def write_page(self) -> None:
+        """Write the curves as `training.html`. A page that cannot be written stops no training."""
+        with contextlib.suppress(UserError):
+            page = training_page(read_curves([self.folder]), f"Training: {self.folder.name}")
+            write_text(self.folder / "training.html", page)
+        self._page_written = time.monotonic()
 
     def finish(
         self,
@@ -102,6 +126,7 @@ class RunFiles:
                     "init_seed": trainer.variant.init_seed,
                     "peak_lr": trainer.peak_lr,
                     "sha256": sha256,
+                    **{name: row[name] for name in HELD_OUT if name in row},
                 },
                 "config": plain(asdict(self.config)),
                 "recipe": self.facts["recipe"],
@@ -115,4 +140,5 @@ class RunFiles:
             }
             write_json(folder / "run.json", record)
             results.append({"folder": str(folder), **record})
+        self.write_page()
         return results

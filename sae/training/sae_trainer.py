@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError
 from saesteer.checkpoints.places import Place
-from saesteer.checkpoints.sae_file import SAESpec, hook_name_for, save_sae
+from saesteer.checkpoints.sae_file import SAE, SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import folder_name
 from saesteer.sae.config import TrainConfig, default_lr
 from saesteer.sae.training.architecture import Architecture, Pass
@@ -248,10 +248,15 @@ class SAETrainer:
             },
         )
 
+    def as_sae(self, facts: dict[str, Any]) -> SAE:
+        """The SAE in canonical form, as trained so far."""
+        tensors = self.architecture.canonical(self.parameters, self.read, self.write, self.buffers)
+        return SAE(spec=self.spec(facts), **cast(dict[str, Any], tensors))
+
     def save(self, folder: Path, facts: dict[str, Any]) -> str:
         """Write the SAE in canonical form; returns the SHA-256 of its weights."""
-        tensors = self.architecture.canonical(self.parameters, self.read, self.write, self.buffers)
-        return save_sae(folder, self.spec(facts), **tensors)
+        sae = self.as_sae(facts)
+        return save_sae(folder, sae.spec, **sae.tensors())
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a step depends on, by name; shares memory with this trainer."""

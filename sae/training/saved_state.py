@@ -11,7 +11,8 @@ from torch import Tensor
 from saesteer.checkpoints.files import plain
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import load_state
-from saesteer.sae.config import TrainConfig
+from saesteer.sae.activations.batches import LiveSource
+from saesteer.sae.config import TextConfig, TrainConfig
 from saesteer.sae.runs.facts import check_same_run
 from saesteer.sae.training.input_scale import InputScale
 from saesteer.sae.training.sae_trainer import SAETrainer
@@ -85,8 +86,17 @@ def restore(run: "TrainingRun") -> None:
         # More of the same: the one setting that may grow.
         meta["config"]["tokens"] = run.config.tokens
         run.extended.append({"step": int(meta["step"]), "tokens": before})
-    usual = asdict(TrainConfig())
-    check_same_run(meta, identity(run.config, run.facts), run.folder, usual)
+    usual = asdict(TrainConfig()) | asdict(TextConfig())
+    check_same_run(
+        meta,
+        identity(run.config, run.facts),
+        run.folder,
+        usual,
+        lambda: (
+            isinstance(run.source, LiveSource)
+            and run.source.has_read(meta["stream"]["source"], meta["data"])
+        ),
+    )
     parts = _groups(tensors)
     scales: dict[Place, InputScale] = {}
     for i, variant in enumerate(run.variants):

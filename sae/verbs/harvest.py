@@ -19,7 +19,7 @@ from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, open_activations
-from saesteer.sae.config import HarvestConfig, Progress, no_progress
+from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
 from saesteer.sae.model.hooks import HookPoint, keep_only_read, resolve_site
 from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
 from saesteer.sae.runs.disk_use import harvest_row_bytes, stored_dtype
@@ -155,7 +155,16 @@ class _Job:
         if resume and (self.folder / MANIFEST).exists():
             shared = files.read_json(self.folder / MANIFEST)
             stored = {"layers": layers, "dtype": str(dtype).removeprefix("torch.")}
-            check_same_run(shared, {**facts, **stored}, self.folder)
+            check_same_run(
+                shared,
+                {**facts, **stored},
+                self.folder,
+                asdict(TextConfig()),
+                read_the_same=lambda: (
+                    not shared.get("complete")
+                    and self.stream.has_read(shared.get("cursor") or {}, shared.get("data"))
+                ),
+            )
             if shared.get("complete"):
                 return dict(shared)
             if shared.get("processes", 1) != self.processes.world:
@@ -166,6 +175,7 @@ class _Job:
                 )
         if resume and self._on_all((self.folder / part_manifest(part)).exists()):
             self.writer, cursor = ShardWriter.resume(self.folder, part=part)
+            self.writer.manifest["data"] = facts["data"]  # text that is read later may be mended
             if self.processes.world > 1:
                 cursor = self._common_place(cursor)
             self._continue(cursor)

@@ -18,6 +18,8 @@ from saesteer.sae.verbs.reproduce_harvest import (
     wrong_config,
 )
 
+# What settings were in runs from before they existed, where that is not their default.
+_BEFORE_RECORDED = {"held_out_share": 0.0}
 _TIMINGS = ("tokens_per_second", "stall_model", "stall_trainer", "seconds")
 
 
@@ -114,6 +116,8 @@ def _reproduce_harvest(
 
 def train_config(recorded: Any, where: str) -> TrainConfig:
     """The `TrainConfig` that a `run.json` holds. Raises UserError naming what does not fit."""
+    if isinstance(recorded, dict):
+        recorded = {**_BEFORE_RECORDED, **recorded}
     return read_fields(TrainConfig, recorded, wrong_config(where, "run.json"))
 
 

@@ -10,6 +10,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
 from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.batches import ActivationSource, LiveSource, ShardSource
 from saesteer.sae.activations.reader import open_activations
@@ -20,6 +21,8 @@ from saesteer.sae.runs.facts import as_given, model_facts
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
+from saesteer.sae.training.held_out import held_back_of_shards
+from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 
@@ -75,6 +78,11 @@ def train(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
         )
     folder = Path(out).expanduser()
+    start = None
+    if config.init_from is not None:
+        config = replace(config, init_from=as_given(config.init_from))
+        start = load_sae(str(config.init_from))
+        config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
     with folder_lock(folder):
         if resume or not force:
             claim_output(folder, resume=resume, force=force, can_resume=True)
@@ -107,9 +115,13 @@ def train(
         run = TrainingRun(
             folder, config, variants, source, facts, d_model, dtype, compute, progress, warn
         )
+        if start is not None:
+            facts["recipe"]["init_from"] = {"source": config.init_from, "sha256": start.sha256}
+            _tell_of_start(start, variants, facts, say, warn)
+            run.start = start
         say(run.check_memory())
         if activations is not None:
-            _tell_of_shards(reader, config, say, warn)
+            _tell_of_shards(reader, facts["rows"], config, say, warn)
         run.check_disk()
         if force:
             # Only now, after all checks: this empties the folder.
@@ -147,7 +159,13 @@ def _live_source(
     points = [resolve_site(lm, layer, config.site) for layer in config.layers]
     folder = replies_folder or cache_folder() / "replies"
     stream = open_activations(
-        lm, points, config.text, replies=replies, replies_folder=folder, progress=progress
+        lm,
+        points,
+        config.text,
+        replies=replies,
+        replies_folder=folder,
+        progress=progress,
+        held_back=config.held_out_share,
     )
     return LiveSource(stream), {
         "model": model_facts(lm),
@@ -175,7 +193,10 @@ def _shard_source(
     if len(set(places)) != len(places):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     named = dict(zip(reader.places, paths, strict=False))
-    return ShardSource(reader, places, config.text.max_norm_ratio, config.seed), {
+    source = ShardSource(reader, places, config.text.max_norm_ratio, config.seed)
+    source.held_back = held_back_of_shards(config, reader.tokens, source.rows_at_once)
+    return source, {
+        "rows": reader.tokens - source.held_back,
         "model": model or {"name": str(manifest["model"])},
         "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
         "text": manifest.get("data") or [],
@@ -187,13 +208,17 @@ def _shard_source(
 
 def _tell_of_shards(
     reader: ShardReader,
+    rows: int,
     config: TrainConfig,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:
-    """How often each row will be seen, and whether the harvest ever ended."""
+    """How often each of the `rows` that are trained on will be seen, and whether the harvest ever
+    ended."""
+    held_back = reader.tokens - rows
+    but = f" of which {held_back:,} are held back" if held_back else ""
     say(
-        f"the shards hold {reader.tokens:,} rows: {config.tokens / reader.tokens:.1f} epochs make "
+        f"the shards hold {reader.tokens:,} rows{but}: {config.tokens / rows:.1f} epochs make "
         f"{config.tokens:,}"
     )
     if reader.manifest.get("complete") is False:
@@ -203,6 +228,23 @@ def _tell_of_shards(
             f"the harvest in {reader.folder} stopped after {reader.tokens:,}{of} rows and is not "
             "complete: its own command with `resume` goes on"
         )
+
+
+def _tell_of_start(
+    start: SAE,
+    variants: list[Variant],
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Check an SAE to start from; say what is other than in its training."""
+    check_start(start, variants)
+    if changed := differences(start, variants[0]):
+        warn(f"`init_from` {start.source} goes on with other settings: {changed}")
+    before = start.spec.metadata.get("saesteer") or {}
+    model = before.get("model") if isinstance(before, dict) else None
+    if isinstance(model, dict) and model.get("hash") not in (None, facts["model"].get("hash")):
+        say(f"{start.source} was trained on other weights, of {model.get('name')}")
 
 
 def _batch_size_before(folder: Path) -> int | None:

@@ -154,6 +154,15 @@ def check_lowercase(output: str, source: str) -> Verdict:
     return _check_case(output, upper=False)
 
 
+# CJK texts write the middle dot without a blank.
+_BULLET = r"(?:[-*+•◦‣⁃∙●○◉■□▪▫◆◇►▸▶➢➤✓✔·–][ \t\u00a0\u3000]+|[・･][ \t\u3000]*)"
+# 1. 1) (1) １． １、 a) (a) i. ①
+_NUMBER = (
+    r"(?:(?:[(（]?\d{1,3}[)）]|\d{1,3}[.．、]|[(（]?[A-Za-z][)）]|[ivx]{1,5}[.)])[ \t\u00a0\u3000]+"
+    r"|\d{1,3}[．、）]|[①-⑳][ \t\u3000]*)"
+)
+
+
 @check("bullets")
 def check_bullets(
     output: str,
@@ -163,20 +172,25 @@ def check_bullets(
     maximum: int | None = None,
     numbers: bool = False,
 ) -> Verdict:
-    """At least `minimum` (at most `maximum`) lines start with -, * or • and a blank, then text.
+    """At least `minimum` (at most `maximum`) lines start with a bullet (-, *, •, ◦, – and others)
+    and a blank, then text; the CJK dot ・ needs no blank.
 
-    With `numbers`, lines that start with a number and . or ) count too.
+    With `numbers`, lines that start with a number or letter such as 1. or (a) count too.
     """
     need_whole("minimum", minimum, 1)
     if maximum is not None:
         need_whole("maximum", maximum, minimum)
-    marker = r"(?:[-*•]|\d{1,3}[.)])" if numbers else r"[-*•]"
-    items = len(re.findall(rf"^[ \t]*{marker}[ \t]+\S", output, re.MULTILINE))
+    marker = rf"(?:{_BULLET}|{_NUMBER})" if numbers else _BULLET
+    items = len(re.findall(rf"^[ \t\u3000]*{marker}\S", output, re.MULTILINE))
     enough = items >= minimum and (maximum is None or items <= maximum)
     return Verdict.PASS if enough else Verdict.FAIL
 
 
-_QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
+# Each opening mark and those that close it, as languages differ.
+_QUOTES = {
+    '"': '"', "“": "”", "”": "”", "„": "“”", "‟": "”", "«": "»", "»": "«»", "「": "」",
+    "『": "』", "＂": "＂",
+}  # fmt: skip
 
 
 @check("quotes")
@@ -189,9 +203,10 @@ def check_quotes(output: str, source: str) -> Verdict:
     closing = _QUOTES.get(text[:1])
     if closing is None or not words(text):
         return Verdict.FAIL
-    if len(text) > 2 and text.endswith(closing):
+    if len(text) > 2 and text[-1] in closing:
         return Verdict.PASS
-    return Verdict.FAIL if closing in text[1:] else Verdict.UNDETERMINED
+    closed = any(mark in text[1:] for mark in closing)
+    return Verdict.FAIL if closed else Verdict.UNDETERMINED
 
 
 @check("length")

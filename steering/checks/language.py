@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, meant
 from saesteer.steering.checks.registry import Verdict, check
 from saesteer.steering.checks.words import CJK, letters, prose, words
 
@@ -101,7 +101,8 @@ def check_language(output: str, source: str, *, lang: str) -> Verdict:
     Undetermined under 20 letters (10 for zh, ja, ko).
     """
     if lang not in LANGUAGES:
-        raise UsageError(f"unknown language {lang!r}: the check knows {', '.join(LANGUAGES)}")
+        near = meant(lang, LANGUAGES)
+        raise UsageError(f"unknown language {lang!r}{near}: a check knows {', '.join(LANGUAGES)}")
     if not output.strip():
         return Verdict.FAIL
     text = " ".join(prose(output).split())

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, meant
 from saesteer.steering.checks.words import without_thinking
 
 
@@ -37,7 +37,10 @@ def run_check(name: str, output: str, source: str, **arguments: Any) -> Verdict:
     Raises `UsageError` for a name or argument that cannot work.
     """
     if name not in CHECKS:
-        raise UsageError(f"unknown check {name!r}: the checks are {', '.join(sorted(CHECKS))}")
+        known = sorted(CHECKS)
+        raise UsageError(
+            f"unknown check {name!r}{meant(name, known)}: the checks are {', '.join(known)}"
+        )
     return CHECKS[name](without_thinking(output), source, **arguments)
 
 

@@ -4,9 +4,11 @@
 no blanks between words.
 """
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import regex
@@ -71,17 +73,46 @@ def occurrences(text: str, phrases: Sequence[str], *, ignore_case: bool = True) 
 _THINKING = regex.compile(
     r"\s*(?:<(think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>analysis<\|message\|>)"
 )
+_OPENED = regex.compile(rf"{_THINKING.pattern}\s*$")
 _THOUGHT = regex.compile(
     r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>"
 )
+
+
+_kept: ContextVar[bool] = ContextVar("thoughts_kept", default=False)
+
+
+@contextlib.contextmanager
+def keeping_thoughts(keep: bool = True) -> Iterator[None]:
+    """Inside, thoughts are part of a reply (if `keep`), and graded as its other text."""
+    token = _kept.set(keep)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def without_thinking(reply: str) -> str:
     """The answer of a reply that begins with thoughts, as models write them between marks.
 
     A template may have written the opening mark itself, so what comes before a closing mark is
-    thought too. Thoughts that never end leave no answer.
+    thought too. Thoughts that never end leave no answer. Inside `keeping_thoughts`: the reply.
     """
+    return reply if _kept.get() else answer_in(reply)
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a rendered prompt ends with the mark that begins thoughts."""
+    return not _kept.get() and _OPENED.search(prompt) is not None
+
+
+def ends_thoughts(reply: str) -> bool:
+    """Whether a reply holds a mark that ends thoughts."""
+    return _THOUGHT.search(reply) is not None
+
+
+def answer_in(reply: str) -> str:
+    """`without_thinking`, also inside `keeping_thoughts`."""
     ends = list(_THOUGHT.finditer(reply))
     if ends and (_THINKING.match(reply) or not _THINKING.search(reply, 0, ends[0].start())):
         return reply[ends[0].end() :].lstrip()

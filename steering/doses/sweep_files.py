@@ -48,16 +48,28 @@ def ranked_plans(
     layers = [sae.spec.layer for sae in opened]
     plans: dict[str, Plan] = {}
     for sae in opened:
-        for values in product(position or (None,), read or (None,), by or (None,)):
-            named = zip(("position", "read", "by"), values, strict=True)
-            chosen = {name: value for name, value in named if value is not None}
-            config = RankConfig(seed=seed, **chosen)  # type: ignore[arg-type]
+        for chosen, config in rank_settings(position, read, by, seed):
             ranking = rank(lm, sae.to(lm.device), task, config, progress=progress)
             plan = plan_from_ranking(lm, sae, ranking, top=top)
             alone = layers.count(sae.spec.layer) == 1
             what = f"layer {plan.layer}" if alone else Path(sae.source).name
             plans[" ".join([what, *chosen.values()])] = plan
     return plans
+
+
+def rank_settings(
+    position: Sequence[str], read: Sequence[str], by: Sequence[str], seed: int
+) -> list[tuple[dict[str, str], RankConfig]]:
+    """Every combination of these fields of a `RankConfig` (empty: its default), and the config.
+
+    Raises UsageError for values that are not allowed, or not together.
+    """
+    found = []
+    for values in product(position or (None,), read or (None,), by or (None,)):
+        named = zip(("position", "read", "by"), values, strict=True)
+        chosen = {name: value for name, value in named if value is not None}
+        found.append((chosen, RankConfig(seed=seed, **chosen)))  # type: ignore[arg-type]
+    return found
 
 
 def save_sweep(

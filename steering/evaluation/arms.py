@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress, check_sampling, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.checks.words import without_thinking
@@ -25,6 +25,7 @@ from saesteer.steering.evaluation.grading import (
     mismatch_floor,
 )
 from saesteer.steering.evaluation.intervals import bootstrap_mean, wilson
+from saesteer.steering.evaluation.thoughts import answers_only
 from saesteer.steering.hooking.arrangement import Plans
 from saesteer.steering.hooking.generation import SteeredText, count_batches, generate_steered
 from saesteer.steering.plans.plan import Plan
@@ -74,6 +75,9 @@ class Decoding:
     top_p: float = 0.95
     seed: int = 0
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_p, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -394,8 +398,11 @@ def answer(
     stage: str = "generate",
     progress: Progress = no_progress,
 ) -> list[SteeredText]:
-    """Answer texts, steered or not, and show the number of answers as progress of a stage."""
-    return generate_steered(
+    """Answer texts, steered or not, and show the number of answers as progress of a stage.
+
+    Thoughts before the answers are left out.
+    """
+    replies = generate_steered(
         lm,
         texts,
         plan,
@@ -406,3 +413,4 @@ def answer(
         batch_size=decoding.batch_size,
         progress=count_batches(progress, stage, len(texts), decoding.batch_size),
     )
+    return answers_only(lm, replies)

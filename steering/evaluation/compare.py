@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
@@ -63,7 +63,8 @@ class CompareConfig:
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown:
             raise UsageError(
-                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got {unknown[0]!r}"
+                f"`controls` must be some of {', '.join(CONTROLS)}, or none, got "
+                f"{unknown[0]!r}{meant(unknown[0], CONTROLS)}"
             )
         for name, value in (("`n`", self.n), ("`random_draws`", self.random_draws)):
             if value < 1:
@@ -151,9 +152,7 @@ def compare(
     lm = as_language_model(model, device=device, dtype=dtype)
     notes: list[str] = []
     if len(contents) < config.n:
-        notes.append(
-            f"{task.name}: {len(contents)} contents in the {config.split} split, {config.n} asked"
-        )
+        notes.append(f"{len(contents)} contents in the {config.split} split, {config.n} asked")
     for plan in plans.values():
         plan.check_model(lm)
     specs = _specs(lm, task, plans, config, sae, contents, notes, progress)

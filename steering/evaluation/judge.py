@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.steering.checks.words import without_thinking
+from saesteer.steering.checks.words import answer_in, without_thinking
 from saesteer.steering.evaluation.grading import Grade
 from saesteer.steering.tasks.task import Task
 
@@ -70,7 +70,9 @@ class Judge:
 
         Raises UserError when the endpoint cannot be reached or answers with an error.
         """
-        prompt = PROMPT.format(instruction=task.instruction, content=content, reply=reply)
+        prompt = PROMPT.format(
+            instruction=task.instruction, content=content, reply=without_thinking(reply)
+        )
         document = self._ask(prompt)
         try:
             text = document["choices"][0]["message"]["content"]
@@ -157,7 +159,7 @@ def parse_grade(text: str) -> Grade | None:
     The letter alone, or after a word such as "grade"; or the letter that a line begins with; or the
     only one of A, B and C that stands alone. The article "A" is none of them.
     """
-    text = without_thinking(text)
+    text = answer_in(text)
     alone = re.fullmatch(r"[\W_]*([ABCabc])[\W_]*", text)
     if alone:
         return Grade(alone[1].upper())

@@ -41,9 +41,7 @@ def generate_beside(
         UsageError: a way twice; a way that needs a plan made by `rank`, without one.
         UserError: a plan that cannot be read, or that is for another model.
     """
-    twice = sorted({way for way in ways if list(ways).count(way) > 1})
-    if twice:
-        raise UsageError(f"`ways` {twice[0]} is given twice: name each way once")
+    check_ways(ways, plan, task)
     # Everything is opened before anything is generated.
     jobs: dict[str, tuple[Plan | None, str]] = {}
     for way in ways:
@@ -66,6 +64,22 @@ def generate_beside(
             for answer, text in zip(answers, texts, strict=True)
         ]
     return found
+
+
+def check_ways(ways: Sequence[str], plan: Plan | None, task: Task | None = None) -> None:
+    """Raise what `generate_beside` would, as far as it can be told without the model."""
+    twice = sorted({way for way in ways if list(ways).count(way) > 1})
+    if twice:
+        raise UsageError(f"`ways` {twice[0]} is given twice: name each way once")
+    for way in ways:
+        kind, _, text = way.partition(":")
+        if way == "meandiff":
+            _adding(plan)
+            task or _task_of(plan)
+        elif kind != "prompt":
+            load_plan(way)
+        elif not text.strip():
+            _instruction_of(plan)
 
 
 def _adding(plan: Plan | None) -> Plan:

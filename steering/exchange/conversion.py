@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints import files, safe_reading, torch_files
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, none_of
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.exchange import lm_eval_files
 from saesteer.steering.exchange.gguf_vectors import read_control_vectors, write_control_vectors
@@ -42,7 +42,7 @@ def check_export(
 ) -> None:
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
-        raise UsageError(f"`format` must be one of {', '.join(EXPORTS)} for a plan, got {format!r}")
+        raise none_of("`format`", EXPORTS, format)
     for name, part in _named(plan):
         _check_part(name, part, format, as_scope)
     by_block = _by_block(plan, format)

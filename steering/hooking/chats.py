@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt
+from saesteer.sae.text.prompts import EncodedPrompt, check_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,7 @@ def encode_chat(lm: LanguageModel, messages: Sequence[Mapping[str, Any]]) -> Enc
             raise UserError(f"the chat template of {lm.name} rewrites a message: {content[:60]!r}")
         places.append((message["role"], start, start + len(content)))
         shift += len(content) - len(mark)
+    check_places(lm)
     encoded = lm.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     _, start, end = places[-1]
     return EncodedChat(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.checkpoints.sparse_autoencoder import token_divisor
 from saesteer.steering.hooking.gates import parse_gate
@@ -100,11 +100,16 @@ def with_gate(plan: Plan, gate: str, sae: SAE | None = None, *, part: int | None
 
     The encoder columns of the gate's latents are copied out of `sae`, so that the plan no longer
     needs the SAE for its gate (topk SAEs are always needed). Raises UsageError for a gate that
-    cannot be parsed.
+    cannot be parsed, or reads a latent that `sae` does not have.
     """
     if part is None:
         part = plan.parts.index(plan.part)
     ids = parse_gate(gate).ids if gate else ()
+    if sae is not None and ids and max(ids) >= sae.spec.d_sae:
+        raise UsageError(
+            f"`gate` reads latent {max(ids)}, and the SAE {sae.source} has latents "
+            f"0..{sae.spec.d_sae - 1}: choose one of those"
+        )
     columns = {} if sae is None or not ids else encoder_columns(sae, ids)
     return plan.with_changes(
         part=part,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, none_of
 from saesteer.sae.text.prompts import EncodedPrompt
 from saesteer.steering.hooking.chats import EncodedChat, header_start
 
@@ -199,7 +199,7 @@ def parse_scope(
         raise UsageError(
             f"`scope` {word}: A must be less than B (characters A to B of the prompt, B not in it)"
         )
-    raise UsageError(f"`scope` must be one of {', '.join(SCOPES)}, got {text!r}")
+    raise none_of("`scope`", SCOPES, text)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, none_of
 from saesteer.sae.activations.prompt_reader import PromptReader
 from saesteer.sae.model.hooks import HookPoint, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
@@ -140,7 +140,7 @@ def mean_difference(
         NonFiniteError: the model's activations are NaN or infinite.
     """
     if read not in READ_AT:
-        raise UsageError(f"`read` must be one of {', '.join(READ_AT)}, got {read!r}")
+        raise none_of("`read`", READ_AT, read)
     use_chat = lm.has_chat_template if chat is None else chat
     point = resolve_site(lm, layer, site)
     kinds = []

@@ -16,6 +16,7 @@ from saesteer.steering.plans.plan import (
     ModelIdentity,
     Plan,
     PlannedLatent,
+    PlanPart,
     SAEIdentity,
     TaskIdentity,
 )
@@ -48,6 +49,32 @@ def make_plan(
     """
     # force: the caller checks whether the SAE was trained on these weights.
     point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
+    return Plan(
+        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
+        parts=(
+            _part(
+                sae,
+                latents,
+                site=point.site,
+                layer=point.layer,
+                method=method,
+                unit=unit,
+                scale=scale,
+                beta=beta,
+                scope=scope,
+                schedule=schedule,
+            ),
+        ),
+        task=task,
+        metrics=dict(metrics or {}),
+    )
+
+
+def _part(sae: SAE, latents: Sequence[PlannedLatent], **settings: Any) -> PlanPart:
+    """The part of a plan that these latents make, with what steering needs copied out of the SAE.
+
+    `settings` are fields of the part. Raises what `make_plan` does.
+    """
     if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
         raise UserError(
             f"`sae` {sae.source} scales each token by its length without its mean, which a plan "
@@ -61,8 +88,7 @@ def make_plan(
             )
     ids = [latent.id for latent in latents]
     columns = encoder_columns(sae, ids)
-    return Plan(
-        model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
+    return PlanPart(
         sae=SAEIdentity(
             _absolute_if_local(sae.source),
             sae.sha256,
@@ -70,21 +96,12 @@ def make_plan(
             sae.spec.k,
             sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
         ),
-        site=point.site,
-        layer=point.layer,
         latents=tuple(latents),
         directions=sae.W_dec[ids].detach().cpu().clone(),
-        method=method,
-        unit=unit,
-        scale=scale,
-        beta=beta,
-        scope=scope,
-        schedule=schedule,
-        task=task,
-        metrics=dict(metrics or {}),
         W_enc=columns.get("W_enc"),
         b_enc=columns.get("b_enc"),
         threshold=columns.get("threshold"),
+        **settings,
     )
 
 
@@ -114,19 +131,10 @@ def plan_from_latents(
     of `make_plan`. Raises what `make_plan` raises, and UsageError for a missing value or a `beta`
     that is not 0.
     """
-    if not values:
-        raise UsageError("`latents` is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
-    missing = [i for i, value in values.items() if value is None]
-    if missing and method in METHODS and METHODS[method].takes_dose:
-        raise UsageError(
-            f"`latents` {missing[0]} has no value and `method` {method} needs one: write "
-            f"{missing[0]}:VALUE"
-        )
-    latents = [PlannedLatent(id=i, value=value) for i, value in values.items()]
     return make_plan(
         lm,
         sae,
-        latents,
+        _with_values(values, method),
         layer=layer,
         site=site,
         method=method,
@@ -136,6 +144,27 @@ def plan_from_latents(
         scope=scope,
         schedule=schedule,
     )
+
+
+def check_values(sae: SAE, values: Mapping[int, float | None], **settings: Any) -> None:
+    """What `plan_from_latents` refuses, as far as it can be told without the model.
+
+    `settings` are its keyword arguments but for `site`. Raises UsageError.
+    """
+    latents = _with_values(values, settings.get("method", "add"))
+    _part(sae, latents, site="resid_post", layer=0, **settings)
+
+
+def _with_values(values: Mapping[int, float | None], method: str) -> list[PlannedLatent]:
+    if not values:
+        raise UsageError("`latents` is empty: give ID:VALUE,... such as 9143:1.2,412:0.8")
+    missing = [i for i, value in values.items() if value is None]
+    if missing and method in METHODS and METHODS[method].takes_dose:
+        raise UsageError(
+            f"`latents` {missing[0]} has no value and `method` {method} needs one: write "
+            f"{missing[0]}:VALUE"
+        )
+    return [PlannedLatent(id=i, value=value) for i, value in values.items()]
 
 
 def parse_latents(text: str) -> dict[int, float | None]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.steering.plans.methods import METHODS, UNITS
 
 
@@ -88,9 +88,9 @@ def check_doses(
 ) -> None:
     """Raise UsageError, naming the argument, for invalid or contradictory settings of a dose."""
     if method not in METHODS:
-        raise UsageError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+        raise none_of("`method`", METHODS, method)
     if unit not in UNITS:
-        raise UsageError(f"`unit` must be one of {', '.join(UNITS)}, got {unit!r}")
+        raise none_of("`unit`", UNITS, unit)
     for flag, number in (("`scale`", scale), ("`beta`", beta)):
         if not math.isfinite(number):
             raise UsageError(f"{flag} must be a finite number, got {number}")

@@ -73,12 +73,24 @@ def load_plan(path: str | Path) -> Plan:
     """
     given = Path(path).expanduser()
     file = given / _YAML if given.is_dir() else given
+    if given.is_dir() and not file.exists():
+        raise UserError(f"`plan` {path} holds no {_YAML}: {_instead(given)}")
     try:
         document = _read_yaml(file)
         return _plan_from(document, _read_plan_tensors(file.with_name(_TENSORS)))
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
         raise kind(f"`plan` {path}: {error}") from error
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder without a plan."""
+    inner = sorted(str(file.parent) for file in folder.glob(f"*/{_YAML}"))
+    if inner:
+        return f"give one of the plans in it: {', '.join(inner[:4])}"
+    if (folder / "cfg.json").is_file():
+        return "it holds an SAE, which `sae` takes, with `latents` or for rank to make a plan of"
+    return "give a folder that rank or sweep wrote"
 
 
 def _part_row(part: PlanPart, tensors: str) -> dict[str, Any]:

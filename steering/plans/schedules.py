@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
 
 SCHEDULES = ("constant", "first:N", "linear:N", "decay:OMEGA,K")
 """The forms that `parse_schedule` accepts."""
@@ -74,4 +74,4 @@ def parse_schedule(text: str) -> Schedule:
         if math.isfinite(omega) and math.isfinite(power) and omega > 0 and power > 0:
             return Schedule("decay", omega=omega, power=power)
         raise UsageError(f"`schedule` {word}: OMEGA and K must be numbers above 0, as decay:0.05,3")
-    raise UsageError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {text!r}")
+    raise none_of("`schedule`", SCHEDULES, text)

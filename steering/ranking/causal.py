@@ -10,6 +10,7 @@ from saesteer.sae.model.hooks import HookPoint
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.evaluation.grading import is_degenerate
+from saesteer.steering.evaluation.thoughts import answers_only
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import count_batches, generate_steered
 from saesteer.steering.plans.from_sae import make_plan
@@ -73,7 +74,7 @@ def causal_trials(
         progress=count_batches(progress, "rank: steer the shortlist", len(rows), config.batch_size),
     )
     good, broken = [0] * len(settings), [0] * len(settings)
-    for (content, trial), text in zip(rows, texts, strict=True):
+    for (content, trial), text in zip(rows, answers_only(lm, texts), strict=True):
         bad = is_degenerate(text.token_ids)
         broken[trial] += bad
         good[trial] += not bad and task.verdict(text.completion, content) is Verdict.PASS

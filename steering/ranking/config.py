@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import UsageError, none_of
+from saesteer.sae.config import check_sampling
 
 READS = ("last", "template", "span", "reply")
 """Where samples are read: at the last token of the user's text, at the last prompt token, at the
@@ -87,7 +88,7 @@ class RankConfig:
             *(("`drop`", one, FILTERS) for one in self.drop),
         ):
             if value not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise none_of(name, allowed, value)
         if self.read == "reply" and self.resolved_by == "saif":
             raise UsageError(
                 "`by` saif compares single positions and `read` reply reads many: "
@@ -105,6 +106,7 @@ class RankConfig:
         ):
             if count < 1:
                 raise UsageError(f"{name} must be at least 1, got {count}")
+        check_sampling(self.temperature, self.top_p, self.batch_size)
         if self.shuffles < 0:
             raise UsageError(f"`shuffles` must be at least 0, got {self.shuffles}")
         if not self.max_norm_ratio > 1:

@@ -9,10 +9,10 @@ from html import escape
 from typing import Any
 
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.reports.svg import Bar, Point, bars, scatter
 from saesteer.steering.evaluation.arms import Rate
 from saesteer.steering.evaluation.compare import Comparison, comparison_document
 from saesteer.steering.evaluation.intervals import difference_text, rate_text
-from saesteer.steering.reports.svg import Bar, Point, bars, scatter
 from saesteer.steering.reports.sweep_charts import dose_response, pareto_chart, stability_section
 
 SCHEMA_VERSION = 1

@@ -126,14 +126,9 @@ def evaluate_plans(
         UsageError: a plan of a task that IFEval has no instruction for, without `only`.
         UserError, UsageError: what `compare` and `evaluate_ifeval` raise.
     """
-    matched = []
-    if ifeval is not None and not only:
-        matched = [(group.task, plan) for group in groups for plan in _in_ifeval(group)]
+    # Before the arms, whose answers would be lost.
+    matched = [] if ifeval is None else check_ifeval(groups, ifeval, only)
     everything = {path: plan for group in groups for path, plan in group.plans.items()}
-    if ifeval is not None:  # before the arms, whose answers would be lost
-        chosen_rows(
-            ifeval, steered=bool(matched or (everything and only)), matched=matched, only=only
-        )
     if judge is not None:
         judge.check()
     lm = as_language_model(model, device=device, dtype=dtype)
@@ -166,6 +161,22 @@ def evaluate_plans(
     )
     warnings = [message for one in comparisons for message in _warnings(one)]
     return Evaluation(document, comparisons, tuple(warnings))
+
+
+def check_ifeval(
+    groups: Sequence[TaskPlans], ifeval: Sequence[IFEvalPrompt], only: Sequence[str] = ()
+) -> list[tuple[Task, Plan]]:
+    """The plans that steer rows of IFEval by their own task, with it; none with `only`.
+
+    Raises UsageError for a plan of a task that IFEval has no instruction for, without `only`, and
+    UserError where no row is left. Needs no model.
+    """
+    matched = []
+    if not only:
+        matched = [(group.task, plan) for group in groups for plan in _in_ifeval(group)]
+    steered = bool(matched or (only and any(group.plans for group in groups)))
+    chosen_rows(ifeval, steered=steered, matched=matched, only=only)
+    return matched
 
 
 def _in_ifeval(group: TaskPlans) -> Sequence[Plan]:

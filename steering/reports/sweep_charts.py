@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from saesteer.steering.reports.svg import Point, heat_map, scatter
+from saesteer.sae.reports.svg import Point, heat_map, scatter
 
 _LONGEST_PART = 44
 """Characters of a part's name next to a heat map."""

@@ -12,6 +12,7 @@ Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SPLIT_SHARES = (0.50, 0.12, 0.38)
 """Shares of train, dev and test for contents that name no split (the built-in proportions)."""
+_NOT_LINES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".yaml", ".yml")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -59,6 +60,11 @@ def read_contents(
     Rows without a split are divided by a hash of `seed` and text. Raises UserError, which begins
     with `what`, for a file that cannot be read or a row without text.
     """
+    if path.suffix.lower() in _NOT_LINES:
+        raise UserError(
+            f"{what}: {path} is no .jsonl or .txt file: write one object with `text` a line, or "
+            "one content a line"
+        )
     lines = read_text(path, what).split("\n")
     rows: list[tuple[str, str | None]] = []
     for number, line in enumerate(lines, 1):

@@ -7,7 +7,6 @@ are for selection (ranking, replies to train on); variants with `use: evaluate` 
 evaluation.
 """
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.steering.checks.catalogue import CHECKS, Verdict, run_check
 from saesteer.steering.evaluation.grading import loose_variants
@@ -161,11 +160,9 @@ def load_task(name_or_path: str | Path) -> Task:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return _read_task(path)
-    near = difflib.get_close_matches(name.casefold(), builtin_tasks(), n=1)
-    hint = f", did you mean {near[0]}?" if near else ":"
     raise UsageError(
-        f"unknown task {name!r}{hint} `task` takes a built-in name ({', '.join(builtin_tasks())}) "
-        "or the path of a .yaml file"
+        f"unknown task {name!r}{meant(name, builtin_tasks())}: `task` takes a built-in name "
+        f"({', '.join(builtin_tasks())}) or the path of a .yaml file"
     )
 
 

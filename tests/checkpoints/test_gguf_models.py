@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from saesteer.checkpoints import model_files
+from saesteer.checkpoints.errors import UserError
 
 from .model_sources import refused, write_gguf
 
@@ -81,3 +82,48 @@ def test_disk_full_while_converting(
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
     assert "no space left while writing" in refused(tiny_gguf)
     assert [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.is_dir()] == []
+
+
+def test_recorded_paths_lead_to_the_conversion(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    moved = tmp_path / "models" / "mine.gguf"
+    moved.write_bytes(tiny_gguf.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    found = model_files.resolve_model("models/mine.gguf")
+    assert found.name == str(moved), "another folder's commands find it"
+    moved.unlink()
+    said: list[str] = []
+    for name in ("models/mine.gguf", str(moved), "elsewhere/mine.gguf"):
+        again = model_files.resolve_model(name, said.append, recorded=True)
+        assert again.path_or_repo == found.path_or_repo
+        with pytest.raises(UserError, match="no such file"):
+            model_files.resolve_model(name)  # a person may have mistyped it
+    assert len(said) == 3 and "models/mine.gguf is not there: its conversion" in said[0]
+    # Two files of that name: it cannot be told which.
+    write_gguf(moved, seed=5)
+    model_files.resolve_model(str(moved))
+    other = tmp_path / "mine.gguf"
+    write_gguf(other, seed=6)
+    model_files.resolve_model(str(other))
+    other.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        model_files.resolve_model("elsewhere/mine.gguf", recorded=True)
+
+
+def test_half_the_bytes_where_nothing_is_lost() -> None:
+    exact = torch.tensor([1.5, -0.25, 3e38]).bfloat16().float()
+    in_float16 = torch.tensor([1 + 2**-10, 2**-20]).half().float()
+    quantised = torch.tensor([0.1, 0.3])
+    tied = quantised.view(2)
+    weights = {"a": exact, "b": in_float16, "c": quantised, "d": tied, "e": exact}
+    found = model_files._narrowed(weights)
+    kinds = {name: tensor.dtype for name, tensor in found.items()}
+    assert kinds == {
+        "a": torch.bfloat16, "b": torch.float16, "c": torch.float32, "d": torch.float32,
+        "e": torch.bfloat16,
+    }  # fmt: skip
+    assert all(torch.equal(found[name].float(), weights[name]) for name in weights)
+    assert found["c"].data_ptr() == found["d"].data_ptr()
+    assert found["a"].data_ptr() == found["e"].data_ptr()

@@ -461,7 +461,7 @@ class TestReleases:
         self.fake(monkeypatch, load)
         monkeypatch.setattr(model_files, "hub_reachable", lambda timeout=3.0: True)
         text = refused("nope:a")
-        assert "Release nope not found" in text and "give a folder" in text
+        assert "lists no release nope" in text and "give a folder" in text
 
     def test_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(*_: Any, **__: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -55,8 +56,16 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+OnTerminal = Callable[..., tuple[int, str]]
+
+
+def plain_text(seen: str) -> str:
+    """What a terminal was sent, without colours, cursor movements and carriage returns."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen).replace("\r", "")
+
+
 @pytest.fixture
-def on_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+def on_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> OnTerminal:
     """Run `saesteer` with stdout and stderr on a terminal: the status, and what a person sees."""
     pty = pytest.importorskip("pty", reason="no terminals of this kind here")
 
@@ -77,7 +86,9 @@ def on_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
             os.fdopen(ours, "w", encoding="utf-8") as terminal,
             contextlib.redirect_stdout(terminal),
             contextlib.redirect_stderr(terminal),
+            monkeypatch.context() as patched,
         ):
+            patched.setattr(sys, "__stdout__", terminal)
             status = cli(*words).status
         watcher.join()
         os.close(person)

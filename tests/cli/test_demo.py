@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from saesteer.cli.__main__ import main
 from saesteer.steering.demonstration import pipeline
+
+from .conftest import OnTerminal, plain_text
 
 SMALL = pipeline.DemoSize(
     reply_tasks=(),
@@ -24,7 +25,7 @@ SMALL = pipeline.DemoSize(
 
 
 def test_each_stage_is_announced_and_told(
-    capfd: pytest.CaptureFixture[str],
+    on_terminal: OnTerminal,
     monkeypatch: pytest.MonkeyPatch,
     model: Path,
     task: Path,
@@ -32,9 +33,11 @@ def test_each_stage_is_announced_and_told(
 ) -> None:
     monkeypatch.setattr(pipeline, "QUICK", SMALL)
     out = tmp_path / "demo"
-    words = ["demo", "--quick", "--model", str(model), "--task", str(task), "-o", str(out), "-q"]
-    assert main(words) == 0
-    told = capfd.readouterr().out
+    words = ("demo", "--quick", "--model", model, "--task", task, "-o", out)
+    status, seen = on_terminal(*words)
+    assert status == 0, seen
+    told = plain_text(seen)
+    assert "\x1b[1m1. model\x1b[0m" in seen  # headings are bold, and no code is printed
     stages = json.loads((out / "demo.json").read_text())["stages"]
     for place, name in enumerate(stages, 1):
         assert f"\n{place}. {name}  " in told
@@ -44,5 +47,5 @@ def test_each_stage_is_announced_and_told(
     assert f"chosen: k 1, scale 1, scope generation; written to {out / 'plan-layer-2'}" in told
     assert "greedy, the same doses" in told
     assert f"--plan {out / 'plan-layer-2'} -p" in told.splitlines()[-1]
-    assert main(words) == 2
-    assert "--out" in capfd.readouterr().err
+    status, seen = on_terminal(*words)
+    assert status == 2 and "--out" in seen

@@ -1,13 +1,15 @@
 """Prompts from files, and the folder for the results."""
 
 import io
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.inputs import check_data, read_prompts, reserved, take_folder
+from saesteer.cli.inputs import check_reading, open_model, read_prompts, reserved, take_folder
+from saesteer.cli.progress import Report
 
 
 def prompts(**values: object) -> list[str]:
@@ -59,10 +61,29 @@ def test_no_prompt_at_all(tmp_path: Path) -> None:
 
 
 def test_missing_data_is_refused_early(tmp_path: Path) -> None:
-    check_data(Namespace(data=None))
-    check_data(Namespace(data=("python-docs", "hf:some/thing", str(tmp_path))))
+    check_reading(Namespace(site=None, data=None))
+    (tmp_path / "a.txt").write_text("words")
+    check_reading(Namespace(site=None, data=("python-docs", str(tmp_path))))
     with pytest.raises(UserError, match="`data` .*none.txt does not exist"):
-        check_data(Namespace(data=(str(tmp_path / "none.txt"),)))
+        check_reading(Namespace(site=None, data=(str(tmp_path / "none.txt"),)))
+    with pytest.raises(UserError, match="`data` hf:some/thing: it is not on this machine"):
+        check_reading(Namespace(site=None, data=("hf:some/thing",)))
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv", "p.parquet", "p.jsonl.gz", "p.yaml"])
+def test_prompts_of_another_format_are_not_taken_for_lines(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('[{"prompt": "Hello"}]')
+    with pytest.raises(UserError, match=r"--prompts .* is no \.jsonl or \.txt file: write one"):
+        prompts(prompts=str(tmp_path / name))
+
+
+def test_line_separators_inside_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two\x85"}, ensure_ascii=False) + "\n")
+    assert prompts(prompts=str(path)) == ["one\u2028two\x85"]
+    path = tmp_path / "p.txt"
+    path.write_text("one\u2028two\x85\nthree\n")
+    assert prompts(prompts=str(path)) == ["one\u2028two\x85", "three"]
 
 
 # --- --out ---------------------------------------------------------------------------------------
@@ -142,3 +163,9 @@ def test_force_never_empties_what_is_read(tmp_path: Path) -> None:
             pass
     with reserved(claim(sae / "metrics"), sae=str(sae), plan=None):
         pass
+
+
+def test_a_model_that_has_moved_is_asked_for(tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"was at {gone}, where nothing is now: give --model"):
+        open_model(Namespace(model=None), Report(io.StringIO()), name=gone)

@@ -42,6 +42,7 @@ def test_every_verb_has_help(cli: Cli) -> None:
 
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("saesteer ")
+    assert cli("-V") == cli("--version")
 
 
 def test_unknown_verb(cli: Cli) -> None:

@@ -166,3 +166,29 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with reporting(Namespace(quiet=False, verbose=False)) as report:
         assert type(report) is Lines
+
+
+def test_a_long_step_is_not_silent() -> None:
+    stream, clock = io.StringIO(), Clock()
+    report = Lines(stream, clock)
+    report.say("loading gemma")
+    for _ in range(20):
+        clock.now += 1
+        report.beat()
+    report("rank: plain replies", 0, 64, "replies")
+    for _ in range(8):
+        clock.now += 1
+        report.beat()
+    report("rank: plain replies", 32, 64, "replies")
+    clock.now += 9
+    report.beat()
+    report("rank: plain replies", 64, 64, "replies")
+    assert lines_of(stream) == [
+        "loading gemma",
+        "still at loading gemma: for 9.0 s",
+        "still at loading gemma: for 18.0 s",
+        "rank: plain replies: 64 replies",
+        "rank: plain replies: 32 replies (50%), 4.0 replies/s, 8.0 s left",
+        "still at rank: plain replies: 32 of 64 replies for 17.0 s",
+        "rank: plain replies: done, 64 replies in 17.0 s, 3.8 replies/s",
+    ]

@@ -344,3 +344,8 @@ def test_a_plan_of_several_parts(cli: Cli, plan: Path, tmp_path: Path) -> None:
     assert refused.status == 2
     assert "--scale is not the same in all parts of this plan" in refused.err
     assert cli(*words, "--method", "add-keep-norm").status == 0
+
+
+def test_an_edit_beyond_float32_is_an_error(cli: Cli, model: Path, plan: Path) -> None:
+    words = ("steer", "--model", model, "--plan", plan, "-p", "Hello", "--scale", "1e30", *SMALL)
+    assert "the edit is longer than float32 can hold" in cli(*words).error(1)

@@ -88,7 +88,7 @@ def test_layers_are_an_axis_by_the_names_of_saes(
         ((), "--plan DIR, or --sae DIR with --task: give one, got neither"),
         (("--plan", "a", "--sae", "b"), "give one, got both"),
         (("--sae", "b"), "--task is missing: --sae ranks for a task first"),
-        (("--plan", "a", "--grid", "luck=1"), "--grid luck is none of the axes k, beta"),
+        (("--plan", "a", "--grid", "luck=1"), "the axis of --grid must be one of k, beta"),
         (("--plan", "a", "--grid", "read=last"), "--grid read needs --sae"),
         (("--plan", "a", "--grid", "layer=1"), "--grid layer needs --sae"),
         (("--sae", "b", "--task", "t", "--grid", "layer=x"), "--grid layer must be whole numbers"),
@@ -105,3 +105,10 @@ def test_layers_are_an_axis_by_the_names_of_saes(
 )
 def test_what_cannot_be_swept(cli: Cli, words: tuple[str, ...], said: str) -> None:
     assert said in cli("sweep", *words, "-q").error(2)
+
+
+def test_more_latents_than_there_are_is_said(cli: Cli, model: Path, plan: Path, task: Path) -> None:
+    words = ("--grid", "k=99", "--grid", "scale=1", "--rounds", "1:1", *SMALL[2:])
+    outcome = cli("sweep", "--model", model, "--plan", plan, "--task", task, *words)
+    assert outcome.status == 0
+    assert "warning: --grid k=99 is more than the 3 latents there are" in outcome.err

@@ -39,10 +39,10 @@ def test_both_l0_of_an_sae_that_infers_by_a_threshold(cli: Cli, acts: Path, tmp_
     outcome = cli("train", "--activations", acts, *words, "-o", tmp_path / "sae")
     assert outcome.status == 0, outcome.err
     header, row, _ = outcome.out.splitlines()
-    assert header.split()[6:10] == ["L0", "held-out", "L0", "dead"]
+    assert header.split()[5:12] == ["FVU", "held-out", "FVU", "L0", "held-out", "L0", "dead"]
     final = json.loads((tmp_path / "sae" / "run.json").read_text())["final"]
     assert final["held_out_l0"] == 4.0 and final["held_out_rows"] == 64
-    assert row.split()[6:8] == ["4", "4"]
+    assert row.split()[7:9] == ["4", "4"]
 
 
 def test_an_l0_far_from_its_target_is_told(cli: Cli, acts: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_an_l0_far_from_its_target_is_told(cli: Cli, acts: Path, tmp_path: Path)
              "--tokens", 128, "--batch-tokens", 64)  # fmt: skip
     outcome = cli("train", "--activations", acts, *words, "-q", "-o", tmp_path / "sae")
     assert outcome.status == 0, outcome.err
-    (line,) = outcome.err.splitlines()
+    line = outcome.err.splitlines()[-1]
     assert line.startswith("warning:") and "where 60 was aimed at: train on more --tokens" in line
     run = json.loads((tmp_path / "sae" / "run.json").read_text())
     assert run["final"]["l0_missed_by"] > 0.2

@@ -23,30 +23,52 @@ from triton.runtime.jit import create_function_from_signature
 from saesteer.kernels import (
     adam_rows,
     auxk,
+    batchtopk_encode,
     decode_mse,
+    decode_prefixes,
     gather_dot,
+    select_largest,
     sparse_decode,
     sparse_row_grads,
+    threshold_grads,
     topk_encode,
 )
 
-MODULES = (adam_rows, auxk, decode_mse, gather_dot, sparse_decode, sparse_row_grads, topk_encode)
+MODULES = (
+    adam_rows,
+    auxk,
+    batchtopk_encode,
+    decode_mse,
+    decode_prefixes,
+    gather_dot,
+    select_largest,
+    sparse_decode,
+    sparse_row_grads,
+    threshold_grads,
+    topk_encode,
+)
 
 POINTERS = {
-    "*i64": "latent_indices indices order starts row_starts examples owners counts later_counts",
-    "*i32": "group_keys group_ids",
+    "*i64": "latent_indices indices order starts row_starts piece_starts examples owners "
+    "old_owners counts later_counts sought block_counts block_ends places chosen",
+    "*i32": "group_keys group_ids keys digit_counts best members old_members",
     "*fp32": "latent_acts b_dec b_enc out vectors acts pre_acts weights grads sums later_grads "
     "later_sums "
-    "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales",
+    "exp_avgs exp_avg_sqs target squared_error error act_grads grad_scales bias last_error "
+    "suffix_errors thresholds price pre_act_grads threshold_grads",
     "*bf16": "shadows",
     "*fp64": "schedule",
 }
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()}
-TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps"), "fp32")
+TYPES |= dict.fromkeys(("decay1", "beta2", "decay2", "eps", "bandwidth"), "fp32")
 
 KEYS = {"KEY": tl.int32, "MAX": 2**31 - 1, "BITS": 32}
 
-UNHINTED = ("k", "n_chosen", "batch", "n_entries")
+UNHINTED = (
+    *("k", "n_chosen", "batch", "n_entries", "levels"),
+    *("n_keys", "n_blocks", "n_kept", "n_groups", "first_group"),
+)
+"""Numbers that need not be multiples of 16."""
 
 MOST_SHARED = 113 * 1024
 """Bytes of shared memory with which two programs fit on one multiprocessor."""
@@ -58,10 +80,17 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         for module, kernel, types in (
             (sparse_decode, sparse_decode.sparse_decode_kernel, {"W_dec": matrix}),
             (decode_mse, decode_mse.decode_mse_kernel, {"W_dec": matrix, "target": matrix}),
+            (
+                decode_prefixes,
+                decode_prefixes.decode_prefixes_kernel,
+                {"W_dec": matrix, "target": matrix},
+            ),
             (sparse_row_grads, sparse_row_grads.row_grads_kernel, {"rows": matrix}),
         ):
             for tile, ragged in itertools.product(module.TILES, (False, True)):
                 if ragged and (tile != module.TILES[0] or module is sparse_row_grads):
+                    continue
+                if module is decode_prefixes and (ragged or tile != module.TILES[0]):
                     continue
                 columns, warps = tile.fit(4096, size)
                 how = {"ROWS": tile.rows, "BLOCK_D": columns, "STAGES": tile.stages}
@@ -77,6 +106,18 @@ def variants() -> Iterator[tuple[Any, int, dict[str, Any], dict[str, str]]]:
         yield topk_encode.select_groups_kernel, warps, {"BLOCK": keys, **KEYS}, {}
         latents = {"GROUP": 32, "BLOCK_G": keys // 32, **KEYS}
         yield topk_encode.select_latents_kernel, warps, latents, {}
+    for shift, width in ((23, 8), (0, 7)):
+        digit = {"SHIFT": shift, "WIDTH": width, "BLOCK": select_largest.BLOCK, **KEYS}
+        yield select_largest.count_digits_kernel, 4, digit, {}
+        yield select_largest.narrow_kernel, 4, digit, {}
+    block = {"BLOCK": select_largest.BLOCK, **KEYS}
+    yield select_largest.count_kept_kernel, 4, block, {}
+    yield select_largest.list_kept_kernel, 4, block, {}
+    groups = {"GROUP": batchtopk_encode.GROUP, "BLOCK": 32, **KEYS}
+    yield batchtopk_encode.take_groups_kernel, 4, groups, {}
+    for priced in (False, True):
+        how = {"ONE_PRICE": not priced, "TO_INPUT": priced, "BLOCK": threshold_grads.BLOCK}
+        yield threshold_grads.threshold_grads_kernel, 2, {**how, "ACC": tl.float32}, {}
     for width in (2048, auxk.WIDEST):
         yield auxk.keep_largest_kernel, max(4, width // 1024), {"BLOCK": width, **KEYS}, {}
     plain = dict.fromkeys(("SCALED", "SHADOW", "RANDOM"), False)

@@ -95,5 +95,5 @@ def test_opcheck() -> None:
     indices = torch.randint(0, 9, (4, 3))
     order = sort_indices(indices, 9)
     state = (unit(9, 5), torch.zeros(9, 5), torch.zeros(9, 5))
-    args = (*state, torch.randn(4, 3), torch.randn(4, 5), *order, 0.5, schedule(1))
+    args = (*state, torch.randn(4, 3), torch.randn(4, 5), *order, 1, 0.5, schedule(1))
     torch.library.opcheck(adam_sparse_rows_op, (*args, 0.9, 0.99, 1e-8, True, None, None))

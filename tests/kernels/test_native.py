@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ import torch
 pytest.importorskip("numba", reason="numba is not installed")
 
 from saesteer.kernels import native
-from saesteer.kernels.native import even_bounds, parts_of, run_parts, scratch, use_native
+from saesteer.kernels.native import (
+    even_bounds,
+    parts_of,
+    result_memory,
+    run_parts,
+    scratch,
+    use_native,
+)
 
 STEP = """
 import hashlib, torch
@@ -86,6 +94,26 @@ def test_scratch_is_the_same_memory_again() -> None:
     again = scratch((4, 5), torch.bfloat16)
     assert again.data_ptr() == first.data_ptr() and again.shape == (4, 5)
     assert scratch((1,), torch.float64).dtype == torch.float64
+
+
+def test_a_result_is_never_memory_that_somebody_still_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "_LEAST_BLOCK_BYTES", 400)
+    monkeypatch.setattr(native, "_kept", threading.local())
+    first = result_memory((10, 10))
+    place, part = first.data_ptr(), first[3:5].t()
+    del first
+    second = result_memory((100,))
+    assert second.data_ptr() != place, "a view of the first is still there"
+    del part
+    third = result_memory((5, 20))
+    assert third.data_ptr() == place and third._base is None
+    pointers = {third.data_ptr(), second.data_ptr(), result_memory((200,)).data_ptr()}
+    assert len(pointers) == 3
+    assert len(native._kept.blocks) == 2, "no more blocks are kept"
+    small = result_memory((3, 3))
+    assert small.shape == (3, 3) and len(native._kept.blocks) == 2
 
 
 def test_which_tensors_the_loops_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,48 @@ def test_the_step_from_entries(
     assert torch.equal(counts, p.dense((p.acts != 0).double()).sum(0).long())
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@EVERY_DTYPE
+@EVERY_CHOICE
+@pytest.mark.parametrize("lengths", [[3, 0, 7, 1, 5, 0], [0] * 6, []], ids=str)
+def test_pieces_of_an_example_share_its_row(
+    lengths: list[int], choice: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAESTEER_KERNELS", choice)
+    p = Problem(lengths, dtype)
+    shared = p.x[: len(lengths) // 3]
+
+    def pairs_of(a: Tensor, rows_a: Tensor, b: Tensor, rows_b: Tensor) -> tuple[Tensor, ...]:
+        found = sparse_pair_grads(a, rows_a, b, rows_b, p.indices, p.d_sae, row_starts=p.row_starts)
+        return found[:3]
+
+    compare(
+        pairs_of,
+        lambda a, rows_a, b, rows_b: (
+            p.dense(a).T @ rows_a,
+            p.dense(b).T @ rows_b.repeat_interleave(3, dim=0),
+            p.dense(b).sum(0),
+        ),
+        [p.acts, p.target, p.slots, shared],
+        dtype,
+    )
+    order = sort_indices(p.indices, p.d_sae, p.row_starts)
+    schedule = torch.tensor(adam_schedule(1, 3e-3, 0.9, 0.99), dtype=torch.float64)
+    states = []
+    for rows in (shared, shared.repeat_interleave(3, dim=0)):
+        param = p.W[:, :D_IN].clone()
+        state = [param, torch.zeros_like(param), torch.zeros_like(param)]
+        sums = adam_sparse_rows_(
+            *state, p.slots, p.indices, rows, order,
+            factor=0.5, schedule=schedule, row_starts=p.row_starts,
+        )  # fmt: skip
+        states.append([*state, *sums])
+    assert all(map(torch.equal, *states))
+    if lengths:
+        with pytest.raises(ValueError, match=r"rows_b must be \[batch, d_model\] = \[6, 17\], or"):
+            pairs_of(p.acts, p.target, p.slots, p.x[:4])
+
+
 @EVERY_CHOICE
 def test_equal_lengths_give_the_bits_of_the_rectangle(
     choice: str, monkeypatch: pytest.MonkeyPatch
@@ -275,7 +317,7 @@ def test_opcheck() -> None:
     check(sparse_pair_grads_op, (*pair, p.row_starts, *order))
     state = (p.W, torch.zeros_like(p.W), torch.zeros_like(p.W))
     schedule = torch.tensor(adam_schedule(1, 3e-3, 0.9, 0.999), dtype=torch.float64)
-    hyper = (0.5, schedule, 0.9, 0.99, 1e-8, False, None, None)
+    hyper = (1, 0.5, schedule, 0.9, 0.99, 1e-8, False, None, None)
     check(adam_sparse_rows_op, (*state, p.acts, p.target, *order, *hyper))
 
 

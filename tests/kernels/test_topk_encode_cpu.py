@@ -8,15 +8,15 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from saesteer.kernels import topk_encode
+from saesteer.kernels import near_products, topk_encode
 from saesteer.kernels.topk_encode import topk_encode_native, topk_encode_reference
 
 
 def encode(
     x: Tensor, W: Tensor, b: Tensor, k: int, certain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Tensor, Tensor]:
-    monkeypatch.setattr(topk_encode, "fast_bfloat16", lambda: certain)
-    monkeypatch.setattr(topk_encode, "LEAST_CERTAIN_ROWS", 1)
+    monkeypatch.setattr(near_products, "fast_bfloat16", lambda: certain)
+    monkeypatch.setattr(near_products, "LEAST_ROWS", 1)
     return topk_encode_native(x, W, b, k)
 
 

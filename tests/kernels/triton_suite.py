@@ -17,8 +17,11 @@ os.environ["SAESTEER_KERNELS"] = "triton"
 from saesteer.kernels import (
     adam_rows,
     auxk,
+    batchtopk_encode,
     decode_mse,
+    decode_prefixes,
     ops,
+    select_largest,
     sparse_decode,
     sparse_row_grads,
     topk_encode,
@@ -27,6 +30,8 @@ from saesteer.kernels import gather_dot as dots
 from saesteer.kernels.adam_rows import adam_rows_reference, adam_rows_torch, adam_schedule
 from saesteer.kernels.dispatch import INTERPRETED
 from saesteer.kernels.sparse_pair_grads import sparse_pair_grads_reference
+from saesteer.kernels.threshold_encode import at_capacity, threshold_encode_torch
+from saesteer.kernels.threshold_grads import threshold_grads_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -260,13 +265,179 @@ def test_ragged(lengths: list[int], dtype: torch.dtype) -> None:
     for ours, theirs in zip(found, dense, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
 
-    operands, other = (acts, target, acts.square(), normal(batch, 20, seed=4)), wide[0].square()
+    # One row for two examples, where they are an even number.
+    rows_b = normal(batch // 2 if batch % 2 == 0 else batch, 20, seed=4)
+    operands, other = (acts, target, acts.square(), rows_b), wide[0].square()
     sums = ops.sparse_pair_grads(*operands, indices, d_sae, row_starts=row_starts)
     dense_sums = sparse_pair_grads_reference(
         wide[0], wide[3], other, operands[3].double(), indices, d_sae, row_starts
     )
     for ours, theirs in zip(sums, dense_sums, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("n_keys", "high", "count"),
+    [(1, 2, 1), (5000, 3, 100), (5000, 2**31, 700), (5000, 9, 5000), (10, 5, 20), (0, 5, 3)],
+)
+def test_places_of_the_largest(n_keys: int, high: int, count: int, dtype: torch.dtype) -> None:
+    keys = (integers(2 * high, n_keys) - high).clamp(max=2**31 - 1).to(dtype)
+    if dtype == torch.int64:
+        keys = keys << 31
+    values, places = torch.sort(keys, descending=True, stable=True)
+    places = places[:count][values[:count] > 0].sort().values
+    expected = torch.cat([places, places.new_full((count - len(places),), -1)])
+    assert torch.equal(select_largest.places_of_largest(keys, count), expected)
+
+
+def test_the_search_over_several_lists_needs_their_counts_alone() -> None:
+    keys = integers(5000, 6000).to(torch.int32)
+    parts, count = keys.split([1000, 4000, 1000]), 777
+    sought = select_largest.start_search(count, keys.device)
+    for shift, width in ((23, 8), (15, 8), (7, 8), (0, 7)):
+        counts = [select_largest.count_digits(part, sought, shift, width) for part in parts]
+        select_largest.narrow(torch.stack(counts).sum(0, dtype=torch.int32), sought, shift, width)
+    assert torch.equal(sought, select_largest.kth_largest(keys, count))
+    assert int(sought[0]) == int(keys.sort(descending=True).values[count - 1])
+
+
+# batch, d_model, d_sae, k, rows a chunk.
+BATCHES = [(1, 1, 1, 1, 9), (5, 41, 60, 7, 3), (2, 1000, 17, 17, 9), (0, 8, 20, 4, 9)]
+WIDE_BATCHES = [] if INTERPRETED else [(300, 576, 4608, 32, 0), (2000, 64, 40000, 8, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k", "rows"), BATCHES + WIDE_BATCHES)
+def test_selection_of_a_whole_batch(
+    batch: int,
+    d_model: int,
+    d_sae: int,
+    k: int,
+    rows: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if rows:
+        monkeypatch.setattr(topk_encode, "chunk_rows", lambda *_: rows)
+    # Small integers: products and sums are exact, ties are many, and every index has to agree.
+    x = (integers(5, batch, d_model) - 2).to(dtype)
+    W, bias = (integers(5, d_sae, d_model, seed=1) - 2).to(dtype), integers(5, d_sae, seed=2)
+    # Many positive, fewer than asked for, none.
+    for shift in (0, -2 * d_model if d_model < 100 else -90, -(10**6)):
+        operands = [x, W, (bias + shift).to(torch.float64)]
+        found = ops.encode_batchtopk(x, W, operands[2].float(), k)
+        wanted = batchtopk_encode.batchtopk_encode_reference(*(t.double() for t in operands), k)
+        assert torch.equal(found[0].double(), wanted[0])
+        assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[2])
+        if shift == -(10**6):
+            continue  # nothing above any floor: as the last capacity of the others
+        floors = integers(5, d_sae, seed=3).float() + 0.5
+        dense = threshold_encode_torch(*(t.double() for t in operands), floors.double())
+        for capacity in (batch * d_sae // 3, batch * d_sae):
+            entries = ops.encode_above(x, W, operands[2].float(), floors, capacity)
+            expected = at_capacity(dense, floors.double(), capacity)
+            assert torch.equal(entries[0].double(), expected[0])
+            assert torch.equal(entries[1], expected[1]) and torch.equal(entries[2], expected[2])
+
+
+@pytest.mark.parametrize("values", ODD, ids=str)
+@pytest.mark.parametrize(("d_sae", "k"), [(7, 3), (100, 20)])
+def test_selection_of_a_batch_on_odd_values(values: list[float], d_sae: int, k: int) -> None:
+    pre_acts = torch.tensor(values, device=DEVICE)[integers(len(values), 3, d_sae)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk_encode, "products", lambda x, W: pre_acts)
+        x, W = pre_acts.new_zeros(3, 2), pre_acts.new_zeros(d_sae, 2)
+        found = batchtopk_encode.batchtopk_encode_triton(x, W, W[:, 0], k)
+    clean = torch.where(pre_acts > 0, pre_acts, 0).flatten()
+    places = torch.sort(clean, descending=True, stable=True).indices[: 3 * k].sort().values
+    assert torch.equal(found[0], clean[places])
+    assert torch.equal(found[1], places % d_sae)
+    assert torch.equal(
+        found[2],
+        torch.searchsorted(places, integers(1, 4) + d_sae * torch.arange(4, device=DEVICE)),
+    )
+
+
+def test_pre_activations_of_a_batch_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = normal(2, 50)
+    results = []
+    for pre_acts in (values, rows_far_apart(values)):
+        monkeypatch.setattr(topk_encode, "products", lambda x, W, found=pre_acts: found)
+        x, W = values.new_zeros(2, 3), values.new_zeros(50, 3)
+        results.append(batchtopk_encode.batchtopk_encode_triton(x, W, W[:, 0], 5))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "levels", "d_model"), [(5, 3, 41), (1, 2, 1000), (0, 2, 8)])
+def test_decode_prefixes(batch: int, levels: int, d_model: int, dtype: torch.dtype) -> None:
+    lengths = integers(4, batch * levels)  # some pieces have no entries
+    lengths[:1] = 40
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    n_entries, d_sae = int(starts[-1]), 60
+    operands = [normal(n_entries).relu(), integers(d_sae, n_entries)]
+    operands += [normal(d_sae, d_model, seed=1, dtype=dtype), normal(d_model, seed=2, dtype=dtype)]
+    operands += [normal(batch, d_model, seed=3, dtype=dtype), starts]
+    wide = [t.double() if t.is_floating_point() else t for t in operands]
+    found = ops.decode_prefixes(*operands, levels)
+    wanted = decode_prefixes.decode_prefixes_reference(*wide, levels)
+    for ours, dense in zip(found, wanted, strict=True):
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert ours._base is None, "a view of a larger result may not be changed in place"
+        # Sums over six levels of up to 1000 squares of size 30.
+        torch.testing.assert_close(ours.double(), dense, rtol=1e-5, atol=1e-2)
+    again = ops.decode_prefixes(*operands, levels)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_rows_of_prefixes_beyond_32_bits() -> None:
+    values = normal(2, 20)
+    operands = [normal(3).relu(), integers(2, 3)]
+    rest = [normal(20, seed=2), normal(2, 20, seed=3), torch.tensor([0, 1, 1, 2, 3], device=DEVICE)]
+    plain = ops.decode_prefixes(*operands, values, *rest, 2)
+    far = decode_prefixes.decode_prefixes_triton(*operands, rows_far_apart(values), *rest, 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, far, strict=True))
+
+
+@pytest.mark.parametrize("to_input", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "d_sae"), [(3, 41), (200, 2), (1, 300), (0, 5)])
+def test_threshold_grads(batch: int, d_sae: int, dtype: torch.dtype, to_input: bool) -> None:
+    pre_acts, up = normal(batch, d_sae, dtype=dtype), normal(batch, d_sae, seed=1, dtype=dtype)
+    thresholds = normal(d_sae, seed=2, dtype=dtype).abs()
+    above = pre_acts > thresholds - 0.4
+    above[:1] = False  # an example without entries
+    places = above.flatten().nonzero()[:, 0]
+    starts = torch.searchsorted(places, torch.arange(batch + 1, device=DEVICE) * d_sae)
+    dense = torch.where(above, pre_acts, -9)
+    for price in (up.new_tensor(0.3), up.square()):
+        wanted = threshold_grads_reference(
+            dense.double(), thresholds.double(), up.double(), price.double(), 0.8, to_input
+        )
+        found = ops.threshold_grads(
+            pre_acts[above], places % d_sae, thresholds, up[above],
+            price if price.dim() == 0 else price[above], 0.8, None, starts, to_input=to_input,
+        )  # fmt: skip
+        torch.testing.assert_close(found[0].double(), wanted[0][above], **CLOSE)
+        torch.testing.assert_close(found[1].double(), wanted[1], **CLOSE)
+
+
+@pytest.mark.parametrize(("batch", "d_model", "d_sae", "k"), [(3, 41, 70, 4), *WIDE[:1]])
+def test_all_gradients_of_a_batch(batch: int, d_model: int, d_sae: int, k: int) -> None:
+    inputs = [normal(batch, d_model), normal(d_sae, d_model, seed=1), normal(d_sae, seed=2)]
+    inputs += [normal(d_sae, d_model, seed=3), normal(d_model, seed=4)]
+    results = []
+    for leaves in (inputs, [t.double() for t in inputs]):
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        double = leaves[0].dtype == torch.float64
+        encode = batchtopk_encode.batchtopk_encode_reference if double else ops.encode_batchtopk
+        acts, indices, starts = encode(*leaves[:3], k)
+        args = (acts, indices, *leaves[3:], leaves[0].detach(), starts)
+        loss = decode_mse.decode_mse_reference(*args) if double else ops.decode_mse(*args)
+        results.append(torch.autograd.grad(loss[0].sum(), leaves))
+    for mine, dense in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), dense, rtol=1e-4, atol=2e-2)
 
 
 @pytest.mark.parametrize("candidate", range(1, 4))

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from saesteer.checkpoints.errors import UsageError
+from saesteer.checkpoints.errors import none_of
 
 if TYPE_CHECKING:
     from saesteer.sae.config import TrainConfig
@@ -22,7 +22,7 @@ ARCHITECTURES = {
 def check_name(name: str) -> None:
     """Raise UsageError for a name that no architecture has."""
     if name not in ARCHITECTURES:
-        raise UsageError(f"`arch` must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
+        raise none_of("`arch`", ARCHITECTURES, name)
 
 
 def architecture_named(name: str) -> "type[Architecture]":

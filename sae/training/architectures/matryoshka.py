@@ -113,9 +113,7 @@ class Matryoshka(BatchTopK):
             latent_indices=indices,
             order=sort_indices(indices, len(W_dec), pieces),
             decoder=EntrySum(acts, errors.flatten(0, 1)),
-            encoder=EntrySum(
-                torch.where(acts != 0, act_grads, 0), x.repeat_interleave(levels, dim=0)
-            ),
+            encoder=EntrySum(torch.where(acts != 0, act_grads, 0), x),
             factor=factor,
             row_starts=pieces,
             dense={"b_dec": errors[:, 0].sum(dim=0) * factor},

@@ -206,6 +206,9 @@ class Counter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.at = state["at"]
 
+    def held_out(self) -> None:
+        return None
+
 
 def batch_stream(source: Any, tokens: int = 103, buffer: int = 21, **more: Any) -> BatchStream:
     options = {"batch_tokens": 10, "dtype": torch.float32, "seed": 3, **more}
@@ -296,3 +299,6 @@ class NumberedRows:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         pass
+
+    def held_out(self) -> None:
+        return None

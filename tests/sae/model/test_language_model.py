@@ -126,6 +126,23 @@ def test_special_ids_and_pad(shared_lm: Shared) -> None:
     assert lm.has_chat_template and not shared_lm(chat=False).has_chat_template
 
 
+def test_special_ids_ask_the_tokenizer_once(fresh_lm: Shared) -> None:
+    """Gemma's tokenizer makes a table of its 6,000 added tokens at every access."""
+    lm, asked = fresh_lm(), 0
+    own = type(lm.tokenizer)
+
+    class Counting(own):  # type: ignore[misc, valid-type]
+        @property
+        def added_tokens_decoder(self) -> Any:
+            nonlocal asked
+            asked += 1
+            return super().added_tokens_decoder
+
+    lm.tokenizer.__class__ = Counting
+    assert lm.special_ids.tolist() == [0, 1, 2]
+    assert asked <= 2  # `all_special_ids` may look, too
+
+
 # --- loading
 
 
@@ -230,8 +247,9 @@ def test_a_folder_that_transformers_refuses(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir(), folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
-    with pytest.raises(UserError, match=r"could not be loaded \(.*no-such-type") as caught:
+    wrong = {"model_type": "llama", "hidden_size": "wide"}
+    (folder / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"could not be loaded \(.*hidden_size") as caught:
         load_model(str(folder), device="cpu")
     assert "Hub" not in str(caught.value) and "\n" not in str(caught.value)
 

@@ -22,7 +22,7 @@ from saesteer.sae.text.contexts import (
     end_of_text,
     open_contexts,
 )
-from saesteer.sae.text.corpora import Document
+from saesteer.sae.text.rows import Document
 
 Shared = Callable[..., LanguageModel]
 
@@ -275,7 +275,7 @@ def test_contexts_do_not_depend_on_how_they_are_asked_for(
 def test_the_state_is_a_position_not_the_text(shared_lm: Shared) -> None:
     stream = ContextStream(Listed(words(5000)), shared_lm(), 16, 0, 1)
     stream.next_batch(3)
-    assert len(json.dumps(stream.state_dict())) < 100
+    assert len(json.dumps(stream.state_dict())) < 300
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.75])
@@ -385,3 +385,53 @@ def test_a_text_that_the_tokenizer_refuses_waits_for_its_turn(
             rows += 1
     assert rows >= 1 and "\n" not in str(e.value)
     str(e.value).encode()
+
+
+# --- text that changes between two runs
+
+
+@pytest.mark.parametrize("change", ["later", "read", "half read", "one more", "none"])
+def test_only_what_was_read_has_to_be_as_it_was(
+    change: str, shared_lm: Shared, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [f"row {i} of some text" for i in range(40)]
+
+    def opened() -> ContextStream:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        config = TextConfig(data=(str(path),), context=19)
+        stream = open_contexts(shared_lm(), config)
+        assert isinstance(stream, ContextStream)
+        return stream
+
+    stream = opened()
+    for _ in range(3):
+        stream.next_batch(4)
+    state, before = json.loads(json.dumps(stream.state_dict())), stream.identity()
+    assert state["used"] > 0
+    order = [rows.index(str(text)) for text in stream.corpus.documents(0, 0)]
+    number = {"later": state["document"] + 1, "read": 3, "half read": state["document"]}
+    if change in number:
+        rows[order[number[change]]] += "!"
+    elif change == "one more":
+        rows.append("another row")
+    again = opened()
+    assert (again.identity() == before) == (change == "none")
+    assert again.has_read(state, before) == (change in ("later", "none"))
+    # And of a run that went on, the same is known.
+    again.load_state_dict(state)
+    again.next_batch(4)
+    later, then = again.state_dict(), again.identity()
+    rows[order[0]] += "?"
+    assert not opened().has_read(later, then)
+
+
+def test_states_of_earlier_versions_do_not_know_what_was_read(shared_lm: Shared) -> None:
+    stream = ContextStream(DOCUMENTS, shared_lm(), 16, seed=3, epochs=1)
+    stream.next_batch(2)
+    state = stream.state_dict()
+    del state["read"], state["part"]
+    assert stream.has_read(state, stream.identity())
+    assert not stream.has_read(state, [{"name": "other"}])
+    stream.load_state_dict(state)
+    assert "read" not in stream.state_dict()

@@ -1,14 +1,18 @@
 """Corpora of every kind, in a seeded order, and what is no corpus."""
 
 import contextlib
+import csv
+import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.sae.text.corpora import Document, FileCorpus, open_corpus
+from saesteer.sae.text.corpora import FileCorpus, open_corpus, try_corpora
+from saesteer.sae.text.rows import Document
 
 
 def words(count: int, prefix: str) -> str:
@@ -106,6 +110,75 @@ def test_a_json_file(tmp_path: Path, content: str, texts: list[str] | None) -> N
     assert "\n" not in str(error.value)
 
 
+def as_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def as_gzip(path: Path, rows: list[dict[str, Any]]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.parquet", as_parquet),
+        ("A.CSV", as_csv),
+        ("a.tsv", as_csv),
+        ("a.jsonl.gz", as_gzip),
+    ],
+)
+def test_tables_are_streamed(
+    name: str, write: Callable[[Path, list[dict[str, Any]]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    write(path, [{"text": f"row {i}\nof\u2028it", "id": i} for i in range(30)])
+    corpus = open_corpus([str(path)])
+    texts = list(corpus.documents(0, 0))
+    assert sorted(map(str, texts)) == sorted(f"row {i}\nof\u2028it" for i in range(30))
+    assert list(corpus.documents(0, 7)) == texts[7:]
+    assert list(corpus.documents(1, 0)) != texts
+    identity = corpus.identity()
+    assert identity["name"] == str(path) and len(identity["sha256"]) == 1
+    write(path, [{"text": "another", "id": 0}])
+    assert open_corpus([str(path)]).identity()["sha256"] != identity["sha256"]
+
+
+def test_chats_in_a_table(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    as_parquet(tmp_path / "a.parquet", [{"messages": chat}])
+    assert all_texts(str(tmp_path / "a.parquet")) == [chat]
+
+
+def test_line_separators_inside_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["one\u2028two", "three\u2029four\x85five"]
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in texts))
+    assert sorted(map(str, all_texts(str(path)))) == sorted(texts)
+
+
+def test_the_first_documents_are_tried_without_an_index(tmp_path: Path) -> None:
+    good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    good.write_text('{"text": "one"}\nnot JSON\n')
+    try_corpora([str(good), "python-docs"])  # what comes later, the work itself finds
+    bad.write_text('{"body": "one"}\n')
+    with pytest.raises(UserError, match="it has: body"):
+        try_corpora([str(good), str(bad)])
+    with pytest.raises(UserError, match="it has: body"):
+        try_corpora([str(tmp_path)])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="holds no text"):
+        try_corpora([str(tmp_path / "empty.txt")])
+
+
 def test_the_python_reference_is_always_there() -> None:
     from pydoc_data.topics import topics
 
@@ -182,7 +255,20 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
         ("a.txt", "text".encode("utf-16"), r"is not UTF-8 \(byte 0\)"),
         ("a.txt", b"\x80" * 200_000, "is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"\(byte 14\) has a line that is not JSON"),
-        ("a.jsonl", b'{"body": "a"}', "neither `text` .* nor `messages` .*; it has: body"),
+        (
+            "a.jsonl",
+            b'{"body": "a", "id": 1}',
+            "nor `messages` .*; it has: body, id; rename body to",
+        ),
+        ("a.jsonl", b'{"conversations": []}', "rename conversations to messages, with role"),
+        ("a.jsonl", b"{}", "it has: no field; rename the field that holds the text"),
+        ("a.jsonl", b"[" * 100_000, "a line that is not JSON .*nested too deeply"),
+        ("a.pdf", b"%PDF", "is no text file: unpack or export it as .txt, or as JSON lines"),
+        ("a.txt.gz", b"", "is no text file"),
+        ("a.csv", b"", "(cannot be read as csv|broke off)"),
+        ("a.csv", b"text\n", "holds no row: give at least one document"),
+        ("a.csv", b"body,id\nx,1\n", "it has: body, id; rename body to text"),
+        ("a.parquet", b"PAR1", "(cannot be read as parquet|broke off) .*check the file"),
         ("a.jsonl", b'["a"]', "has a row that is a list"),
         ("a.jsonl", b'{"text": 5}', "has a row whose `text` is a int"),
         ("a.jsonl", b'{"messages": []}', "`messages` is no list with a message in it"),
@@ -212,8 +298,14 @@ def test_paths_that_are_no_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`data` absent.txt does not exist: give a file, a folder"):
         open_corpus(["absent.txt"])
     (tmp_path / "a.py").write_text("pass")
-    with pytest.raises(UserError, match="is a folder without .txt, .md, .rst, .jsonl files"):
+    with pytest.raises(UserError, match=r"is a folder without .txt, .md, .rst, .jsonl files$"):
         open_corpus([str(tmp_path)])
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(UserError, match=f"files; write hf:{tmp_path} to stream the tables in it"):
+        open_corpus([str(tmp_path)])
+    for name in ("wikitext", "stas/openwebtext-10k", "Salesforce/wikitext:wikitext-2-v1"):
+        with pytest.raises(UserError, match=f"to stream {name} from the Hub write hf:{name}"):
+            open_corpus([name])
 
 
 def test_files_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

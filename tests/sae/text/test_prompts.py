@@ -141,3 +141,22 @@ def test_padding(shared_lm: Shared) -> None:
     ids, mask = pad_right(lm, rows)
     assert ids.tolist() == [[5, 6, 7], [8, 2, 2]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_a_prompt_longer_than_the_positions_is_refused(shared_lm: Shared) -> None:
+    lm = shared_lm("gpt2")
+    assert lm.positions is not None
+    words = "word " * lm.positions
+    with pytest.raises(UserError, match=f"longer than the {lm.positions} positions of .*'word wor"):
+        encode_prompt(lm, words, chat=False)
+
+
+def test_a_tokenizer_that_keeps_no_places_is_refused(shared_lm: Shared) -> None:
+    from transformers import ByT5Tokenizer
+
+    lm = shared_lm()
+    slow = LanguageModel(
+        lm.model, ByT5Tokenizer(), "slow", lm.fingerprint, lm.blocks, lm.blocks_path
+    )
+    with pytest.raises(UserError, match=r"the tokenizer of slow \(ByT5Tokenizer, written in Pyth"):
+        encode_prompt(slow, "Hello", chat=False)

@@ -16,6 +16,7 @@ from saesteer.checkpoints.sae_file import load_sae
 from saesteer.checkpoints.shard_writer import ShardWriter
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.config import TrainConfig
+from saesteer.sae.training.run_files import HELD_OUT
 from saesteer.sae.verbs.train import train
 
 from ..training_runs import (
@@ -59,6 +60,7 @@ def test_files_of_one_sae(shards: Path, tmp_path: Path) -> None:
     (run,) = train(out, replace(CONFIG, layers=(5,)), activations=shards, device="cpu")
     assert {path.name for path in out.iterdir()} == {
         "cfg.json", "sae_weights.safetensors", "run.json", "metrics.jsonl", "state",
+        "training.html",
     }  # fmt: skip
     assert run["folder"] == str(out)
     assert json.loads((out / "run.json").read_text()) == {
@@ -79,7 +81,8 @@ def test_files_of_one_sae(shards: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 33))
     assert [row["tokens"] for row in rows] == [64 * step for step in range(1, 33)]
     assert set(rows[0]) == {"step", "tokens", "fvu", "l0", "dead_fraction", "lr", *TIMINGS}
-    assert rows[-1] == run["final"] and rows[-1]["lr"] == 0.0
+    held_out = {name: run["final"][name] for name in ("held_out_rows", *HELD_OUT)}
+    assert {**rows[-1], **held_out} == run["final"] and rows[-1]["lr"] == 0.0
     for side in ("stall_model", "stall_trainer"):
         assert all(0 <= row[side] <= 1 for row in rows)
 

@@ -153,12 +153,48 @@ CASES: list[tuple[str, dict[str, Any], str, Verdict]] = [
     ("bullets", {}, "-one\n-two", FAIL),
     ("bullets", {}, "1. one\n2. two", FAIL),
     ("bullets", {"numbers": True}, "1. one\n2) two", PASS),
+    *(("bullets", {}, f"{mark} one\n{mark} two", PASS) for mark in "+◦‣–●■▪►✓"),
+    ("bullets", {}, "・一つ\n・二つ", PASS),
+    ("bullets", {}, "\u3000• 一\n\u3000• 二", PASS),
+    ("bullets", {}, "–one\n–two", FAIL),
+    ("bullets", {}, "— Who is it?\n— The postman.", FAIL),  # dialogue
+    ("bullets", {}, "a) one\nb) two", FAIL),
+    *(
+        ("bullets", {"numbers": True}, f"{first} one\n{second} two", PASS)
+        for first, second in (
+            ("1)", "2)"),
+            ("(1)", "(2)"),
+            ("(a)", "(b)"),
+            ("a)", "b)"),
+            ("i.", "ii."),
+            ("①", "②"),
+            ("１．", "２．"),
+            ("१.", "२."),
+        )
+    ),
+    ("bullets", {"numbers": True}, "1、一\n2、二", PASS),
+    ("bullets", {"numbers": True}, "1.5 litres\n2.5 litres", FAIL),
+    ("bullets", {"numbers": True}, "A. Varga came\nB. Kiss left", FAIL),
     ("bullets", {"maximum": 2}, "- a\n- b\n- c", FAIL),
     ("bullets", {}, "**Bold** text - and\n**more**", FAIL),
     ("bullets", {}, "- \n- \n", FAIL),
     ("quotes", {}, '"The night train."', PASS),
     ("quotes", {}, "“The night train.”\n", PASS),
     ("quotes", {}, '"The night train." It left.', FAIL),
+    *(
+        ("quotes", {}, text, PASS)
+        for text in (
+            "« Le train. »",
+            "„Der Zug.“",
+            "„Pociąg.”",
+            "”Tåget.”",
+            "»Der Zug.«",
+            "「列車」",
+            "『列車』",
+        )
+    ),
+    ("quotes", {}, "«Le train.» Il part.", FAIL),
+    ("quotes", {}, "「列車", UNDETERMINED),
     ("quotes", {}, "'The night train.'", FAIL),
     ("quotes", {}, '""', FAIL),
     ("quotes", {}, '"', FAIL),

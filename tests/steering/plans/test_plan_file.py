@@ -161,7 +161,7 @@ def _cut(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("plan.yaml", Path.unlink, "there is no .*plan.yaml"),
+        ("plan.yaml", Path.unlink, "holds no plan.yaml: give a folder that rank"),
         ("plan.yaml", lambda f: f.write_text("a: [", "utf-8"), "not valid YAML"),
         ("plan.yaml", lambda f: f.write_text("- a", "utf-8"), "holds no mapping"),
         ("plan.yaml", lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot read"),
@@ -269,3 +269,15 @@ def test_a_wrong_key_or_value_of_a_part_is_refused(
     with pytest.raises(UserError, match=f"^`plan` .*{message}") as caught:
         load_plan(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_plans_names_them(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.yaml").write_text("a: 1\n")
+    with pytest.raises(UserError, match=f"give one of the plans in it: {tmp_path / 'first'}, "):
+        load_plan(tmp_path)
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "cfg.json").write_text("{}")
+    with pytest.raises(UserError, match="it holds an SAE, which `sae` takes"):
+        load_plan(tmp_path / "sae")

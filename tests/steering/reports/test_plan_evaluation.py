@@ -68,7 +68,7 @@ def test_warnings_are_told_with_their_task(lm: LanguageModel) -> None:
     short = replace(load_task("no_comma"), max_new_tokens=2, contents={"test": ("One.",)})
     groups = plans_by_task({"a": small_plan(lm, (1,))}, short)
     found = evaluate_plans(lm, groups, replace(QUICK, n=3))
-    assert found.warnings == ("no_comma: no_comma: 1 contents in the test split, 3 asked",)
+    assert found.warnings == ("no_comma: 1 contents in the test split, 3 asked",)
 
 
 def test_ifeval_without_a_plan_and_for_a_task_it_does_not_know(lm: LanguageModel) -> None:

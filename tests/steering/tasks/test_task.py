@@ -296,7 +296,7 @@ def test_reply_prompts_needs_a_train_split(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_task_is_guessed() -> None:
-    with pytest.raises(UsageError, match="unknown task 'bulets', did you mean bullets\\?"):
+    with pytest.raises(UsageError, match="unknown task 'bulets' .did you mean bullets"):
         load_task("bulets")
     with pytest.raises(UsageError, match="unknown task 'zzz': `task` takes"):
         load_task("zzz")

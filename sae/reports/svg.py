@@ -117,6 +117,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, last + 1)]
 
 
+def _short(value: float) -> str:
+    """A tick's number in a few characters: 0.25, 1.5e-3, 250k, 2M."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{name}"
+    return f"{value:.4g}".replace("e-0", "e-")
+
+
 class _Frame:
     """Axes of a chart with numbers on both."""
 
@@ -129,7 +137,9 @@ class _Frame:
         legend: Sequence[str],
         width: float,
         height: float,
+        x_end: float | None = None,
     ) -> None:
+        """`x_end`: where the axis ends; by default at a tick, after the last point."""
         longest = max((len(name) for name in legend), default=0)
         self.left, self.top = 56.0, 14.0
         self.right = (30 + _CHAR * longest) if legend else 16.0
@@ -139,16 +149,18 @@ class _Frame:
         xs = [point.x for point in points] or [0.0]
         ys = [point.y for point in points] or [0.0]
         self.x_ticks = _ticks(min(0.0, *xs), max(xs)) if len(xs) > 1 else _ticks(0.0, xs[0] or 1.0)
+        self.x_end = self.x_ticks[-1] if x_end is None else x_end
+        self.x_ticks = [tick for tick in self.x_ticks if tick <= self.x_end]
         self.y_ticks = list(y_ticks) if y_ticks is not None else _ticks(min(0.0, *ys), max(ys))
         self.body: list[str] = []
         for tick in self.x_ticks:
             x = self.x(tick)
             self.body.append(_line(x, self.top, x, self.bottom, _FAINT))
-            self.body.append(_text(x, self.bottom + 16, f"{tick:g}", "middle"))
+            self.body.append(_text(x, self.bottom + 16, _short(tick), "middle"))
         for tick in self.y_ticks:
             y = self.y(tick)
             self.body.append(_line(self.left, y, self.edge, y, _FAINT))
-            self.body.append(_text(self.left - 6, y + 4, f"{tick:g}", "end"))
+            self.body.append(_text(self.left - 6, y + 4, _short(tick), "end"))
         middle = (self.left + self.edge) / 2
         self.body.append(_text(middle, height - 8, x_label, "middle"))
         y = (self.top + self.bottom) / 2
@@ -162,7 +174,7 @@ class _Frame:
             self.body.append(_text(x + 9, y, name))
 
     def x(self, value: float) -> float:
-        low, high = self.x_ticks[0], self.x_ticks[-1]
+        low, high = self.x_ticks[0], self.x_end
         return self.left + (value - low) / (high - low) * (self.edge - self.left)
 
     def y(self, value: float) -> float:
@@ -226,6 +238,41 @@ def scatter(
                 f"<title>{escape(point.note)}</title></circle>{ring if point.marked else ''}"
             )
     return frame.draw(label)
+
+
+def curves(
+    points: Sequence[Point],
+    label: str,
+    *,
+    x_label: str,
+    width: float = 344.0,
+    height: float = 220.0,
+) -> str:
+    """Values over time: a line a series, in the order and with the colours of `series_of`.
+
+    Narrow enough to be shown unscaled on a telephone, and without a legend: several charts of the
+    same series share one.
+    """
+    x_end = max((point.x for point in points), default=0.0) or None
+    frame = _Frame(points, x_label, "", None, (), width, height, x_end)
+    for place, name in enumerate(series_of(points)):
+        own = [point for point in points if point.series == name]
+        path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in own)
+        frame.body.append(
+            f'<polyline points="{path}" fill="none" stroke="{COLOURS[place % len(COLOURS)]}" '
+            f'stroke-width="1.6"><title>{escape(name)}</title></polyline>'
+        )
+        last = own[-1]
+        frame.body.append(
+            f'<circle cx="{frame.x(last.x):.1f}" cy="{frame.y(last.y):.1f}" r="2.5" '
+            f'fill="{COLOURS[place % len(COLOURS)]}"><title>{escape(last.note)}</title></circle>'
+        )
+    return frame.draw(label)
+
+
+def series_of(points: Sequence[Point]) -> list[str]:
+    """The names of the series, in the order of their first points."""
+    return list(dict.fromkeys(point.series for point in points))
 
 
 def heat_map(

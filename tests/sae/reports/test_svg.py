@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from saesteer.steering.reports.svg import Bar, Point, bars, heat_map, scatter
+from saesteer.sae.reports.svg import Bar, Point, bars, curves, heat_map, scatter
 
 NS = "{http://www.w3.org/2000/svg}"
 
@@ -79,3 +79,21 @@ def test_heat_map_shows_every_figure() -> None:
     svg = heat_map([[1.0, 0.25], [0.25, 1.0]], ["en 1", "de"], ["en 1", "de"], "h")
     assert len(ET.fromstring(svg).findall(f"{NS}rect")) == 4
     assert re.findall(r">(\d\.\d\d)<", svg) == ["1.00", "0.25", "0.25", "1.00"]
+
+
+def test_curves_lie_where_their_numbers_say() -> None:
+    points = [Point(x, y, name, f"{name} {y}") for name, y in (("a", 1.0), ("b", 0.5))
+              for x in (1000.0, 2000.0, 4000.0)]  # fmt: skip
+    svg = ET.fromstring(curves(points, "FVU", x_label="tokens"))
+    lines = svg.findall(f"{NS}polyline")
+    assert [line.find(f"{NS}title").text for line in lines] == ["a", "b"]  # type: ignore[union-attr]
+    places = [[tuple(map(float, pair.split(","))) for pair in line.get("points", "").split()]
+              for line in lines]  # fmt: skip
+    (first, second, third), (below, *_) = places
+    assert third[0] - second[0] == pytest.approx(2 * (second[0] - first[0]), abs=0.2)
+    assert first[1] < below[1]  # higher values lie higher
+    assert "4k" in [text.text for text in svg.findall(f"{NS}text")]
+
+
+def test_a_curve_of_one_point_at_zero_is_drawn() -> None:
+    assert ET.fromstring(curves([Point(0.0, 0.0, "a")], "x", x_label="x")) is not None

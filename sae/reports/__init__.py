@@ -1,0 +1,1 @@
+"""Pages and charts: the HTML frame, charts as SVG, a training run's curves."""

@@ -23,6 +23,7 @@ VERBS = {
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
+    "grade": "grade answers made anywhere: do they follow, fluently and faithfully",
     "convert": "write an SAE or a plan in another tool's format, and report what differs",
     "doctor": "check that hooks work on a model, and predict time and memory of a job",
     "push": "publish an SAE with a generated model card, on the Hub or in a folder",

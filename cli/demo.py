@@ -20,13 +20,14 @@ from saesteer.cli.output import (
     print_json,
     print_table,
     program,
+    with_flags,
 )
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 
 if TYPE_CHECKING:
     from saesteer.steering.demonstration.pipeline import Demo, Stage
-    from saesteer.steering.evaluation.arms import Arm
+    from saesteer.steering.evaluation.graded_arms import Arm
 
 EXAMPLE = "saesteer demo --quick -o runs/first"
 EXAMPLES = 3
@@ -154,22 +155,23 @@ def _print_rank(demo: "Demo", stage: "Stage", facts: Document) -> None:
 
 
 def _print_dose(demo: "Demo", stage: "Stage", facts: Document) -> None:
+    from saesteer.steering.grades.grade import GRADES
+
     trials = facts["trials"]
     final = [row for row in trials if row["n"] == trials[-1]["n"]]
-    final.sort(key=lambda row: (-row["loose"]["value"], row["degenerate"]["value"]))
+    final.sort(key=lambda row: (-row["success"]["value"], -row["follows"][0]))
     rows = [
         [
             str(row["k"]),
             number(row["scale"]),
             row["scope"],
             f"{row['relative_dose']:.2f}",
-            f"{row['loose']['value']:.2f}",
-            f"{row['degenerate']['value']:.2f}",
+            *("–" if row[name] is None else f"{row[name][0]:.2f}" for name in GRADES),
             str(row["n"]),
         ]
         for row in final
     ]
-    headers = ["k", "scale", "scope", "||delta||/||h||", "loose", "degenerate", "contents"]
+    headers = ["k", "scale", "scope", "||delta||/||h||", *GRADES, "contents"]
     _table(headers, rows, "scope")
     assert stage.setting is not None
     chosen = facts["chosen"]
@@ -180,15 +182,15 @@ def _print_dose(demo: "Demo", stage: "Stage", facts: Document) -> None:
 
 
 def _print_evaluation(demo: "Demo", stage: "Stage", facts: Document) -> None:
+    from saesteer.steering.reports.evaluation_report import grade_words
+
     arms = demo.sampled
     _say(f"\n{paint('Side by side', 'bold')}  (the first {EXAMPLES} test contents)")
-    verdict = {"A": "A, follows on topic", "B": "B, follows", "C": "C, does not follow"}
     for i in range(min(EXAMPLES, len(arms[0].answers))):
         _say(f"\n   {paint(arms[0].answers[i].content, 'cyan')}")
         for arm in arms:
             graded = arm.answers[i]
-            label = "C, degenerate" if graded.degenerate else verdict[graded.grade.value]
-            _say(f"   {paint(arm.name, 'bold')} [{label}]")
+            _say(f"   {paint(arm.name, 'bold')} [{grade_words(graded.row())[1]}]")
             text = " ".join(graded.output.split()) or "(nothing)"
             _say(textwrap.indent(textwrap.fill(text, 92), "      "))
     _print_rates(demo, "sampled, temperature 0.7", arms)
@@ -197,12 +199,14 @@ def _print_evaluation(demo: "Demo", stage: "Stage", facts: Document) -> None:
 
 
 def _print_rates(demo: "Demo", decoding: str, arms: "Sequence[Arm]") -> None:
+    from saesteer.steering.grades.grade import GRADES
+
     # Figures of de-quantised weights are not those of the original model.
     weights = ", de-quantised 4-bit weights" if demo.lm.name == WHEEL_ALIAS else ""
     about = f"{demo.lm.name}{weights}; {decoding}; 95 % Wilson intervals"
     _say(f"\n{paint('Rates', 'bold')}  ({about})")
-    rows = [[arm.name, str(arm.loose), str(arm.strict), str(arm.degenerate)] for arm in arms]
-    _table(["arm", "loose", "strict", "degenerate"], rows, "arm")
+    rows = [[arm.name, *(str(arm.rate(name) or "–") for name in GRADES)] for arm in arms]
+    _table(["arm", *GRADES], rows, "arm")
 
 
 _PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
@@ -217,17 +221,19 @@ _PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
 
 def _print_end(demo: "Demo", model: str | None) -> None:
     """What the figures mean, and what to do next."""
-    unsteered, prompted, steered = (arm.loose.value for arm in demo.sampled[:3])
+    from saesteer.steering.grades.grade import DEFINITIONS
+
+    _say()
+    for name, meaning in DEFINITIONS.items():
+        _say(textwrap.fill(f"{name}: {meaning}", 92, subsequent_indent="   "))
+    arm = demo.sampled[0]
+    for name, why in arm.not_graded.items():
+        _say(f"{name}: {with_flags(why)}")
+    unsteered, prompted, steered = (one.success.value for one in demo.sampled[:3])
     _say(
-        "\nloose: the check passes on the answer or one of its loose readings, and the answer "
-        "is not\ndegenerate; strict: it passes as it is, and is on topic; degenerate: one "
-        "4-gram makes\nup more than a fifth of the answer."
+        f"Success ({arm.measure}): steered {steered:.2f}, prompted {prompted:.2f}, unsteered "
+        f"{unsteered:.2f}."
     )
-    if prompted:
-        _say(
-            f"Steering reaches {100 * steered / prompted:.0f} % of the prompted loose rate "
-            f"({steered:.2f} of {prompted:.2f}); unsteered it is {unsteered:.2f}."
-        )
     seconds = demo.document["seconds"]
     _say(f"\nAll of it took {duration(seconds)}; every artefact is in {demo.out}.")
     given = f" --model {model}" if model else ""

@@ -4,9 +4,9 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_answering, add_common, add_model
+from saesteer.cli.flags import add_answering, add_common, add_dictionaries, add_model
 from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, print_json, print_table, write_run
+from saesteer.cli.output import Document, print_json, print_table, with_flags, write_run
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
@@ -53,6 +53,7 @@ def add_flags(parser: VerbParser) -> None:
         help="keep only IFEval rows all of whose instructions are listed here; every plan then "
         "steers all of them (default: all)",
     )
+    add_dictionaries(what)
     how = parser.add_argument_group("protocol")
     how.add_argument(
         "--controls",
@@ -160,6 +161,7 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
         split=args.split,
         seeds=args.seeds or (seed,),
         random_draws=args.random_draws,
+        dictionaries=args.dictionaries,
         decoding=Decoding(
             temperature=args.temperature, top_p=args.top_p, seed=seed, batch_size=args.batch_size
         ),
@@ -186,7 +188,8 @@ def _evaluate(args: Namespace, report: Report) -> "Evaluation":
 
 
 def _print(args: Namespace, document: Document) -> None:
-    from saesteer.steering.evaluation.intervals import rate_text
+    from saesteer.steering.grades.grade import GRADES
+    from saesteer.steering.reports.evaluation_report import grade_text
 
     for task in document["tasks"]:
         facts = task["task"]
@@ -199,18 +202,20 @@ def _print(args: Namespace, document: Document) -> None:
             rows.append(
                 [
                     arm["name"],
-                    *(rate_text(arm[key]) for key in ("loose", "strict", "degenerate")),
+                    *(grade_text(arm[name]) for name in GRADES),
                     figure(arm["fluency"]["perplexity"], 3),
                     figure(damage.get("kl"), 3),
                     figure(damage.get("relative_dose"), 3),
                 ]
             )
         print_table(
-            ["arm", "loose", "strict", "degenerate", "perplexity", "KL", "||delta||/||h||"],
+            ["arm", *GRADES, "perplexity", "KL", "||delta||/||h||"],
             rows,
             "arm",
             indent=2,
         )
+        for name, why in task["grades"]["not_graded"].items():
+            print(f"  {name}: {with_flags(why)}")
         _print_tests(task["tests"], "p_holm", "p (Holm)")
         print()
     if document["ifeval"]:

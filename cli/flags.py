@@ -84,6 +84,16 @@ def add_common(
     )
 
 
+def add_dictionaries(group: argparse._ArgumentGroup) -> None:
+    """`--dictionaries`."""
+    group.add_argument(
+        "--dictionaries",
+        metavar="DIR",
+        help="folder of bilingual dictionaries in dictd's format, by which translations are graded "
+        "(default: SAESTEER_DICTIONARIES, or /usr/share/dictd)",
+    )
+
+
 def add_listing(parser: VerbParser) -> None:
     """The flags of verbs that list what there is and write nothing."""
     group = parser.add_argument_group("common")

@@ -118,6 +118,20 @@ def prompts_in(name: str, flag: str = "--prompts") -> list[str]:
             f'{what} is no .jsonl or .txt file: write one {{"prompt": "..."}} a line, or one '
             "prompt a line"
         )
+    lines = lines_of(name, flag, "prompt")
+    is_json = lines[0][1].lstrip().startswith("{") if name == "-" else name.endswith(".jsonl")
+    if not is_json:
+        return [line.rstrip("\r") for _, line in lines]
+    return [_prompt_of(line, f"{what} line {i}") for i, line in lines]
+
+
+def lines_of(name: str, flag: str, held: str) -> list[tuple[int, str]]:
+    """The lines of a file, or of stdin (-), that are not blank, with their numbers.
+
+    Raises UserError for a file that cannot be read, or has none; it names the flag, and what a line
+    should hold.
+    """
+    what = f"{flag} {name}"
     try:
         if name == "-":
             content = sys.stdin.read()
@@ -131,11 +145,8 @@ def prompts_in(name: str, flag: str = "--prompts") -> list[str]:
         raise UserError(f"{what} cannot be read: {error.strerror}") from None
     lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"{what} holds no prompt: give one a line")
-    is_json = lines[0][1].lstrip().startswith("{") if name == "-" else name.endswith(".jsonl")
-    if not is_json:
-        return [line.rstrip("\r") for _, line in lines]
-    return [_prompt_of(line, f"{what} line {i}") for i, line in lines]
+        raise UserError(f"{what} holds no {held}: give one a line")
+    return lines
 
 
 def _prompt_of(line: str, where: str) -> str:

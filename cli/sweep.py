@@ -217,11 +217,17 @@ def _plans(
     return lm, task, plans
 
 
+def _rate(found: list[float] | None) -> str:
+    return "–" if found is None else f"{found[0]:.2f}"
+
+
 def _print(args: Namespace, document: Document) -> None:
+    from saesteer.steering.grades.grade import GRADES
+
     chosen = document["chosen"]
     rows = []
     latest = [row for row in document["trials"] if row["latest"]]
-    for row in sorted(latest, key=lambda row: (-row["n"], -row["loose"]["value"])):
+    for row in sorted(latest, key=lambda row: (-row["n"], -row["success"]["value"])):
         damage = row["damage"]
         picked = row["n"] == chosen["n"] and all(
             row[key] == chosen[key] for key in ("plan", "layer", "k", "beta", "scale", "scope")
@@ -236,7 +242,7 @@ def _print(args: Namespace, document: Document) -> None:
                 figure(row["scale"]),
                 row["scope"],
                 figure(row["relative_dose"], 3),
-                f"{row['loose']['value']:.2f}",
+                *(_rate(row[name]) for name in GRADES),
                 f"{row['degenerate']['value']:.2f}",
                 figure(damage["kl"], 3),
                 figure(damage["delta_ce"], 3),
@@ -254,7 +260,7 @@ def _print(args: Namespace, document: Document) -> None:
             "scale",
             "scope",
             "||delta||/||h||",
-            "loose",
+            *GRADES,
             "degenerate",
             "KL",
             "dCE",
@@ -269,8 +275,9 @@ def _print(args: Namespace, document: Document) -> None:
             f"{len(document['skipped'])} settings over {kind['kind']}={kind['limit']:g} not tried"
         )
     print(
-        f"unsteered {document['unsteered']['loose']['value']:.2f}, prompted "
-        f"{document['prompted']['loose']['value']:.2f} (loose); * chosen, + on the front"
+        f"unsteered {document['unsteered']['success']['value']:.2f}, prompted "
+        f"{document['prompted']['success']['value']:.2f} ({chosen['success']['measure']}); "
+        "* chosen, + on the front"
     )
     if args.out is not None:
         print(f"plan, sweep.json and sweep.svg written to {args.out}")

@@ -46,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(file=sys.stderr)
     for trial in trials:
-        row = trial.row()
-        print(f"k {row['k']:2}, scale {row['scale']:g}: loose {row['loose']['value']:.2f}")
+        row, rate = trial.row(), trial.arm.success
+        print(f"k {row['k']:2}, scale {row['scale']:g}: {trial.arm.measure} {rate.value:.2f}")
     print(f"chosen: k {len(plan.latents)}, scale {plan.scale:g}")
 
     # Compared with the plan: the content alone, and the content with the instruction.
     arms = evaluate(lm, task, {"steered": plan}, n=args.n, decoding=decoding, progress=show)
     print(file=sys.stderr)
     for arm in arms:
-        print(f"{arm.name:10} loose {arm.loose}  strict {arm.strict}  degenerate {arm.degenerate}")
+        print(f"{arm.name:10} follows {arm.follows}  fluent {arm.fluent}  strict {arm.strict}")
 
     save_plan(plan, args.out / "plan")
     report = [{**arm.summary(), "answers": [a.row() for a in arm.answers]} for arm in arms]

@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Without a plan, evaluate compares the content alone with the content and the instruction.
     lm = load_model(args.model)
     for arm in evaluate(lm, task, {}, n=args.n, decoding=Decoding(temperature=0.0)):
-        print(f"{arm.name}: loose {arm.loose}")
+        print(f"{arm.name}: follows {arm.follows}, strict {arm.strict}")
         for answer in arm.answers:
-            print(f"  {answer.grade.value}  {answer.output[:80]!r}")
+            print(f"  {'strict' if answer.grades.strict else '-'}  {answer.output[:80]!r}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(file=sys.stderr)
     for one in found.comparisons:
         for test in one.tests:
-            if test.measure == "loose":
+            if test.measure != "follows":
                 gap = f"{test.difference:+.2f} [{test.low:+.2f}, {test.high:+.2f}]"
                 print(f"{one.task.name}: {test.ours} - {test.theirs}: {gap}, p {test.p_holm:.2g}")
     for warning in found.warnings:

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from saesteer.steering.evaluation.side_by_side import generate_beside as generate_beside
     from saesteer.steering.exchange.conversion import export_plan as export_plan
     from saesteer.steering.exchange.conversion import import_vectors as import_vectors
+    from saesteer.steering.grades.grade import Grader as Grader
+    from saesteer.steering.grades.grade import Grades as Grades
+    from saesteer.steering.grades.grade import grade as grade
+    from saesteer.steering.grades.instructed import instructed_scores as instructed_scores
     from saesteer.steering.hooking.arrangement import ByRow as ByRow
     from saesteer.steering.hooking.chats import encode_chat as encode_chat
     from saesteer.steering.hooking.generation import SteeredText as SteeredText
@@ -100,6 +104,10 @@ _HOME = {
     "evaluate_ifeval": "ifeval.benchmark",
     "load_ifeval": "ifeval.benchmark",
     "Judge": "evaluation.judge",
+    "Grades": "grades.grade",
+    "Grader": "grades.grade",
+    "grade": "grades.grade",
+    "instructed_scores": "grades.instructed",
     "render_html": "reports.evaluation_report",
     "report_document": "reports.evaluation_report",
     "Evaluation": "reports.plan_evaluation",

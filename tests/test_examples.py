@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "harvest", "load_sae", "metrics", "own_task", "rank", "report", "steer",
-    "train",
+    "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "rank", "report",
+    "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -164,7 +164,7 @@ def test_evaluate_chooses_a_setting_and_reports_every_arm(
     assert [arm["name"] for arm in report] == ["unsteered", "prompted", "steered"]
     for arm in report:
         assert len(arm["answers"]) == 3
-        assert f"{arm['loose']['value']:.2f} [" in printed
+        assert f"{arm['follows'][0]:.2f} [" in printed
         assert (arm["relative_dose"] is not None) == (arm["name"] == "steered")
     kept = (out / "plan" / "plan.yaml").read_text()
     assert kept.count("- id:") == chosen
@@ -187,9 +187,17 @@ def test_own_task_is_loaded_graded_and_answered(model: Path) -> None:
     assert "a good answer: pass" in printed
     assert "a bad answer: fail" in printed
     for arm in ("unsteered", "prompted"):
-        rate, low, high = numbers(printed, rf"{arm}: loose ([\d.]+) \[([\d.]+), ([\d.]+)\]")
+        rate, low, high = numbers(printed, rf"{arm}: follows ([\d.]+) \[([\d.]+), ([\d.]+)\]")
         assert low <= rate <= high
-    assert len(re.findall(r"(?m)^  [ABC]  ", printed)) == 4
+    assert len(re.findall(r"(?m)^  (?:strict|-)  ", printed)) == 4
+
+
+def test_grade_tells_a_good_answer_from_the_others(tmp_path: Path) -> None:
+    printed = run("grade")
+    assert re.findall(r"(?m)^  strict (\w+)", printed) == ["True", "False", "False"]
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"content": "Seven boats left.", "answer": "SEVEN BOATS LEFT."}\n')
+    assert "strict True" in run("grade", "--task", "uppercase", "--answers", file)
 
 
 def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> None:

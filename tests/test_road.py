@@ -53,8 +53,8 @@ def test_demo_steers_the_real_model(tmp_path: Path) -> None:
     assert steered["n"] >= 40
     # Nobody speaks French by accident; what steering reaches is printed, not asserted, but it must
     # be clearly more than nothing for the road to be one.
-    assert arms["unsteered"]["loose"]["value"] <= 0.1
-    assert steered["loose"]["low"] > arms["unsteered"]["loose"]["value"]
+    assert arms["unsteered"]["follows"][0] <= 0.1
+    assert steered["follows"][1] > arms["unsteered"]["follows"][0]
     for folder in ("activations", "replies", "sae", "plan-layer-20", "plan-layer-29"):
         assert any((out / folder).iterdir()), folder
 

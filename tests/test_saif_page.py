@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saesteer.steering.evaluation.arms import Rate
+from saesteer.steering.evaluation.rates import Rate
 
 PAGE = Path(__file__).resolve().parent.parent / "examples" / "saif" / "page.py"
 N = 20
@@ -32,13 +32,19 @@ def rate(hits: int, n: int = N) -> dict[str, Any]:
             "successes": hits, "n": n}  # fmt: skip
 
 
-def arm(name: str, kind: str, loose: int, strict: int = 0, broken: int = 0) -> dict[str, Any]:
+def grade(hits: int) -> list[float]:
+    found = rate(hits)
+    return [found["value"], found["low"], found["high"]]
+
+
+def arm(name: str, kind: str, follows: int, strict: int = 0, broken: int = 0) -> dict[str, Any]:
     damage = {
         "kl": 1.25, "delta_ce": 0.5, "top1_agreement": 0.75, "relative_dose": 0.4,
         "right_before": 10, "right_to_wrong": 7, "leaves_norm_range": False,
     }  # fmt: skip
     return {
-        "name": name, "kind": kind, "n": N, "loose": rate(loose), "strict": rate(strict),
+        "name": name, "kind": kind, "n": N, "follows": grade(follows),
+        "strict": grade(strict),
         "degenerate": rate(broken), "relative_dose": 0.4 if kind == "steered" else None,
         "fluency": {"perplexity": 12.5},
         "damage": damage if kind in ("steered", "meandiff", "random") else None,
@@ -46,12 +52,13 @@ def arm(name: str, kind: str, loose: int, strict: int = 0, broken: int = 0) -> d
 
 
 def answers(one: dict[str, Any]) -> list[dict[str, Any]]:
-    hits, good = one["loose"]["successes"], one["strict"]["successes"]
-    grades = ["A"] * good + ["B"] * (hits - good) + ["C"] * (N - hits)
+    hits, good = (round(N * one[name][0]) for name in ("follows", "strict"))
     return [
-        {"content": "A | <b>\nword", "output": f" {one['name']}\nsays *it*", "grade": grade,
+        {"content": "A | <b>\nword", "output": f" {one['name']}\nsays *it*", "follows": i < hits,
+         "fluent": i < good, "faithful": True, "strict": i < good,
+         "parts": {"fluent": {"reason": "a | loop"}},
          "degenerate": i < one["degenerate"]["successes"]}
-        for i, grade in enumerate(grades)
+        for i in range(N)
     ]  # fmt: skip
 
 
@@ -73,12 +80,12 @@ def report(task: str, steered: int, prompted: int, over_random: float) -> dict[s
     gain = steered / N
     behind = (steered - prompted) / N
     tests = [
-        paired("unsteered", "loose", gain, gain - 0.2, gain + 0.2),
-        paired("prompted", "loose", behind, behind - 0.1, behind + 0.1),
-        paired("steered + prompted", "loose", -0.35, -0.5, -0.2),
-        paired("random", "loose", over_random, over_random - 0.2, over_random + 0.2),
-        paired("mean difference", "loose", 0.05, -0.2, 0.3),
-        paired("logit bias", "loose", gain - 0.05, gain - 0.2, gain + 0.1),
+        paired("unsteered", "follows", gain, gain - 0.2, gain + 0.2),
+        paired("prompted", "follows", behind, behind - 0.1, behind + 0.1),
+        paired("steered + prompted", "follows", -0.35, -0.5, -0.2),
+        paired("random", "follows", over_random, over_random - 0.2, over_random + 0.2),
+        paired("mean difference", "follows", 0.05, -0.2, 0.3),
+        paired("logit bias", "follows", gain - 0.05, gain - 0.2, gain + 0.1),
         paired("unsteered", "strict", 0.1, -0.05, 0.25),
     ]
     plan = {"layer": 20, "latents": [4, 2421], "scale": 1.5, "beta": 0.0, "scope": "all"}
@@ -93,8 +100,8 @@ def report(task: str, steered: int, prompted: int, over_random: float) -> dict[s
     }  # fmt: skip
 
 
-def experiment(name: str, loose: dict[str, int]) -> dict[str, Any]:
-    arms = [arm(label, "steered", hits) for label, hits in loose.items()]
+def experiment(name: str, follows: dict[str, int]) -> dict[str, Any]:
+    arms = [arm(label, "steered", hits) for label, hits in follows.items()]
     arms[-1]["gain"] = {"value": 0.6, "low": 0.4, "high": 0.8}
     settings = {
         "experiment": name, "task": "french", "sae": [{"layer": 20, "d_sae": 64, "k": 4}],
@@ -149,23 +156,23 @@ def section(text: str, start: str) -> str:
 
 
 def test_each_rate_stands_under_its_arm(text: str) -> None:
-    loose = section(text, "**Loose success")
+    rates = section(text, "**Follows")
     assert (
         "| task | unsteered | prompted | steered | steered + prompted | random latents | "
         "mean difference | logit bias |"
-    ) in loose
+    ) in rates
     pooled = Rate.of([True] * 2 + [False] * 18 + [True] * 4 + [False] * 16, 2)
     assert (
         f"| french | 0.00 [0.00, 0.16] | 0.90 [0.70, 0.97] | 0.70 [0.48, 0.85] | "
         f"0.95 [0.76, 0.99] | {pooled} | 0.45 [0.26, 0.66] | 0.05 [0.01, 0.24] |"
-    ) in loose
+    ) in rates
     assert pooled.value == pytest.approx(0.15)
     assert "| french | 0.00 [0.00, 0.16] | 0.40 [0.22, 0.61] | 0.10" in text  # strict
     assert "0.30 [0.15, 0.52]" in section(text, "**Degenerate")
 
 
 def test_gains_are_bold_where_the_interval_excludes_zero(text: str) -> None:
-    gains = section(text, "**Steered minus each, loose**")
+    gains = section(text, "**Steered minus each, follows**")
     assert "| french | **+0.70 [+0.50, +0.90]** \\* | **-0.20 [-0.30, -0.10]** |" in gains
     assert "| json | +0.15 [-0.05, +0.35] |" in gains
 
@@ -179,8 +186,8 @@ def test_what_failed_is_said(text: str) -> None:
     failed = section(text, "## What failed")
     for line in (
         "- **json**: the prompted model follows it in 0.40 [0.22, 0.61] only.",
-        "- **json**: steering is not shown to beat random latents, loose: +0.00 [-0.20, +0.20].",
-        "- **french**: prompting is better, loose: **-0.20 [-0.30, -0.10]**.",
+        "- **json**: steering is not shown to beat random latents, follows: +0.00 [-0.20, +0.20].",
+        "- **french**: prompting is better, follows: **-0.20 [-0.30, -0.10]**.",
         "- **french**: 30% of the steered answers are degenerate.",
         "- **french**: 7 of 10 neutral questions turn from right to wrong.",
         "- **french**: sweep warned: the dose is high.",
@@ -196,7 +203,7 @@ def test_claims_stand_beside_measurements(text: str) -> None:
     assert "above .30 in 0 of 2: french 0.10 [0.03, 0.30], json 0.10 [0.03, 0.30]" in claims
     assert "reaches 0 in 0 of 2" in claims
     assert (
-        "french, layer 20, read last, by saif, loose: unsteered 0.00, 1 latents 0.05, "
+        "french, layer 20, read last, by saif, follows: unsteered 0.00, 1 latents 0.05, "
         "5 latents 0.60"
     ) in claims
 
@@ -214,9 +221,8 @@ def test_experiments_have_a_plot_and_a_table(text: str) -> None:
 
 
 def test_the_first_answers_stand_in_one_line(text: str) -> None:
-    assert (
-        "| french | A \\| &lt;b&gt; word | prompted says *it* (A) | steered says *it* (A) |" in text
-    )
+    cells = ("french", "A \\| &lt;b&gt; word", "prompted says *it* (strict)")
+    assert f"| {' | '.join(cells)} | steered says *it* (strict) |" in text
 
 
 def test_latents_are_listed_with_what_they_say(text: str) -> None:
@@ -239,5 +245,5 @@ def test_other_numbers_give_another_page(
     assert "left out: " in capsys.readouterr().err
     other = out.read_text(encoding="utf-8")
     assert "french (report-changed)" in other and "french (report-french)" in other
-    assert "0.45 [0.26, 0.66]" in section(other, "**Loose success")
+    assert "0.45 [0.26, 0.66]" in section(other, "**Follows")
     assert "## One experiment" not in other and "## Latents" not in other

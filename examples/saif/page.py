@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saesteer.steering.evaluation.arms import Rate
+from saesteer.steering.evaluation.rates import Rate
+from saesteer.steering.reports.evaluation_report import grade_words
 
 Report = Mapping[str, Any]
 
@@ -76,8 +77,7 @@ class Steered:
         if not arms:
             return None
         if len(arms) == 1:
-            found: Report = arms[0][measure]
-            return found
+            return figures(arms[0][measure])
         hits = [hit(row, measure) for arm in arms for row in self.task["answers"][arm["name"]]]
         pooled = Rate.of(hits, len(arms) * len(self.task["seeds"]))
         return {"value": pooled.value, "low": pooled.low, "high": pooled.high}
@@ -103,7 +103,7 @@ class Steered:
 def hit(row: Report, measure: str) -> bool:
     if measure == "degenerate":
         return bool(row["degenerate"])
-    return bool(row["grade"] == "A" if measure == "strict" else row["grade"] != "C")
+    return bool(row[measure])
 
 
 def steered_arms(reports: Mapping[str, Report]) -> list[Steered]:
@@ -126,6 +126,13 @@ def steered_arms(reports: Mapping[str, Report]) -> list[Steered]:
 
 
 # --- how figures are written ---------------------------------------------------------------------
+
+
+def figures(found: Any) -> Report | None:
+    """A rate by its names: grades are `[rate, low, high]`, or None where not graded."""
+    if found is None or isinstance(found, Mapping):
+        return dict(found) if found else None
+    return dict(zip(("value", "low", "high"), found, strict=True))
 
 
 def rate(found: Report | None) -> str:
@@ -181,14 +188,14 @@ def sentence(parts: Sequence[str], none: str = "none") -> str:
 
 
 def follows(one: Steered) -> bool:
-    """Whether the prompted model follows the instruction at .5 or more (loose)."""
-    prompted = one.rate("prompted", "loose")
+    """Whether the prompted model follows the instruction at .5 or more (follows)."""
+    prompted = one.rate("prompted", "follows")
     return prompted is not None and prompted["value"] >= 0.5
 
 
 def wins(one: Steered, kind: str) -> bool:
-    """Whether the interval of the gain over a kind of arm lies above 0 (loose)."""
-    test = one.test(kind, "loose")
+    """Whether the interval of the gain over a kind of arm lies above 0 (follows)."""
+    test = one.test(kind, "follows")
     return test is not None and test["low"] > 0
 
 
@@ -199,20 +206,20 @@ def tasks_section(rows: Sequence[Steered]) -> Iterator[str]:
     asked = [one.label for one in rows if follows(one)]
     yield (
         f"The prompted model follows {len(asked)} of {len(rows)} instructions at .5 or more "
-        f"(loose). On {len(met)} of those, steering without the instruction beats both the "
+        f"(follows). On {len(met)} of those, steering without the instruction beats both the "
         "unsteered model and random latents of the same ‖delta‖, with 95 % intervals above zero: "
         f"{sentence(met)}."
     )
     drawn = ("unsteered", "random", "steered", "prompted")
     points = [
-        (f"{one.label}, {KINDS[kind]}", one.rate(kind, "loose")) for one in rows for kind in drawn
+        (f"{one.label}, {KINDS[kind]}", one.rate(kind, "follows")) for one in rows for kind in drawn
     ]
     yield plot(points)
     for measure, what in (
-        ("loose", "Loose success: the check passes and the answer is not degenerate"),
+        ("follows", "Follows: the check passes, as it is or on a loose reading"),
         (
             "strict",
-            "Strict success: the check passes on the answer as it is, and the content is right too",
+            "Strict: follows, fluent and faithful",
         ),
         ("degenerate", "Degenerate answers: one 4-gram covers more than a fifth of the tokens"),
     ):
@@ -220,7 +227,7 @@ def tasks_section(rows: Sequence[Steered]) -> Iterator[str]:
         cells = [[one.label, *(rate(one.rate(kind, measure)) for kind in KINDS)] for one in rows]
         yield table(["task", *KINDS.values()], cells)
     others = {kind: name for kind, name in KINDS.items() if kind != "steered"}
-    for measure in ("loose", "strict"):
+    for measure in ("follows", "strict"):
         yield (
             f"**Steered minus each, {measure}**, paired by content: mean, 95 % bootstrap interval "
             "(bold where it excludes zero), \\* where p is at most .05 after Holm's correction "
@@ -261,7 +268,7 @@ def first_answers(one: Steered) -> list[str]:
     for kind in ("prompted", "steered"):
         arms = one.arms(kind)
         row = one.task["answers"][arms[0]["name"]][0] if arms else None
-        cells.append("–" if row is None else f"{row['output'].strip()} ({row['grade']})")
+        cells.append("–" if row is None else f"{row['output'].strip()} ({grade_words(row)[1]})")
     return [" ".join(html.escape(cell, quote=False).replace("|", "\\|").split()) for cell in cells]
 
 
@@ -339,16 +346,16 @@ def failures(rows: Sequence[Steered], reports: Mapping[str, Report]) -> list[str
     for one in rows:
         label = f"**{one.label}**"
         if not follows(one):
-            prompted = rate(one.rate("prompted", "loose"))
+            prompted = rate(one.rate("prompted", "follows"))
             said.append(f"{label}: the prompted model follows it in {prompted} only.")
         for kind in ("unsteered", "random", "meandiff", "logit-bias"):
-            test = one.test(kind, "loose")
+            test = one.test(kind, "follows")
             if test is not None and not test["low"] > 0:
                 verb = "does worse than" if test["high"] < 0 else "is not shown to beat"
-                said.append(f"{label}: steering {verb} {KINDS[kind]}, loose: {gap(test)}.")
-        prompted_test = one.test("prompted", "loose")
+                said.append(f"{label}: steering {verb} {KINDS[kind]}, follows: {gap(test)}.")
+        prompted_test = one.test("prompted", "follows")
         if prompted_test is not None and prompted_test["high"] < 0:
-            said.append(f"{label}: prompting is better, loose: {gap(prompted_test)}.")
+            said.append(f"{label}: prompting is better, follows: {gap(prompted_test)}.")
         strict = one.test("unsteered", "strict")
         if strict is not None and not strict["low"] > 0:
             said.append(
@@ -385,15 +392,15 @@ def failures(rows: Sequence[Steered], reports: Mapping[str, Report]) -> list[str
 def claims_table(rows: Sequence[Steered], experiments: Sequence[Report]) -> str:
     cells = []
     if rows:
-        good = [one for one in rows if one.arm["strict"]["value"] > 0.3]
-        told = [f"{one.label} {rate(one.arm['strict'])}" for one in rows]
+        good = [one for one in rows if one.arm["strict"] is not None and one.arm["strict"][0] > 0.3]
+        told = [f"{one.label} {rate(figures(one.arm['strict']))}" for one in rows]
         cells.append(
             [
                 "steered strict accuracy over .30 across tasks",
                 f"above .30 in {len(good)} of {len(rows)}: {sentence(told)}",
             ]
         )
-        tests = [(one, one.test("prompted", "loose")) for one in rows]
+        tests = [(one, one.test("prompted", "follows")) for one in rows]
         known = [(one, test) for one, test in tests if test is not None]
         near = sum(test["high"] >= 0 for _, test in known)
         told = [f"{one.label} {gap(test)}" for one, test in known]
@@ -406,11 +413,11 @@ def claims_table(rows: Sequence[Steered], experiments: Sequence[Report]) -> str:
         )
     for report in experiments:
         facts = report["settings"]
-        told = [f"{arm['name']} {arm['loose']['value']:.2f}" for arm in report["arms"]]
+        told = [f"{arm['name']} {arm['follows'][0]:.2f}" for arm in report["arms"]]
         cells.append(
             [
                 f"{facts['experiment']}: {CLAIMS[facts['experiment']]}",
-                f"{facts['task']}, {where(facts)}, loose: {sentence(told)}",
+                f"{facts['task']}, {where(facts)}, follows: {sentence(told)}",
             ]
         )
     return table(["the paper says", "measured here"], cells)
@@ -435,17 +442,17 @@ def experiment_section(report: Report) -> Iterator[str]:
     yield (
         f"{saes}; read {facts['read']}, by {facts['by']}, k {facts['k']}, scale "
         f"{facts['scale']:g}, scope {facts['scope']}, {n} test contents, temperature "
-        f"{facts['temperature']:g}. Loose success:"
+        f"{facts['temperature']:g}. Follows:"
     )
-    yield plot([(arm["name"], arm["loose"]) for arm in report["arms"]])
+    yield plot([(arm["name"], figures(arm["follows"])) for arm in report["arms"]])
     yield table(
-        ["arm", "loose", "minus unsteered", "strict", "degenerate", "‖delta‖/‖h‖"],
+        ["arm", "follows", "minus unsteered", "strict", "degenerate", "‖delta‖/‖h‖"],
         [
             [
                 arm["name"],
-                rate(arm["loose"]),
+                rate(figures(arm["follows"])),
                 gain(arm.get("gain")),
-                rate(arm["strict"]),
+                rate(figures(arm["strict"])),
                 rate(arm["degenerate"]),
                 number(arm["relative_dose"]),
             ]

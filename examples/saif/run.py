@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = run_arms(experiment.lm, experiment.task, contents, specs, decoding, progress=show)
     print(file=sys.stderr)
     for arm in arms:
-        print(f"{arm.name:26} loose {arm.loose}  strict {arm.strict}  degenerate {arm.degenerate}")
+        print(f"{arm.name:26} follows {arm.follows}  strict {arm.strict}  loops {arm.degenerate}")
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {key: value for key, value in vars(args).items() if key != "out"}
     facts["sae"] = [
@@ -143,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for sae in experiment.saes
     ]
     facts["model"] = experiment.lm.name
-    floor = [float(hit) for hit in arms[0].hits("loose")]
+    floor = [float(hit) for hit in arms[0].hits("follows")]
     rows = []
     for arm in arms:
-        gain = paired_difference([float(hit) for hit in arm.hits("loose")], floor)
+        gain = paired_difference([float(hit) for hit in arm.hits("follows")], floor)
         rows.append({**arm.summary(), "gain": dataclasses.asdict(gain)})
     report = {"settings": facts, "arms": rows}
     path = args.out / f"{args.experiment}-{args.task}-layer-{facts['sae'][0]['layer']}.json"

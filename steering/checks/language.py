@@ -63,7 +63,8 @@ the second criterion of the language check, and the stop words of `content_words
 
 
 @functools.cache
-def _identifier() -> Any:
+def language_identifier() -> Any:
+    """py3langid's identifier, restricted to `LANGUAGES`, with normed probabilities."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -109,7 +110,7 @@ def check_language(output: str, source: str, *, lang: str) -> Verdict:
     fewest = _FEWEST_LETTERS_CJK if lang in ("zh", "ja", "ko") else _FEWEST_LETTERS
     if letters(text) < fewest:
         return Verdict.UNDETERMINED
-    best, probability = _identifier().rank(text)[0]
+    best, probability = language_identifier().rank(text)[0]
     if best != lang or _function_words_agree(text, lang) is False:
         return Verdict.FAIL
     return Verdict.PASS if probability >= _LANGUAGE_PROBABILITY else Verdict.UNDETERMINED

@@ -16,7 +16,8 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.doses.sweep import Grid, Trial, calibrate
-from saesteer.steering.evaluation.arms import Arm, Decoding, evaluate
+from saesteer.steering.evaluation.arms import Decoding, evaluate
+from saesteer.steering.evaluation.graded_arms import Arm
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import save_plan
 from saesteer.steering.ranking.rank import RankConfig, Ranking, plan_from_ranking, rank

@@ -11,14 +11,15 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.evaluation.arms import (
-    Arm,
     Decoding,
     answer,
     contents_to_grade,
-    grade_arm,
     two_ways_to_ask,
 )
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe
+from saesteer.steering.evaluation.graded_arms import Arm, grade_arm
+from saesteer.steering.evaluation.rates import Rate
+from saesteer.steering.grades.grade import GRADES, Grader, make_grader
 from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
@@ -96,9 +97,12 @@ class Trial:
     """The name of the plan it comes from, where there are several."""
 
     @property
-    def merit(self) -> tuple[float, float, float]:
-        """Sort key: more loose successes, then fewer degenerate answers, then a smaller edit."""
-        return self.arm.loose.value, -self.arm.degenerate.value, -self.relative_dose
+    def merit(self) -> tuple[float, float, float, float]:
+        """Sort key: more success, then more answers that follow, then fewer loops, then a smaller
+        edit. Success is `strict`, where it could be graded (`Arm.measure`)."""
+        arm = self.arm
+        loops = arm.degenerate.value
+        return arm.success.value, arm.follows.value, -loops, -self.relative_dose
 
     @property
     def relative_dose(self) -> float:
@@ -151,7 +155,7 @@ class Sweep:
 
     @property
     def front(self) -> list[Trial]:
-        """Settings with more loose success than all of lower KL, by increasing KL."""
+        """Settings with more success than all of lower KL, by increasing KL."""
         return pareto(trial for trial in self.latest if trial.damage is not None)
 
     def plan(self) -> Plan:
@@ -162,7 +166,8 @@ class Sweep:
             "split": "dev",
             "contents": len(chosen.arm.answers),
             "settings": len(self.latest) + len(self.skipped),
-            "loose": chosen.arm.loose.value,
+            "measure": chosen.arm.measure,
+            **{name: None if rate is None else rate.value for name, rate in _rates(chosen.arm)},
             "degenerate": chosen.arm.degenerate.value,
             "kl": None if chosen.damage is None else chosen.damage.kl,
             "delta_ce": None if chosen.damage is None else chosen.damage.delta_ce,
@@ -209,12 +214,12 @@ class Sweep:
 
 
 def pareto(trials: Iterable[Trial]) -> list[Trial]:
-    """The Pareto front of trials: more loose success than all of lower KL; by increasing KL."""
+    """The Pareto front of trials: more success than all of lower KL; by increasing KL."""
     measured = [trial for trial in trials if trial.damage is not None]
-    measured.sort(key=lambda t: (t.damage.kl if t.damage else 0.0, -t.arm.loose.value))
+    measured.sort(key=lambda t: (t.damage.kl if t.damage else 0.0, -t.arm.success.value))
     front: list[Trial] = []
     for trial in measured:
-        if not front or trial.arm.loose.value > front[-1].arm.loose.value:
+        if not front or trial.arm.success.value > front[-1].arm.success.value:
             front.append(trial)
     return front
 
@@ -275,13 +280,16 @@ def sweep(
         skipped = [(plan, cost) for _, plan, cost in measured[max(allowed, 1) :]]
         measured = measured[: max(allowed, 1)]
     racing: list[tuple[str, Plan, Damage | None]] = list(measured)
-    trials = _race(lm, task, contents, racing, rounds, decoding, progress, broken)
+    # The words alone judge fluency here: a model's judgement of every setting would take longer
+    # than their answers do, and test contents get it.
+    grader = make_grader(task, contents)
+    trials = _race(lm, task, grader, contents, racing, rounds, decoding, progress, broken)
     most = min(len(contents), max(n for n, _ in rounds))
     asked, _ = two_ways_to_ask(task, contents[:most])
     arms = []
     for kind, texts in (("unsteered", contents[:most]), ("prompted", asked)):
         made = answer(lm, texts, None, task.max_new_tokens, decoding, kind, progress)
-        arms.append(grade_arm(kind, task, contents[:most], made, contents[:most], kind=kind))
+        arms.append(grade_arm(kind, task, contents[:most], made, grader=grader, kind=kind))
     chosen = _winner(trials)
     return Sweep(
         task,
@@ -310,12 +318,22 @@ def _warnings(chosen: Trial, budget: Budget | None, within: bool) -> list[str]:
             f"the edited residuals are longer or shorter than 98 % of the others "
             f"({damage.norm_ratio:.2g} times as long); a smaller scale is safer"
         )
-    if chosen.arm.loose.successes == 0:
+    if chosen.arm.follows.successes == 0:
         warnings.append(
             "no setting followed the instruction once on the development contents: the plan is the "
             "setting with the smallest edit"
         )
+    elif chosen.arm.success.successes == 0:
+        warnings.append(
+            f"no setting had success ({chosen.arm.measure}) on the development contents: the plan "
+            "is the one that followed the instruction most often, and its text is not good"
+        )
+    warnings += [f"{name}: {why}" for name, why in chosen.arm.not_graded.items()]
     return warnings
+
+
+def _rates(arm: Arm) -> list[tuple[str, Rate | None]]:
+    return [(name, arm.rate(name)) for name in GRADES]
 
 
 def _left_out(broken: Sequence[NotFiniteError]) -> list[str]:
@@ -354,7 +372,8 @@ def calibrate(
     contents = contents_to_grade(task, "dev")
     racing = [("", candidate, None) for candidate in grid.plans(plan)]
     lm = as_language_model(model, device=device, dtype=dtype)
-    trials = _race(lm, task, contents, racing, rounds, decoding, progress)
+    grader = make_grader(task, contents)
+    trials = _race(lm, task, grader, contents, racing, rounds, decoding, progress)
     return _winner(trials).plan, trials
 
 
@@ -368,6 +387,7 @@ def _check_rounds(rounds: Sequence[tuple[int, int]]) -> None:
 def _race(
     lm: LanguageModel,
     task: Task,
+    grader: Grader,
     contents: Sequence[str],
     racing: Sequence[tuple[str, Plan, Damage | None]],
     rounds: Sequence[tuple[int, int]],
@@ -395,8 +415,7 @@ def _race(
             except NotFiniteError as error:
                 broken.append(error)
                 continue
-            # Success on this split is the check alone; being on topic is judged on the test split.
-            arm = grade_arm("steered", task, sample, texts, sample, kind="steered")
+            arm = grade_arm("steered", task, sample, texts, grader=grader, kind="steered")
             latest.append(Trial(candidate, arm, damage, label))
         progress(stage, len(racing), len(racing), f"settings, on {len(sample)} contents each")
         if not latest:

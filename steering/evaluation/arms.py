@@ -2,9 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from jaxtyping import Float
@@ -13,58 +12,14 @@ from torch import Tensor, nn
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, check_sampling, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
-from saesteer.steering.checks.catalogue import Verdict
-from saesteer.steering.checks.words import without_thinking
-from saesteer.steering.evaluation.grading import (
-    Grade,
-    content_overlap,
-    content_reference,
-    grade,
-    is_degenerate,
-    keeps_numbers,
-    mismatch_floor,
-)
-from saesteer.steering.evaluation.intervals import bootstrap_mean, wilson
+from saesteer.steering.evaluation.graded_arms import Arm, grade_arm
 from saesteer.steering.evaluation.thoughts import answers_only
+from saesteer.steering.grades.fluent import content_language
+from saesteer.steering.grades.grade import Grader
 from saesteer.steering.hooking.arrangement import Plans
 from saesteer.steering.hooking.generation import SteeredText, count_batches, generate_steered
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, compose, load_task
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Successes out of n with their 95 % interval.
-
-    Wilson's interval where every content was answered once; a bootstrap over contents where each
-    was answered with several seeds, because those answers are not independent.
-    """
-
-    value: float
-    low: float
-    high: float
-    successes: int
-    n: int
-
-    @staticmethod
-    def of(hits: Sequence[bool], seeds: int = 1) -> "Rate":
-        """The rate of hits, given seed by seed, each seed in the order of the contents."""
-        successes, n = sum(hits), len(hits)
-        # A bootstrap of equal values has no width: then Wilson's interval over contents is used.
-        low, high = wilson(successes // seeds, n // seeds)
-        if seeds > 1 and 0 < successes < n:
-            interval = bootstrap_mean(per_content(hits, seeds))
-            low, high = interval.low, interval.high
-        return Rate(successes / n if n else 0.0, low, high, successes, n)
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-def per_content(hits: Sequence[bool], seeds: int) -> list[float]:
-    """The share of seeds that hit, for each content, of hits given seed by seed."""
-    contents = len(hits) // seeds
-    return [fmean(hits[place::contents]) for place in range(contents)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,36 +36,6 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Graded:
-    """One answer with its verdict and grade."""
-
-    content: str
-    prompt: str
-    output: str
-    verdict: Verdict
-    degenerate: bool
-    overlap: float
-    grade: Grade
-    tokens_touched: int | None = None
-    """Edited positions; None where nothing was edited."""
-    relative_dose: float | None = None
-    """Median of ||delta|| / ||h|| over them."""
-    loosely: bool = False
-    """The check passes on one of the answer's eight readings."""
-    seed: int = 0
-    token_ids: tuple[int, ...] = ()
-    judged: Grade | None = None
-    """The grade by a language model, where one was asked."""
-
-    def row(self) -> dict[str, Any]:
-        """Every field but the token ids, JSON-ready."""
-        row = {**asdict(self), "verdict": self.verdict.value, "grade": self.grade.value}
-        row["judged"] = None if self.judged is None else self.judged.value
-        del row["token_ids"]
-        return row
-
-
-@dataclass(frozen=True)
 class ArmSpec:
     """One way of answering: with the instruction in the prompt or without, steered or not."""
 
@@ -123,128 +48,6 @@ class ArmSpec:
     """Added to the logits of every position instead of an edit of the residual stream."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """All answers of one `ArmSpec`, with their rates.
-
-    `loose`: the check passes, or passes on one of IFEval's loose readings, and the answer is not
-    degenerate (grades A and B); `strict`: it passes as it is and is on topic too (grade A);
-    `degenerate`: one 4-gram makes up more than a fifth of it.
-    """
-
-    name: str
-    answers: tuple[Graded, ...]
-    """Seed by seed, each in the order of the contents."""
-    floor: float
-    """Content overlap that answers reach with wrong contents; grade A must exceed it."""
-    kind: str = ""
-    seeds: int = 1
-
-    @property
-    def loose(self) -> Rate:
-        """Answers of grade A or B."""
-        return Rate.of(self.hits("loose"), self.seeds)
-
-    @property
-    def strict(self) -> Rate:
-        """Answers of grade A."""
-        return Rate.of(self.hits("strict"), self.seeds)
-
-    @property
-    def degenerate(self) -> Rate:
-        """Answers where one 4-gram covers more than a fifth of the tokens."""
-        return Rate.of([answer.degenerate for answer in self.answers], self.seeds)
-
-    @property
-    def undetermined(self) -> Rate:
-        """Answers on which the check gives no verdict."""
-        return Rate.of([a.verdict is Verdict.UNDETERMINED for a in self.answers], self.seeds)
-
-    @property
-    def grades(self) -> dict[str, int]:
-        """How many answers got each grade."""
-        return {g.value: sum(a.grade is g for a in self.answers) for g in Grade}
-
-    def hits(self, which: str) -> list[bool]:
-        """For each answer, whether it is a success: `loose` or `strict`."""
-        if which == "strict":
-            return [answer.grade is Grade.A for answer in self.answers]
-        return [answer.grade is not Grade.C for answer in self.answers]
-
-    @property
-    def relative_dose(self) -> float | None:
-        """Median relative dose of the answers; None for an arm that is not steered."""
-        doses = [a.relative_dose for a in self.answers if a.relative_dose is not None]
-        return median(doses) if doses else None
-
-    def summary(self) -> dict[str, Any]:
-        """The rates with their intervals, the dose and the overlap floor, JSON-ready."""
-        row = {
-            "name": self.name,
-            "kind": self.kind,
-            "n": len(self.answers),
-            "seeds": self.seeds,
-            "loose": asdict(self.loose),
-            "strict": asdict(self.strict),
-            "degenerate": asdict(self.degenerate),
-            "undetermined": asdict(self.undetermined),
-            "grades": self.grades,
-            "overlap_floor": self.floor,
-            "relative_dose": self.relative_dose,
-        }
-        judged = [a.judged for a in self.answers if a.judged is not None]
-        if judged:
-            row["judged"] = {
-                "n": len(judged),
-                "loose": asdict(Rate.of([g is not Grade.C for g in judged])),
-                "strict": asdict(Rate.of([g is Grade.A for g in judged])),
-            }
-        return row
-
-
-def grade_arm(
-    name: str,
-    task: Task,
-    contents: Sequence[str],
-    texts: Sequence[SteeredText],
-    references: Sequence[str],
-    *,
-    kind: str = "",
-    seeds: Sequence[int] = (0,),
-) -> Arm:
-    """Grade the answers of one arm: seed by seed, each in the order of `contents`."""
-    outputs = [without_thinking(text.completion) for text in texts]
-    asked = [(seed, content) for seed in seeds for content in contents]
-    wanted = [reference for _ in seeds for reference in references]
-    floor = mismatch_floor(outputs, [without_thinking(one) for one in wanted])
-    translated = content_reference(task.check_name) == "prompted"
-    answers = []
-    for (seed, content), text, output, reference in zip(asked, texts, outputs, wanted, strict=True):
-        verdict = task.verdict(text.completion, content)
-        degenerate = is_degenerate(text.token_ids)
-        overlap = content_overlap(output, without_thinking(reference))
-        loosely = verdict is Verdict.PASS or task.passes_loosely(text.completion, content)
-        # A translation shares few words with its source; its numbers it must share.
-        kept = not translated or keeps_numbers(output, content)
-        answers.append(
-            Graded(
-                content,
-                text.prompt,
-                text.completion,
-                verdict,
-                degenerate,
-                overlap,
-                grade(verdict, degenerate, overlap, floor, loosely=loosely, content_kept=kept),
-                text.tokens_touched or None,
-                text.relative_dose,
-                loosely,
-                seed,
-                tuple(text.token_ids),
-            )
-        )
-    return Arm(name, tuple(answers), floor, kind, len(seeds))
-
-
 def evaluate(
     model: str | LanguageModel,
     task: str | Path | Task,
@@ -254,6 +57,7 @@ def evaluate(
     n: int = 40,
     decoding: Decoding = Decoding(),
     seeds: Sequence[int] | None = None,
+    dictionaries: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
@@ -266,6 +70,8 @@ def evaluate(
 
     Args:
         seeds: answer every content once with each; by default with the decoding's seed alone.
+        dictionaries: folder of bilingual dictionaries, by which translations are graded; by
+            default that of SAESTEER_DICTIONARIES, or /usr/share/dictd.
 
     Returns:
         The arms, in the order unsteered, prompted, plans.
@@ -287,7 +93,7 @@ def evaluate(
         ArmSpec("prompted", "prompted", prompted=True),
         *(ArmSpec(name, "steered", plan=plan) for name, plan in plans.items()),
     ]
-    return run_arms(lm, task, contents, specs, decoding, seeds, progress)
+    return run_arms(lm, task, contents, specs, decoding, seeds, progress, dictionaries=dictionaries)
 
 
 def run_arms(
@@ -298,12 +104,17 @@ def run_arms(
     decoding: Decoding,
     seeds: Sequence[int] | None = None,
     progress: Progress = no_progress,
+    *,
+    dictionaries: str | Path | None = None,
 ) -> list[Arm]:
     """Answer the contents in every arm, and grade the answers.
 
-    A task without evaluation wordings is prompted with its instruction. Where an answer cannot be
-    compared with its source, as in translation, the reference is the model's own answer to another
-    wording than that of the prompted arm, which would otherwise be compared with itself.
+    A task without evaluation wordings is prompted with its instruction. The model also answers
+    once more, with another wording: with the unsteered arm, these are its own answers, which give
+    the range of natural perplexities, and the references of the overlap.
+
+    Args:
+        dictionaries: folder of bilingual dictionaries, by which translations are graded.
 
     Raises UsageError for no seeds, or several with temperature 0, which give the same answers.
     """
@@ -321,6 +132,13 @@ def run_arms(
         plan = None if spec is None else spec.plan
         made: list[SteeredText] = []
         once = seeds[:1] if spec is None else seeds
+        # References are independent of the prompted arm: another wording, and greedy where that
+        # is sampled, or sampled with another seed where it is greedy.
+        decoded = decoding
+        if spec is None:
+            greedy = decoding.temperature == 0
+            decoded = replace(decoding, temperature=0.7 if greedy else 0.0)
+            once = (max(seeds) + 1,)
         for seed in once:
             stage = f"evaluate: {arm}" + (f", seed {seed}" if len(once) > 1 else "")
             with biased_logits(lm, None if spec is None else spec.logit_bias):
@@ -329,22 +147,35 @@ def run_arms(
                     texts,
                     plan,
                     task.max_new_tokens,
-                    replace(decoding, seed=seed),
+                    replace(decoded, seed=seed),
                     stage,
                     progress,
                 )
         return made
 
-    references = list(contents)
-    if content_reference(task.check_name) == "prompted":
-        made = run("reference answers", asked_otherwise, None)
-        references = [text.completion for text in made]
+    made = {spec.name: run(spec.name, asked if spec.prompted else contents, spec) for spec in specs}
+    references = [text.completion for text in run("reference answers", asked_otherwise, None)]
+    plain = [spec for spec in specs if spec.kind == "unsteered"]
+    own = [*references, *(text.completion for spec in plain for text in made[spec.name])]
+    grader = Grader(task, lm, dictionaries, own, source_lang=content_language(" ".join(contents)))
+    # A translation shares few words with its source, so its overlap is with the prompted answer.
+    compared = references if grader.lang != grader.source_lang else None
     arms = []
-    for spec in specs:
-        texts = run(spec.name, asked if spec.prompted else contents, spec)
+    for done, spec in enumerate(specs):
+        progress("grade", done, len(specs), "arms")
         arms.append(
-            grade_arm(spec.name, task, contents, texts, references, kind=spec.kind, seeds=seeds)
+            grade_arm(
+                spec.name,
+                task,
+                contents,
+                made[spec.name],
+                compared,
+                grader=grader,
+                kind=spec.kind,
+                seeds=seeds,
+            )
         )
+    progress("grade", len(specs), len(specs), "arms")
     return arms
 
 

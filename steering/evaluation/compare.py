@@ -14,12 +14,9 @@ from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.evaluation.arms import (
-    Arm,
     ArmSpec,
     Decoding,
-    Graded,
     contents_to_grade,
-    per_content,
     run_arms,
 )
 from saesteer.steering.evaluation.controls import (
@@ -28,9 +25,12 @@ from saesteer.steering.evaluation.controls import (
     random_plan,
 )
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe
-from saesteer.steering.evaluation.fluency import Fluency, cross_entropies, fluency
-from saesteer.steering.evaluation.grading import Grade
+from saesteer.steering.evaluation.fluency import Fluency, fluency
+from saesteer.steering.evaluation.graded_arms import Answer, Arm
 from saesteer.steering.evaluation.intervals import holm, paired_difference, sign_test
+from saesteer.steering.evaluation.letters import Letter
+from saesteer.steering.grades.grade import DEFINITIONS
+from saesteer.steering.grades.log_probs import cross_entropies
 from saesteer.steering.plans.part import PlanPart
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
@@ -39,7 +39,7 @@ CONTROLS = ("prompt", "random", "meandiff", "logit-bias")
 """What a plan is compared with besides the unsteered model. `prompt` adds two arms: the prompted
 instruction, and the plan together with it."""
 
-Grader = Callable[[Task, str, str], Grade | None]
+JudgeCall = Callable[[Task, str, str], Letter | None]
 """From a task, a content and a reply to a grade, or None where there is none. A `Judge` is one."""
 
 
@@ -58,6 +58,9 @@ class CompareConfig:
     decoding: Decoding = field(default_factory=Decoding)
     damage: bool = True
     """Also measure each plan on neutral questions."""
+    dictionaries: str | None = None
+    """Folder of bilingual dictionaries, by which translations are graded; None: that of the
+    environment variable SAESTEER_DICTIONARIES, or /usr/share/dictd."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.controls if name not in CONTROLS]
@@ -80,7 +83,7 @@ class PairedTest:
     ours: str
     theirs: str
     measure: str
-    """`loose` or `strict`."""
+    """`follows`, or what counts as success: `Arm.measure`."""
     difference: float
     low: float
     high: float
@@ -122,7 +125,7 @@ def compare(
     config: CompareConfig = CompareConfig(),  # noqa: B008 (frozen: one may serve all)
     *,
     sae: SAE | None = None,
-    judge: Grader | None = None,
+    judge: JudgeCall | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = no_progress,
@@ -132,8 +135,9 @@ def compare(
     Arms, all on the same contents: unsteered; prompted; for each plan: steered, steered and
     prompted, random latents, the mean-difference vector and the logit bias at the same ||delta||.
 
-    Tests, corrected together (Holm): loose and strict success of each steered arm against
-    unsteered, prompted and each kind of control; random draws are averaged.
+    Tests, corrected together (Holm): `follows` and `strict` of each steered arm against
+    unsteered, prompted and each kind of control; random draws are averaged. Where faithfulness
+    could not be graded, `follows and fluent` takes the place of `strict`.
 
     Args:
         plans: by the names of their arms.
@@ -156,7 +160,17 @@ def compare(
     for plan in plans.values():
         plan.check_model(lm)
     specs = _specs(lm, task, plans, config, sae, contents, notes, progress)
-    arms = run_arms(lm, task, contents, specs, config.decoding, config.seeds, progress)
+    arms = run_arms(
+        lm,
+        task,
+        contents,
+        specs,
+        config.decoding,
+        config.seeds,
+        progress,
+        dictionaries=config.dictionaries,
+    )
+    notes += [f"{name}: {why}" for name, why in arms[0].not_graded.items()]
     if judge is not None:
         gone: list[UserError] = []
         arms = [_judged(arm, task, judge, progress, gone) for arm in arms]
@@ -230,9 +244,11 @@ def _open_sae(plan: Plan, notes: list[str]) -> SAE | None:
         return None
 
 
-def _judged(arm: Arm, task: Task, judge: Grader, progress: Progress, gone: list[UserError]) -> Arm:
+def _judged(
+    arm: Arm, task: Task, judge: JudgeCall, progress: Progress, gone: list[UserError]
+) -> Arm:
     """The arm with the judge's grades; after an error, which goes into `gone`, without."""
-    answers: list[Graded] = []
+    answers: list[Answer] = []
     for done, answer in enumerate(arm.answers):
         progress(f"judge: {arm.name}", done, len(arm.answers), "answers")
         grade = None
@@ -267,12 +283,15 @@ def paired_tests(arms: Sequence[Arm]) -> list[PairedTest]:
         for arm in rivals:
             label = f"random{marker if len(steered) > 1 else ''}" if arm.kind == "random" else ""
             groups.setdefault(label or arm.name, []).append(arm)
-        for measure in ("loose", "strict"):
-            own = per_content(ours.hits(measure), ours.seeds)
+        for measure in dict.fromkeys(("follows", ours.measure)):
             for name, members in groups.items():
-                columns = [per_content(arm.hits(measure), arm.seeds) for arm in members]
-                theirs = np.mean(columns, axis=0).tolist()
-                found.append((ours.name, name, measure, own, theirs))
+                columns = [arm.shares(measure) for arm in (ours, *members)]
+                # Contents that could not be graded in one of the arms are left out of all.
+                rows = [row for row in zip(*columns, strict=True) if None not in row]
+                if rows:
+                    shares = np.asarray(rows, dtype=float)
+                    own, theirs = shares[:, 0].tolist(), shares[:, 1:].mean(axis=1).tolist()
+                    found.append((ours.name, name, measure, own, theirs))
     signs = [sign_test(own, theirs) for *_, own, theirs in found]
     adjusted = holm([p for _, _, p in signs])
     tests = []
@@ -351,6 +370,11 @@ def comparison_document(comparison: Comparison) -> dict[str, Any]:
         "n": len(comparison.arms[0].answers) // comparison.arms[0].seeds,
         "seeds": list(config.seeds),
         "decoding": dataclasses.asdict(config.decoding),
+        "grades": {
+            "definitions": dict(DEFINITIONS),
+            "thresholds": dict(comparison.arms[0].thresholds),
+            "not_graded": comparison.arms[0].not_graded,
+        },
         "plans": plans,
         "arms": [
             {

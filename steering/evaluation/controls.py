@@ -25,9 +25,12 @@ from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.plans.directions import Passage, difference_of_means
 from saesteer.steering.plans.part import weighted_sum
 from saesteer.steering.plans.plan import Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.ranking.config import RankConfig
 from saesteer.steering.tasks.task import Placement, Task, compose
 
-_REPLY_TOKENS = 40
+_AS_RANKED = RankConfig()
+"""Replies are sampled with the settings that rankings have by default, so that a ranking and the
+controls of its plan share them where they are kept."""
 
 
 def delta_vector(plan: Plan) -> Float[Tensor, " d_model"]:
@@ -115,8 +118,8 @@ def mean_difference_plan(
     plan: Plan,
     task: Task,
     *,
-    contents: int = 32,
-    seed: int = 0,
+    contents: int = _AS_RANKED.contents,
+    seed: int = _AS_RANKED.seed,
     progress: Progress = no_progress,
 ) -> Plan:
     """The mean residual of instructed samples minus that of plain ones, at the plan's ||delta||.
@@ -135,7 +138,11 @@ def mean_difference_plan(
             f"task {task.name!r} has no train contents to take a mean difference over: leave "
             "meandiff out of `controls`"
         )
-    wordings = task.select_variants[:2] if read == "reply" else task.select_variants
+    wordings = (
+        task.select_variants[: _AS_RANKED.reply_variants]
+        if read == "reply"
+        else task.select_variants
+    )
     pairs = [
         (content, compose(content, wording.text, placement))
         for wording in wordings
@@ -173,11 +180,11 @@ def _replies(
     replies = generate(
         lm,
         prompts,
-        max_new_tokens=min(task.max_new_tokens, _REPLY_TOKENS),
-        temperature=0.8,
-        top_p=0.95,
+        max_new_tokens=_AS_RANKED.max_new_tokens,
+        temperature=_AS_RANKED.temperature,
+        top_p=_AS_RANKED.top_p,
         seed=seed,
-        batch_size=64,
+        batch_size=_AS_RANKED.batch_size,
     )
     progress(stage, len(texts), len(texts), "replies")
     rows = [

@@ -7,14 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
-
-from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import pad_right
-from saesteer.steering.evaluation.grading import repetition
-
-# Log-probabilities over the vocabulary of this many tokens are held at once.
-_TOKENS_AT_ONCE = 512
+from saesteer.steering.grades.repetition import repetition
 
 
 def distinct(tokens: Sequence[Hashable], n: int) -> float | None:
@@ -27,36 +20,6 @@ def zlib_ratio(text: str) -> float | None:
     """Compressed over raw bytes: small for repetitive text; None for no text."""
     raw = text.encode("utf-8", "surrogatepass")
     return len(zlib.compress(raw, 9)) / len(raw) if raw else None
-
-
-def cross_entropies(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[float | None]:
-    """Nats per token of each row of token ids under the model, without a prompt.
-
-    A start token precedes every row, so that its first token counts too. None for empty rows.
-    """
-    start = lm.tokenizer.bos_token_id
-    start = lm.tokenizer.eos_token_id if start is None else start
-    start = lm.pad_id if start is None else int(start)
-    found: list[float | None] = [None] * len(rows)
-    order = sorted((i for i in range(len(rows)) if rows[i]), key=lambda i: len(rows[i]))
-    while order:
-        longest = len(rows[order[-1]]) + 1
-        chunk, order = _split_off(order, max(1, _TOKENS_AT_ONCE // longest))
-        ids, mask = pad_right(lm, [[start, *rows[i]] for i in chunk])
-        with torch.inference_mode():
-            logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-            nats = -log_probs.gather(2, ids[:, 1:, None]).squeeze(2)
-            kept = mask[:, 1:].to(nats.dtype)
-            means = (nats * kept).sum(dim=1) / kept.sum(dim=1)
-        for i, value in zip(chunk, means.tolist(), strict=True):
-            found[i] = float(value)
-    return found
-
-
-def _split_off(order: list[int], size: int) -> tuple[list[int], list[int]]:
-    """The last `size` entries of a list, and the others before them."""
-    return order[-size:], order[:-size]
 
 
 @dataclass(frozen=True)
@@ -97,7 +60,7 @@ def fluency(
 
     Args:
         rows: token ids of each answer.
-        nats: their `cross_entropies`.
+        nats: their `log_probs.cross_entropies`.
         floor: nats per token below which an answer is too predictable.
     """
     known = [value for value in nats if value is not None]

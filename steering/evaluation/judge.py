@@ -15,7 +15,7 @@ from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks.words import answer_in, without_thinking
-from saesteer.steering.evaluation.grading import Grade
+from saesteer.steering.evaluation.letters import Letter
 from saesteer.steering.tasks.task import Task
 
 KEY_VARIABLE = "SAESTEER_JUDGE_KEY"
@@ -65,7 +65,7 @@ class Judge:
         if not self.model.strip():
             raise UsageError("`judge_model` is empty: give the name the endpoint knows it by")
 
-    def __call__(self, task: Task, content: str, reply: str) -> Grade | None:
+    def __call__(self, task: Task, content: str, reply: str) -> Letter | None:
         """The grade, or None when the judge's answer holds none.
 
         Raises UserError when the endpoint cannot be reached or answers with an error.
@@ -153,7 +153,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
     return f" ({said})" if said else ""
 
 
-def parse_grade(text: str) -> Grade | None:
+def parse_grade(text: str) -> Letter | None:
     """The grade in a judge's answer, thoughts before it apart; None when there is none.
 
     The letter alone, or after a word such as "grade"; or the letter that a line begins with; or the
@@ -162,7 +162,7 @@ def parse_grade(text: str) -> Grade | None:
     text = answer_in(text)
     alone = re.fullmatch(r"[\W_]*([ABCabc])[\W_]*", text)
     if alone:
-        return Grade(alone[1].upper())
+        return Letter(alone[1].upper())
     # "A reply ..." and "a B": followed by a word, the letter A is an article.
     letter = r"(?<![A-Za-z'’])(?:([BC])|(A)(?!\s+[a-z]))(?![A-Za-z'’])"
     for pattern in (
@@ -172,5 +172,5 @@ def parse_grade(text: str) -> Grade | None:
     ):
         found = {match[1] or match[2] for match in re.finditer(pattern, text, re.MULTILINE)}
         if found:
-            return Grade(found.pop()) if len(found) == 1 else None
+            return Letter(found.pop()) if len(found) == 1 else None
     return None

@@ -11,10 +11,11 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.steering.checks.readings import loose_variants
 from saesteer.steering.checks.words import without_thinking
-from saesteer.steering.evaluation.arms import Decoding, Rate, answer
-from saesteer.steering.evaluation.grading import loose_variants
+from saesteer.steering.evaluation.arms import Decoding, answer
 from saesteer.steering.evaluation.intervals import paired_difference, sign_test
+from saesteer.steering.evaluation.rates import Rate
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.ifeval.checkers import CHECKERS, stand_ins
 from saesteer.steering.plans.plan import Plan

@@ -9,8 +9,8 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.hooks import HookPoint
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.checks.catalogue import Verdict
-from saesteer.steering.evaluation.grading import is_degenerate
 from saesteer.steering.evaluation.thoughts import answers_only
+from saesteer.steering.grades.repetition import is_degenerate
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import count_batches, generate_steered
 from saesteer.steering.plans.from_sae import make_plan

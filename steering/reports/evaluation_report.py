@@ -10,12 +10,13 @@ from typing import Any
 
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.reports.svg import Bar, Point, bars, scatter
-from saesteer.steering.evaluation.arms import Rate
 from saesteer.steering.evaluation.compare import Comparison, comparison_document
 from saesteer.steering.evaluation.intervals import difference_text, rate_text
+from saesteer.steering.evaluation.rates import Rate
+from saesteer.steering.grades.grade import DEFINITIONS, GRADES
 from saesteer.steering.reports.sweep_charts import dose_response, pareto_chart, stability_section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EXAMPLES = 4
 """Contents shown side by side: the first ones of the split, not chosen ones."""
 
@@ -73,7 +74,8 @@ th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto;mar
 overflow-wrap:anywhere;white-space:pre-wrap}
 .card b{display:block;white-space:normal;font-size:12.5px;color:#777}
 .content{font-style:italic;margin:.9rem 0 .3rem}
-.A{border-left:5px solid #009e73}.B{border-left:5px solid #e69f00}.C{border-left:5px solid #999}
+.strict{border-left:5px solid #009e73}.follows{border-left:5px solid #e69f00}
+.fails{border-left:5px solid #999}
 """.strip()
 
 _KIND_COLOURS = {
@@ -96,9 +98,8 @@ def render_html(document: Mapping[str, Any]) -> str:
         f"<h1>Steering evaluation: {escape(names)}</h1>",
         f'<p class="note">{escape(model["name"])} ({escape(model["dtype"])}, weights '
         f"{escape(model['hash'])}); graded by {escape(document['graded_by'])}{escape(judge)}.</p>",
-        "<p>Loose: the check passes, as it is or on one of the eight readings of IFEval, and the "
-        "answer is not degenerate (grades A and B). Strict: it passes as it is and its content is "
-        "right (grade A). Intervals are 95 %.</p>",
+        "<p>" + "; ".join(f"<b>{name}</b>: {text}" for name, text in DEFINITIONS.items()) + ". "
+        "Intervals are 95 %.</p>",
     ]
     if len(document["tasks"]) > 1:
         parts.append(_overview(document["tasks"]))
@@ -121,18 +122,20 @@ def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
     for task in tasks:
         for kind in kinds:
             arms = [arm for arm in task["arms"] if arm["kind"] == kind]
-            shown = [(arm["name"], arm["loose"]) for arm in arms]
+            shown = [(arm["name"], arm["success"]) for arm in arms]
             if kind == "random" and arms:
                 shown = [("random latents", _pooled(task, arms))]
             rows += [
                 _bar(name, rate, _KIND_COLOURS[kind], task["task"]["name"]) for name, rate in shown
             ]
-    return "<h2>All tasks, loose success</h2>" + bars(rows, "Loose success by task and arm", 820.0)
+    return "<h2>All tasks, success</h2>" + bars(rows, "Success by task and arm", 820.0)
 
 
 def _pooled(task: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Loose success of several arms as one, their draws counted like seeds."""
-    hits = [row["grade"] != "C" for arm in arms for row in task["answers"][arm["name"]]]
+    """Success of several arms as one, their draws counted like seeds."""
+    names = arms[0]["success"]["measure"].split(" and ")
+    rows = [row for arm in arms for row in task["answers"][arm["name"]]]
+    hits = [all(row[name] for name in names) for row in rows]
     return dataclasses.asdict(Rate.of(hits, len(arms) * len(task["seeds"])))
 
 
@@ -155,12 +158,16 @@ def _task_section(task: Mapping[str, Any]) -> str:
         "".join(f"<p>{line}</p>" for line in _in_short(task)),
         "<h3>Success</h3>",
     ]
-    for measure in ("loose", "strict"):
+    for measure in GRADES:
         rows = [
-            _bar(f"{arm['name']}", arm[measure], _KIND_COLOURS.get(arm["kind"], 6))
+            Bar(arm["name"], value, low, high, _KIND_COLOURS.get(arm["kind"], 6))
             for arm in task["arms"]
+            if arm[measure] is not None
+            for value, low, high in [arm[measure]]
         ]
-        parts.append(f"<p>{measure}</p>" + bars(rows, f"{measure} success by arm", 760.0))
+        missing = task["grades"]["not_graded"].get(measure)
+        told = escape(f"{measure}: {missing}" if missing else measure)
+        parts.append(f"<p>{told}</p>" + (bars(rows, f"{measure} by arm", 760.0) if rows else ""))
     parts.append(_grades_table(task["arms"]))
     parts.append(_tests_table(task["tests"]))
     parts.append(_damage_tables(task["arms"]))
@@ -181,12 +188,12 @@ def _in_short(task: Mapping[str, Any]) -> list[str]:
         gaps = [
             f"{difference_text(test)} over {escape(test['theirs'])}"
             for test in task["tests"]
-            if test["ours"] == arm["name"] and test["measure"] == "loose"
+            if test["ours"] == arm["name"] and test["measure"] == arm["success"]["measure"]
         ]
         lines.append(
-            f"<b>{escape(arm['name'])}, in short</b>: loose {rate_text(arm['loose'])}, strict "
-            f"{rate_text(arm['strict'])}, degenerate {rate_text(arm['degenerate'])}"
-            + (f". Loose: {'; '.join(gaps)}." if gaps else ".")
+            f"<b>{escape(arm['name'])}, in short</b>: "
+            + ", ".join(f"{name} {grade_text(arm[name])}" for name in GRADES)
+            + (f". {escape(arm['success']['measure'])}: {'; '.join(gaps)}." if gaps else ".")
         )
     return lines
 
@@ -228,17 +235,58 @@ def _figure(value: Any, digits: int = 3) -> str:
 
 def _grades_table(arms: Sequence[Mapping[str, Any]]) -> str:
     judged = any("judged" in arm for arm in arms)
-    headers = ["arm", "n", "A", "B", "C", "degenerate", "undetermined"]
+    headers = [
+        "arm",
+        "n",
+        *GRADES,
+        "degenerate",
+        "undetermined",
+        "log p, instructed",
+        "above plain",
+    ]
+    headers += ["overlap above floor"]
     headers += ["judge: loose", "judge: strict"] if judged else []
     rows = []
     for arm in arms:
-        row = [arm["name"], str(arm["n"]), *(str(arm["grades"][g]) for g in "ABC")]
+        row = [arm["name"], str(arm["n"]), *(grade_text(arm[name]) for name in GRADES)]
         row += [rate_text(arm["degenerate"]), rate_text(arm["undetermined"])]
+        row += [_figure(arm["instructed"][key]) for key in ("log_prob", "gain")]
+        row.append(rate_text(arm["overlap"]["above_floor"]))
         if judged:
             found = arm.get("judged")
             row += [rate_text(found[m]) if found else "–" for m in ("loose", "strict")]
         rows.append(row)
-    return _table(headers, rows)
+    return _table(headers, rows) + _thresholds(arms)
+
+
+def _thresholds(arms: Sequence[Mapping[str, Any]]) -> str:
+    """The floors of the grades and of the overlap, in a line each."""
+    floors = ", ".join(
+        f"{name.replace('_', ' ')} {_floor(value)}"
+        for name, value in arms[0]["thresholds"].items()
+        if value is not None
+    )
+    overlaps = ", ".join(f"{arm['name']} {arm['overlap']['floor']:.2f}" for arm in arms)
+    return (
+        f'<p class="note">Thresholds: {escape(floors)}.</p><p class="note">Overlap with '
+        f"{escape(arms[0]['overlap']['with'])}, no grade: F1 of content words; the floor is what "
+        f"95 % of answers reach with the references of other contents: {escape(overlaps)}.</p>"
+    )
+
+
+def _floor(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return " to ".join(f"{one:.3g}" for one in value)
+    return f"{value:.3g}"
+
+
+def grade_text(found: Sequence[float] | None) -> str:
+    """A grade's rate with its interval; a dash where it could not be graded."""
+    if found is None:
+        return "–"
+    return rate_text(dict(zip(("value", "low", "high"), found, strict=True)))
 
 
 def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
@@ -327,19 +375,19 @@ def _pareto(task: Mapping[str, Any]) -> str:
             f"beats in success without more KL.{spent}</p>" + pareto_chart(task["sweep"])
         )
     points = [
-        Point(arm["damage"]["kl"], arm["loose"]["value"], arm["kind"], arm["name"])
+        Point(arm["damage"]["kl"], arm["success"]["value"], arm["kind"], arm["name"])
         for arm in task["arms"]
         if arm["damage"]
     ]
     if not points:
         return ""
     unsteered = next(arm for arm in task["arms"] if arm["kind"] == "unsteered")
-    points.insert(0, Point(0.0, unsteered["loose"]["value"], "unsteered", "unsteered"))
+    points.insert(0, Point(0.0, unsteered["success"]["value"], "unsteered", "unsteered"))
     return "<h3>Success against damage</h3>" + scatter(
         points,
-        "Loose success against KL",
+        "Success against KL",
         x_label="KL on neutral questions (nats per token)",
-        y_label="loose success",
+        y_label=unsteered["success"]["measure"],
     )
 
 
@@ -354,13 +402,27 @@ def _examples(task: Mapping[str, Any]) -> str:
         cards = []
         for arm in shown:
             row = answers[arm["name"]][place]
-            broken = ", degenerate" if row["degenerate"] else ""
+            kept, told = grade_words(row)
+            style = "strict" if kept else "follows" if row["follows"] else "fails"
             cards.append(
-                f'<div class="card {row["grade"]}"><b>{escape(arm["name"])} · {row["grade"]}'
-                f"{broken}</b>{escape(row['output'].strip() or '(nothing)')}</div>"
+                f'<div class="card {style}"><b>{escape(arm["name"])} · {escape(told)}</b>'
+                f"{escape(row['output'].strip() or '(nothing)')}</div>"
             )
         parts.append(f'<div class="pair">{"".join(cards)}</div>')
     return "\n".join(parts)
+
+
+def grade_words(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether an answer is strict, and its grades in words: what it is, and why it is not more."""
+    if row["strict"]:
+        return True, "strict"
+    said = ["follows" if row["follows"] else "does not follow"]
+    for name in ("fluent", "faithful"):
+        if row[name]:
+            said.append(name)
+        elif row[name] is False:
+            said.append(f"not {name} ({row['parts'][name]['reason']})")
+    return False, ", ".join(said)
 
 
 def _ifeval_section(ifeval: Mapping[str, Any]) -> str:

@@ -11,52 +11,61 @@ _LONGEST_PART = 44
 
 
 def pareto_chart(sweep: Mapping[str, Any]) -> str:
-    """Settings of a sweep: loose success against KL, the front dashed, the chosen one ringed."""
+    """Settings of a sweep: success against KL, the front dashed, the chosen one ringed."""
     latest = [row for row in sweep["trials"] if row["latest"] and row["damage"]]
     latest.sort(key=_series_order)
     chosen = sweep["chosen"]
     points = [
         Point(
             row["damage"]["kl"],
-            row["loose"]["value"],
+            _success(row),
             _series(row),
             _setting(row),
             _setting(row) == _setting(chosen) and row["n"] == chosen["n"],
         )
         for row in latest
     ]
-    points.append(Point(0.0, sweep["unsteered"]["loose"]["value"], "unsteered", "unsteered"))
+    points.append(Point(0.0, _success(sweep["unsteered"]), "unsteered", "unsteered"))
     front = sorted(
-        (Point(r["damage"]["kl"], r["loose"]["value"], "") for r in latest if r["on_front"]),
+        (Point(r["damage"]["kl"], _success(r), "") for r in latest if r["on_front"]),
         key=lambda point: point.x,
     )
     budget = sweep.get("budget") or {}
     return scatter(
         points,
-        "Loose success against KL",
+        "Success against KL",
         front=front,
         limit=budget["limit"] if budget.get("kind") == "kl" else None,
         x_label="KL on neutral questions (nats per token)",
-        y_label="loose success (dev)",
+        y_label=f"{measure(sweep)} (dev)",
     )
 
 
+def _success(row: Mapping[str, Any]) -> float:
+    """The rate of success of an arm; of a sweep made before there were grades, the loose one."""
+    return float((row.get("success") or row["loose"])["value"])
+
+
+def measure(sweep: Mapping[str, Any]) -> str:
+    """What counted as success in a sweep."""
+    return str((sweep["chosen"].get("success") or {"measure": "loose"})["measure"])
+
+
 def dose_response(sweep: Mapping[str, Any]) -> str:
-    """Loose success by dose, one line for each number of latents and scope."""
+    """Success by dose, one line for each number of latents and scope."""
     first = sweep["trials"][0]["n"]
     rows = [row for row in sweep["trials"] if row["n"] == first]
     rows.sort(key=_series_order)
     points = [
-        Point(row["relative_dose"], row["loose"]["value"], _series(row), _setting(row))
-        for row in rows
+        Point(row["relative_dose"], _success(row), _series(row), _setting(row)) for row in rows
     ]
     title = f"<h3>Dose and response</h3><p>First round: {first} development contents a setting.</p>"
     return title + scatter(
         points,
-        "Loose success by relative dose",
+        "Success by relative dose",
         joined=True,
         x_label="‖delta‖ / ‖h‖ (median over edited positions)",
-        y_label="loose success (dev)",
+        y_label=f"{measure(sweep)} (dev)",
     )
 
 

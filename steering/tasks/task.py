@@ -20,7 +20,7 @@ from typing import Any, Literal
 from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.steering.checks.catalogue import CHECKS, Verdict, run_check
-from saesteer.steering.evaluation.grading import loose_variants
+from saesteer.steering.checks.readings import loose_variants
 from saesteer.steering.tasks.contents import (
     SPLITS,
     Split,

@@ -50,8 +50,8 @@ def setting_of(plan: Plan) -> Setting:
 class Script:
     """Stands in for generation: how each setting does, and what it was asked."""
 
-    loose: dict[Setting, int] = dataclasses.field(default_factory=dict)
-    """Answers that pass, counted from the first content; all others fail."""
+    right: dict[Setting, int] = dataclasses.field(default_factory=dict)
+    """Answers that are strict, counted from the first content; all others follow nothing."""
     degenerate: dict[Setting, int] = dataclasses.field(default_factory=dict)
     """Answers that repeat themselves, counted from the last content."""
     dose: dict[Setting, float] = dataclasses.field(default_factory=dict)
@@ -67,7 +67,7 @@ class Script:
         answers = []
         for i, text in enumerate(texts):
             broken = i >= len(texts) - self.degenerate.get(setting, 0)
-            words = "indeed so" if i < self.loose.get(setting, 0) else "not at all"
+            words = f"Indeed, {text}" if i < self.right.get(setting, 0) else "not at all"
             ids = [1, 2, 3, 4] * 3 if broken else list(range(12))
             dose = self.dose.get(setting, setting[1])
             answers.append(SteeredText(text, words, ids, None, 12, dose))
@@ -112,7 +112,7 @@ def test_a_k_that_means_nothing_is_refused(lm: LanguageModel, plan: Plan, script
 
 def test_more_successes_win(lm: LanguageModel, plan: Plan, script: Script) -> None:
     grid = Grid(k=(1, 4), scale=(1.0, 2.0))
-    script.loose = {(1, 1.0, "generation"): 2, (4, 2.0, "generation"): 5}
+    script.right = {(1, 1.0, "generation"): 2, (4, 2.0, "generation"): 5}
     script.degenerate = {(4, 2.0, "generation"): 1}
     chosen, trials = calibrate(lm, TASK, plan, grid, rounds=((8, 1),))
     assert setting_of(chosen) == (4, 2.0, "generation")
@@ -120,14 +120,14 @@ def test_more_successes_win(lm: LanguageModel, plan: Plan, script: Script) -> No
         (1, 1.0, "generation"), (1, 2.0, "generation"),
         (4, 1.0, "generation"), (4, 2.0, "generation"),
     ]  # fmt: skip
-    assert [trial.arm.loose.successes for trial in trials] == [2, 0, 0, 5]
+    assert [trial.arm.success.successes for trial in trials] == [2, 0, 0, 5]
 
 
 def test_degenerate_answers_are_no_successes(lm: LanguageModel, plan: Plan, script: Script) -> None:
-    script.loose = {(1, 1.0, "generation"): 8, (1, 2.0, "generation"): 3}
+    script.right = {(1, 1.0, "generation"): 8, (1, 2.0, "generation"): 3}
     script.degenerate = {(1, 1.0, "generation"): 6}
     chosen, trials = calibrate(lm, TASK, plan, Grid(k=(1,), scale=(1.0, 2.0)), rounds=((8, 1),))
-    assert [trial.arm.loose.successes for trial in trials] == [2, 3]
+    assert [trial.arm.success.successes for trial in trials] == [2, 3]
     assert chosen.scale == 2.0
 
 
@@ -136,7 +136,7 @@ def test_ties_go_to_fewer_broken_answers_then_to_the_gentler_dose_then_to_the_fi
 ) -> None:
     grid = Grid(k=(1, 2), scale=(1.0, 2.0))
     every = [setting_of(p) for p in grid.plans(plan)]
-    script.loose = dict.fromkeys(every, 3)
+    script.right = dict.fromkeys(every, 3)
     script.degenerate = dict(zip(every, (2, 1, 3, 1), strict=True))
     script.dose = dict(zip(every, (0.1, 0.9, 0.1, 0.4), strict=True))
     assert setting_of(calibrate(lm, TASK, plan, grid, rounds=((8, 1),))[0]) == every[3]
@@ -149,7 +149,7 @@ def test_each_round_halves_the_field(lm: LanguageModel, plan: Plan, script: Scri
     grid = Grid(k=(1, 2, 3), scale=(1.0, 2.0))
     every = [setting_of(p) for p in grid.plans(plan)]
     shown: list[tuple[str, int, int, str]] = []
-    script.loose = dict(zip(every, (0, 3, 1, 2, 3, 0), strict=True))
+    script.right = dict(zip(every, (0, 3, 1, 2, 3, 0), strict=True))
     chosen, trials = calibrate(
         lm, TASK, plan, grid, rounds=((4, 3), (6, 2), (40, 1)),
         progress=lambda *call: shown.append(call),
@@ -184,13 +184,14 @@ def test_only_dev_contents_are_answered_and_in_the_way_asked(
 
 
 def test_a_trial_gives_a_row(lm: LanguageModel, plan: Plan, script: Script) -> None:
-    script.loose = {(2, 1.5, "all"): 3}
+    script.right = {(2, 1.5, "all"): 3}
     script.dose = {(2, 1.5, "all"): 0.25}
     grid = Grid(k=(2,), scale=(1.5,), scope=("all",))
     _, (trial,) = calibrate(lm, TASK, plan, grid, rounds=((4, 1),))
     row = trial.row()
     assert (row["k"], row["scale"], row["scope"], row["n"]) == (2, 1.5, "all", 4)
-    assert row["loose"]["value"] == 0.75
+    assert row["success"]["measure"] == "strict"
+    assert row["success"]["value"] == row["strict"][0] == row["follows"][0] == 0.75
     assert row["relative_dose"] == 0.25
 
 
@@ -273,7 +274,7 @@ def test_a_budget_leaves_out_settings_before_they_answer(
     grid = Grid(k=(1,), scale=(1.0, 2.0, 3.0))
     one, two, three = (setting_of(p) for p in grid.plans(plan))
     costs.update({one: damage(0.1, 2.0), two: damage(0.4, 0.1), three: damage(0.9, 0.3)})
-    tolerant.loose = {one: 1, two: 3, three: 8}
+    tolerant.right = {one: 1, two: 3, three: 8}
     found = sweep(lm, TASK, plan, grid, rounds=((8, 1),), budget=Budget("kl", 0.5))
     assert setting_of(found.chosen.plan) == two and found.within_budget
     assert {setting for setting, _ in tolerant.calls} == {one, two}
@@ -289,7 +290,7 @@ def test_a_budget_that_nothing_keeps_to_takes_the_cheapest_and_says_so(
     grid = Grid(k=(1,), scale=(1.0, 2.0))
     one, two = (setting_of(p) for p in grid.plans(plan))
     costs.update({one: damage(0.7), two: damage(0.6)})
-    tolerant.loose = {one: 5, two: 4}
+    tolerant.right = {one: 5, two: 4}
     found = sweep(lm, TASK, plan, grid, rounds=((8, 1),), budget=Budget("kl", 0.5))
     assert setting_of(found.chosen.plan) == two and not found.within_budget
     assert (
@@ -303,7 +304,7 @@ def test_a_dose_beyond_the_models_norms_is_warned_of(
 ) -> None:
     grid = Grid(k=(1,), scale=(1.0,))
     (setting,) = (setting_of(p) for p in grid.plans(plan))
-    tolerant.loose = {setting: 2}
+    tolerant.right = {setting: 2}
     costs[setting] = damage(0.1, outside=0.4)
     assert not sweep(lm, TASK, plan, grid, rounds=((8, 1),)).warnings
     costs[setting] = damage(0.1, outside=0.8)
@@ -332,10 +333,10 @@ def test_beta_and_several_plans_are_axes_too(
 
 
 def test_the_front_holds_what_none_beats(plan: Plan, script: Script, lm: LanguageModel) -> None:
-    def trial(kl: float, loose: int) -> Trial:
-        script.loose = {setting_of(plan): loose}
+    def trial(kl: float, right: int) -> Trial:
+        script.right = {setting_of(plan): right}
         texts = script.answer(lm, DEV[:8], plan)
-        arm = calibration.grade_arm("steered", TASK, DEV[:8], texts, DEV[:8])
+        arm = calibration.grade_arm("steered", TASK, DEV[:8], texts)
         return Trial(plan, arm, damage(kl))
 
     cheap, beaten, good, costly, waste = (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.checks.catalogue import Verdict
 from saesteer.steering.evaluation import arms as evaluation
-from saesteer.steering.evaluation.arms import Decoding, Rate, evaluate, grade_arm
-from saesteer.steering.evaluation.grading import Grade
+from saesteer.steering.evaluation.arms import Decoding, evaluate
+from saesteer.steering.evaluation.graded_arms import grade_arm
+from saesteer.steering.evaluation.rates import Rate
+from saesteer.steering.grades.grade import Grader
 from saesteer.steering.hooking.generation import SteeredText
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, Variant
@@ -96,11 +99,12 @@ def test_the_arms_and_what_each_is_asked(lm: LanguageModel, plan: Plan, script: 
     assert [arm.name for arm in arms] == ["unsteered", "prompted", "one", "two"]
     alone = list(TEST[:3])
     asked = [f"{content}\nJudge one" for content in alone]  # the English evaluation wording
+    otherwise = [f"{content}\nJudge two" for content in alone]
     assert [(call.texts, call.plan is not None) for call in script.calls] == [
-        (alone, False), (asked, False), (alone, True), (alone, True),
+        (alone, False), (asked, False), (alone, True), (alone, True), (otherwise, False),
     ]  # fmt: skip
     assert script.calls[2].plan is plan
-    for arm, call in zip(arms, script.calls, strict=True):
+    for arm, call in zip(arms, script.calls, strict=False):
         assert [answer.content for answer in arm.answers] == alone
         assert [answer.prompt for answer in arm.answers] == call.texts
 
@@ -112,8 +116,15 @@ def test_every_arm_is_decoded_the_same_way(
     decoding = Decoding(temperature=0.4, top_p=0.8, seed=3, batch_size=2)
     evaluate(lm, task, {"plan": plan}, decoding=decoding)
     wanted = {**dataclasses.asdict(decoding), "max_new_tokens": TASK.max_new_tokens}
-    for call in script.calls:
+    *calls, reference = script.calls
+    for call in calls:
         assert {name: v for name, v in call.arguments.items() if name != "progress"} == wanted
+    # The references are greedy where the arms are sampled, and the other way round.
+    assert reference.arguments["temperature"] == 0.0
+    script.calls.clear()
+    evaluate(lm, task, {}, decoding=Decoding(temperature=0.0))
+    assert script.calls[-1].arguments["temperature"] > 0
+    assert script.calls[-1].arguments["seed"] != script.calls[0].arguments["seed"]
 
 
 def test_only_the_chosen_split_is_seen(lm: LanguageModel, plan: Plan, script: Script) -> None:
@@ -130,7 +141,7 @@ def test_references_are_the_contents_where_those_can_be_compared(
 ) -> None:
     script.reply = lambda text, plan: text
     unsteered, prompted = evaluate(lm, TASK, {})
-    assert len(script.calls) == 2
+    assert unsteered.overlap_with == prompted.overlap_with == "the content"
     for answer in unsteered.answers:
         assert answer.overlap == 1.0  # an echo of the content is all about it
     assert all(0 < answer.overlap < 1 for answer in prompted.answers)  # the wording is not
@@ -149,7 +160,8 @@ def test_references_of_translations_come_from_another_wording(
     script.reply = reply
     unsteered, prompted, steered = evaluate(lm, IN_GERMAN, {"plan": plan})
     wordings = [{text.partition("\n")[2] for text in call.texts} for call in script.calls]
-    assert wordings == [{"Judge two"}, {""}, {"Judge one"}, {""}]
+    assert wordings == [{""}, {"Judge one"}, {""}, {"Judge two"}]
+    assert prompted.overlap_with == "the prompted answer"
     assert [answer.overlap for answer in prompted.answers] == [0.0] * 4
     assert [answer.overlap for answer in unsteered.answers] == [0.0] * 4
     assert [answer.overlap for answer in steered.answers] == [1.0] * 4
@@ -177,7 +189,7 @@ def test_a_task_with_few_wordings_is_still_asked_in_two_ways(
 ) -> None:
     task = dataclasses.replace(IN_GERMAN, variants=variants)
     evaluate(lm, task, {}, n=1)
-    reference, _, prompted = (call.texts for call in script.calls)
+    _, prompted, reference = (call.texts for call in script.calls)
     assert prompted == [asked.format(content=TEST[0])]
     assert reference == [asked_otherwise.format(content=TEST[0])]
 
@@ -187,8 +199,11 @@ def test_progress_names_each_arm_and_counts_answers(
 ) -> None:
     shown: list[tuple[str, int, int, str]] = []
     evaluate(lm, IN_GERMAN, {"plan": plan}, progress=lambda *call: shown.append(call))
-    arms = ("reference answers", "unsteered", "prompted", "plan")
-    assert shown == [(f"evaluate: {arm}", done, 4, "answers") for arm in arms for done in (0, 4)]
+    arms = ("unsteered", "prompted", "plan", "reference answers")
+    assert shown == [
+        *((f"evaluate: {arm}", done, 4, "answers") for arm in arms for done in (0, 4)),
+        *(("grade", done, 3, "arms") for done in range(4)),
+    ]
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -222,40 +237,72 @@ def texts_of(outputs: Sequence[str], broken: Sequence[bool]) -> list[SteeredText
     ]
 
 
-def test_grades_follow_check_repetition_and_topic() -> None:
+def test_grades_follow_check_words_and_content() -> None:
     outputs = [
-        f"indeed {TEST[0]}",  # passes, on topic
-        "indeed nothing of it",  # passes, off topic
-        TEST[2],  # on topic, does not pass
-        f"indeed {TEST[3]}",  # on topic, passes, repeats itself
+        f"Indeed, {TEST[0]}",  # follows, in good words, about the content
+        "Indeed, there is nothing of it here.",  # about something else
+        TEST[2],  # about the content, does not follow
+        f"Indeed, {TEST[3]}",  # goes round in a loop, by its tokens
+        "indeed peavy rauk cromed the mounsaid roat.",  # words that do not exist
     ]
-    arm = grade_arm("an arm", TASK, TEST, texts_of(outputs, [False, False, False, True]), TEST)
-    assert [answer.grade for answer in arm.answers] == [Grade.A, Grade.B, Grade.C, Grade.C]
-    assert [answer.verdict for answer in arm.answers] == [
-        Verdict.PASS, Verdict.PASS, Verdict.FAIL, Verdict.PASS,
-    ]  # fmt: skip
-    assert [answer.degenerate for answer in arm.answers] == [False, False, False, True]
-    assert (arm.strict.successes, arm.loose.successes, arm.degenerate.successes) == (1, 2, 1)
-    assert arm.strict.n == arm.loose.n == 4
-    assert arm.floor == 0.0  # no two contents share a word
+    contents = (*TEST, TEST[2])
+    texts = texts_of(outputs, [False, False, False, True, False])
+    arm = grade_arm("an arm", TASK, contents, texts)
+    found = [(g.follows, g.fluent, g.faithful, g.strict) for g in (a.grades for a in arm.answers)]
+    assert found == [
+        (True, True, True, True),
+        (True, True, False, False),
+        (False, True, True, False),
+        (True, False, True, False),
+        (True, False, False, False),
+    ]
+    assert [answer.degenerate for answer in arm.answers] == [False, False, False, True, False]
+    assert arm.strict is not None and arm.fluent is not None and arm.faithful is not None
+    hits = [rate.successes for rate in (arm.follows, arm.fluent, arm.faithful, arm.strict)]
+    assert hits == [4, 3, 3, 1]
+    assert (arm.measure, arm.success) == ("strict", arm.strict)
+    assert not arm.not_graded
 
 
-def test_an_answer_to_another_content_is_off_topic() -> None:
+def test_an_answer_to_another_content_is_not_faithful() -> None:
     """All answers are fluent and pass, but each belongs to the content before it."""
-    outputs = [f"indeed {content}" for content in (TEST[-1], *TEST[:-1])]
-    arm = grade_arm("shifted", TASK, TEST, texts_of(outputs, [False] * 4), TEST)
-    assert arm.loose.value == 1.0
-    assert arm.strict.value == 0.0
+    outputs = [f"Indeed, {content}" for content in (TEST[-1], *TEST[:-1])]
+    arm = grade_arm("shifted", TASK, TEST, texts_of(outputs, [False] * 4))
+    assert arm.follows.value == 1.0
+    assert arm.strict is not None and arm.strict.value == 0.0
 
 
-def test_the_floor_rises_with_words_that_all_answers_share() -> None:
+def test_what_cannot_be_graded_has_no_rate(tmp_path: Path) -> None:
+    """Without a dictionary nobody knows whether a translation is faithful, nor strict."""
+    german = ("Das Museum öffnet am Sonntag um neun.", "Peter kaufte gestern sieben Orangen.")
+    grader = Grader(IN_GERMAN, dictionaries=tmp_path)
+    arm = grade_arm("an arm", IN_GERMAN, TEST[:2], texts_of(german, [False] * 2), grader=grader)
+    assert (arm.follows.value, arm.faithful, arm.strict) == (1.0, None, None)
+    assert arm.fluent is not None and arm.fluent.value == 1.0
+    assert (arm.measure, arm.success.value) == ("follows and fluent", 1.0)
+    assert "dict-freedict-eng-deu" in arm.not_graded["faithful"]
+    assert arm.not_graded["strict"] == "not graded, because faithful could not be"
+    row = arm.summary()
+    assert row["strict"] is None and row["follows"] == arm.follows.triple
+
+
+def test_contents_that_cannot_be_graded_are_left_out_of_every_seed() -> None:
+    """One content has no words to look for; its answers are no failures."""
+    contents = (TEST[0], "It is what it is.")
+    outputs = [f"Indeed, {contents[0]}", "Indeed so."] * 2
+    arm = grade_arm("an arm", TASK, contents, texts_of(outputs, [False] * 4), seeds=(0, 1))
+    assert arm.follows.n == 4
+    assert arm.faithful is not None and (arm.faithful.successes, arm.faithful.n) == (2, 2)
+
+
+def test_the_overlap_floor_rises_with_words_that_all_answers_share() -> None:
     """What overlaps with every content tells nothing about the right one."""
     contents = [f"{content} The orchestra rehearses tonight." for content in TEST]
     outputs = ["indeed the orchestra rehearses tonight"] * 4
-    arm = grade_arm("generic", TASK, contents, texts_of(outputs, [False] * 4), contents)
+    arm = grade_arm("generic", TASK, contents, texts_of(outputs, [False] * 4))
     assert all(answer.overlap > 0 for answer in arm.answers)
-    assert arm.floor > 0
-    assert arm.strict.successes < arm.loose.successes == 4
+    assert arm.overlap_floor > 0
+    assert arm.summary()["overlap"]["above_floor"]["value"] < 1
 
 
 def wilson_by_hand(successes: int, n: int) -> tuple[float, float]:
@@ -300,15 +347,19 @@ def test_doses_and_rows_are_ready_for_json(lm: LanguageModel, plan: Plan, script
     assert [arm["relative_dose"] for arm in document] == [None, None, 0.5]
     for arm, written in zip(arms, document, strict=True):
         assert written["n"] == 4
-        assert written["overlap_floor"] == arm.floor
-        for name in ("loose", "strict", "degenerate"):
-            assert written[name] == dataclasses.asdict(getattr(arm, name))
+        assert written["overlap"]["floor"] == arm.overlap_floor
+        for name in ("follows", "fluent", "faithful", "strict"):
+            rate = arm.rate(name)
+            assert rate is not None and written[name] == [rate.value, rate.low, rate.high]
+        assert written["thresholds"]["real_words"] == 0.9
     steered = arms[2].answers[1]
     row = json.loads(json.dumps(steered.row()))
+    assert row.pop("parts")["fluent"]["reason"] == "a loop"
     assert row == {
-        "content": TEST[1], "prompt": TEST[1], "output": f"indeed, {TEST[1]}", "verdict": "pass",
-        "degenerate": True, "overlap": steered.overlap, "grade": "C", "tokens_touched": 5,
-        "relative_dose": 0.5, "loosely": True, "seed": 0, "judged": None,
+        "content": TEST[1], "prompt": TEST[1], "output": f"indeed, {TEST[1]}", "follows": True,
+        "fluent": False, "faithful": True, "strict": False, "degenerate": True,
+        "overlap": steered.overlap, "tokens_touched": 5, "relative_dose": 0.5, "seed": 0,
+        "judged": None,
     }  # fmt: skip
     assert arms[0].answers[0].tokens_touched is None
 
@@ -318,7 +369,7 @@ def test_the_dose_of_an_arm_is_the_median_of_its_answers() -> None:
         SteeredText(content, "indeed", list(range(12)), None, 3, dose)
         for content, dose in zip(TEST, (0.1, 0.2, 0.9, None), strict=True)
     ]
-    assert grade_arm("an arm", TASK, TEST, texts, TEST).relative_dose == 0.2
+    assert grade_arm("an arm", TASK, TEST, texts).relative_dose == 0.2
 
 
 def test_on_a_model(lm: LanguageModel, plan: Plan) -> None:
@@ -339,14 +390,14 @@ def test_on_a_model(lm: LanguageModel, plan: Plan) -> None:
 
 def test_seeds_answer_every_content_again(lm: LanguageModel, plan: Plan, script: Script) -> None:
     arms = evaluate(lm, IN_GERMAN, {"plan": plan}, n=2, seeds=(3, 7))
-    reference, *rest = script.calls
-    assert reference.arguments["seed"] == 3  # one reference for every seed
+    *rest, reference = script.calls
+    assert reference.arguments["seed"] == 8  # one reference for every seed, and of none of them
     assert [call.arguments["seed"] for call in rest] == [3, 7] * 3
     for arm in arms:
         assert [(a.seed, a.content) for a in arm.answers] == [
             (seed, content) for seed in (3, 7) for content in TEST[:2]
         ]
-        assert arm.loose.n == 4 and arm.seeds == 2
+        assert arm.follows.n == 4 and arm.seeds == 2
 
 
 def test_several_seeds_of_greedy_decoding_are_refused(lm: LanguageModel, script: Script) -> None:
@@ -364,31 +415,14 @@ def test_answers_to_one_content_are_not_independent() -> None:
     assert (never.low, never.high) == (Rate.of([False] * 8).low, Rate.of([False] * 8).high)
 
 
-def test_a_reply_that_passes_loosely_is_a_b(lm: LanguageModel) -> None:
+def test_a_reply_that_passes_loosely_follows() -> None:
     task = dataclasses.replace(TASK, check_name="json", check_arguments={})
     texts = [
         SteeredText(content, f'Sure!\n{{"text": "{content}"}}', list(range(12))) for content in TEST
     ]
-    arm = grade_arm("steered", task, TEST, texts, TEST)
-    assert {answer.verdict for answer in arm.answers} == {Verdict.FAIL}
-    assert arm.grades == {"A": 0, "B": 4, "C": 0}
-    assert arm.loose.value == 1.0 and arm.strict.value == 0.0
-
-
-def test_a_translation_without_the_numbers_is_no_a() -> None:
-    task = dataclasses.replace(TASK, check_name="translation", check_arguments={"lang": "de"})
-    contents = (
-        "The museum opened in 1950 near the old harbour.",
-        "Heavy rain closed the mountain road on Sunday.",
-    )
-    german = (
-        "Das Museum wurde damals neben dem alten Hafen eröffnet.",
-        "Starker Regen hat am Sonntag die Bergstraße gesperrt.",
-    )
-    texts = [SteeredText(c, g, list(range(12))) for c, g in zip(contents, german, strict=True)]
-    arm = grade_arm("steered", task, contents, texts, german)
-    assert [answer.verdict for answer in arm.answers] == [Verdict.PASS] * 2
-    assert [answer.grade for answer in arm.answers] == [Grade.B, Grade.A]
+    arm = grade_arm("steered", task, TEST, texts)
+    assert {answer.grades.verdict for answer in arm.answers} == {Verdict.FAIL}
+    assert arm.follows.value == 1.0
 
 
 def test_a_logit_bias_moves_every_answer_and_leaves_nothing_behind(lm: LanguageModel) -> None:

@@ -9,7 +9,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.checks.catalogue import Verdict
-from saesteer.steering.evaluation.arms import Arm, Decoding, Graded
+from saesteer.steering.evaluation.arms import Decoding
 from saesteer.steering.evaluation.compare import (
     CompareConfig,
     compare,
@@ -17,7 +17,11 @@ from saesteer.steering.evaluation.compare import (
     paired_tests,
 )
 from saesteer.steering.evaluation.damage import NeutralProbe, Question
-from saesteer.steering.evaluation.grading import Grade
+from saesteer.steering.evaluation.graded_arms import Answer, Arm
+from saesteer.steering.evaluation.letters import Letter
+from saesteer.steering.grades.faithful import Faithful
+from saesteer.steering.grades.fluent import Fluent
+from saesteer.steering.grades.grade import Grades
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.reports.evaluation_report import _plan_line
 from saesteer.steering.tasks.task import Task
@@ -92,34 +96,34 @@ def test_an_sae_that_cannot_be_had_is_noted(lm: LanguageModel, plan: Plan) -> No
 def test_a_judge_grades_every_answer_beside_the_programs(lm: LanguageModel, plan: Plan) -> None:
     seen: list[tuple[str, str]] = []
 
-    def judge(task: Task, content: str, reply: str) -> Grade | None:
+    def judge(task: Task, content: str, reply: str) -> Letter | None:
         seen.append((content, reply))
-        return Grade.B if content == CONTENTS[0] else None
+        return Letter.B if content == CONTENTS[0] else None
 
     config = dataclasses.replace(GREEDY, controls=(), damage=False)
     found = compare(lm, TASK, {"steered": plan}, config, judge=judge)
     assert len(seen) == 4  # two arms, two contents
     for arm in found.arms:
-        assert [a.judged for a in arm.answers] == [Grade.B, None]
+        assert [a.judged for a in arm.answers] == [Letter.B, None]
         assert arm.summary()["judged"]["n"] == 1
     alone = compare(lm, TASK, {"steered": plan}, config)
     for arm, same in zip(found.arms, alone.arms, strict=True):
-        assert [a.verdict for a in arm.answers] == [a.verdict for a in same.answers]
+        assert [a.grades for a in arm.answers] == [a.grades for a in same.answers]
 
 
 def test_a_judge_that_is_gone_takes_nothing_with_it(lm: LanguageModel, plan: Plan) -> None:
     asked: list[str] = []
 
-    def judge(task: Task, content: str, reply: str) -> Grade | None:
+    def judge(task: Task, content: str, reply: str) -> Letter | None:
         asked.append(content)
         if len(asked) > 1:
             raise UserError("no answer any more")
-        return Grade.B
+        return Letter.B
 
     config = dataclasses.replace(GREEDY, controls=(), damage=False)
     found = compare(lm, TASK, {"steered": plan}, config, judge=judge)
     assert len(asked) == 2
-    assert [a.judged for arm in found.arms for a in arm.answers] == [Grade.B, None, None, None]
+    assert [a.judged for arm in found.arms for a in arm.answers] == [Letter.B, None, None, None]
     assert "the judge graded no further answers: no answer any more" in found.notes
 
 
@@ -152,12 +156,16 @@ def test_what_cannot_be_compared(lm: LanguageModel, plan: Plan) -> None:
         compare(lm, TASK, {"steered": ablating}, GREEDY)
 
 
-def arm(name: str, kind: str, grades: str, seeds: int = 1) -> Arm:
-    answers = tuple(
-        Graded(str(i), "", "", Verdict.PASS, False, 0.0, Grade(letter))
-        for i, letter in enumerate(grades)
-    )
-    return Arm(name, answers, 0.0, kind, seeds)
+def arm(name: str, kind: str, letters: str, seeds: int = 1) -> Arm:
+    """Answers that are strict (A), follow (B) or do not (C); "?" follows and is not graded."""
+    answers = []
+    for i, letter in enumerate(letters):
+        faithful = None if letter == "?" else letter == "A"
+        grades = Grades(
+            letter != "C", Verdict.PASS, Fluent(True, "", False), Faithful(faithful, "no words")
+        )
+        answers.append(Answer(str(i), "", "", grades, 0.0))
+    return Arm(name, tuple(answers), kind, seeds)
 
 
 def test_paired_tests_by_hand() -> None:
@@ -170,13 +178,25 @@ def test_paired_tests_by_hand() -> None:
     ]
     tests = {(t.theirs, t.measure): t for t in paired_tests(arms)}
     assert len(tests) == 6
-    floor = tests["unsteered", "loose"]
+    floor = tests["unsteered", "follows"]
     assert (floor.difference, floor.wins, floor.losses) == (7 / 8, 7, 0)
     assert floor.p == 2 / 2**7 and floor.p_holm == pytest.approx(6 * floor.p)
-    drawn = tests["random", "loose"]  # averaged by content: 1, .5, 0, 0, ...
+    drawn = tests["random", "follows"]  # averaged by content: 1, .5, 0, 0, ...
     assert drawn.difference == pytest.approx((7 - 1.5) / 8) and drawn.wins == 6
     assert tests["prompted", "strict"].losses == 6
-    assert tests["prompted", "loose"].p == 1.0
+    assert tests["prompted", "follows"].p == 1.0
+
+
+def test_what_stands_for_strict_where_it_cannot_be_graded() -> None:
+    arms = [arm("unsteered", "unsteered", "????"), arm("steered", "steered", "????")]
+    measures = [test.measure for test in paired_tests(arms)]
+    assert measures == ["follows", "follows and fluent"]
+
+
+def test_contents_graded_in_one_arm_alone_are_left_out_of_the_test() -> None:
+    arms = [arm("unsteered", "unsteered", "?BB"), arm("steered", "steered", "AA?")]
+    (strict,) = [test for test in paired_tests(arms) if test.measure == "strict"]
+    assert (strict.difference, strict.wins, strict.losses) == (1.0, 1, 0)
 
 
 def test_two_plans_are_tested_against_their_own_controls() -> None:
@@ -187,7 +207,7 @@ def test_two_plans_are_tested_against_their_own_controls() -> None:
         arm("two", "steered", "BB"),
         arm("random latents (two)", "random", "CC"),
     ]
-    assert [(t.ours, t.theirs) for t in paired_tests(arms) if t.measure == "loose"] == [
+    assert [(t.ours, t.theirs) for t in paired_tests(arms) if t.measure == "follows"] == [
         ("one", "unsteered"), ("one", "random (one)"),
         ("two", "unsteered"), ("two", "random (two)"),
     ]  # fmt: skip

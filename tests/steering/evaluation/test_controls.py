@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.model.kept_replies import keep_replies
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.sae.text.prompts import encode_prompt
 from saesteer.steering.evaluation import controls
@@ -20,6 +22,8 @@ from saesteer.steering.evaluation.controls import (
 )
 from saesteer.steering.hooking.hook import steer
 from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent
+from saesteer.steering.ranking.rank import RankConfig, rank
+from saesteer.steering.tasks.task import load_task
 
 from ..small_plans import CONTENTS, TASK, small_plan, small_sae
 
@@ -110,6 +114,17 @@ def test_mean_difference_of_replies_reads_other_positions(lm: LanguageModel, pla
     found = mean_difference_plan(lm, by_reply, TASK)
     assert found.sae.source == "mean difference"
     assert not torch.allclose(found.directions, mean_difference_plan(lm, plan, TASK).directions)
+
+
+def test_a_ranking_and_the_mean_difference_share_their_replies(
+    lm: LanguageModel, plan: Plan, sae: SAE, tmp_path: Path
+) -> None:
+    task = dataclasses.replace(load_task("french"), contents={"train": CONTENTS})
+    with keep_replies(tmp_path):
+        rank(lm, sae, task, RankConfig(read="reply", all_replies=True, shuffles=0), layer=1)
+        before = sorted(tmp_path.iterdir())
+        mean_difference_plan(lm, dataclasses.replace(plan, metrics={"read": "reply"}), task)
+        assert before and sorted(tmp_path.iterdir()) == before  # nothing was sampled again
 
 
 def test_nothing_to_take_a_mean_over(lm: LanguageModel, plan: Plan) -> None:

@@ -1,10 +1,8 @@
-"""Variety, compression, and the cross-entropy of texts, against direct counts and single runs."""
+"""Variety and compression of answers, against direct counts."""
 
 import pytest
-import torch
 
-from saesteer.sae.model.language_model import LanguageModel
-from saesteer.steering.evaluation.fluency import cross_entropies, distinct, fluency, zlib_ratio
+from saesteer.steering.evaluation.fluency import distinct, fluency, zlib_ratio
 
 
 def test_distinct_by_hand() -> None:
@@ -17,20 +15,6 @@ def test_loops_compress_well() -> None:
     loop, prose = "na " * 60, "The heron stood still while seven boats left for Oslo."
     assert (zlib_ratio(loop) or 1) < 0.2 < (zlib_ratio(prose) or 0)
     assert zlib_ratio("") is None
-
-
-def test_cross_entropies_of_a_batch_are_those_of_single_rows(lm: LanguageModel) -> None:
-    rows = [[5, 9, 300], [], [17], [40, 41, 42, 43, 44, 45, 46]]
-    found = cross_entropies(lm, rows)
-    assert found[1] is None
-    for row, value in zip(rows, found, strict=True):
-        if not row:
-            continue
-        ids = torch.tensor([[lm.tokenizer.bos_token_id, *row]])
-        with torch.inference_mode():
-            loss = lm.model(input_ids=ids, labels=ids).loss
-        # float32, other shapes of the same products
-        assert value == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_fluency_of_an_arm() -> None:

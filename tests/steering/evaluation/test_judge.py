@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.steering.evaluation.grading import Grade
 from saesteer.steering.evaluation.judge import KEY_VARIABLE, Judge, parse_grade
+from saesteer.steering.evaluation.letters import Letter
 from saesteer.steering.tasks.task import load_task
 
 
@@ -56,7 +56,7 @@ def endpoint() -> Iterator[Endpoint]:
 def test_a_reply_is_graded(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "a-key")
     task = load_task("french")
-    assert Judge(endpoint.url + "/", "small")(task, "The soup.", "La soupe.") is Grade.B
+    assert Judge(endpoint.url + "/", "small")(task, "The soup.", "La soupe.") is Letter.B
     ((path, headers, sent),) = endpoint.requests
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer a-key"
     assert (sent["model"], sent["temperature"]) == ("small", 0)
@@ -74,19 +74,19 @@ def test_no_key_is_sent_without_one(endpoint: Endpoint, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("text", "grade"),
     [
-        ("A", Grade.A), ("Grade: C.", Grade.C), ("**B**", Grade.B), ("(A)", Grade.A),
-        ("", None), ("Bad", None), ("I cannot say", None), ("b", Grade.B),
-        ("A reply that ignores the text deserves C", Grade.C),
+        ("A", Letter.A), ("Grade: C.", Letter.C), ("**B**", Letter.B), ("(A)", Letter.A),
+        ("", None), ("Bad", None), ("I cannot say", None), ("b", Letter.B),
+        ("A reply that ignores the text deserves C", Letter.C),
         ("A good reply.", None),
-        ("A: it is right.", Grade.A),
-        ("The answer is A", Grade.A),
-        ("Grade: B. A better reply would name the bridge.", Grade.B),
-        ("C) A list was asked for", Grade.C),
-        ("Not A but B", Grade.B), ("B or C", None),
-        ("<think>A or B? A.</think>B", Grade.B),
+        ("A: it is right.", Letter.A),
+        ("The answer is A", Letter.A),
+        ("Grade: B. A better reply would name the bridge.", Letter.B),
+        ("C) A list was asked for", Letter.C),
+        ("Not A but B", Letter.B), ("B or C", None),
+        ("<think>A or B? A.</think>B", Letter.B),
     ],
 )  # fmt: skip
-def test_grades_in_an_answer(text: str, grade: Grade | None) -> None:
+def test_grades_in_an_answer(text: str, grade: Letter | None) -> None:
     assert parse_grade(text) is grade
 
 
@@ -113,7 +113,7 @@ def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint, status: int) -> None
     endpoint.status = status
     endpoint.then = 200
     judge = Judge(endpoint.url, "small", waits=(0.0, 0.0))
-    assert judge(load_task("json"), "a", "b") is Grade.B
+    assert judge(load_task("json"), "a", "b") is Letter.B
     assert len(endpoint.requests) == 2
 
 

@@ -12,7 +12,7 @@ from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.model.hooks import sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.steering.checks.catalogue import Verdict
-from saesteer.steering.evaluation.grading import is_degenerate
+from saesteer.steering.grades.repetition import is_degenerate
 from saesteer.steering.hooking.arrangement import ByRow
 from saesteer.steering.hooking.generation import SteeredText, generate_steered
 from saesteer.steering.plans.from_sae import make_plan

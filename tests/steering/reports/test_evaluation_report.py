@@ -21,9 +21,15 @@ def arm(name: str, kind: str, damaged: bool = False) -> dict[str, Any]:
         "relative_dose": 0.4, "right_before": 20, "right_to_wrong": 3, "wrong_to_right": 1,
     }  # fmt: skip
     return {
-        "name": name, "kind": kind, "n": 20, "seeds": 1, "loose": RATE, "strict": RATE,
-        "degenerate": RATE, "undetermined": RATE, "grades": {"A": 4, "B": 6, "C": 10},
-        "overlap_floor": 0.1, "relative_dose": 0.4 if damaged else None,
+        "name": name, "kind": kind, "n": 20, "seeds": 1,
+        **dict.fromkeys(("follows", "fluent"), [RATE["value"], RATE["low"], RATE["high"]]),
+        "faithful": None, "strict": None,
+        "success": {"measure": "follows and fluent", **RATE},
+        "degenerate": RATE, "undetermined": RATE,
+        "instructed": {"log_prob": -2.75, "gain": 0.625},
+        "overlap": {"with": "the prompted answer", "floor": 0.125, "above_floor": RATE},
+        "thresholds": {"real_words": 0.9, "nats": [1.5, 6.25], "content": "translation"},
+        "relative_dose": 0.4 if damaged else None,
         "fluency": {
             "perplexity": 34.5, "distinct_2": 0.9, "repetition": 0.1, "zlib_ratio": 0.8,
             "truncated": 0.25,
@@ -35,14 +41,17 @@ def arm(name: str, kind: str, damaged: bool = False) -> dict[str, Any]:
 def setting(k: int, scale: float, kl: float, loose: float) -> dict[str, Any]:
     return {
         "plan": "", "layer": 20, "k": k, "beta": 0.0, "scale": scale, "scope": "all", "n": 12,
-        "relative_dose": 0.2 * scale, "loose": {**RATE, "value": loose}, "damage": {"kl": kl},
+        "relative_dose": 0.2 * scale, "damage": {"kl": kl},
+        "success": {"measure": "strict", **RATE, "value": loose},
         "latest": True, "on_front": loose > 0.3,
     }  # fmt: skip
 
 
-def answer(text: str, grade: str) -> dict[str, Any]:
+def answer(text: str, follows: bool) -> dict[str, Any]:
     return {
-        "content": "The <soup> & the bread.", "output": text, "grade": grade, "degenerate": False,
+        "content": "The <soup> & the bread.", "output": text, "follows": follows,
+        "fluent": follows, "faithful": None, "strict": None, "degenerate": False,
+        "parts": {"fluent": {"reason": "50% of its words exist"}, "faithful": {"reason": ""}},
     }  # fmt: skip
 
 
@@ -65,18 +74,20 @@ TASK: dict[str, Any] = {
     ],
     "tests": [
         {
-            "ours": "steered", "theirs": "unsteered", "measure": "loose", "difference": 0.45,
+            "ours": "steered", "theirs": "unsteered", "measure": "follows and fluent",
+            "difference": 0.45,
             "low": 0.2, "high": 0.7, "wins": 9, "losses": 0, "p": 0.0039, "p_holm": 0.0234,
         }
     ],
     "notes": ["a <note>"],
+    "grades": {"not_graded": {"faithful": "no <dictionary>", "strict": "not graded either"}},
     "sweep": {
         "trials": [
             setting(1, 1.0, 0.2, 0.1), setting(1, 2.0, 0.6, 0.4), setting(3, 1.0, 0.5, 0.3),
             setting(3, 2.0, 1.4, 0.8),
         ],
         "budget": {"kind": "kl", "limit": 1.5}, "skipped": [{}, {}],
-        "chosen": setting(3, 2.0, 1.4, 0.8), "unsteered": {"loose": {**RATE, "value": 0.0}},
+        "chosen": setting(3, 2.0, 1.4, 0.8), "unsteered": {"success": {**RATE, "value": 0.0}},
     },
     "stability": {
         "by": "saif", "k": 15,
@@ -99,13 +110,13 @@ TASK: dict[str, Any] = {
         },
     },
     "answers": {
-        name: [answer(f"{name} says <b>oui</b>", "B"), answer("", "C")]
+        name: [answer(f"{name} says <b>oui</b>", True), answer("", False)]
         for name in ("unsteered", "prompted", "steered", "random latents 1")
     },
 }  # fmt: skip
 
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "model": {"name": "tiny<1>", "hash": "abc", "dtype": "float32"},
     "graded_by": "programs (not a language model)",
     "judge": None,
@@ -147,7 +158,7 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
     page = Page(text)
     assert page.fetched == []
     assert "url(" not in text and "@import" not in text
-    assert len(re.findall("<svg", text)) == 5  # loose, strict, Pareto, dose, wordings
+    assert len(re.findall("<svg", text)) == 5  # follows, fluent, Pareto, dose, wordings
 
 
 def test_what_others_wrote_is_shown_and_not_run() -> None:
@@ -169,7 +180,10 @@ def test_the_figures_are_those_of_the_document() -> None:
         "0.42", "-0.10", "top 15", "9 / 0", "61.5", "4 (le la '\\n'), 2421; add",
         "best saif 0.11 (at most 0.19) against 0.92", "that differ (mcnemar) 0.11",
         "Jaccard 0.90 on average, at least 0.77",
-        "loose 0.50 [0.31, 0.69], strict 0.50 [0.31, 0.69], degenerate", "over unsteered",
+        "follows 0.50 [0.31, 0.69], fluent 0.50 [0.31, 0.69], faithful –, strict –",
+        "over unsteered", "faithful: no <dictionary>", "nats 1.5 to 6.25", "-2.75", "0.625",
+        "Overlap with the prompted answer, no grade", "unsteered 0.12",
+        "does not follow, not fluent (50% of its words exist)",
         "is kl 1.5; 2 settings over it",
     ):  # fmt: skip
         assert figure in page, figure
@@ -184,10 +198,10 @@ def test_several_tasks_get_an_overview_and_a_judge_is_named() -> None:
     for one in document["tasks"][0]["arms"]:
         one["judged"] = {"n": 20, "loose": RATE, "strict": RATE}
     page = " ".join(Page(render_html(document)).text)
-    overview = page[page.index("All tasks, loose success") :].split("“")[0]
+    overview = page[page.index("All tasks, success") :].split("“")[0]
     for name in ("french", "german", "prompted", "random latents"):
         assert f" {name} " in overview.replace("\n", " "), name
-    # One of two answers of the only draw is no C.
+    # One of two answers of the only draw follows and is fluent.
     assert "0.50 [0.09, 0.91]" in overview
     assert "language model some-judge" in page and "judge: strict" in page
 

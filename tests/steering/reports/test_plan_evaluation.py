@@ -65,7 +65,11 @@ def test_a_report_with_what_lies_with_the_plan(lm: LanguageModel, tmp_path: Path
 
 
 def test_warnings_are_told_with_their_task(lm: LanguageModel) -> None:
-    short = replace(load_task("no_comma"), max_new_tokens=2, contents={"test": ("One.",)})
+    short = replace(
+        load_task("no_comma"),
+        max_new_tokens=2,
+        contents={"test": ("Seven boats left the harbour.",)},
+    )
     groups = plans_by_task({"a": small_plan(lm, (1,))}, short)
     found = evaluate_plans(lm, groups, replace(QUICK, n=3))
     assert found.warnings == ("no_comma: 1 contents in the test split, 3 asked",)

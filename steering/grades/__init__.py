@@ -1,0 +1,1 @@
+"""Grades of replies: do they follow the instruction, fluently, and faithfully to the content."""

@@ -181,7 +181,7 @@ def add_flags(parser: VerbParser) -> None:
         "--lr",
         type=number,
         metavar="X",
-        help="peak learning rate (default: from the width and the number of steps)",
+        help="peak learning rate (default: from the widths and the number of steps)",
     )
     work.add_argument(
         "--warmup-steps",

@@ -210,7 +210,7 @@ class TrainConfig:
     batch_tokens: int = 2048
     """Activations per optimiser step."""
     lr: float | None = None
-    """Peak learning rate; by default `default_lr` of the width and the number of steps."""
+    """Peak learning rate; by default `default_lr` of the widths and the number of steps."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a twentieth of the run, at most 1000."""
     beta1: float = 0.9
@@ -342,15 +342,16 @@ class TrainConfig:
         return max(1, min(10_000_000, self.tokens // 4))
 
 
-def default_lr(d_sae: int, steps: int) -> float:
+def default_lr(d_model: int, d_sae: int, steps: int) -> float:
     """Peak learning rate when none is given.
 
-    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). In a
-    run of a few hundred steps that rate would hardly move the weights; for fewer than 20,000 steps
-    it is multiplied by sqrt(20,000 / steps), at most by four.
+    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). Up to
+    tens of thousands of steps the best rate is larger, and falls with the root of their number:
+    2.3 / sqrt(d_model * steps), measured from 64 steps on (see `docs/quality.md`). A rate that is
+    some multiple of 1 / sqrt(d_model) is that part of an entry of a unit row.
     """
-    short_run = min(4.0, max(1.0, (20_000 / max(1, steps)) ** 0.5))
-    return float(2e-4 * (2**14 / d_sae) ** 0.5 * short_run)
+    published = 2e-4 * (2**14 / d_sae) ** 0.5
+    return float(max(published, 2.3 * (d_model * max(64, steps)) ** -0.5))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

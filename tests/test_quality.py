@@ -197,3 +197,30 @@ def test_jobs_are_files_that_say_everything(load: Load, tmp_path: Path) -> None:
     quality.main(["--smoke", "--work", str(tmp_path)])
     assert {job["lr"] for job in seen} == {None, 0.01}
     assert all(Path(str(job["rows"])).is_absolute() for job in seen)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
+def test_what_saelens_trained_is_measured_as_it_is(load: Load, arch: str) -> None:
+    """The form in which all tools' SAEs are measured gives SAELens' own reconstruction."""
+    pytest.importorskip("sae_lens")
+    quality, rivals = load("quality"), load("quality_rivals")
+    d_sae = 64
+    # With all latents kept, choosing over the batch is the same as a threshold of 0.
+    job = {"arch": arch, "d_sae": d_sae, "k": 5 if arch == "topk" else d_sae, "steps": 6,
+           "batch": 32, "lr": 1e-2, "seed": 0}  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 12, generator=rng) + 1
+    torch.manual_seed(0)
+    step, export, _ = rivals.sae_lens(job, x)
+    for _ in range(6):
+        step(x)
+    kept = {name: tensor.detach().clone() for name, tensor in export().items()}
+    kept["threshold"] = torch.tensor(0.0)
+    factor = 0.25  # their rows are a quarter as long as those that are measured
+    ours = quality.as_sae(kept, factor, job)
+    trained = step.__self__.sae
+    with torch.no_grad():
+        expected = trained.decode(trained.encode(x)) / factor
+        found = ours.decode(ours.encode(x / factor))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - x / factor).square().mean()) > 1e-3

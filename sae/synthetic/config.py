@@ -74,4 +74,8 @@ class SyntheticConfig:
     @property
     def in_trees(self) -> int:
         """Features that belong to a tree."""
-        return self.roots * sum(self.branching**level for level in range(self.depth + 1))
+        total, level = 0, self.roots
+        for _ in range(self.depth + 1):
+            total += level
+            level *= self.branching
+        return total

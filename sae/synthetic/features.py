@@ -104,7 +104,7 @@ class SyntheticFeatures:
         has_parent = self.parents >= 0
         given = torch.where(has_parent, self.rates[self.parents.clamp(min=0)], 1.0)
         wanted = (self.rates / given).clamp(max=1 - 1e-6).double()
-        fires = normal > torch.special.ndtri(1 - wanted).float()
+        fires: Tensor = normal > torch.special.ndtri(1 - wanted).float()
         for siblings in self._levels():
             parents = self.parents[siblings[:, 0]]
             below = fires[:, siblings] & fires[:, parents, None]
@@ -152,7 +152,8 @@ def _directions(count: int, width: int, rng: torch.Generator) -> Float[Tensor, "
     """
     rows = torch.randn(count, width, generator=rng, dtype=torch.float64)
     if count <= width:
-        return torch.linalg.qr(rows.T).Q.T.float().contiguous()
+        orthogonal: Tensor = torch.linalg.qr(rows.T).Q
+        return orthogonal.T.float().contiguous()
     for _ in range(_ROUNDS):
         values, vectors = torch.linalg.eigh(rows.T @ rows)
         rows = torch.nn.functional.normalize(rows @ (vectors / values.sqrt()) @ vectors.T, dim=1)

@@ -75,7 +75,7 @@ class SAETrainer:
         self.optimiser = Optimiser(self.architecture, self.parameters, config, device)
         self.silence = SilenceCounter(variant.d_sae, config.resolved_dead_after_tokens, device)
         self.steps_taken = 0
-        self.peak_lr = config.lr or default_lr(variant.d_sae, config.steps)
+        self.peak_lr = config.lr or default_lr(self.d_in, variant.d_sae, config.steps)
         # Squared error, squared deviation, active latents, rows.
         self._log = torch.zeros(4, dtype=torch.float64, device=device)
         self._scales = {place: scales[place].to(device) for place in variant.places}

@@ -83,11 +83,16 @@ def test_derived_numbers() -> None:
 
 
 def test_default_learning_rate() -> None:
-    # Long runs: the rule of Gao et al. Runs of a few hundred steps: four times that.
-    assert default_lr(2**14, 20_000) == default_lr(2**14, 10**6) == 2e-4
-    assert default_lr(2**16, 10**6) == 1e-4
-    assert default_lr(2**14, 100) == pytest.approx(8e-4)
-    assert default_lr(2**14, 5_000) == pytest.approx(4e-4)
+    # Long runs: the rule of Gao et al., whatever d_model is.
+    assert default_lr(2048, 2**14, 10**6) == default_lr(4096, 2**14, 10**7) == 2e-4
+    assert default_lr(2048, 2**16, 10**6) == 1e-4
+    # Shorter ones: what docs/quality.md measures, whatever d_sae is, and no more below 64 steps.
+    assert default_lr(576, 4608, 256) == default_lr(576, 9216, 256) == pytest.approx(6e-3, rel=0.01)
+    assert default_lr(576, 4608, 1024) == pytest.approx(3e-3, rel=0.01)
+    assert default_lr(64, 64, 2) == default_lr(64, 64, 64) == pytest.approx(2.3 / 64)
+    # The two meet, and the rate never rises with the number of steps.
+    rates = [default_lr(576, 4608, 2**n) for n in range(24)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == default_lr(576, 4608, 2**30)
 
 
 def test_configs_and_the_package_load_without_torch() -> None:

@@ -12,7 +12,7 @@ ifdef PYTHON
 export PYTHON
 endif
 
-ROOMS := sae steering kernels checkpoints cli
+ROOMS := sae steering mechanisms kernels checkpoints cli
 CODE := $(ROOMS) tests benchmarks examples
 BIN := $(VENV)/bin
 # -P keeps the top-level folders off sys.path: the code is imported as saesteer, as installed.

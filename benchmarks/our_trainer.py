@@ -19,11 +19,30 @@ def make_trainer(
     """A trainer of the one SAE that `config` describes, and its step on rows `[batch, d_model]`."""
     (d_sae,) = config.d_sae
     (architecture,) = architecture_named(config.arch).from_config(config)
-    variant = Variant((PLACE,), (PLACE,), d_sae, architecture, 0)
+    (seed,) = config.init_seed
+    variant = Variant((PLACE,), (PLACE,), d_sae, architecture.at_width(d_sae), seed)
     trainer = SAETrainer(variant, config, {PLACE: scale}, device)
-    columns = {PLACE: slice(0, len(scale.mean))}
 
     def step(rows: Tensor) -> None:
-        trainer.step(trainer.forward(PlacedRows(rows, columns)))
+        trainer.step(trainer.forward(placed(rows)))
 
     return trainer, step
+
+
+def placed(rows: Tensor) -> PlacedRows:
+    """Rows `[batch, d_model]` as a trainer takes them."""
+    return PlacedRows(rows, {PLACE: slice(0, rows.shape[1])})
+
+
+@torch.no_grad()
+def held_out_fvu(trainer: SAETrainer, rows: Tensor, batch: int) -> float:
+    """FVU of rows `[rows, d_model]` by the loss of training, which chooses latents likewise.
+
+    An architecture that infers by a threshold has another FVU in use.
+    """
+    error = 0.0
+    for part in rows.split(batch):
+        passes = trainer.losses({PLACE: part.float()})
+        error += float(sum(one.squared_error for one in passes))
+    scaled = trainer.read[0].apply(rows.float())
+    return error / float((scaled - scaled.mean(dim=0)).square().sum())

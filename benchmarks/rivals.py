@@ -106,7 +106,7 @@ def sae_lens(job: Job, *, autocast: bool = False) -> Contender:
 
 def dictionary_learning(job: Job) -> Contender:
     """`TopKTrainer.update` of dictionary_learning: dense, Adam, clipping, unit decoder rows."""
-    trainer_class = _dictionary_learning_module().TopKTrainer
+    trainer_class = dictionary_learning_module("top_k").TopKTrainer
     trainer = trainer_class(
         steps=job.steps,
         activation_dim=job.d_model,
@@ -133,8 +133,8 @@ def dictionary_learning(job: Job) -> Contender:
     )
 
 
-def _dictionary_learning_module() -> ModuleType:
-    """Its trainer module, imported without running the package's `__init__`.
+def dictionary_learning_module(trainer: str) -> ModuleType:
+    """One of its trainer modules, imported without running the package's `__init__`.
 
     That imports its activation buffer and with it an old nnsight, torchvision and diffusers, none
     of which a training step needs. The modules below it are imported unchanged.
@@ -145,7 +145,7 @@ def _dictionary_learning_module() -> ModuleType:
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}")
         sys.modules[name] = importlib.util.module_from_spec(spec)  # found, not executed
-    return importlib.import_module(f"{name}.trainers.top_k")
+    return importlib.import_module(f"{name}.trainers.{trainer}")
 
 
 def sparsify(job: Job) -> Contender:

@@ -41,6 +41,7 @@ def convert(
     *,
     dtype: str | None = None,
     canonical: bool = False,
+    jumprelu: bool = False,
     activations: Float[Tensor, "rows d_model"] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -49,8 +50,9 @@ def convert(
     In format `saelens` the result is also opened with sae_lens, if that can be imported.
 
     `target` is a folder that is empty or does not exist yet; with None the conversion is only
-    checked. `canonical` first folds to unit decoder rows and no input bias. `activations` are real
-    ones to compare on, in addition to random ones.
+    checked. `canonical` first folds to unit decoder rows and no input bias; `jumprelu` writes a
+    gated or ReLU SAE in its exact form as a jumprelu. `activations` are real ones to compare on, in
+    addition to random ones.
 
     The report holds `source`, `format_from`, `format_to`, `spec`, `tensors` (their map), `notes`
     (what was folded, assumed or lost) and, for `random` and `real` rows, what `compare` returns.
@@ -64,8 +66,10 @@ def convert(
         raise none_of("`format`", formats.WRITERS, format)
     before = load_sae(source)
     changed, units = before, torch.ones(before.spec.d_sae, dtype=torch.float64)
+    if jumprelu:
+        changed = folds.as_jumprelu(changed)
     if canonical:
-        changed = folds.canonical(before)
+        changed = folds.canonical(changed)
         if not before.spec.rescale_acts_by_decoder_norm:
             units = _row_lengths(before) / _row_lengths(changed)
     if dtype is not None:

@@ -92,22 +92,24 @@ def fold_centred_scale(
     """Weights for raw activations, of an SAE with unit decoder rows that was trained on
     x~ = a (x - mean), with a mean and an a for each place that it reads, and that it writes.
 
-    Latents f = f~ / a come out in units of the first place read, of factor a: W_enc takes each
-    place's factor over a (1 for one place), b_enc = b_enc~ / a - mean W_enc, and a threshold is
-    divided by a. The reconstruction is W_dec with a over the factor of each place written (1 for an
-    SAE), and b_dec = mean + b_dec~ / factor. Products are taken in float64; float32 tensors on the
-    CPU come out.
+    Latents f = f~ / a come out in units of the first place written, of factor a: each is the length
+    that it adds there. W_enc takes each read place's factor over a (1 for an SAE of one place),
+    b_enc = b_enc~ / a - mean W_enc, and a threshold is divided by a. The reconstruction is W_dec
+    with a over the factor of each place written (1 for the first), and b_dec = mean + b_dec~ /
+    factor. A skip connection takes the factor of each place read over that of each place written,
+    and b_dec loses mean W_skip^T. Products are taken in float64; float32 tensors on the CPU come
+    out.
 
     Args:
         trained: `W_enc` latent-major, `[d_sae, d_in]`; `b_enc`; `W_dec`; `b_dec`; perhaps
-            `threshold`.
+            `threshold` or `log_threshold`; `b_mag` and `r_mag` of a gated SAE; `W_skip`.
         read: mean `[d_model]` and factor of each place side by side in the input.
         write: the same of the output.
     """
     wide = {name: _wide(tensor.cpu()) for name, tensor in trained.items()}
     mean_in, factors_in = _columns(read)
     mean_out, factors_out = _columns(write)
-    factor = read[0][1]
+    factor = write[0][1]
     encoder = wide["W_enc"].T * (factors_in / factor)[:, None]
     folded = {
         "W_enc": encoder.float().contiguous(),
@@ -115,8 +117,19 @@ def fold_centred_scale(
         "W_dec": (wide["W_dec"] * (factor / factors_out)).float().contiguous(),
         "b_dec": (mean_out + wide["b_dec"] / factors_out).float(),
     }
+    if "log_threshold" in wide:
+        wide["threshold"] = wide["log_threshold"].exp()
     if "threshold" in wide:
         folded["threshold"] = (wide["threshold"] / factor).float()
+    if "r_mag" in wide:
+        # The magnitude's bias, on the same product times exp(r_mag).
+        shift = (mean_in @ encoder) * wide["r_mag"].exp()
+        folded["b_mag"] = (wide["b_mag"] / factor - shift).float()
+        folded["r_mag"] = wide["r_mag"].float()
+    if "W_skip" in wide:
+        skip = wide["W_skip"] * factors_in / factors_out[:, None]
+        folded["W_skip"] = skip.float()
+        folded["b_dec"] = (mean_out + wide["b_dec"] / factors_out - skip @ mean_in).float()
     return folded
 
 
@@ -181,6 +194,36 @@ def fold_whitening(sae: SAE, mean: Tensor, matrix: Tensor, inverse: Tensor) -> S
     if not sae.spec.apply_b_dec_to_input:
         changes.update(_shifted(sae, -(mean @ encoder)))
     return _with(sae, **changes)
+
+
+def as_jumprelu(sae: SAE) -> SAE:
+    """The same function as a JumpReLU, of a ReLU or of a gated SAE. Latents stay the same.
+
+    A gated latent is active where u + b_gate > 0 and its magnitude u exp(r_mag) + b_mag > 0, which
+    both are thresholds of the magnitude: W_enc exp(r_mag), b_mag, and
+    max(0, b_mag - b_gate exp(r_mag)).
+
+    Raises UserError for other architectures.
+    """
+    if sae.spec.architecture == "jumprelu":
+        return sae
+    if sae.spec.architecture == "standard":
+        return _with(sae, architecture="jumprelu", threshold=torch.zeros_like(sae.b_enc))
+    if sae.spec.architecture != "gated" or sae.b_mag is None or sae.r_mag is None:
+        raise UserError(
+            f"an SAE of architecture {sae.spec.architecture} chooses its latents by comparing them:"
+            " it has no form as a jumprelu"
+        )
+    scale = _wide(sae.r_mag).exp()
+    b_mag = _wide(sae.b_mag)
+    changed = _with(
+        sae,
+        architecture="jumprelu",
+        W_enc=_wide(sae.W_enc) * scale,
+        b_enc=b_mag,
+        threshold=(b_mag - _wide(sae.b_enc) * scale).clamp(min=0),
+    )
+    return dataclasses.replace(changed, b_mag=None, r_mag=None)
 
 
 def canonical(sae: SAE) -> SAE:

@@ -48,6 +48,7 @@ def describe_sae(
         "k": config.get("k"),
         "hook_name": metadata.get("hook_name"),
         "hf_hook_name": metadata.get("hf_hook_name"),
+        **_other_places(metadata),
         "model": {"name": metadata.get("model_name"), **model},
         "text": own.get("text") or run.get("data"),
         "tokens": own.get("tokens") or settings.get("tokens"),
@@ -68,6 +69,17 @@ def describe_sae(
             "seen_in_training": metrics.get("seen_in_training"),
         }
     return entry
+
+
+def _other_places(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a transcoder writes, and the places of a crosscoder."""
+    found: dict[str, Any] = {}
+    if metadata.get("hook_name_out"):
+        found["writes"] = metadata["hook_name_out"]
+    parts = as_dict(metadata.get("saesteer")).get("crosscoder")
+    if isinstance(parts, list):
+        found["places"] = [as_dict(part).get("hook_name") for part in parts]
+    return found
 
 
 def card(
@@ -182,6 +194,8 @@ def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
                 f"`{_text(entry[key])}`" for key in ("hook_name", "hf_hook_name") if entry.get(key)
             ),
         ),
+        ("writes", f"`{_text(entry['writes'])}`" if entry.get("writes") else ""),
+        ("reads and writes", ", ".join(f"`{_text(name)}`" for name in entry.get("places") or [])),
         ("architecture", _text(entry.get("architecture") or "")),
         ("text", _sources(entry.get("text"))),
         (

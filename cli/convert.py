@@ -57,6 +57,11 @@ def add_flags(parser: VerbParser) -> None:
         "be compared between SAEs",
     )
     sae.add_argument(
+        "--jumprelu",
+        action="store_true",
+        help="write a gated or ReLU SAE as the jumprelu that computes exactly the same",
+    )
+    sae.add_argument(
         "--activations",
         metavar="DIR",
         help="compare the two also on activations that harvest stored",
@@ -141,6 +146,7 @@ def _convert_sae(args: Namespace, source: str, kind: str, report: Report) -> Doc
         kind,
         dtype=None if args.dtype == "auto" else args.dtype,
         canonical=args.canonical,
+        jumprelu=args.jumprelu,
         activations=rows,
         seed=args.seed or 0,
     )

@@ -308,5 +308,6 @@ def add_reading(group: argparse._ArgumentGroup) -> None:
 
 
 SITE_HELP = (
-    "where in the block: resid_post, resid_pre, resid_mid, attn_out, mlp_out or a module path"
+    "where in the block: resid_post, resid_pre, resid_mid, attn_out, mlp_out, z (outputs of the "
+    "attention heads) or a module path"
 )

@@ -30,7 +30,7 @@ def add_flags(parser: VerbParser) -> None:
         "--answers",
         metavar="FILE",
         help="JSON lines with `content` (what the instruction was applied to) and `answer`; - for "
-        "stdin",
+        "stdin (needed)",
     )
     add_dictionaries(what)
     add_model(what, "that judges naturalness as well, unsteered (default: none, words alone)")

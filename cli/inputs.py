@@ -52,12 +52,16 @@ def open_model(
 def open_sae(args: Namespace, report: Report) -> "SAE":
     """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
     from saesteer.checkpoints.sae_file import load_sae
-    from saesteer.sae.model.hooks import check_place
+    from saesteer.sae.model.hooks import check_place, check_site
+    from saesteer.sae.model.sae_places import is_plain
 
     report.say(f"loading {args.sae}")
     sae = load_sae(args.sae)
     if getattr(args, "plan", None) is None:  # a plan says itself where it steers
-        check_place(sae, args.layer, args.site)
+        if is_plain(sae):
+            check_place(sae, args.layer, args.site)
+        else:  # the model has to be there to say where the others read and write
+            check_site(args.site)
     return sae
 
 

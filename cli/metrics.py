@@ -17,10 +17,19 @@ _FIGURES = {
     "fvu": "fraction of variance unexplained",
     "l0": "active latents per token",
     "ce_recovered": "cross-entropy recovered, against mean ablation",
+    "ce_recovered_zero": "against zero ablation, as SAELens and SAEBench print it",
     "ce_plain": "cross-entropy of the model, nats per token",
     "ce_spliced": "with the reconstruction",
     "ce_ablated": "with the mean activation",
+    "ce_zero": "with zeros",
+    "ce_increase": "ce_spliced - ce_plain, nats per token",
     "kl": "KL(plain || spliced), nats per token",
+    "cosine": "of activation and reconstruction, mean over tokens",
+    "relative_norm": "length of the reconstruction over the activation's, mean over tokens",
+    "shrinkage": "what the reconstruction has to be multiplied by to fit best",
+    "token_error": "squared error over squared length, mean over tokens",
+    "ev_legacy": "not 1 - fvu: mean over tokens of 1 - error / deviation",
+    "ev_about_zero": "not 1 - fvu: 1 - error / squared length, flattered by a mean",
 }
 
 
@@ -48,6 +57,12 @@ def add_flags(parser: VerbParser) -> None:
         help="bootstrap resamples of the documents for each interval "
         f"{default(MetricsConfig, 'bootstrap')}",
     )
+    work.add_argument(
+        "--against",
+        metavar="SAE",
+        help="an SAE of another seed (a folder or RELEASE:ID): how far both have learnt the same "
+        "directions",
+    )
     add_common(
         parser,
         out="folder for metrics.json (default: print only)",
@@ -60,7 +75,8 @@ def run(args: Namespace) -> int:
     """Measure, and print a table."""
     config = MetricsConfig(text=TextConfig(**given(args, TextConfig)), **given(args, MetricsConfig))
     need(args, "--sae", "the SAE to measure, a folder or RELEASE:ID")
-    with reserved(args, model=args.model, sae=args.sae, data=args.data), reporting(args) as report:
+    read = {"model": args.model, "sae": args.sae, "data": args.data, "against": args.against}
+    with reserved(args, **read), reporting(args) as report:
         from saesteer.sae import metrics
 
         check_reading(args)
@@ -68,7 +84,14 @@ def run(args: Namespace) -> int:
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)
         found = metrics(
-            sae, lm, config, layer=args.layer, site=args.site, force=args.force, progress=report
+            sae,
+            lm,
+            config,
+            against=args.against,
+            layer=args.layer,
+            site=args.site,
+            force=args.force,
+            progress=report,
         )
         if found["seen_in_training"]:
             report.warn(_SEEN)
@@ -106,6 +129,7 @@ def _print_table(found: Document, out: Path | None) -> None:
     print_table(
         ["figure", "value", "95 % interval", "meaning"], rows, left="figure,95 % interval,meaning"
     )
+    _print_latents(found)
     excluded = found["excluded"]
     print(
         f"layer {found['layer']} ({found['site']}), {amount(found['tokens'])} tokens of "
@@ -118,3 +142,27 @@ def _print_table(found: Document, out: Path | None) -> None:
         print(_SEEN)
     if out is not None:
         print(f"written to {out / 'metrics.json'}")
+
+
+def _print_latents(found: Document) -> None:
+    """What the table has no room for: a line each."""
+    quantiles = ", ".join(f"{name} {value}" for name, value in found["l0_quantiles"].items())
+    print(f"l0 over tokens: {quantiles}")
+    dense = found["dense_latents"]
+    print(
+        f"latents: {amount(found['dead_latents'])} dead; {amount(dense['above_0.1'])} fire on more "
+        f"than 10 % of the tokens, {amount(dense['above_0.01'])} on more than 1 %"
+    )
+    histogram = found["density_histogram"]
+    bins = zip(histogram["log10_from"], histogram["latents"], strict=True)
+    print("latents by log10 of their firing rate: " + ", ".join(f"{at:g}: {n}" for at, n in bins))
+    if projection := found["decoder_projection"]:
+        print(
+            f"decoder projection (n = {projection['n']}): {number(projection['value'])}; among "
+            "SAEs of this width and place, the least suggests the right L0"
+        )
+    if same := found["stability"]:
+        print(
+            f"against {same['source']}: mean cosine of {amount(same['pairs'])} matched latents "
+            f"{number(same['matched_cosine'])}, {number(100 * same['matched_share'])} % above 0.7"
+        )

@@ -48,10 +48,13 @@ def is_terminal(stream: Stream) -> bool:
 
 
 ARGUMENT_FLAGS = {
+    "budget_minutes": "--budget",
     "chat=False": "--no-chat",
     "contents": "--rank-contents",
     "contents_file": "--contents",
+    "heads": "--head",
     "only": "--ifeval-only",
+    "sites": "--site",
     "source": "--from",
     "url": "--judge",
     "ways": "--beside",

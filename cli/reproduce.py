@@ -8,6 +8,7 @@ from saesteer.cli.inputs import reserved
 from saesteer.cli.output import Document, Failed, amount, number, paint, print_json
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.values import folders
 
 EXAMPLE = "saesteer reproduce runs/sae"
 
@@ -29,7 +30,8 @@ def add_flags(parser: VerbParser) -> None:
     )
     what.add_argument(
         "--activations",
-        metavar="DIR",
+        type=folders,
+        metavar="DIR,...",
         help="where the run's shards are now (default: where they were)",
     )
     what.add_argument(

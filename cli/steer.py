@@ -289,7 +289,7 @@ def _refuse(args: Namespace, *names: str, reason: str) -> None:
 
 def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None, SAE | None]":
     """The model, the plan (None: unsteered) and the SAE of `--sae`."""
-    from saesteer.sae.model.hooks import sae_hook_point
+    from saesteer.sae.model.sae_places import steered
     from saesteer.steering import load_plan, plan_from_latents, with_gate
     from saesteer.steering.hooking.gates import parse_gate
     from saesteer.steering.plans.from_sae import check_values, parse_latents
@@ -329,7 +329,7 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
     if args.gate is not None:
         parse_gate(args.gate)
     lm = open_model(args, report, name=sae.spec.model_name)
-    sae_hook_point(sae, lm, layer=args.layer, site=args.site, force=args.force)
+    steered(sae, lm, layer=args.layer, site=args.site, force=args.force)
     plan = plan_from_latents(lm, sae, args.layer, values, site=args.site, **changes)
     if args.gate is not None:
         plan = with_gate(plan, args.gate, sae)

@@ -15,13 +15,22 @@ from saesteer.cli.flags import (
     need,
 )
 from saesteer.cli.inputs import check_reading, open_model, reply_texts, reserved
-from saesteer.cli.output import Document, amount, duration, print_json, print_next, print_table
+from saesteer.cli.output import (
+    Document,
+    amount,
+    duration,
+    one_line,
+    print_json,
+    print_next,
+    print_table,
+)
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
-from saesteer.cli.values import count, counts, dtype, layers, number, numbers
-from saesteer.sae.config import TextConfig, TrainConfig
+from saesteer.cli.values import count, counts, dtype, folders, layers, number, numbers, one_layer
+from saesteer.sae.config import PENALTIES, JumpReLUConfig, TextConfig, TrainConfig
 from saesteer.sae.training.architectures import ARCHITECTURES
+from saesteer.sae.training.architectures.recipes import recipe_lines, with_recipe
 
 EXAMPLE = (
     "saesteer train --model smollm2-135m-instruct --layer 20 --replies french --tokens 200000 "
@@ -56,11 +65,11 @@ _LIVE_ONLY = (
 _OF_EVERY_SAE = (
     "layer", "site", "d_model", "d_sae", "init_seed", "peak_lr", "sha256", "fvu_heldout",
     "l0_heldout",
+    "threshold",
+    "to_layer",
+    "to_site",
+    "places",
 )  # fmt: skip
-
-
-# Share of its target by which an L0 has to miss it for a warning.
-_L0_MISSED = 0.2
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -73,7 +82,13 @@ def add_flags(parser: VerbParser) -> None:
         metavar="TYPE",
         help="arithmetic of the language model: auto, float32, bfloat16 or float16 (default: auto)",
     )
-    source.add_argument("--activations", metavar="DIR", help="folder of shards that harvest wrote")
+    source.add_argument(
+        "--activations",
+        type=folders,
+        metavar="DIR,...",
+        help="folder of shards that harvest wrote; for a crosscoder over models, or a transcoder "
+        "between sites, several that hold the same tokens",
+    )
     source.add_argument(
         "--layer",
         type=layers,
@@ -94,6 +109,12 @@ def add_flags(parser: VerbParser) -> None:
         help=f"architecture: {' or '.join(ARCHITECTURES)} {default(TrainConfig, 'arch')}",
     )
     shape.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="published settings, with their units converted; flags that are given win: "
+        f"{', '.join(recipe_lines())}",
+    )
+    shape.add_argument(
         "--d-sae",
         type=counts,
         metavar="N,...",
@@ -103,21 +124,32 @@ def add_flags(parser: VerbParser) -> None:
         "--k",
         type=counts,
         metavar="N,...",
-        help="latents kept per token; with batchtopk and matryoshka on average "
-        f"{default(TrainConfig, 'k')}",
+        help="latents kept per token; on average with all but topk and abstopk (default: 32)",
     )
     shape.add_argument(
         "--l0",
         type=numbers,
         metavar="X,...",
-        help=f"with jumprelu: active latents per token to aim at {default(TrainConfig, 'l0')}",
+        help="in place of --k with jumprelu, gemma-scope-2, standard and gated: active latents per "
+        "token to aim at, by a penalty whose coefficient is controlled (default: 32)",
     )
     shape.add_argument(
         "--prefixes",
         type=counts,
         metavar="N,...",
-        help="with matryoshka: numbers of latents, up to d_sae, that reconstruct by themselves "
-        "(default: 1/32, 3/32, 7/32, 15/32 and all of d_sae)",
+        help="with matryoshka and gemma-scope-2: numbers of latents, up to d_sae, that reconstruct "
+        "by themselves (default: 1/32, 3/32, 7/32, 15/32 and all of d_sae)",
+    )
+    shape.add_argument(
+        "--to-layer",
+        type=one_layer,
+        metavar="L",
+        help="with the transcoders: the block to reconstruct (default: the one that is read)",
+    )
+    shape.add_argument(
+        "--to-site",
+        metavar="SITE",
+        help="with the transcoders: the site to reconstruct (default: as --site)",
     )
     shape.add_argument(
         "--init-seed",
@@ -131,6 +163,7 @@ def add_flags(parser: VerbParser) -> None:
         help="SAE to start from, in any format that --sae of other verbs takes, with a new "
         "optimiser (default: random weights)",
     )
+    _add_penalties(parser)
     work = parser.add_argument_group("training")
     work.add_argument(
         "--tokens",
@@ -148,13 +181,19 @@ def add_flags(parser: VerbParser) -> None:
         "--lr",
         type=number,
         metavar="X",
-        help="peak learning rate (default: from the width and the number of steps)",
+        help="peak learning rate (default: from the widths and the number of steps)",
     )
     work.add_argument(
         "--warmup-steps",
         type=count,
         metavar="N",
         help="steps of linear warm-up (default: a twentieth of the run, at most 1000)",
+    )
+    work.add_argument(
+        "--beta1",
+        type=number,
+        metavar="X",
+        help=f"Adam's decay of the mean of gradients {default(TrainConfig, 'beta1')}",
     )
     work.add_argument(
         "--decay-share",
@@ -247,6 +286,94 @@ def add_flags(parser: VerbParser) -> None:
     )
 
 
+def _add_penalties(parser: VerbParser) -> None:
+    """The flags of architectures with a target for L0."""
+    group = parser.add_argument_group("how --l0 is reached; thresholds: jumprelu, gemma-scope-2")
+    group.add_argument(
+        "--coefficient",
+        type=number,
+        metavar="X",
+        help="where the penalty's coefficient starts, from which it is controlled (default: the "
+        "architecture's own)",
+    )
+    group.add_argument(
+        "--sparsity-warmup-steps",
+        type=count,
+        metavar="N",
+        help="steps over which the coefficient rises from 0 (default: a twentieth of the run)",
+    )
+    group.add_argument(
+        "--penalty",
+        metavar="NAME",
+        help=f"of thresholds: {', '.join(PENALTIES)} {default(JumpReLUConfig, 'penalty')}",
+    )
+    group.add_argument(
+        "--bandwidth",
+        type=number,
+        metavar="X",
+        help="width of the window in which a threshold learns "
+        f"{default(JumpReLUConfig, 'bandwidth')}",
+    )
+    group.add_argument(
+        "--threshold",
+        type=number,
+        metavar="X",
+        help="where thresholds start (default: where about --l0 latents are active)",
+    )
+    group.add_argument(
+        "--units",
+        metavar="NAME",
+        help="of the two above: sqrt_d for inputs of mean length sqrt(d_model), unit for length 1 "
+        f"{default(JumpReLUConfig, 'units')}",
+    )
+    group.add_argument(
+        "--to-input",
+        action="store_true",
+        default=None,
+        help="let pairs in the window move the encoder, too (default: off)",
+    )
+    group.add_argument(
+        "--log-threshold",
+        action="store_true",
+        default=None,
+        help="train the logarithm of thresholds (default: off)",
+    )
+    group.add_argument(
+        "--pre-act-loss",
+        type=number,
+        metavar="X",
+        help="weight of the loss of pre-activations below their threshold "
+        f"{default(JumpReLUConfig, 'pre_act_loss')}",
+    )
+    group.add_argument(
+        "--frequency",
+        type=number,
+        metavar="X",
+        help="weight of the penalty on latents that are active often (default: 0, with "
+        "gemma-scope-2 0.05 / --l0)",
+    )
+    group.add_argument(
+        "--frequency-knee",
+        type=number,
+        metavar="SHARE",
+        help="share of tokens from which that grows faster "
+        f"{default(JumpReLUConfig, 'frequency_knee')}",
+    )
+
+
+def _settings(args: Namespace) -> tuple[TrainConfig, list[str]]:
+    """The config that the flags say, and what to say about a recipe."""
+    details = given(args, JumpReLUConfig)
+    settings = {
+        "layers": args.layer or (),
+        "text": TextConfig(**given(args, TextConfig)),
+        **given(args, TrainConfig),
+    }
+    if args.recipe is not None:
+        return with_recipe(args.recipe, settings, details)
+    return TrainConfig(**settings, jumprelu=JumpReLUConfig(**details)), []
+
+
 def run(args: Namespace) -> int:
     """Train, and say what came out."""
     if (args.model is None) == (args.activations is None):
@@ -259,11 +386,7 @@ def run(args: Namespace) -> int:
             f"--dtype must be auto, float32 or bfloat16 for train, got {args.dtype}: it is the "
             "SAE's arithmetic; --lm-dtype is the language model's"
         )
-    config = TrainConfig(
-        layers=args.layer or (),
-        text=TextConfig(**given(args, TextConfig)),
-        **given(args, TrainConfig),
-    )
+    config, told = _settings(args)
     if args.activations is not None:
         _refuse_live_flags(args)
     elif not config.layers:
@@ -281,6 +404,8 @@ def run(args: Namespace) -> int:
         from saesteer.sae.training.architectures import check_settings
 
         check_settings(config)
+        for line in told:
+            report.say(one_line(line))
 
         lm = None
         if args.activations is None:
@@ -299,12 +424,6 @@ def run(args: Namespace) -> int:
             say=report.say,
             warn=report.warn,
         )
-        for run in runs:
-            if run["final"].get("l0_missed_by", 0) > _L0_MISSED:
-                report.warn(
-                    f"{run['folder']} has an L0 of {run['final']['held_out_l0']:.3g} where "
-                    f"{run['sae']['l0']:g} was aimed at: train on more --tokens"
-                )
     if args.json:
         print_json({"runs": runs})
     else:
@@ -330,7 +449,8 @@ def _print_summary(args: Namespace, runs: list[Document]) -> None:
         sae, final = run["sae"], run["final"]
         rows.append(
             [
-                str(sae["layer"]),
+                "+".join(str(layer) for layer, _ in sae.get("places", [[sae["layer"], ""]]))
+                + (f" to {sae['to_layer']}" if "to_layer" in sae else ""),
                 str(sae["d_sae"]),
                 *(str(sae[name]) for name in own),
                 str(sae["init_seed"]),

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 _DTYPES = {
     "auto": "auto",
@@ -98,6 +99,11 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(_parts(text))
 
 
+def folders(text: str) -> tuple[str, ...]:
+    """Folders with commas between them; one whose name holds a comma is taken as it is."""
+    return (text,) if Path(text).expanduser().exists() else tuple(_parts(text))
+
+
 def latents(text: str) -> str:
     """`ID:VALUE,ID:VALUE`, kept as text: `steering.plans.plan.parse_latents` reads it."""
     return text.strip()
@@ -161,7 +167,7 @@ def budget(text: str) -> tuple[str, float]:
     return kind.strip(), number(value)
 
 
-LISTS = (counts, numbers, layers, names, latents)
+LISTS = (counts, numbers, layers, names, latents, folders)
 """Types whose values may be written as a YAML list in a config file."""
 
 

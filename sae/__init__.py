@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from saesteer.sae.config import MetricsConfig as MetricsConfig
     from saesteer.sae.config import TextConfig as TextConfig
     from saesteer.sae.config import TrainConfig as TrainConfig
+    from saesteer.sae.measuring.ground_truth import score_truth as score_truth
     from saesteer.sae.model.generation import generate as generate
     from saesteer.sae.model.language_model import LanguageModel as LanguageModel
     from saesteer.sae.model.language_model import load_model as load_model
     from saesteer.sae.model.language_model import wrap_model as wrap_model
+    from saesteer.sae.synthetic.config import SyntheticConfig as SyntheticConfig
     from saesteer.sae.verbs.doctor import doctor as doctor
     from saesteer.sae.verbs.harvest import harvest as harvest
     from saesteer.sae.verbs.metrics import metrics as metrics
     from saesteer.sae.verbs.reproduce import reproduce as reproduce
+    from saesteer.sae.verbs.synthesise import synthesise as synthesise
     from saesteer.sae.verbs.train import train as train
 
 _MODULES = {
     "HarvestConfig": "config",
     "MetricsConfig": "config",
+    "SyntheticConfig": "synthetic.config",
     "TextConfig": "config",
     "TrainConfig": "config",
     "doctor": "verbs.doctor",
@@ -36,6 +40,8 @@ _MODULES = {
     "load_model": "model.language_model",
     "wrap_model": "model.language_model",
     "reproduce": "verbs.reproduce",
+    "score_truth": "measuring.ground_truth",
+    "synthesise": "verbs.synthesise",
     "train": "verbs.train",
 }
 

@@ -125,6 +125,50 @@ class HarvestConfig:
             )
 
 
+PENALTIES = ("quadratic", "quadratic-per-token", "step", "tanh")
+"""Values of `JumpReLUConfig.penalty`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JumpReLUConfig:
+    """How thresholds are trained; the formulas are in
+    `saesteer.sae.training.architectures.jumprelu`."""
+
+    penalty: str = "quadratic"
+    """`quadratic`, `quadratic-per-token`, `step` or `tanh`."""
+    bandwidth: float = 0.2
+    """Full width of the window in which a threshold learns."""
+    threshold: float | None = None
+    """Where thresholds start; by default where about as many latents are active as aimed at."""
+    units: str = "sqrt_d"
+    """Of the two before and of `pre_act_loss`: `sqrt_d` for inputs of mean length sqrt(d_model), as
+    they are trained on; `unit` for inputs of length 1."""
+    to_input: bool = False
+    """Whether pairs in the window move the encoder as well."""
+    log_threshold: bool = False
+    """Whether the logarithm of the threshold is the parameter."""
+    pre_act_loss: float = 0.0
+    """Weight of the loss of pre-activations below their threshold, beside a squared error that is
+    summed over d_model."""
+    frequency: float = 0.0
+    """Weight of sum_i w_i (1 + w_i / knee), w_i the share of tokens on which latent i is active."""
+    frequency_knee: float = 0.1
+    """The share from which that grows faster."""
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise UsageError(f"`penalty` must be one of {', '.join(PENALTIES)}, got {self.penalty}")
+        if self.units not in ("sqrt_d", "unit"):
+            raise UsageError(f"`units` must be sqrt_d or unit, got {self.units!r}")
+        for name, value in (("bandwidth", self.bandwidth), ("frequency_knee", self.frequency_knee)):
+            if not 0 < value < float("inf"):
+                raise UsageError(f"`{name}` must be above 0, got {value:g}")
+        if self.threshold is not None and not 0 < self.threshold < float("inf"):
+            raise UsageError(f"`threshold` must be above 0, got {self.threshold:g}")
+        _at_least("`pre_act_loss`", self.pre_act_loss, 0)
+        _at_least("`frequency`", self.frequency, 0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Training of one SAE or of the product of several layers, widths, k and seeds."""
@@ -133,17 +177,30 @@ class TrainConfig:
     """Blocks to train on; empty with shards means every layer they hold."""
     site: str = "resid_post"
     """The site to read; see `HarvestConfig.site`."""
+    to_layer: int | None = None
+    """With transcoders: the block that is reconstructed; by default the one that is read."""
+    to_site: str | None = None
+    """With transcoders: the site that is reconstructed; by default the same as `site`."""
     arch: str = "topk"
     """The kind of SAE: a name in `saesteer.sae.training.architectures`."""
     d_sae: tuple[int, ...] = ()
     """Numbers of latents; empty means 8 times d_model."""
-    k: tuple[int, ...] = (32,)
-    """Latents kept per token, for the architectures that keep a number of them."""
-    l0: tuple[float, ...] = (32.0,)
-    """Mean number of active latents per token aimed at, for the architectures with thresholds."""
+    k: tuple[int, ...] = ()
+    """Latents kept per token, for the architectures that keep a number of them; empty means 32."""
+    l0: tuple[float, ...] = ()
+    """Mean number of active latents per token aimed at, for the architectures whose penalty decides
+    it; empty means 32."""
+    coefficient: float | None = None
+    """Where the coefficient of that penalty starts, from which it is controlled; by default a
+    starting point of the architecture's own. Units: those of a reconstruction loss that is 1 for a
+    reconstruction by the mean, with latents of an input of mean length 1."""
+    sparsity_warmup_steps: int | None = None
+    """Steps over which that coefficient rises from 0; by default a twentieth of the run."""
+    jumprelu: JumpReLUConfig = JumpReLUConfig()
+    """Details of `jumprelu` and `gemma-scope-2`."""
     prefixes: tuple[int, ...] = ()
     """Numbers of latents, up to d_sae, whose sums are trained to reconstruct by themselves, with
-    `matryoshka`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
+    `matryoshka` and `gemma-scope-2`; empty means 1/32, 3/32, 7/32, 15/32 and all of d_sae."""
     init_seed: tuple[int, ...] = (0,)
     """Seeds of the initialisation, one SAE each."""
     init_from: str | None = None
@@ -153,9 +210,11 @@ class TrainConfig:
     batch_tokens: int = 2048
     """Activations per optimiser step."""
     lr: float | None = None
-    """Peak learning rate; by default `default_lr` of the width and the number of steps."""
+    """Peak learning rate; by default `default_lr` of the widths and the number of steps."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default a twentieth of the run, at most 1000."""
+    beta1: float = 0.9
+    """Adam's decay of the mean of gradients; that of their squares is 0.999."""
     decay_share: float = 0.2
     """Share of the run, at its end, over which the learning rate falls to zero."""
     dtype: str = "auto"
@@ -191,10 +250,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_name(self.arch)
-        needed = {"`k`": self.k, "`l0`": self.l0, "`init_seed`": self.init_seed}
-        for name, values in needed.items():
-            if not values:
-                raise UsageError(f"{name} needs at least one value")
+        if not self.init_seed:
+            raise UsageError("`init_seed` needs at least one value")
         several = {
             "`layer`": self.layers,
             "`d_sae`": self.d_sae,
@@ -210,6 +267,10 @@ class TrainConfig:
         for l0 in self.l0:
             if not 0 < l0 < float("inf"):
                 raise UsageError(f"`l0` must be above 0, got {l0:g}")
+        if self.coefficient is not None and not 0 < self.coefficient < float("inf"):
+            raise UsageError(f"`coefficient` must be above 0, got {self.coefficient:g}")
+        if self.sparsity_warmup_steps is not None:
+            _at_least("`sparsity_warmup_steps`", self.sparsity_warmup_steps, 0)
         for prefix in self.prefixes[:1]:
             _at_least("`prefixes`", prefix, 1)
         if any(b <= a for a, b in zip(self.prefixes, self.prefixes[1:], strict=False)):
@@ -228,6 +289,8 @@ class TrainConfig:
             raise UsageError(f"`lr` must be between 0 and 1, got {self.lr}")
         if self.warmup_steps is not None:
             _at_least("`warmup_steps`", self.warmup_steps, 0)
+        if not 0 <= self.beta1 < 1:
+            raise UsageError(f"`beta1` must be in 0..1, got {self.beta1}")
         if not 0 <= self.decay_share <= 1:
             raise UsageError(f"`decay_share` must be in 0..1, got {self.decay_share}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -257,6 +320,16 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
     @property
+    def resolved_k(self) -> tuple[int, ...]:
+        """`k`, or its default."""
+        return self.k or (32,)
+
+    @property
+    def resolved_l0(self) -> tuple[float, ...]:
+        """`l0`, or its default."""
+        return self.l0 or (32.0,)
+
+    @property
     def resolved_warmup_steps(self) -> int:
         """`warmup_steps`, or its default."""
         return min(1000, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
@@ -269,15 +342,16 @@ class TrainConfig:
         return max(1, min(10_000_000, self.tokens // 4))
 
 
-def default_lr(d_sae: int, steps: int) -> float:
+def default_lr(d_model: int, d_sae: int, steps: int) -> float:
     """Peak learning rate when none is given.
 
-    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). In a
-    run of a few hundred steps that rate would hardly move the weights; for fewer than 20,000 steps
-    it is multiplied by sqrt(20,000 / steps), at most by four.
+    Long runs follow 2e-4 / sqrt(d_sae / 2^14) (Gao et al., arXiv 2406.04093, appendix A.3). Up to
+    tens of thousands of steps the best rate is larger, and falls with the root of their number:
+    2.3 / sqrt(d_model * steps), measured from 64 steps on (see `docs/quality.md`). A rate that is
+    some multiple of 1 / sqrt(d_model) is that part of an entry of a unit row.
     """
-    short_run = min(4.0, max(1.0, (20_000 / max(1, steps)) ** 0.5))
-    return float(2e-4 * (2**14 / d_sae) ** 0.5 * short_run)
+    published = 2e-4 * (2**14 / d_sae) ** 0.5
+    return float(max(published, 2.3 * (d_model * max(64, steps)) ** -0.5))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

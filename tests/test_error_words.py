@@ -12,7 +12,7 @@ from saesteer.cli.__main__ import VERBS, make_parser
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("sae", "steering", "checkpoints", "kernels")
+ROOMS = ("sae", "steering", "mechanisms", "checkpoints", "kernels")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 NAME = re.compile(r"`([a-z_][a-z0-9_]*(?:=False)?)`")
 

@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "rank", "report",
-    "steer", "train",
+    "circuit", "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "patch",
+    "rank", "report", "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -73,6 +73,17 @@ def ranked(model: Path, folder: Path, trained: str) -> str:
 
 def test_every_example_is_run_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == RUN_HERE
+
+
+def test_patch_draws_a_map_and_circuit_finds_the_known_one(folder: Path) -> None:
+    found = run("circuit", "--out", folder / "hand", "--scenes", 16)
+    assert "fetcher at last: heads [(1, 1)]" in found and "faithfulness 1.00" in found
+    assert "mover at object: heads [(0, 0)]" in found
+    pairs = folder / "hand" / "scenes.jsonl"
+    printed = run("patch", "--model", folder / "hand" / "model", "--pairs", pairs, "--n", 8,
+                  "--out", folder / "patch")  # fmt: skip
+    assert "z 1.1 at last: -10.000 logit-diff, 100% of the whole difference" in printed
+    assert "<svg" in (folder / "patch" / "report.html").read_text()
 
 
 def test_harvest_leaves_shards_that_training_takes(model: Path, folder: Path) -> None:
@@ -208,7 +219,7 @@ def test_doctor_as_a_script_finds_nothing_wrong(model: Path, tmp_path: Path) -> 
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 7
+    assert len(re.findall(r"(?m)^ok   ", ended.stdout)) == 8
     assert "FAIL" not in ended.stdout
     (tokens,) = numbers(ended.stdout, r"(?m)^tokens: (\d+)$")
     assert tokens == 500
@@ -305,3 +316,18 @@ def test_several_tasks_in_one_go(saif: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# The SAIF experiments") and "| lowercase | unsteered | " in text
+
+
+@pytest.mark.parametrize("script", sorted((EXAMPLES / "mechanisms").glob("*.sh")),
+                         ids=lambda path: path.name)  # fmt: skip
+def test_prepared_commands_parse(script: Path) -> None:
+    """Scripts that need models we do not have: their flags exist, and the shell reads them."""
+    from saesteer.cli.__main__ import make_parser
+
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+    text = script.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *saesteer (\w+) (.*)$", text, flags=re.M)
+    assert commands
+    for verb, words in commands:
+        args = make_parser(verb).read([w.strip('"') for w in words.split()])
+        assert args.out.startswith("$OUT/")

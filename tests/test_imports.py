@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
+ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "find", "evaluate")
 VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
+VERBS += ("patch", "circuit", "toy")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 
@@ -111,7 +112,7 @@ def typed_exports(room: str) -> list[str]:
     return [alias.asname or alias.name for node in imports for alias in node.names]
 
 
-@pytest.mark.parametrize("room", ["sae", "steering", "checkpoints"])
+@pytest.mark.parametrize("room", ["sae", "steering", "mechanisms", "checkpoints"])
 def test_rooms_export_what_they_promise(room: str) -> None:
     """What a type checker sees can be had when running, without sae_lens or datasets."""
     names = typed_exports(room)

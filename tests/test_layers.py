@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "sae": {"kernels", "checkpoints"},
     "steering": {"sae", "kernels", "checkpoints"},
-    "cli": {"steering", "sae", "kernels", "checkpoints"},
+    "mechanisms": {"steering", "sae", "kernels", "checkpoints"},
+    "cli": {"mechanisms", "steering", "sae", "kernels", "checkpoints"},
 }
 """Room -> the other rooms it may import. Nothing may import cli."""
 
@@ -30,7 +31,8 @@ MOST_MODULES = 16
 FLAT_ROOMS = {"kernels", "checkpoints", "cli"}
 """One file per op, per kind of file and per verb: a list to look things up in, however long."""
 
-HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "accelerate", "pandas", "scipy"}
+HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "accelerate", "pandas"}
+HEAVY |= {"scipy", "sklearn", "captum"}
 """Not imported at the top of a module that has to load in a moment."""
 
 SAESTEER_NAME = re.compile(r"saesteer(\.[A-Za-z_]\w*)+")
@@ -112,7 +114,7 @@ def is_light(path: Path) -> bool:
     return (
         relative.parts[0] == "cli"  # with cli/toplevel, the package saesteer itself
         or path.name == "__init__.py"
-        or relative == Path("sae/config.py")
+        or relative in (Path("sae/config.py"), Path("mechanisms/config.py"))
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("sae", "steering", "kernels", "checkpoints", "cli")
+ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 SUFFIXES = (".py", ".typed", ".yaml", ".jsonl", ".html")
 
 # Runs in a child with the installed wheel first on the path. The packages of this environment stay

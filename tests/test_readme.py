@@ -50,6 +50,8 @@ EXTRA = {
         "--batch-size",
         "12",
     ],
+    "toy": ["--scenes", "16"],
+    "circuit": ["--draws", "1", "--random", "1"],
     "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
 
@@ -194,7 +196,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_names_and_flags_exist(page: Path) -> None:
     text = page.read_text()
-    calls = re.findall(r"\b(sae|steering|checkpoints)((?:\.[A-Za-z]\w*)+)\(", text)
+    calls = re.findall(r"\b(sae|steering|mechanisms|checkpoints)((?:\.[A-Za-z]\w*)+)\(", text)
     calls += [
         (found[1], found[2])
         for name in named_in(page)

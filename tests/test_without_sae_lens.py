@@ -66,7 +66,7 @@ print(json.dumps(found))
 
 def test_one_module_imports_it() -> None:
     root = Path(__file__).parent.parent
-    rooms = ("checkpoints", "sae", "steering", "cli")
+    rooms = ("checkpoints", "sae", "steering", "mechanisms", "cli")
     paths = [path for room in rooms for path in (root / room).rglob("*.py")]
     names = [
         path.relative_to(root).as_posix()

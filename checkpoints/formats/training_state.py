@@ -21,6 +21,8 @@ FOLDER = "state"
 _CANONICAL = {"W_enc_rows": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 """Which tensor of an SAE each trained parameter is, in states that do not say so: those from before
 several architectures could be trained."""
+_MORE = ((), ("threshold",), ("log_threshold",), ("b_mag", "r_mag"), ("W_skip", "threshold"))
+"""What an SAE may have besides, by architecture."""
 _NEWEST = "newest"
 
 
@@ -81,10 +83,10 @@ def read(name: str, place: SAEFiles) -> SAE:
     widths = [tensors[name].numel() for name in means]
     read, write = _read_and_written(place, spec, widths)
     F, D, out = spec.d_sae, spec.d_model, spec.d_out or spec.d_model
-    shapes = {"W_enc": (F, D), "W_dec": (F, out), "b_dec": (out,), "b_enc": (F,), "threshold": (F,)}
+    shapes = {"W_enc": (F, D), "W_dec": (F, out), "b_dec": (out,), "W_skip": (out, D)}
     trained = {ours: tensors[_saved_as(name)] for name, ours in canonical.items()}
     for ours, tensor in trained.items():
-        if tuple(tensor.shape) != shapes[ours] or not tensor.is_floating_point():
+        if tuple(tensor.shape) != shapes.get(ours, (F,)) or not tensor.is_floating_point():
             raise UserError(f"`sae` {place.source}: the state's {ours} does not fit its spec")
     scaled = [(tensors[name], factor) for name, factor in zip(means, factors, strict=True)]
     folded: dict[str, Any] = folds.fold_centred_scale(
@@ -112,7 +114,7 @@ def _canonical_names(place: SAEFiles, meta: dict[str, Any], sae: str) -> dict[st
     stated = meta.get("canonical", {})
     names = stated.get(sae, _CANONICAL) if isinstance(stated, dict) else None
     needed = sorted(_CANONICAL.values())
-    known = (needed, sorted([*needed, "threshold"]))
+    known = [sorted([*needed, *more]) for more in _MORE]
     if not isinstance(names, dict) or sorted(map(str, names.values())) not in known:
         raise UserError(f"`sae` {place.source}: the state's SAE has parameters not known here")
     return {str(name): str(ours) for name, ours in names.items()}

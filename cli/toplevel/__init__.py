@@ -13,8 +13,9 @@ The main calls, in the order in which a project needs them:
     saesteer.evaluate(...)                                  # how well it steers
     saesteer.convert(...)                                   # to other tools' files
 
-Each loads its module on first use; the rest is in `saesteer.sae`, `saesteer.steering` and
-`saesteer.checkpoints`. This folder is the package `saesteer` itself: what `import saesteer` gives.
+Each loads its module on first use; the rest is in `saesteer.sae`, `saesteer.steering`,
+`saesteer.mechanisms` and `saesteer.checkpoints`. This folder is the package `saesteer` itself: what
+`import saesteer` gives.
 """
 
 from importlib import import_module

@@ -12,6 +12,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import NonFiniteError, UserError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae.activations.joint_shards import JointShards
 from saesteer.sae.activations.reader import ActivationStream
 from saesteer.sae.activations.shuffle_buffer import ShuffleBuffer
 from saesteer.sae.activations.sinks import NotFinite, SinkFilter
@@ -90,7 +91,7 @@ class ShardSource:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: ShardReader | JointShards,
         places: Sequence[Place],
         max_norm_ratio: float,
         seed: int,
@@ -199,13 +200,14 @@ class ShardSource:
 class BatchStream:
     """Exactly `tokens` rows of a source, shuffled by a buffer, in batches of equal size.
 
-    `tokens` and `buffer_tokens` are cut down to whole batches, so that every batch is full.
+    `tokens` and `buffer_tokens` are cut down to whole batches, so that every batch is full. `width`
+    is that of a row, with the places of the source side by side.
     """
 
     def __init__(
         self,
         source: ActivationSource,
-        d_model: int,
+        width: int,
         *,
         tokens: int,
         batch_tokens: int,
@@ -218,7 +220,7 @@ class BatchStream:
         self.total = tokens // batch_tokens * batch_tokens
         held = min(buffer_tokens, max(tokens // 2, batch_tokens)) // batch_tokens * batch_tokens
         self.buffer_tokens = held
-        self._options = (held, d_model * len(source.places), batch_tokens, dtype, seed)
+        self._options = (held, width, batch_tokens, dtype, seed)
         self.drawn = 0
         self._pending: list[Tensor] = []
         self._filling = filling

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from saesteer.checkpoints.errors import UsageError, UserError, meant
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.sae.model.attention import heads_width, out_projection
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.model.sites import find_site
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
+
+HEADS_OUT = "z"
+"""The outputs of a block's attention heads side by side, before the out-projection."""
 
 Residual = Float[Tensor, "batch seq d_model"]
 
@@ -39,6 +43,8 @@ class HookPoint:
     @property
     def name(self) -> str:
         """The TransformerLens name, or the module path for a site outside that scheme."""
+        if self.site == HEADS_OUT:
+            return f"blocks.{self.layer}.attn.hook_z"
         return f"blocks.{self.layer}.hook_{self.site}" if self.site in SITES else self.module_path
 
     @property
@@ -64,11 +70,11 @@ def layer_index(lm: LanguageModel, layer: int) -> int:
 def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> HookPoint:
     """Find the module and side that carry a site of one block.
 
-    `site` is one of `SITES`, or a module path (`model.layers.3.mlp.down_proj`; `{layer}` in it is
-    replaced, and `.input` after it takes what goes in), whose output is taken. Sites inside the
-    block are found and proved by a pass over a few tokens, see `find_site`. Raises UsageError for
-    an unknown site, and for one that a block does not have (`resid_mid` does not exist where
-    attention and MLP run in parallel).
+    `site` is one of `SITES`, `z` (the attention heads' outputs side by side), or a module path
+    (`model.layers.3.mlp.down_proj`; `{layer}` in it is replaced, and `.input` after it takes what
+    goes in), whose output is taken. Sites inside the block are found and proved by a pass over a
+    few tokens, see `find_site`. Raises UsageError for an unknown site, and for one that a block
+    does not have (`resid_mid` does not exist where attention and MLP run in parallel).
     """
     layer = layer_index(lm, layer)
     block = lm.blocks[layer]
@@ -81,11 +87,15 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
         found = find_site(lm, layer, site)
         inner = block.get_submodule(found.path)
         return HookPoint(layer, site, inner, f"{path}.{found.path}", found.side)
+    if site == HEADS_OUT:
+        inner_path = out_projection(lm, layer)
+        inner = block.get_submodule(inner_path)
+        return HookPoint(layer, site, inner, f"{path}.{inner_path}", "input")
     wanted, module, side = _module_at(lm, site.replace("{layer}", str(layer)))
     if module is None:
         raise UsageError(
-            f"`site` must be one of {', '.join(SITES)} or a module path of {lm.name}, got {site!r}"
-            f"{meant(site, SITES)}"
+            f"`site` must be one of {', '.join(SITES)}, {HEADS_OUT} or a module path of {lm.name}, "
+            f"got {site!r}{meant(site, SITES)}"
         )
     inside = re.match(re.escape(lm.blocks_path) + r"\.(\d+)(?:\.|$)", wanted)
     if inside and int(inside[1]) != layer:
@@ -142,16 +152,20 @@ def check_place(sae: SAE, layer: int | None, site: str | None) -> None:
         raise UsageError(f"`sae` {name} names no layer: give `layer`")
     if layer is not None and layer >= 0 and spec.layer not in (None, layer):
         raise _other_layer(sae, layer)
-    if spec.is_transcoder or spec.reshape_activations != "none":
-        what = "is a transcoder" if spec.is_transcoder else "reads attention heads"
+    if spec.is_transcoder:
         raise UserError(
-            f"`sae` {name} {what} ({spec.hook_name or 'no hook name'}); only SAEs that read and "
-            "write one place of width d_model can be hooked: use it from Python (load_sae)"
+            f"`sae` {name} is a transcoder ({spec.hook_name or 'no hook name'}); only SAEs that "
+            "read and write one place can be hooked: use it from Python (load_sae)"
         )
-    if spec.hook_name and spec.site is None and site is None:
+    if spec.hook_name and _own_site(sae) is None and site is None:
         raise UsageError(
             f"`sae` {name} reads {spec.hook_name}, which is none of our sites: give `site`"
         )
+
+
+def _own_site(sae: SAE) -> str | None:
+    """The site that an SAE's names say."""
+    return HEADS_OUT if sae.spec.hook_name.endswith("hook_z") else sae.spec.site
 
 
 def _other_layer(sae: SAE, layer: int | None) -> UsageError:
@@ -191,9 +205,12 @@ def sae_hook_point(
     layer and none is asked for, or when it names another layer or site than asked.
     """
     spec, name = sae.spec, sae.source or "(in memory)"
-    if spec.d_model != lm.d_model:
+    reads_heads = _own_site(sae) == HEADS_OUT
+    width = heads_width(lm) if reads_heads else lm.d_model
+    if spec.d_model != width:
+        what = "heads of total width " if reads_heads else ""
         raise UserError(
-            f"`sae` {name} has d_model {spec.d_model}, `model` {lm.name} has {lm.d_model}: "
+            f"`sae` {name} has d_model {spec.d_model}, `model` {lm.name} has {what}{width}: "
             "use the model it was trained on"
         )
     trained_on = (spec.metadata.get("saesteer") or {}).get("model", {}).get("hash")
@@ -212,13 +229,14 @@ def sae_hook_point(
             f"`sae` {name} reads layer {chosen}, `model` {lm.name} has {lm.n_layers} blocks: "
             "use the model it was trained on"
         )
+    own_site = _own_site(sae)
     wanted = None if site is None else site.replace("{layer}", str(chosen))
-    if wanted is None or spec.site is None or wanted == spec.site:
-        return resolve_site(lm, chosen, wanted or spec.site or "resid_post")
-    asked, own = resolve_site(lm, chosen, wanted), resolve_site(lm, chosen, spec.site)
+    if wanted is None or own_site is None or wanted == own_site:
+        return resolve_site(lm, chosen, wanted or own_site or "resid_post")
+    asked, own = resolve_site(lm, chosen, wanted), resolve_site(lm, chosen, own_site)
     if (asked.module, asked.side) != (own.module, own.side):
         raise UsageError(
-            f"`site` {site} conflicts with `sae` {name}, which reads {spec.site}: leave `site` out"
+            f"`site` {site} conflicts with `sae` {name}, which reads {own_site}: leave `site` out"
         )
     return asked
 

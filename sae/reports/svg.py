@@ -1,4 +1,4 @@
-"""Small charts as SVG text: bars with intervals, scatter with a front, lines, a heat map.
+"""Small charts as SVG text: bars with intervals, scatter with a front, lines, heat maps.
 
 Everything is inline and self-contained: no script, no font, no network.
 """
@@ -303,3 +303,77 @@ def heat_map(
     overhang = 0.8 * _CHAR * longest if turn else 6
     width = left + cell * len(columns) + overhang
     return _svg(width, top + cell * len(rows) + 6, label, body)
+
+
+def diverging_map(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str
+) -> str:
+    """Values around 0: blue below, white at 0, orange above, with a legend; grey where there is
+    none (NaN).
+
+    Both ends of the scale are the largest size, so that equal shades are equal sizes. A cell shows
+    its figure while the mouse rests on it.
+    """
+    most = max((abs(v) for line in values for v in line if math.isfinite(v)), default=0.0) or 1.0
+    left = 14 + _CHAR * max(map(len, rows), default=0)
+    longest = max(map(len, columns), default=0)
+    cell = 22.0 if len(columns) <= 40 else max(8.0, 880 / len(columns))
+    turn = longest * _CHAR > cell
+    top = 12.0 + (0.8 * _CHAR * longest + 6 if turn else 14.0)
+    body = []
+    for place, name in enumerate(columns):
+        x = left + cell * (place + 0.5)
+        turned = f'transform="rotate(-60 {x:.1f} {top - 5:.1f})"'
+        body.append(
+            _text(x, top - 5, name, "start", turned) if turn else _text(x, top - 5, name, "middle")
+        )
+    height = max(12.0, min(cell, 22.0))
+    for i, name in enumerate(rows):
+        y = top + height * i
+        body.append(_text(left - 6, y + height / 2 + 4, name, "end"))
+        for j, value in enumerate(values[i]):
+            title = f"{name}, {columns[j]}: {value:+.4g}"
+            body.append(
+                f'<rect x="{left + cell * j:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" '
+                f'height="{height - 1:.1f}" fill="{_shade(value, most)}">'
+                f"<title>{escape(title)}</title></rect>"
+            )
+    under = top + height * len(rows) + 10
+    for step in range(-4, 5):
+        x = left + 26.0 * (step + 4)
+        body.append(
+            f'<rect x="{x:.1f}" y="{under:.1f}" width="26" height="10" '
+            f'fill="{_shade(step / 4 * most, most)}"/>'
+        )
+    for step, anchor in ((-4, "start"), (0, "middle"), (4, "end")):
+        x = left + 26.0 * 4.5 + 26.0 * 4.5 * step / 4
+        body.append(_text(x, under + 24, f"{step / 4 * most:+.3g}" if step else "0", anchor))
+    width = left + max(cell * len(columns) + _CHAR * longest * turn, 250.0)
+    return _svg(width, under + 32, label, body)
+
+
+def _shade(value: float, most: float) -> str:
+    """A colour between blue (-most), white (0) and orange (+most); grey for NaN."""
+    if not math.isfinite(value):
+        return "#9a9a9a"
+    share = min(1.0, abs(value) / most)
+    end = (0, 114, 178) if value < 0 else (213, 94, 0)
+    mixed = (round(255 + (channel - 255) * share) for channel in end)
+    return f"rgb({','.join(map(str, mixed))})"
+
+
+def cloud(
+    points: Sequence[Point], label: str, *, x_label: str, y_label: str, width: float = 420.0
+) -> str:
+    """Two numbers of each point, of any size, with the line where they are equal."""
+    frame = _Frame(points, x_label, y_label, None, (), width, 320.0)
+    low = max(frame.x_ticks[0], frame.y_ticks[0])
+    high = min(frame.x_ticks[-1], frame.y_ticks[-1])
+    style = 'stroke="currentColor" stroke-opacity="0.5" stroke-dasharray="5 4"'
+    frame.body.append(_line(frame.x(low), frame.y(low), frame.x(high), frame.y(high), style))
+    for point in points:
+        frame.body.append(
+            f'<circle cx="{frame.x(point.x):.1f}" cy="{frame.y(point.y):.1f}" r="3.5" '
+            f'fill="{COLOURS[0]}" fill-opacity="0.7"><title>{escape(point.note)}</title></circle>'
+        )
+    return frame.draw(label)

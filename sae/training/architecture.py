@@ -13,7 +13,7 @@ that take part. Both matrices are kept latent-major: `W_enc_rows [F, I]`, `W_dec
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +22,13 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.folds import fold_centred_scale
+from saesteer.checkpoints.places import Place
 from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
+
+Arrangement = tuple[tuple[Place, ...], tuple[Place, ...]]
+"""The places that an SAE reads, and those that it writes."""
 
 Parameters = dict[str, Tensor]
 """What the optimiser moves, in the units of x~, by name."""
@@ -32,6 +36,9 @@ Parameters = dict[str, Tensor]
 ENTRY_PARAMETERS = ("W_enc_rows", "W_dec", "b_enc")
 """Parameters whose gradients are sums over entries: `Pass.encoder`, `Pass.decoder`, and the sum of
 the encoder's weights. Those of all others are in `Pass.dense`."""
+
+OF_PENALTIES = ("l0", "coefficient", "sparsity_warmup_steps", "jumprelu")
+"""Settings of `TrainConfig` that only architectures with a target for L0 have."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,14 @@ class Pass:
     compact: CompactGradients | None = None
     measured: dict[str, Tensor] = field(default_factory=dict)
     """What `Architecture.update_buffers` learns from the pass."""
+    fired: Int[Tensor, " d_sae"] | None = None
+    """How often each latent fired, of a pass without entries, all of whose gradients are in
+    `dense`: many latents took part, and whole products were faster. None where entries say it."""
 
     @property
     def only_entries(self) -> bool:
         """Whether both matrices can be moved row by row, without a gradient of their size."""
-        return not self.dense.keys() & set(ENTRY_PARAMETERS)
+        return not self.dense.keys() & {"W_enc_rows", "W_dec"}
 
 
 class Architecture(ABC):
@@ -123,6 +133,8 @@ class Architecture(ABC):
     """Parameters that move at another rate than the rest: by how many times."""
     canonical_buffers: ClassVar[Mapping[str, str]] = {}
     """The same for buffers."""
+    transcodes: ClassVar[bool] = False
+    """Whether it writes elsewhere than it reads: `to_layer` and `to_site` say where."""
     calibrates: ClassVar[bool] = False
     """Whether `calibrate` wants rows at the end of training."""
 
@@ -133,6 +145,14 @@ class Architecture(ABC):
 
         Raises UsageError for settings that it does not take.
         """
+
+    @classmethod
+    def arrangements(cls, reads: Sequence[Place], writes: Sequence[Place]) -> list[Arrangement]:
+        """What each SAE of a run reads and writes, from the places asked for.
+
+        Raises UsageError for places that do not fit.
+        """
+        return [((place,), (place,)) for place in reads]
 
     @property
     @abstractmethod
@@ -151,6 +171,10 @@ class Architecture(ABC):
 
     def at_width(self, d_sae: int) -> "Architecture":
         """The same with settings that depend on the number of latents worked out."""
+        return self
+
+    def at_places(self, reads: Sequence[int], writes: Sequence[int]) -> "Architecture":
+        """The same with settings that depend on the widths of its places worked out."""
         return self
 
     def check(self, d_sae: int) -> None:  # noqa: B027 (most have nothing to check)
@@ -189,7 +213,8 @@ class Architecture(ABC):
     ) -> Pass:
         """Reconstruct `target` from `x`, both in the units of x~.
 
-        Matrices and `x` may be in bfloat16. Nothing may wait for the device.
+        `parameters` holds the buffers as well. Matrices and `x` may be in bfloat16. Nothing may
+        wait for the device.
         """
 
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most have no range)
@@ -229,7 +254,7 @@ class Architecture(ABC):
         write: Sequence[InputScale],
         buffers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "..."]]:
-        """The same SAE on raw activations, latents in units of the (first) place it reads."""
+        """The same SAE on raw activations, latents in units of the (first) place it writes."""
         named = {ours: parameters[name] for name, ours in self.canonical_names.items()}
         named |= {ours: (buffers or {})[name] for name, ours in self.canonical_buffers.items()}
         return fold_centred_scale(
@@ -241,11 +266,17 @@ def refuse_others(config: TrainConfig, *names: str) -> None:
     """Raise UsageError where a setting that the architecture lacks is not what it is by default."""
     usual = TrainConfig()
     for name in names:
-        value = getattr(config, name)
-        if value != getattr(usual, name):
+        value, default = getattr(config, name), getattr(usual, name)
+        if is_dataclass(value):
+            changed = [
+                f.name for f in fields(value) if getattr(value, f.name) != getattr(default, f.name)
+            ]
+            name, value = (changed[0], getattr(value, changed[0])) if changed else (name, default)
+        if value != default:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            instead = {"k": "give `l0`", "l0": "give `k`"}.get(name, "leave it out")
             raise UsageError(
-                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: leave it out"
+                f"`{name}` is no setting of `arch` {config.arch}, got {shown}: {instead}"
             )
 
 
@@ -256,20 +287,23 @@ def gradients(sae_pass: Pass, d_sae: int) -> tuple[dict[str, Tensor], Int[Tensor
     They are of the parameters' size, as clipping and accumulation need them. The trainer's fast
     path steps from the entries themselves.
     """
-    decoder, encoder = sae_pass.decoder, sae_pass.encoder
-    W_dec, W_enc, b_enc, counts = sparse_pair_grads(
-        decoder.weights,
-        decoder.rows,
-        encoder.weights,
-        encoder.rows,
-        sae_pass.latent_indices,
-        d_sae,
-        sae_pass.order,
-        row_starts=sae_pass.row_starts,
-    )
-    grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
-    for grad in grads.values():
-        grad.mul_(sae_pass.factor)
+    grads: dict[str, Tensor] = {}
+    counts = sae_pass.fired
+    if counts is None:
+        decoder, encoder = sae_pass.decoder, sae_pass.encoder
+        W_dec, W_enc, b_enc, counts = sparse_pair_grads(
+            decoder.weights,
+            decoder.rows,
+            encoder.weights,
+            encoder.rows,
+            sae_pass.latent_indices,
+            d_sae,
+            sae_pass.order,
+            row_starts=sae_pass.row_starts,
+        )
+        grads = {"W_enc_rows": W_enc, "W_dec": W_dec, "b_enc": b_enc}
+        for grad in grads.values():
+            grad.mul_(sae_pass.factor)
     for name, part in sae_pass.dense.items():
         grads[name] = grads[name] + part if name in grads else part
     if sae_pass.compact is not None:

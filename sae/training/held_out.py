@@ -121,3 +121,17 @@ def few_rows(
         f"{seen:,.0f} of them and has {weights:,} weights; ten rows a weight would take "
         f"{enough:,.0f}: more text and `tokens`, or fewer latents (`d_sae`)"
     )
+
+
+# Share of its target by which an L0 has to miss it for a warning.
+_MISSED = 0.2
+
+
+def missed(name: str, target: float | None, heldout: Mapping[str, float]) -> str | None:
+    """What to warn of when L0 is far from its target; None where it is not, or there is none."""
+    if target is None or abs(heldout["l0_heldout"] / target - 1) <= _MISSED:
+        return None
+    return (
+        f"{name} has an L0 of {heldout['l0_heldout']:.3g} on held-out rows where {target:g} was "
+        "aimed at: train on more `tokens`"
+    )

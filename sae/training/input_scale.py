@@ -102,6 +102,12 @@ class PlacedRows:
         return self.values[:, self.columns[place]]
 
     @staticmethod
-    def columns_of(places: Sequence[Place], d_model: int) -> dict[Place, slice]:
-        """The columns of places that lie side by side in this order."""
-        return {place: slice(at * d_model, (at + 1) * d_model) for at, place in enumerate(places)}
+    def columns_of(places: Sequence[Place], width: int | Mapping[Place, int]) -> dict[Place, slice]:
+        """The columns of places that lie side by side in this order; `width` is that of all of
+        them, or of each."""
+        columns, at = {}, 0
+        for place in places:
+            end = at + (width if isinstance(width, int) else width[place])
+            columns[place] = slice(at, end)
+            at = end
+        return columns

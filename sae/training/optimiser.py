@@ -14,7 +14,7 @@ from saesteer.kernels.ops import adam_rows_, adam_schedule, adam_sparse_rows_
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import Architecture, Parameters, Pass, gradients
 
-_BETAS = (0.9, 0.999)
+_BETA2 = 0.999
 # With the loss of order 1 the gradients of single rows are tiny: Gao et al. use this epsilon.
 _EPS = 6.25e-10
 
@@ -33,6 +33,7 @@ class Optimiser:
         self.parameters = parameters
         self.config = config
         self.device = device
+        self._betas = (config.beta1, _BETA2)
         moments = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
         self.exp_avg: Parameters = {}
         self.exp_avg_sq: Parameters = {}
@@ -69,10 +70,10 @@ class Optimiser:
 
     def set_step(self, step: int, lr: float) -> None:
         """Write the number of the next step (from 1) and its learning rate to the device."""
-        for at, value in enumerate(adam_schedule(step, lr, *_BETAS)):
+        for at, value in enumerate(adam_schedule(step, lr, *self._betas)):
             self._schedule[at] = value
         for name, schedule in self._own_schedules.items():
-            own = adam_schedule(step, lr * self.architecture.lr_factors[name], *_BETAS)
+            own = adam_schedule(step, lr * self.architecture.lr_factors[name], *self._betas)
             for at, value in enumerate(own):
                 schedule[at] = value
 
@@ -95,7 +96,7 @@ class Optimiser:
     def _move_from_entries(self, sae_pass: Pass) -> Int[Tensor, " d_sae"]:
         """Each row's gradient is summed and used at once."""
         compact = sae_pass.compact
-        beta1, beta2 = _BETAS
+        beta1, beta2 = self._betas
         step = partial(
             adam_sparse_rows_,
             latent_indices=sae_pass.latent_indices,
@@ -125,7 +126,10 @@ class Optimiser:
         )
         if compact is not None:
             b_enc[compact.ids] += compact.b_enc
-        for name, grad in {"b_enc": b_enc, **sae_pass.dense}.items():
+        grads = {**sae_pass.dense, "b_enc": b_enc}
+        if "b_enc" in sae_pass.dense:
+            b_enc += sae_pass.dense["b_enc"]
+        for name, grad in grads.items():
             self._adam(name, grad)
         return counts
 
@@ -161,7 +165,7 @@ class Optimiser:
 
     def _adam(self, name: str, grad: Tensor, scale: Tensor | None = None) -> None:
         param, exp_avg, exp_avg_sq = self._state(name)
-        beta1, beta2 = _BETAS
+        beta1, beta2 = self._betas
         adam_rows_(
             param,
             grad,

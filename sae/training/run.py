@@ -1,6 +1,6 @@
 """A training run: batches in, steps taken, states saved, SAEs out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
-from saesteer.sae.training.held_out import few_rows, figures, read_held_out, wanted_rows
+from saesteer.sae.training.held_out import few_rows, figures, missed, read_held_out, wanted_rows
 from saesteer.sae.training.init_from import start_from
 from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
 from saesteer.sae.training.run_files import RunFiles
@@ -43,29 +43,31 @@ class TrainingRun:
         variants: list[Variant],
         source: ActivationSource,
         facts: dict[str, Any],
-        d_model: int,
+        widths: Mapping[Place, int],
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
         warn: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """`facts`: what the run is recorded with; `dtype`: of the rows in the shuffle buffer;
-        `warn`: called with a line about activations that are not as they should be."""
+        """`facts`: what the run is recorded with; `widths`: of the source's places; `dtype`: of the
+        rows in the shuffle buffer; `warn`: called with a line about activations that are not as
+        they should be."""
         self.warn = warn
         self.folder = folder
         self.config = config
         self.variants = variants
         self.facts = facts
-        self.d_model = d_model
+        self.widths = widths
         self.device = device
         self.progress = progress
         self.source = source
         self.dtype = dtype
         self.files = RunFiles(folder, variants, config, facts)
-        self.columns = PlacedRows.columns_of(source.places, d_model)
+        self.columns = PlacedRows.columns_of(source.places, widths)
+        self.width = sum(widths[place] for place in source.places)
         self.batches = BatchStream(
             source,
-            d_model,
+            self.width,
             tokens=config.tokens,
             batch_tokens=config.batch_tokens,
             buffer_tokens=config.buffer_tokens,
@@ -91,8 +93,8 @@ class TrainingRun:
         """Numbers that the optimiser moves, of each SAE."""
         return [
             variant.architecture.parameter_count(
-                self.d_model * len(variant.reads),
-                self.d_model * len(variant.writes),
+                sum(self.widths[place] for place in variant.reads),
+                sum(self.widths[place] for place in variant.writes),
                 variant.d_sae,
             )
             for variant in self.variants
@@ -103,11 +105,11 @@ class TrainingRun:
         need = training_memory(
             self.parameter_counts(),
             max(variant.d_sae for variant in self.variants),
-            self.d_model,
+            self.width,
             self.config,
             self.device,
             buffer_tokens=self.batches.buffer_tokens,
-            row_bytes=self.d_model * len(self.source.places) * self.dtype.itemsize,
+            row_bytes=self.width * self.dtype.itemsize,
             batches_ahead=BATCHES_AHEAD,
         )
         count = len(self.variants)
@@ -124,7 +126,7 @@ class TrainingRun:
         footprint = train_footprint(
             self.parameter_counts(),
             [variant.d_sae for variant in self.variants],
-            self.d_model,
+            self.width,
             buffer_tokens=len(rows),
             batch_tokens=self.config.batch_tokens,
             width=rows.shape[1],
@@ -274,8 +276,11 @@ class TrainingRun:
         self.last[i] |= found
         trained_on = min(self.batches.total, self.facts.get("rows", self.batches.total))
         told = few_rows(trainer, trained_on, self.last[i]["fvu"], found)
-        if told is not None:
-            self.warn(told)
+        target = trainer.architecture.settings.get("l0_target")
+        for line in (told, missed(trainer.variant.folder, target, found)):
+            if line is not None:
+                self.warn(line)
+                self.last[i].setdefault("warnings", []).append(line)
 
     # --- logging and saving ---
 

@@ -122,17 +122,20 @@ class RunFiles:
                     "site": site,
                     "d_model": trainer.d_in,
                     "d_sae": trainer.variant.d_sae,
+                    **_other_places(trainer.variant),
                     **trainer.architecture.settings,
                     "init_seed": trainer.variant.init_seed,
                     "peak_lr": trainer.peak_lr,
                     "sha256": sha256,
                     **{name: row[name] for name in HELD_OUT if name in row},
+                    **_threshold(trainer),
                 },
                 "config": plain(asdict(self.config)),
                 "recipe": self.facts["recipe"],
                 "model": self.facts["model"],
                 "data": self.facts["data"],
-                "final": row,
+                "final": {name: value for name, value in row.items() if name != "warnings"},
+                **({"warnings": row["warnings"]} if "warnings" in row else {}),
                 **run,
                 "versions": versions(),
                 "git_revision": git_revision(),
@@ -142,3 +145,20 @@ class RunFiles:
             results.append({"folder": str(folder), **record})
         self.write_page()
         return results
+
+
+def _other_places(variant: Variant) -> dict[str, Any]:
+    """Of a transcoder what it writes, of a crosscoder all that it reads."""
+    if variant.writes != variant.reads:
+        to_layer, to_site = variant.writes[0]
+        return {"to_layer": to_layer, "to_site": to_site}
+    if len(variant.reads) > 1:
+        return {"places": [list(place) for place in variant.reads]}
+    return {}
+
+
+def _threshold(trainer: SAETrainer) -> dict[str, float]:
+    """The one threshold of an SAE that infers by one, in the units of its file."""
+    if "threshold" not in trainer.architecture.canonical_buffers:
+        return {}
+    return {"threshold": float(trainer.buffers["threshold"][0]) / trainer.write[0].factor}

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError
-from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.places import Place, without_model
 from saesteer.checkpoints.sae_file import SAE, SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import folder_name
 from saesteer.sae.config import TrainConfig, default_lr
@@ -75,7 +75,7 @@ class SAETrainer:
         self.optimiser = Optimiser(self.architecture, self.parameters, config, device)
         self.silence = SilenceCounter(variant.d_sae, config.resolved_dead_after_tokens, device)
         self.steps_taken = 0
-        self.peak_lr = config.lr or default_lr(variant.d_sae, config.steps)
+        self.peak_lr = config.lr or default_lr(self.d_in, variant.d_sae, config.steps)
         # Squared error, squared deviation, active latents, rows.
         self._log = torch.zeros(4, dtype=torch.float64, device=device)
         self._scales = {place: scales[place].to(device) for place in variant.places}
@@ -116,7 +116,7 @@ class SAETrainer:
     def losses(self, rows: Mapping[Place, Tensor]) -> list[Pass]:
         """`forward` on rows that lie on the device already, in raw units."""
         dead = self.silence.listed(self._tokens_seen) if self.architecture.uses_dead else None
-        parameters = self.optimiser.in_products
+        parameters = {**self.optimiser.in_products, **self.buffers}
         x, target = self._scaled(rows, parameters["W_enc_rows"].dtype)
         size = self.config.micro_batch_tokens or max(1, len(x))
         passes = [
@@ -221,32 +221,68 @@ class SAETrainer:
 
     def spec(self, facts: dict[str, Any]) -> SAESpec:
         """The SAE's specification in canonical form, as trained so far; `facts` are the run's."""
-        place = self.variant.reads[0]
-        layer, site = place
+        variant = self.variant
+        layer, site = variant.reads[0]
         own = self.architecture.spec()
-        more = own.pop("metadata", {})
+        more = dict(own.pop("metadata", {}))
+        hooks = {place: _hook_names(place, facts) for place in variant.places}
+        transcodes = variant.writes != variant.reads
+        alone = len(variant.reads) == 1
+        facts_of_run: dict[str, Any] = {
+            "model": facts["model"],
+            "layer": layer,
+            "site": site,
+            "tokens": self._tokens_seen,
+            "text": facts["text"],
+            "input_scale": self.read[0].factor,
+        }
+        if transcodes:
+            to_layer, to_site = variant.writes[0]
+            facts_of_run |= {"to_layer": to_layer, "to_site": to_site}
+            names = zip(
+                ("hook_name_out", "hf_hook_name_out"), hooks[variant.writes[0]], strict=True
+            )
+            more = {**more, **dict(names)}
+        if not alone:
+            facts_of_run["crosscoder"] = self._parts(hooks, facts)
+        hook_name, hf_hook_name = hooks[variant.reads[0]]
         return SAESpec(
             **own,
             d_model=self.d_in,
-            d_sae=self.variant.d_sae,
-            d_out=None if self.variant.writes == self.variant.reads else self.d_out,
-            hook_name=hook_name_for(layer, site.replace("{layer}", str(layer))),
-            hf_hook_name=facts["hf_hook_names"].get(place, ""),
+            d_sae=variant.d_sae,
+            d_out=self.d_out if transcodes else None,
+            # A crosscoder reads no hook: its parts do.
+            hook_name=hook_name if alone else "",
+            hf_hook_name=hf_hook_name if alone else "",
             model_name=facts["model"].get("name", ""),
             metadata={
                 "context_size": facts["context"],
                 "prepend_bos": facts["prepend_bos"],
-                "saesteer": {
-                    "model": facts["model"],
-                    "layer": layer,
-                    "site": site,
-                    "tokens": self._tokens_seen,
-                    "text": facts["text"],
-                    "input_scale": self.read[0].factor,
-                },
+                "saesteer": facts_of_run,
                 **more,
             },
         )
+
+    def _parts(
+        self, hooks: Mapping[Place, tuple[str, str]], facts: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The places that a crosscoder reads side by side, in order."""
+        parts = []
+        for place, scale in zip(self.variant.reads, self.read, strict=True):
+            (layer, site), number = without_model(place)
+            models = facts.get("models") or [facts["model"]]
+            parts.append(
+                {
+                    "layer": layer,
+                    "site": site,
+                    "hook_name": hooks[place][0],
+                    "hf_hook_name": hooks[place][1],
+                    "d_model": len(scale.mean),
+                    "input_scale": scale.factor,
+                    "model": models[min(number, len(models) - 1)],
+                }
+            )
+        return parts
 
     def as_sae(self, facts: dict[str, Any]) -> SAE:
         """The SAE in canonical form, as trained so far."""
@@ -277,3 +313,10 @@ class SAETrainer:
         self.steps_taken = int(state["step"])
         self.silence.capacity = int(state["dead_capacity"])
         self._log.copy_(state["log"])
+
+
+def _hook_names(place: Place, facts: dict[str, Any]) -> tuple[str, str]:
+    """The TransformerLens name of a place and its module path, empty where it is not known."""
+    (layer, site), _ = without_model(place)
+    hook_name = hook_name_for(layer, site.replace("{layer}", str(layer)))
+    return hook_name, facts["hf_hook_names"].get(place, "")

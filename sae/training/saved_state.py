@@ -29,6 +29,8 @@ def identity(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
     # These may change, to avoid whatever stopped the run.
     del settings["checkpoint_every"], settings["keep_states"], settings["lr"]
     del settings["cuda_graph"]
+    # As they were recorded before an empty list stood for the default.
+    settings |= {"k": list(config.resolved_k), "l0": list(config.resolved_l0)}
     text = settings.pop("text")
     del text["epochs"]
     text["text seed"] = text.pop("seed")
@@ -86,7 +88,9 @@ def restore(run: "TrainingRun") -> None:
         # More of the same: the one setting that may grow.
         meta["config"]["tokens"] = run.config.tokens
         run.extended.append({"step": int(meta["step"]), "tokens": before})
-    usual = asdict(TrainConfig()) | asdict(TextConfig())
+    plain_run = TrainConfig()
+    usual = asdict(plain_run) | asdict(TextConfig())
+    usual |= {"k": plain_run.resolved_k, "l0": plain_run.resolved_l0}
     check_same_run(
         meta,
         identity(run.config, run.facts),

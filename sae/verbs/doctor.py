@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError, reason_of
+from saesteer.checkpoints.errors import UsageError, UserError, reason_of
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD
 from saesteer.sae.config import (
@@ -18,7 +18,9 @@ from saesteer.sae.config import (
     TrainConfig,
     no_progress,
 )
+from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.hooks import (
+    HEADS_OUT,
     HookPoint,
     capture,
     hooked,
@@ -57,8 +59,9 @@ def doctor(
     Checks: the hook reads what the model itself reports there; attn_out, mlp_out and resid_mid add
     up to what the block returns; a stored row is what a whole pass computes; handing back the same
     values changes no logit; adding a unit vector changes the site by that vector, nothing below it,
-    and the logits; cached and uncached passes agree; the hook is gone afterwards; an SAE, when
-    given, fits and explains some text (`force`: also one that was trained on other weights).
+    and the logits; cached and uncached passes agree; attention heads are read and written one by
+    one; the hook is gone afterwards; an SAE, when given, fits and explains some text (`force`: also
+    one that was trained on other weights).
 
     Returns:
         `model`, `layer`, `site`, `checks` (`name`, `ok`, `detail`) and `predictions` (tokens per
@@ -175,8 +178,6 @@ def _null_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
 
 def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     """A unit edit moves the site by the unit vector, and the logits, and nothing below."""
-    direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
-    direction = (direction / direction.norm()).to(lm.device)
     below = [resolve_site(lm, layer) for layer in range(point.layer)]
     # The next block's input belongs to another module, so it shows that the edit is passed on.
     after = [resolve_site(lm, point.layer + 1, "resid_pre")] if _feeds_a_block(lm, point) else []
@@ -184,6 +185,8 @@ def _unit_edit(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
         before = _logits(lm, ids)
         lower = dict(seen)
     plain = lower.pop(point.key)
+    direction = torch.randn(plain.shape[-1], generator=torch.Generator().manual_seed(0))
+    direction = (direction / direction.norm()).to(lm.device)
     # Longer than the residual's rounding error, also in bfloat16.
     step = direction * plain.float().norm(dim=-1, keepdim=True).mean()
     edited = (plain.float() + step).to(plain.dtype)
@@ -229,6 +232,45 @@ def _cache_agrees(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     return f"largest difference {worst:.1g}, allowed {slack:.1g}"
 
 
+def _heads_are_apart(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
+    """The attention heads of the block are read and written one by one."""
+    try:
+        layout = heads(lm)
+    except UsageError as refusal:
+        return str(refusal)
+    place = point.layer, "z"
+    seen: list[Tensor] = []
+    head = layout.n_heads - 1
+
+    def raise_one_head(z: Tensor) -> Tensor:
+        seen.append(z)
+        moved = z.clone()
+        moved[:, :, head] += z.float().norm(dim=-1).mean().to(z.dtype)
+        seen.append(moved)
+        return moved
+
+    projected = resolve_site(lm, point.layer, HEADS_OUT)
+    with head_tap(lm) as tap:
+        before = _logits(lm, ids)
+        tap.edits[place] = lambda z: z.clone()
+        if not torch.equal(before, _logits(lm, ids)):
+            raise _Failed("a null edit of z changed the logits")
+        tap.edits[place] = raise_one_head
+        with capture([projected]) as entered:
+            after = _logits(lm, ids)
+    moved = entered[projected.key].unflatten(-1, (layout.n_heads, layout.d_head))
+    others = [h for h in range(layout.n_heads) if h != head]
+    apart = torch.equal(moved[:, :, others], seen[0][:, :, others])
+    if not (apart and torch.equal(moved, seen[1])):
+        raise _Failed(f"an edit of head {head} reached other heads, or not the out-projection")
+    if torch.equal(before, after):
+        raise _Failed(f"an edit of head {head} never reached the logits")
+    return (
+        f"{layout.n_heads} heads of width {layout.d_head}, {layout.n_kv_heads} of keys and values; "
+        f"a null edit is bit-equal, an edit of head {head} moves it alone"
+    )
+
+
 def _hooks_are_gone(lm: LanguageModel, point: HookPoint, ids: Ids) -> str:
     """No hook is left behind."""
 
@@ -253,6 +295,7 @@ _CHECKS: tuple[Check, ...] = (
     _null_edit,
     _unit_edit,
     _cache_agrees,
+    _heads_are_apart,
     _hooks_are_gone,
 )
 

@@ -1,7 +1,7 @@
 """`reproduce`: repeats a recorded training or harvest and compares the results."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def reproduce(
     out: str | Path | None = None,
     *,
     model: str | None = None,
-    activations: str | Path | None = None,
+    activations: str | Path | Sequence[str | Path] | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
@@ -152,7 +152,7 @@ def _repeat(
     folder: Path,
     first: Mapping[str, Any],
     model: str | None,
-    activations: str | Path | None,
+    activations: str | Path | Sequence[str | Path] | None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> dict[Path, dict[str, Any]]:

@@ -9,22 +9,19 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
 from saesteer.checkpoints.locks import folder_lock
-from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.checkpoints.shards import ShardReader
-from saesteer.sae.activations.batches import ActivationSource, LiveSource, ShardSource
-from saesteer.sae.activations.reader import open_activations
+from saesteer.sae.activations.batches import LiveSource
 from saesteer.sae.config import Progress, TrainConfig, no_progress
-from saesteer.sae.model.hooks import keep_only_read, resolve_site
+from saesteer.sae.model.hooks import keep_only_read
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
-from saesteer.sae.runs.facts import as_given, model_facts
+from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.training.architectures import architecture_named, check_settings
-from saesteer.sae.training.held_out import held_back_of_shards
 from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
+from saesteer.sae.verbs.train_sources import Source, live_source, shard_source
 
 
 def train(
@@ -32,7 +29,7 @@ def train(
     config: TrainConfig,
     *,
     model: str | LanguageModel | None = None,
-    activations: str | Path | None = None,
+    activations: str | Path | Sequence[str | Path] | None = None,
     replies: Sequence[str] = (),
     replies_folder: Path | None = None,
     device: str = "auto",
@@ -52,7 +49,8 @@ def train(
     Args:
         out: receives `cfg.json`, `sae_weights.safetensors`, `run.json`, `metrics.jsonl`, `state/`.
         model: what to train on live; or
-        activations: a folder of shards; no model or tokenizer is then loaded.
+        activations: a folder of shards; no model or tokenizer is then loaded. For a crosscoder or a
+            transcoder also several folders, which hold the same tokens.
         replies: user texts that the model answers first (live only); see `harvest`.
         resume: continue from the last saved state in `out`, or start when there is none. With more
             `tokens` than before, a run that is finished goes on, too.
@@ -73,6 +71,7 @@ def train(
     if activations is not None and replies:
         raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     check_settings(config)
+    folders = _folders(activations)
     if is_one_of_many():
         raise UsageError(
             "train runs in one process: start it without torchrun (harvest can share a corpus out)"
@@ -87,147 +86,89 @@ def train(
         if resume or not force:
             claim_output(folder, resume=resume, force=force, can_resume=True)
         compute = pick_device(device)
-        source: ActivationSource
+        told: list[str] = []
         if model is not None:
             lm = as_language_model(model, device=device, dtype=lm_dtype)
             before = _batch_size_before(folder) if resume else None
             config = replace(config, text=resolved_text(lm, config.text, before))
-            live, facts = _live_source(lm, config, replies, replies_folder, progress)
-            source, points = live, live.stream.points
+            source = live_source(lm, config, replies, replies_folder, progress)
             if consume_model or not isinstance(model, LanguageModel):
-                keep_only_read(lm, points)
-            d_model, dtype = lm.d_model, lm.dtype
+                assert isinstance(source.rows, LiveSource)
+                keep_only_read(lm, source.rows.stream.points)
         else:
-            assert activations is not None
-            reader = ShardReader(activations)
-            source, facts = _shard_source(reader, config)
-            d_model, dtype = reader.d_model, reader.dtype
+            source = shard_source(folders, config, told.append, warn)
+        facts = source.facts
         # What `reproduce` needs in addition to the config.
         facts["recipe"] = {
             "model": None if model is None else as_given(lm.name),
             "blocks": None if model is None else lm.blocks_path,
-            "activations": None if activations is None else str(Path(activations).absolute()),
+            "activations": _as_recorded(folders),
             "replies": list(replies),
             "device": str(compute),
             "lm_dtype": None if model is None else facts["model"]["dtype"],
         }
-        variants = _variants(config, source.places, d_model)
         run = TrainingRun(
-            folder, config, variants, source, facts, d_model, dtype, compute, progress, warn
+            folder,
+            config,
+            _variants(config, source),
+            source.rows,
+            facts,
+            source.widths,
+            source.dtype,
+            compute,
+            progress,
+            warn,
         )
         if start is not None:
             facts["recipe"]["init_from"] = {"source": config.init_from, "sha256": start.sha256}
-            _tell_of_start(start, variants, facts, say, warn)
+            _tell_of_start(start, run.variants, facts, say, warn)
             run.start = start
-        say(run.check_memory())
-        if activations is not None:
-            _tell_of_shards(reader, facts["rows"], config, say, warn)
+        for line in (run.check_memory(), *told):
+            say(line)
         run.check_disk()
         if force:
             # Only now, after all checks: this empties the folder.
             claim_output(folder, force=True)
-        if resume and (told := run.resume()):
-            say(told)
+        if resume and (longer := run.resume()):
+            say(longer)
         return run.fit()
 
 
-def _variants(config: TrainConfig, places: Sequence[Place], d_model: int) -> list[Variant]:
+def _folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    if activations is None:
+        return []
+    return [activations] if isinstance(activations, str | Path) else list(activations)
+
+
+def _as_recorded(folders: Sequence[str | Path]) -> str | list[str] | None:
+    """Folders with absolute paths; one alone as in older records."""
+    paths = [str(Path(folder).absolute()) for folder in folders]
+    return (paths[0] if len(paths) == 1 else paths) if paths else None
+
+
+def _variants(config: TrainConfig, source: Source) -> list[Variant]:
     """The SAEs of a run: every combination of places, widths, settings and seeds."""
+    kind = architecture_named(config.arch)
+    d_model = source.widths[source.reads[0]]
     variants = [
-        Variant((place,), (place,), d_sae, architecture.at_width(d_sae), seed)
-        for place in places
+        Variant(
+            reads,
+            writes,
+            d_sae,
+            architecture.at_width(d_sae).at_places(
+                [source.widths[place] for place in reads],
+                [source.widths[place] for place in writes],
+            ),
+            seed,
+        )
+        for reads, writes in kind.arrangements(source.reads, source.writes)
         for d_sae in config.d_sae or (8 * d_model,)
-        for architecture in architecture_named(config.arch).from_config(config)
+        for architecture in kind.from_config(config)
         for seed in config.init_seed
     ]
     for variant in variants:
         variant.architecture.check(variant.d_sae)
     return variants
-
-
-def _live_source(
-    lm: LanguageModel,
-    config: TrainConfig,
-    replies: Sequence[str],
-    replies_folder: Path | None,
-    progress: Progress,
-) -> tuple[LiveSource, dict[str, Any]]:
-    from saesteer.checkpoints.model_files import cache_folder
-
-    if not config.layers:
-        raise UsageError("live training needs `layer`: the block to read")
-    points = [resolve_site(lm, layer, config.site) for layer in config.layers]
-    folder = replies_folder or cache_folder() / "replies"
-    stream = open_activations(
-        lm,
-        points,
-        config.text,
-        replies=replies,
-        replies_folder=folder,
-        progress=progress,
-        held_back=config.held_out_share,
-    )
-    return LiveSource(stream), {
-        "model": model_facts(lm),
-        "data": stream.identity(),
-        "text": stream.identity(),
-        "context": config.text.context,
-        "prepend_bos": stream.prepend_bos,
-        "hf_hook_names": {point.key: point.module_path for point in points},
-    }
-
-
-def _shard_source(
-    reader: ShardReader, config: TrainConfig
-) -> tuple[ActivationSource, dict[str, Any]]:
-    manifest = reader.manifest
-    model = manifest["model"] if isinstance(manifest["model"], dict) else {}
-    # resid_post is the default, so it also means that no site was asked for.
-    asked = None if config.site == "resid_post" and len(reader.sites) == 1 else config.site
-    layers = config.layers or tuple(reader.layers)
-    if any(layer < 0 for layer in layers) and "n_layers" in model:
-        layers = tuple(layer % model["n_layers"] if layer < 0 else layer for layer in layers)
-    places = [reader.place(layer, asked) for layer in layers]
-    text = manifest.get("config") or {}
-    paths = manifest.get("hf_hook_names") or []
-    if len(set(places)) != len(places):
-        raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
-    named = dict(zip(reader.places, paths, strict=False))
-    source = ShardSource(reader, places, config.text.max_norm_ratio, config.seed)
-    source.held_back = held_back_of_shards(config, reader.tokens, source.rows_at_once)
-    return source, {
-        "rows": reader.tokens - source.held_back,
-        "model": model or {"name": str(manifest["model"])},
-        "data": {"activations": str(reader.folder), "shards": manifest["shards"]},
-        "text": manifest.get("data") or [],
-        "context": text.get("context", config.text.context),
-        "prepend_bos": bool(manifest.get("prepend_bos", False)),
-        "hf_hook_names": named,
-    }
-
-
-def _tell_of_shards(
-    reader: ShardReader,
-    rows: int,
-    config: TrainConfig,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> None:
-    """How often each of the `rows` that are trained on will be seen, and whether the harvest ever
-    ended."""
-    held_back = reader.tokens - rows
-    but = f" of which {held_back:,} are held back" if held_back else ""
-    say(
-        f"the shards hold {reader.tokens:,} rows{but}: {config.tokens / rows:.1f} epochs make "
-        f"{config.tokens:,}"
-    )
-    if reader.manifest.get("complete") is False:
-        wanted = (reader.manifest.get("config") or {}).get("tokens")
-        of = f" of {wanted:,}" if isinstance(wanted, int) else ""
-        warn(
-            f"the harvest in {reader.folder} stopped after {reader.tokens:,}{of} rows and is not "
-            "complete: its own command with `resume` goes on"
-        )
 
 
 def _tell_of_start(

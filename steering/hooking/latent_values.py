@@ -14,6 +14,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.checkpoints.sparse_autoencoder import token_divisor
+from saesteer.sae.model.sae_places import is_plain
 from saesteer.steering.hooking.gates import parse_gate
 from saesteer.steering.plans.from_sae import encoder_columns
 from saesteer.steering.plans.part import PlanPart
@@ -163,6 +164,11 @@ def _reader(
     part: PlanPart, ids: tuple[int, ...], columns: dict[str, Tensor] | None, sae: SAE | None
 ) -> LatentReader:
     if sae is not None:
+        if not is_plain(sae):
+            raise UserError(
+                f"`sae` {sae.source} reads elsewhere than it writes, so its latents have no values "
+                "where it steers: leave out `gate` and `explain`"
+            )
         columns = encoder_columns(sae, ids)
         return LatentReader(
             ids,
@@ -214,7 +220,7 @@ def matching_sae(part: PlanPart, sae: SAE | None, force: bool) -> SAE:
                 f"{whose} names latent {number}, and `sae` {sae.source} has the latents "
                 f"0..{sae.spec.d_sae - 1}: choose one of these"
             )
-    if sae.spec.d_model != part.directions.shape[1]:
+    if is_plain(sae) and sae.spec.d_model != part.directions.shape[1]:
         raise UserError(
             f"`sae` {sae.source} has d_model {sae.spec.d_model} and the plan is for "
             f"{part.directions.shape[1]}: give {part.sae.source}"

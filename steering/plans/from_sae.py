@@ -9,8 +9,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE
-from saesteer.sae.model.hooks import sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.sae_places import is_plain, steered
 from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import (
     ModelIdentity,
@@ -41,20 +41,23 @@ def make_plan(
     """A plan for latents of an SAE; the directions and encoder columns are copied out of it.
 
     `layer` and `site` are needed only where the SAE does not say what it reads (negative layers
-    count from the end).
+    count from the end), and for a crosscoder, which steers at one of its places. A transcoder
+    steers where it writes.
 
     Raises:
-        UsageError: a latent that the SAE does not have, a layer or site that contradicts it.
+        UsageError: a latent that the SAE does not have, a layer or site that contradicts it, a
+            method that depends on the present values of latents which are read elsewhere.
         UserError: an SAE for another width or for a deeper model.
     """
     # force: the caller checks whether the SAE was trained on these weights.
-    point = sae_hook_point(sae, lm, layer=layer, site=site, force=True)
+    point, view = steered(sae, lm, layer=layer, site=site, force=True)
     return Plan(
         model=ModelIdentity(lm.name, lm.fingerprint, lm.n_layers, lm.d_model),
         parts=(
             _part(
                 sae,
                 latents,
+                view,
                 site=point.site,
                 layer=point.layer,
                 method=method,
@@ -70,11 +73,21 @@ def make_plan(
     )
 
 
-def _part(sae: SAE, latents: Sequence[PlannedLatent], **settings: Any) -> PlanPart:
+def _part(
+    sae: SAE, latents: Sequence[PlannedLatent], view: SAE | None = None, **settings: Any
+) -> PlanPart:
     """The part of a plan that these latents make, with what steering needs copied out of the SAE.
 
-    `settings` are fields of the part. Raises what `make_plan` does.
+    `view` is the SAE with the decoder of the place that is steered, see `steered`; `settings` are
+    fields of the part. Raises what `make_plan` does.
     """
+    method = settings.get("method", "add")
+    if not is_plain(sae) and method in METHODS and METHODS[method].reads_latents:
+        adding = ", ".join(name for name, one in METHODS.items() if not one.reads_latents)
+        raise UsageError(
+            f"`method` {method} depends on the values of latents, which `sae` {sae.source} reads "
+            f"elsewhere than it writes: use one of {adding}"
+        )
     if sae.spec.centers_input and sae.spec.normalize_activations == "constant_norm_rescale":
         raise UserError(
             f"`sae` {sae.source} scales each token by its length without its mean, which a plan "
@@ -97,7 +110,7 @@ def _part(sae: SAE, latents: Sequence[PlannedLatent], **settings: Any) -> PlanPa
             sae.spec.normalize_activations if sae.spec.scales_tokens else "none",
         ),
         latents=tuple(latents),
-        directions=sae.W_dec[ids].detach().cpu().clone(),
+        directions=(view or sae).W_dec[ids].detach().cpu().clone(),
         W_enc=columns.get("W_enc"),
         b_enc=columns.get("b_enc"),
         threshold=columns.get("threshold"),
@@ -195,10 +208,10 @@ def encoder_columns(sae: SAE, ids: Sequence[int]) -> dict[str, Tensor]:
 
     Subtractions from the input are folded in: (x - b_dec) W + b = x W + (b - b_dec W), and likewise
     a token's own mean, which is linear in x. Empty where a latent's value depends on more than its
-    column: on all other latents (topk), or on a gate. Where the SAE normalises tokens, x W has to
-    be divided by `token_divisor` before the bias is added.
+    column: on all other latents (topk), on a gate, or on activations of another place. Where the
+    SAE normalises tokens, x W has to be divided by `token_divisor` before the bias is added.
     """
-    if not sae.spec.reads_alone:
+    if not sae.spec.reads_alone or not is_plain(sae):
         return {}
     picked = list(ids)
     columns = sae.W_enc[:, picked].detach().cpu().float()

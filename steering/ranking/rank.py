@@ -9,8 +9,8 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
-from saesteer.sae.model.hooks import sae_hook_point
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.model.sae_places import sae_places, steered
 from saesteer.steering.plans.from_sae import make_plan
 from saesteer.steering.plans.plan import Plan, PlannedLatent, TaskIdentity
 from saesteer.steering.ranking.causal import (
@@ -90,7 +90,8 @@ def rank(
         sae: a folder or `RELEASE:ID`, or a loaded `SAE`.
         task: a built-in name, a `task.yaml`, or a `Task`. Its dev and test contents and its
             evaluation wordings are never read.
-        layer, site: what the SAE reads; needed where the SAE does not say.
+        layer, site: what the SAE reads; needed where the SAE does not say. For a crosscoder the one
+            of its places at which the plan will steer.
         force: accept an SAE that was trained on other weights.
 
     Raises:
@@ -102,14 +103,16 @@ def rank(
     """
     lm = as_language_model(model, device=device, dtype=dtype)
     sae = (sae if isinstance(sae, SAE) else load_sae(sae)).to(lm.device)
-    point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
+    places = sae_places(sae, lm, layer=layer, site=site, force=force)
+    # A latent is read where the SAE reads, and its direction is that of the place where it steers.
+    point, sae = steered(sae, lm, layer=layer, site=site, force=force)
     task = task if isinstance(task, Task) else load_task(task)
     contents = list(task.contents.get("train", ()))[: config.contents]
     if not contents:
         raise UserError(f"task {task.name!r} has no contents in its train split to rank with")
     if config.resolved_by == "causal":
         require_check(task)
-    reader = LatentReader(lm, sae, point, config, progress)
+    reader = LatentReader(lm, sae, point, config, progress, places)
     read = read_replies if config.read == "reply" else read_prompts
     return _Ranker(reader, task, contents, read(reader, task, contents)).ranking()
 
@@ -274,6 +277,8 @@ def plan_from_ranking(
     """
     if top < 1:
         raise UsageError(f"`top` must be at least 1, got {top}")
+    point = ranking.point
+    _, view = steered(sae, lm, layer=point.layer, site=point.site, force=True)
     latents = [
         PlannedLatent(
             id=i,
@@ -281,7 +286,7 @@ def plan_from_ranking(
             mu=float(ranking.mu[i]),
             sigma=float(ranking.sigma[i]),
             max=float(ranking.highest[i]),
-            lens=tuple(lens_tokens(lm, sae.W_dec[i])),
+            lens=tuple(lens_tokens(lm, view.W_dec[i])),
         )
         for i in ranking.top(top)
     ]
@@ -289,8 +294,8 @@ def plan_from_ranking(
         lm,
         sae,
         latents,
-        layer=ranking.point.layer,
-        site=ranking.point.site,
+        layer=point.layer,
+        site=point.site,
         method=method,
         unit=unit,
         scale=scale,

@@ -14,6 +14,7 @@ from saesteer.sae.config import Progress
 from saesteer.sae.model.generation import Completion, generate
 from saesteer.sae.model.hooks import HookPoint
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.sae_places import SAEPlaces
 from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
 from saesteer.steering.hooking.generation import count_batches
 from saesteer.steering.ranking.config import RankConfig
@@ -117,7 +118,9 @@ class LatentReader:
         point: HookPoint,
         config: RankConfig,
         progress: Progress,
+        places: SAEPlaces | None = None,
     ) -> None:
+        """`point`: where the SAE steers; `places`: where it reads, by default there."""
         self.lm = lm
         self.sae = sae
         self.point = point
@@ -127,8 +130,12 @@ class LatentReader:
         """Positions that would have been read and were left out as attention sinks."""
         self.control = ControlRates(sae.spec.d_sae)
         self.chat = lm.has_chat_template if config.chat is None else config.chat
+        self._places = places or SAEPlaces((point,), (point,), (1.0,))
         self._residuals = PromptReader(
-            lm, [point], max_norm_ratio=config.max_norm_ratio, batch_size=config.batch_size
+            lm,
+            self._places.points,
+            max_norm_ratio=config.max_norm_ratio,
+            batch_size=config.batch_size,
         )
 
     def instructed(self, content: str, wording: str) -> str:
@@ -147,7 +154,7 @@ class LatentReader:
         `count` is called after each batch with its number of texts.
         """
         for read in self._residuals.read(texts, count):
-            yield read.number, read.rows[self.point.key], read.keep
+            yield read.number, self._places.input(read.rows), read.keep
 
     def latents(self, z: Float[Tensor, "samples d_model"]) -> Iterator[Float[Tensor, "part d_sae"]]:
         """Latent activations, in parts of bounded size."""

@@ -108,6 +108,24 @@ def test_canonical(tmp_path: Path, architecture: str) -> None:
     assert torch.allclose(again.encode(x), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("canonical", [False, True])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_as_a_jumprelu(tmp_path: Path, architecture: str, canonical: bool) -> None:
+    """The same latents and reconstruction, by one inference path."""
+    source = saved(tmp_path / "a", make(architecture))
+    report = convert(source, tmp_path / "b", jumprelu=True, canonical=canonical)
+    assert report["random"]["l0_before"] > 0 == report["random"]["flips"]
+    written = load_sae(tmp_path / "b")
+    assert written.spec.architecture == "jumprelu"
+    assert set(written.tensors()) == {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+
+
+def test_a_choice_among_latents_is_no_jumprelu(tmp_path: Path) -> None:
+    source = saved(tmp_path / "a", make("topk"))
+    with pytest.raises(UserError, match="of architecture topk chooses its latents by comparing"):
+        convert(source, tmp_path / "b", jumprelu=True)
+
+
 def test_no_canonical_form(tmp_path: Path) -> None:
     for sae, words in (
         (make("topk"), "would change which are chosen"),

@@ -27,11 +27,17 @@ def other_sae(folder: Path, d_model: int = 32, layer: int = 1) -> Path:
 def test_table(cli: Cli, model: Path, sae: Path) -> None:
     outcome = cli("metrics", "--sae", sae, "--model", model, *SMALL)
     assert outcome.status == 0, outcome.err
-    header, *rows, place, seen = outcome.out.splitlines()
+    header, *rows, l0, latents, densities, projection, place, seen = outcome.out.splitlines()
     assert header.split()[:2] == ["figure", "value"]
     assert [row.split()[0] for row in rows] == [
-        "fvu", "l0", "dead_fraction", "ce_recovered", "ce_plain", "ce_spliced", "ce_ablated", "kl"
+        "fvu", "l0", "dead_fraction", "ce_recovered", "ce_recovered_zero", "ce_plain", "ce_spliced",
+        "ce_ablated", "ce_zero", "ce_increase", "kl", "cosine", "relative_norm", "shrinkage",
+        "token_error", "ev_legacy", "ev_about_zero",
     ]  # fmt: skip
+    assert l0.startswith("l0 over tokens: p05 ") and "p95" in l0
+    assert latents.startswith("latents: ") and " dead; " in latents
+    assert densities.startswith("latents by log10 of their firing rate: -")
+    assert projection.startswith("decoder projection (n = 32): ")
     assert len({row.index("  ") for row in rows if row.startswith("ce_")}) > 1
     assert len({line.index("fraction of variance") for line in rows if "fraction of" in line}) == 1
     assert "[" in rows[0]
@@ -62,6 +68,23 @@ def test_json_and_file_agree(cli: Cli, model: Path, sae: Path, tmp_path: Path) -
     assert "is not empty: add --force to replace it" in line
     again = cli("metrics", "--sae", sae, "--model", model, *SMALL, "-o", out, "--force")
     assert again.status == 0, again.err
+
+
+def test_against_another_sae(cli: Cli, model: Path, sae: Path, tmp_path: Path) -> None:
+    other = other_sae(tmp_path / "other")
+    outcome = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--against", other)
+    assert outcome.status == 0, outcome.err
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("against ")]
+    assert line.startswith(f"against {other}: mean cosine of 64 matched latents 0.")
+    same = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--against", sae, "--json").json()
+    assert same["stability"]["matched_cosine"] > 0.999
+    narrow = other_sae(tmp_path / "narrow", d_model=16)
+    line = cli("metrics", "--sae", sae, "--model", model, *SMALL, "--against", narrow).error(1)
+    assert f"--against {narrow} writes rows of width 16" in line
+    line = cli("metrics", "--sae", sae, "--model", model, "-q", "--against", tmp_path / "no").error(
+        1
+    )
+    assert f"{tmp_path / 'no'} does not exist" in line
 
 
 def test_the_sae_names_its_model(cli: Cli, sae: Path) -> None:

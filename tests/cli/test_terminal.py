@@ -8,7 +8,7 @@ import pytest
 
 from saesteer.cli.__main__ import VERBS
 
-from .conftest import OnTerminal, plain_text
+from .conftest import OnTerminal, plain_text, run_once
 
 IFEVAL = {
     "key": 1,
@@ -57,6 +57,15 @@ LINES: dict[str, list[tuple[str, str]]] = {
     "doctor": [("--sae SAE --tokens 1000 --context 64 --dtype float32 -o NEW", "ok  ")],
     "push": [("--sae SAE --repo NEW", "SHA-256")],
     "reproduce": [("CHANGED", "DIFFER")],
+    "patch": [("--model HAND/model --pairs HAND/scenes.jsonl --site z -o NEW", "z 1.1 at last")],
+    "circuit": [
+        (
+            "--model HAND/model --pairs HAND/scenes.jsonl --groups HAND/groups.yaml --draws 1 "
+            "--random 1 -o NEW",
+            "faithfulness",
+        )
+    ],
+    "toy": [("hand-built --scenes 8 -o NEW", "next:")],
     "watch": [("SAE", "finished")],
     "tasks": [("", "french")],
     "formats": [("", "saelens")],
@@ -91,6 +100,9 @@ def test_verbs_print_on_a_terminal(
         "NEW": tmp_path / "new", "CHANGED": changed,
     }  # fmt: skip
     words = line.split()
+    if "HAND/" in line:
+        run_once("toy", "hand-built", "--scenes", 16, "-o", tmp_path / "hand")
+        words = [word.replace("HAND", str(tmp_path / "hand")) for word in words]
     if "CHANGED" in words:
         shutil.copytree(sae, changed)
         log = changed / "metrics.jsonl"

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.sae.config import HarvestConfig, MetricsConfig, TextConfig, TrainConfig, default_lr
+from saesteer.sae.config import (
+    HarvestConfig,
+    JumpReLUConfig,
+    MetricsConfig,
+    TextConfig,
+    TrainConfig,
+    default_lr,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +34,18 @@ from saesteer.sae.config import HarvestConfig, MetricsConfig, TextConfig, TrainC
         (HarvestConfig, {"layers": (2,), "shard_tokens": 0}, "`shard_tokens` must be"),
         (HarvestConfig, {"layers": (2,), "store_dtype": "int8"}, "`store_dtype` must be bfloat16"),
         (TrainConfig, {"arch": "relu"}, "`arch` must be one of topk, abstopk, batchtopk"),
-        (TrainConfig, {"k": ()}, "`k` needs at least one value"),
+        (TrainConfig, {"init_seed": ()}, "`init_seed` needs at least one value"),
+        (TrainConfig, {"l0": (0.0,)}, "`l0` must be above 0, got 0"),
+        (TrainConfig, {"coefficient": 0.0}, "`coefficient` must be above 0, got 0"),
+        (TrainConfig, {"sparsity_warmup_steps": -1}, "`sparsity_warmup_steps` must be at least 0"),
+        (TrainConfig, {"beta1": 1.0}, "`beta1` must be in 0..1, got 1.0"),
+        (JumpReLUConfig, {"penalty": "l2"}, "`penalty` must be one of quadratic, .*, got l2"),
+        (JumpReLUConfig, {"units": "cm"}, "`units` must be sqrt_d or unit, got 'cm'"),
+        (JumpReLUConfig, {"bandwidth": 0.0}, "`bandwidth` must be above 0, got 0"),
+        (JumpReLUConfig, {"frequency_knee": 0.0}, "`frequency_knee` must be above 0, got 0"),
+        (JumpReLUConfig, {"threshold": -1.0}, "`threshold` must be above 0, got -1"),
+        (JumpReLUConfig, {"pre_act_loss": -1.0}, "`pre_act_loss` must be at least 0"),
+        (JumpReLUConfig, {"frequency": -1.0}, "`frequency` must be at least 0"),
         (TrainConfig, {"k": (0,)}, "`k` must be at least 1, got 0"),
         (TrainConfig, {"k": (8, 8)}, "`k` names a value twice: 8,8"),
         (TrainConfig, {"init_seed": (1, 2, 1)}, "`init_seed` names a value twice: 1,2,1"),
@@ -65,11 +83,16 @@ def test_derived_numbers() -> None:
 
 
 def test_default_learning_rate() -> None:
-    # Long runs: the rule of Gao et al. Runs of a few hundred steps: four times that.
-    assert default_lr(2**14, 20_000) == default_lr(2**14, 10**6) == 2e-4
-    assert default_lr(2**16, 10**6) == 1e-4
-    assert default_lr(2**14, 100) == pytest.approx(8e-4)
-    assert default_lr(2**14, 5_000) == pytest.approx(4e-4)
+    # Long runs: the rule of Gao et al., whatever d_model is.
+    assert default_lr(2048, 2**14, 10**6) == default_lr(4096, 2**14, 10**7) == 2e-4
+    assert default_lr(2048, 2**16, 10**6) == 1e-4
+    # Shorter ones: what docs/quality.md measures, whatever d_sae is, and no more below 64 steps.
+    assert default_lr(576, 4608, 256) == default_lr(576, 9216, 256) == pytest.approx(6e-3, rel=0.01)
+    assert default_lr(576, 4608, 1024) == pytest.approx(3e-3, rel=0.01)
+    assert default_lr(64, 64, 2) == default_lr(64, 64, 64) == pytest.approx(2.3 / 64)
+    # The two meet, and the rate never rises with the number of steps.
+    rates = [default_lr(576, 4608, 2**n) for n in range(24)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == default_lr(576, 4608, 2**30)
 
 
 def test_configs_and_the_package_load_without_torch() -> None:

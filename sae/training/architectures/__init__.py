@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from saesteer.checkpoints.errors import none_of
+from saesteer.checkpoints.errors import UsageError, none_of
 
 if TYPE_CHECKING:
     from saesteer.sae.config import TrainConfig
@@ -15,6 +15,12 @@ ARCHITECTURES = {
     "batchtopk": "batchtopk.BatchTopK",
     "matryoshka": "matryoshka.Matryoshka",
     "jumprelu": "jumprelu.JumpReLU",
+    "gemma-scope-2": "gemma_scope_2.GemmaScope2",
+    "standard": "standard.Standard",
+    "gated": "gated.Gated",
+    "transcoder": "transcoder.Transcoder",
+    "skip-transcoder": "transcoder.SkipTranscoder",
+    "crosscoder": "crosscoder.Crosscoder",
 }
 """Each value of `arch`, and the module and class that implement it."""
 
@@ -35,6 +41,18 @@ def architecture_named(name: str) -> "type[Architecture]":
 
 def check_settings(config: "TrainConfig") -> None:
     """Raise UsageError where the settings of `config` do not fit its architecture or its widths."""
-    for architecture in architecture_named(config.arch).from_config(config):
+    kind = architecture_named(config.arch)
+    for name in () if kind.transcodes else ("to_layer", "to_site"):
+        if getattr(config, name) is not None:
+            raise UsageError(
+                f"`{name}` is no setting of `arch` {config.arch}, got {getattr(config, name)}: "
+                "leave it out"
+            )
+    if kind.transcodes and config.to_layer is None and config.to_site is None:
+        raise UsageError(
+            f"`arch` {config.arch} needs `to_layer` or `to_site`: what is reconstructed, such as "
+            "`to_site` mlp_out"
+        )
+    for architecture in kind.from_config(config):
         for d_sae in config.d_sae:
             architecture.check(d_sae)

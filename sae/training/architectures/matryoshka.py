@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.kernels.ops import decode_prefixes, encode_batchtopk, sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import (
+    OF_PENALTIES,
     Architecture,
     DeadList,
     EntrySum,
@@ -32,9 +33,23 @@ from saesteer.sae.training.architecture import (
 from saesteer.sae.training.architectures.batchtopk import BatchTopK, least_activation
 from saesteer.sae.training.architectures.topk import squared_deviation
 from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
+from saesteer.sae.training.pairs import cut_at
 
 _SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
 """Where prefixes end by default: SAEBench's groups of 1/32, 1/16, 1/8, 1/4 and the rest."""
+
+
+def prefix_ends(prefixes: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
+    """Where each prefix ends, the last at d_sae; by default at shares of it."""
+    return prefixes or tuple(sorted({max(1, round(share * d_sae)) for share in _SHARES}))
+
+
+def check_prefixes(prefixes: tuple[int, ...], d_sae: int) -> None:
+    """Raise UsageError for prefixes that do not end at d_sae."""
+    if prefix_ends(prefixes, d_sae)[-1] != d_sae:
+        raise UsageError(
+            f"`prefixes` must end at `d_sae` ({d_sae}), got {','.join(map(str, prefixes))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,8 +64,8 @@ class Matryoshka(BatchTopK):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
-        refuse_others(config, "l0")
-        return [cls(k, config.auxk, config.prefixes) for k in config.k]
+        refuse_others(config, *OF_PENALTIES)
+        return [cls(k, config.auxk, config.prefixes) for k in config.resolved_k]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,16 +85,11 @@ class Matryoshka(BatchTopK):
 
     def ends(self, d_sae: int) -> tuple[int, ...]:
         """Where each prefix ends; the last at d_sae."""
-        if self.prefixes:
-            return self.prefixes
-        return tuple(sorted({max(1, round(share * d_sae)) for share in _SHARES}))
+        return prefix_ends(self.prefixes, d_sae)
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)
-        if self.ends(d_sae)[-1] != d_sae:
-            raise UsageError(
-                f"`prefixes` must end at `d_sae` ({d_sae}), got {','.join(map(str, self.prefixes))}"
-            )
+        check_prefixes(self.prefixes, d_sae)
 
     @torch.no_grad()
     def loss(
@@ -120,20 +130,3 @@ class Matryoshka(BatchTopK):
             compact=compact,
             measured={"least": least_activation(acts)},
         )
-
-
-def cut_at(
-    indices: Int[Tensor, " entries"], row_starts: Int[Tensor, " starts"], ends: Sequence[int]
-) -> Int[Tensor, " pieces"]:
-    """Row starts of the entries cut further, into a piece for each prefix of each example.
-
-    Piece g of an example holds its latents from ends[g - 1] up to ends[g]. Latents ascend within an
-    example.
-    """
-    d_sae, batch = ends[-1], len(row_starts) - 1
-    examples = torch.arange(batch, device=indices.device)
-    of_entry = examples.repeat_interleave(row_starts.diff(), output_size=len(indices))
-    # Numbers, not a tensor: one made here would have to be copied to the device.
-    bounds = torch.stack([examples * d_sae + start for start in (0, *ends[:-1])], dim=1).flatten()
-    pieces = torch.searchsorted(of_entry * d_sae + indices, bounds)
-    return torch.cat([pieces, row_starts[-1:]])

@@ -12,6 +12,7 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.kernels.ops import decode_mse, encode_topk, sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import (
+    OF_PENALTIES,
     Architecture,
     DeadList,
     EntrySum,
@@ -35,8 +36,8 @@ class TopK(Architecture):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Sequence[Architecture]:
-        refuse_others(config, "l0", "prefixes")
-        return [cls(k, config.auxk) for k in config.k]
+        refuse_others(config, *OF_PENALTIES, "prefixes")
+        return [cls(k, config.auxk) for k in config.resolved_k]
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates == pytest.approx([0.025, 0.05, 0.075, *[0.1] * 13, *decay])
     flat = trainer_for(sparse_data(64, 3), lr=0.1, warmup_steps=0, decay_share=0.0)
     assert {flat.lr() for flat.steps_taken in range(32)} == {0.1}
-    assert trainer_for(sparse_data(64, 3)).peak_lr == default_lr(48, 32)
+    assert trainer_for(sparse_data(64, 3)).peak_lr == default_lr(D_MODEL, 48, 32)
 
 
 def test_the_log_is_of_the_batches_since_the_last_one() -> None:

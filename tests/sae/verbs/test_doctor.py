@@ -24,6 +24,7 @@ STORED = "A row that is stored is the row that a whole pass computes"
 NULL = "A null edit changes no logit"
 UNIT = "A unit edit moves the site by the unit vector, and the logits, and nothing below"
 CACHE = "Cached and uncached passes agree at the site"
+HEADS = "The attention heads of the block are read and written one by one"
 GONE = "No hook is left behind"
 FITS = "The SAE reconstructs this site"
 
@@ -41,7 +42,7 @@ def failures(found: dict[str, Any]) -> dict[str, str]:
         ("gpt2", 1, "mlp_out"), ("gpt_neox", 2, None), ("phi", -1, "attn_out"),
         ("gemma2", 3, "resid_mid"), ("gemma3", 0, None), ("mixtral", 1, None), ("olmo2", 3, None),
         ("qwen3", 2, "model.layers.{layer}.mlp.down_proj"), ("mistral", 3, None),
-        ("gemma3_multimodal", 1, None), ("llava", -1, None),
+        ("gemma2", 2, "z"), ("gemma3_multimodal", 1, None), ("llava", -1, None),
     ],
 )  # fmt: skip
 def test_all_is_well(family: str, layer: int | None, site: str | None, shared_lm: Shared) -> None:
@@ -49,9 +50,10 @@ def test_all_is_well(family: str, layer: int | None, site: str | None, shared_lm
     found = doctor(lm, layer=layer, site=site, tokens=1000, **SMALL)
     assert failures(found) == {}
     told = {check["name"]: check["detail"] for check in found["checks"]}
-    assert list(told) == [READS, SUMS, STORED, NULL, UNIT, CACHE, GONE]
+    assert list(told) == [READS, SUMS, STORED, NULL, UNIT, CACHE, HEADS, GONE]
     if site in ("attn_out", "mlp_out", "resid_mid"):
         assert "off by 0, allowed" in told[SUMS]
+    assert "heads of width" in told[HEADS] and "moves it alone" in told[HEADS]
     assert "allowed" in told[CACHE] and "asked for" in told[UNIT]
     assert found["layer"] == (2 if layer is None else layer % 4)
     assert found["model"]["hash"] == lm.fingerprint

@@ -14,17 +14,21 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, SAESpec, save_sae
 from saesteer.sae.activations.reader import ActivationStream
 from saesteer.sae.config import MetricsConfig, TextConfig
+from saesteer.sae.measuring import splicing
 from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.contexts import ContextBatch, open_contexts
-from saesteer.sae.verbs import metrics as measurement
 from saesteer.sae.verbs.metrics import metrics
 
 Shared = Callable[..., LanguageModel]
 
 TEXT = TextConfig(context=24, batch_size=4, seed=2)
 CONFIG = MetricsConfig(tokens=400, text=TEXT, bootstrap=200)
-FIGURES = ("fvu", "l0", "ce_plain", "ce_spliced", "ce_ablated", "ce_recovered", "kl")
+FIGURES = (
+    "fvu", "l0", "ce_plain", "ce_spliced", "ce_ablated", "ce_recovered", "kl",
+    "ce_zero", "ce_recovered_zero", "ce_increase", "cosine", "relative_norm", "shrinkage",
+    "token_error", "ev_legacy", "ev_about_zero",
+)  # fmt: skip
 
 
 def sae_of(
@@ -103,30 +107,51 @@ def slow_figures(lm: LanguageModel, sae: SAE, config: MetricsConfig) -> dict[str
         plain = [run(ids, None, keep) for ids, keep in rows]
         kept = torch.cat([x[keep] for (_, x), (_, keep) in zip(plain, rows, strict=True)])
         mean = kept.mean(dim=0)
-        sums = dict.fromkeys(
-            ("error", "variance", "active", "plain", "spliced", "ablated", "kl"), 0.0
+        names = (
+            "error variance square out product active plain spliced ablated zero kl "
+            "cosine norm token legacy"
         )
+        sums = dict.fromkeys(names.split(), 0.0)
         count = 0
         for (ids, keep), (log_p, x) in zip(rows, plain, strict=True):
             log_q = run(ids, lambda h: sae.decode(sae.encode(h)), keep)[0]
             log_m = run(ids, lambda h: mean.float(), keep)[0]
+            log_0 = run(ids, torch.zeros_like, keep)[0]
             for t in range(len(ids) - 1):
                 if not keep[t]:
                     continue
                 count += 1
                 f = sae.encode(x[t].float())
-                sums["error"] += float((x[t] - sae.decode(f)).pow(2).sum())
-                sums["variance"] += float((x[t] - mean).pow(2).sum())
+                out = sae.decode(f).double()
+                error, variance = (x[t] - out).pow(2).sum(), (x[t] - mean).pow(2).sum()
+                sums["error"] += float(error)
+                sums["variance"] += float(variance)
+                sums["square"] += float(x[t].pow(2).sum())
+                sums["out"] += float(out.pow(2).sum())
+                sums["product"] += float(x[t] @ out)
+                sums["cosine"] += float(torch.cosine_similarity(x[t], out, dim=0))
+                sums["norm"] += float(out.norm() / x[t].norm())
+                sums["token"] += float(error / x[t].pow(2).sum())
+                sums["legacy"] += float(1 - error / variance)
                 sums["active"] += int((f > 0).sum())
-                for name, log_probs in (("plain", log_p), ("spliced", log_q), ("ablated", log_m)):
+                runs = {"plain": log_p, "spliced": log_q, "ablated": log_m, "zero": log_0}
+                for name, log_probs in runs.items():
                     sums[name] -= float(log_probs[t, ids[t + 1]])
                 sums["kl"] += float((log_p[t].exp() * (log_p[t] - log_q[t])).sum())
-    ce = {name: sums[name] / count for name in ("plain", "spliced", "ablated")}
+    ce = {name: sums[name] / count for name in ("plain", "spliced", "ablated", "zero")}
     return {
         "fvu": sums["error"] / sums["variance"],
         "l0": sums["active"] / count,
         "kl": sums["kl"] / count,
         "ce_recovered": (ce["ablated"] - ce["spliced"]) / (ce["ablated"] - ce["plain"]),
+        "ce_recovered_zero": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["plain"]),
+        "ce_increase": ce["spliced"] - ce["plain"],
+        "cosine": sums["cosine"] / count,
+        "relative_norm": sums["norm"] / count,
+        "shrinkage": sums["product"] / sums["out"],
+        "token_error": sums["token"] / count,
+        "ev_legacy": sums["legacy"] / count,
+        "ev_about_zero": 1 - sums["error"] / sums["square"],
         **{f"ce_{name}": value for name, value in ce.items()},
         "tokens": count,
     }
@@ -151,7 +176,7 @@ def test_log_probabilities_may_be_cut_into_pieces(
 ) -> None:
     lm = shared_lm()
     whole = metrics(rough(lm), lm, CONFIG)
-    monkeypatch.setattr(measurement, "_LOG_PROBS", 1)  # one context at a time
+    monkeypatch.setattr(splicing, "_LOG_PROBS", 1)  # one context at a time
     pieces = metrics(rough(lm), lm, CONFIG)
     for name in FIGURES:
         assert pieces[name]["value"] == pytest.approx(whole[name]["value"], rel=1e-4), name
@@ -167,6 +192,9 @@ def test_a_perfect_sae(shared_lm: Shared) -> None:
     assert found["ce_recovered"]["value"] == pytest.approx(1.0)
     assert found["ce_spliced"]["value"] == pytest.approx(found["ce_plain"]["value"])
     assert found["l0"]["value"] == pytest.approx(lm.d_model) and found["dead_fraction"] == 0.0
+    for name in ("cosine", "relative_norm", "shrinkage", "ev_legacy", "ev_about_zero"):
+        assert found[name]["value"] == pytest.approx(1.0, abs=1e-6), name
+    assert found["l0_quantiles"] == dict.fromkeys(("p05", "p25", "p50", "p75", "p95"), lm.d_model)
 
 
 def test_the_mean_alone_explains_and_recovers_nothing(shared_lm: Shared) -> None:
@@ -247,16 +275,18 @@ def test_sinks_and_special_tokens_stay_as_they_are(fresh_lm: Shared) -> None:
     found = metrics(sae, lm, CONFIG)
     batches = []
     contexts = open_contexts(lm, TEXT)
-    for plain, spliced, ablated in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True):
+    runs = [inputs[at::4] for at in range(4)]
+    for plain, spliced, ablated, zero in zip(*runs, strict=True):
         batch = contexts.next_batch(4)
         assert batch is not None
         batches.append(batch)
         out = ~batch.keep | (batch.token_ids == token)
-        for changed in (spliced, ablated):
+        for changed in (spliced, ablated, zero):
             assert torch.equal(changed[out], plain[out])
             assert ((changed[~out] - plain[~out]).norm(dim=1) > 1e-3).all()
         torch.testing.assert_close(spliced[~out], sae.decode(sae.encode(plain[~out])))
         assert len(ablated[~out].unique(dim=0)) == 1
+        assert not zero[~out].any()
     ids = torch.cat([batch.token_ids for batch in batches])
     special = torch.isin(ids, lm.special_ids)
     sinks = ids == token
@@ -340,26 +370,32 @@ def test_documents_are_resampled_and_contexts_where_they_are_few(
     assert many["documents"] > 20
     one = metrics(rough(lm), lm, replace(CONFIG, text=corpus(tmp_path, 1, 300), tokens=900))
     assert one["documents"] == 1
-    for name in FIGURES:
+    for name in set(FIGURES) - {"ce_zero"}:  # this model gives zeros in, equal logits out
         assert one[name]["low"] < one[name]["high"], "one document alone would have no spread"
 
 
-def test_the_tally_groups_by_document() -> None:
-    tally = measurement._Tally()
-    owners = torch.tensor([[0, 0, 1], [1, 1, 2]])
-    scored = torch.tensor([[True, True, True], [True, False, True]])
-    values = {name: torch.arange(6.0).reshape(2, 3) + at for at, name in enumerate(tally.names)}
-    tally.add(owners, scored, values)
-    tally.add(owners + 3, scored, values)
-    assert tally.documents == 6
-    first = tally._table()[:, 0]
-    # Documents 1 and 4 lie in two contexts each; fewer than ten documents: contexts are units.
-    assert sorted(first.tolist()) == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 5.0, 5.0]
-    for shift in range(6, 30, 3):
-        tally.add(owners + shift, scored, values)
-    table = tally._table()
-    assert len(table) == tally.documents == 30
-    assert sorted(set(table[:, 0].tolist())) == [1.0, 5.0], "0 + 1, 2 + 3 and 5"
+# --- beside another SAE
+
+
+def test_against_another_seed(shared_lm: Shared, tmp_path: Path) -> None:
+    lm = shared_lm()
+    sae = rough(lm)
+    order = torch.randperm(80)
+    other = sae_of(
+        lm, sae.W_enc.T[order], 3 * sae.W_dec[order], architecture="topk", k=12,
+        b_enc=torch.full((80,), -1.0),
+    )  # fmt: skip
+    save_sae(tmp_path / "other", other.spec, **other.tensors())
+    found = metrics(sae, lm, CONFIG, against=str(tmp_path / "other"))
+    assert found["stability"]["source"] == str(tmp_path / "other")
+    assert found["stability"]["matched_cosine"] == pytest.approx(1.0)
+    assert metrics(sae, lm, CONFIG)["stability"] is None
+    narrow = SAE(
+        replace(sae.spec, d_model=8, d_sae=4, k=2), torch.zeros(8, 4), torch.zeros(4),
+        torch.zeros(4, 8), torch.zeros(8), source="narrow",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="`against` narrow writes rows of width 8"):
+        metrics(sae, lm, CONFIG, against=narrow)
 
 
 # --- bad input
@@ -399,14 +435,3 @@ def test_what_cannot_be_measured(shared_lm: Shared, fresh_lm: Shared, tmp_path: 
         with pytest.raises(UserError, match=message):
             metrics(rough(lm), model, **{"config": CONFIG, **options})
     assert metrics(rough(lm), fresh_lm(seed=1), CONFIG, force=True)["tokens"] > 300
-
-
-def test_nan_is_a_value_that_json_can_hold(shared_lm: Shared) -> None:
-    """Without a gap between plain and ablated there is nothing to recover a share of."""
-    lm = shared_lm()
-    sums = [0.0, 1.0, 5.0, 2.0, 7.0, 7.0, 7.0, 0.0]
-    import numpy as np
-
-    figures = measurement._Tally()._figures(np.array([sums]))
-    assert np.isnan(figures["ce_recovered"][0]) and figures["fvu"][0] == 0.0
-    assert lm.n_layers == 4

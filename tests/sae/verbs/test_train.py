@@ -42,7 +42,8 @@ def test_sparse_data_is_recovered(shards: Path, tmp_path: Path) -> None:
     # Measured 0.089 (0.075 to 0.1 over seeds): rounding on another machine is like another seed.
     assert fvu < 0.12
     assert run["final"]["fvu"] == pytest.approx(fvu, abs=0.02), "raw units give the same figure"
-    assert run["final"]["dead_fraction"] < 0.05 and 3 < run["final"]["l0"] <= 4
+    # 48 latents for 32 features: measured 3 that nothing needs.
+    assert run["final"]["dead_fraction"] < 0.15 and 3 < run["final"]["l0"] <= 4
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
     # The features themselves are found: random rows come no closer than a cosine of 0.6.
     nearest = (features(1) @ sae.W_dec.T).amax(dim=1)

@@ -15,7 +15,8 @@ from saesteer.checkpoints.sae_file import load_sae
 from saesteer.sae.training import architecture
 from saesteer.sae.training.architecture import DeadList, Parameters
 from saesteer.sae.training.architectures.batchtopk import BatchTopK
-from saesteer.sae.training.architectures.matryoshka import Matryoshka, cut_at
+from saesteer.sae.training.architectures.matryoshka import Matryoshka
+from saesteer.sae.training.pairs import cut_at
 from saesteer.sae.verbs.train import train
 
 from ...training_runs import CONFIG

@@ -1,0 +1,71 @@
+"""How a behaviour is carried: patches between runs, and models whose mechanism is known.
+
+The names below are the public calls. Each loads its module on first use, so that importing the
+package is fast. No sub-package has the name of a call.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saesteer.mechanisms.circuits.ablation import Ablation as Ablation
+    from saesteer.mechanisms.circuits.ablation import evaluate_circuit as evaluate_circuit
+    from saesteer.mechanisms.circuits.ablation import prune as prune
+    from saesteer.mechanisms.circuits.circuit import find_circuit as find_circuit
+    from saesteer.mechanisms.circuits.circuit import load_circuit as load_circuit
+    from saesteer.mechanisms.circuits.crossing import cross_patch as cross_patch
+    from saesteer.mechanisms.circuits.groups import Group as Group
+    from saesteer.mechanisms.circuits.groups import read_groups as read_groups
+    from saesteer.mechanisms.circuits.masks import learn_mask as learn_mask
+    from saesteer.mechanisms.circuits.paths import path_effects as path_effects
+    from saesteer.mechanisms.circuits.study import save_study as save_study
+    from saesteer.mechanisms.circuits.study import study_circuit as study_circuit
+    from saesteer.mechanisms.config import CircuitConfig as CircuitConfig
+    from saesteer.mechanisms.config import MaskConfig as MaskConfig
+    from saesteer.mechanisms.config import PatchConfig as PatchConfig
+    from saesteer.mechanisms.config import ToyConfig as ToyConfig
+    from saesteer.mechanisms.data.pairs import Pair as Pair
+    from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
+    from saesteer.mechanisms.patching.agreement import Agreement as Agreement
+    from saesteer.mechanisms.patching.grid import patch as patch
+    from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
+    from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
+    from saesteer.mechanisms.toys.boxes_model import train_boxes as train_boxes
+    from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
+
+_HOME = {
+    "Ablation": "circuits.ablation",
+    "evaluate_circuit": "circuits.ablation",
+    "prune": "circuits.ablation",
+    "find_circuit": "circuits.circuit",
+    "load_circuit": "circuits.circuit",
+    "cross_patch": "circuits.crossing",
+    "Group": "circuits.groups",
+    "read_groups": "circuits.groups",
+    "learn_mask": "circuits.masks",
+    "path_effects": "circuits.paths",
+    "save_study": "circuits.study",
+    "study_circuit": "circuits.study",
+    "CircuitConfig": "config",
+    "MaskConfig": "config",
+    "PatchConfig": "config",
+    "Pair": "data.pairs",
+    "load_pairs": "data.pairs",
+    "Agreement": "patching.agreement",
+    "patch": "patching.grid",
+    "save_patch": "reports.patch_page",
+    "PatchResult": "reports.patch_result",
+    "ToyConfig": "config",
+    "train_boxes": "toys.boxes_model",
+    "hand_built": "toys.hand_built",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

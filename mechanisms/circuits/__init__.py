@@ -1,0 +1,1 @@
+"""Circuits of heads: found by path patching, made smaller, tested, and learned as masks."""

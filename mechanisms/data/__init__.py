@@ -1,0 +1,1 @@
+"""Pairs of prompts: read, made, and turned into tokens with named positions."""

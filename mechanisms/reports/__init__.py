@@ -1,0 +1,1 @@
+"""Results as tables, JSON documents and pages."""

@@ -1,0 +1,46 @@
+"""Intervals for whole grids at once: bootstrap over groups, and sign tests over groups."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from saesteer.steering.evaluation.intervals import sign_test
+
+Array = np.ndarray
+FEWEST_GROUPS = 8
+"""With fewer groups a bootstrap says little of other groups: no interval is given."""
+RESAMPLES = 2_000
+
+
+def grouped(values: Array, groups: Sequence[str]) -> tuple[Array, Array]:
+    """Sums `[groups, cells]` of `values` `[n, cells]`, and how many rows each group has."""
+    names = list(dict.fromkeys(groups))
+    place = np.array([names.index(group) for group in groups])
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, place, values)
+    return sums, np.bincount(place, minlength=len(names)).astype(float)
+
+
+def bootstrap_ratio(
+    sums: Array, weights: Array, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[Array, Array]:
+    """95 % percentile intervals (low, high) of Σ sums / Σ weights over resampled groups.
+
+    `sums` is `[groups, cells]`; `weights` is `[groups]`: row counts for a mean of rows, sums of a
+    denominator for a ratio of means. NaN where there are fewer than `FEWEST_GROUPS` groups, or
+    where the denominator changes its sign among the resamples.
+    """
+    n = len(weights)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    below = drawn @ weights
+    if n < FEWEST_GROUPS or below.min() <= 0 <= below.max():
+        nothing = np.full(sums.shape[1], np.nan)
+        return nothing, nothing.copy()
+    low, high = np.percentile((drawn @ sums) / below[:, None], [2.5, 97.5], axis=0)
+    return low, high
+
+
+def sign_p_values(sums: Array) -> list[float]:
+    """Exact two-sided p that a group's effect is as often positive as negative, by cell."""
+    nothing = [0.0] * len(sums)
+    return [sign_test(column.tolist(), nothing)[2] for column in sums.T]

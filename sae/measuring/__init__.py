@@ -1,0 +1,1 @@
+"""How good an SAE is: errors, latents, stability, and what it finds of a known truth."""

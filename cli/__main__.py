@@ -22,6 +22,7 @@ VERBS = {
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
+    "find": "search layers, phases, directions or latents and doses for one task, within a time",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",
     "grade": "grade answers made anywhere: do they follow, fluently and faithfully",
     "toy": "write a small model whose mechanism is known, with pairs of prompts",

@@ -114,12 +114,14 @@ def add_flags(parser: VerbParser) -> None:
         "--scope",
         metavar="WHERE",
         help="positions to steer: generation, generated, prompt, all, last-prompt, first:N, "
-        "span:A-B, after-instruction or assistant (default with --latents: generation)",
+        "span:A-B, after-instruction, assistant, tail (the template after the user's text) or "
+        "replies (default with --latents: generation)",
     )
     how.add_argument(
         "--schedule",
         metavar="HOW",
-        help="strength over the new tokens: constant, first:N, linear:N or decay:OMEGA,K "
+        help="strength over the new tokens: constant, first:N, linear:N, decay:OMEGA,K or "
+        "steps:G=W,G=W,... "
         "(default with --latents: constant)",
     )
     how.add_argument(
@@ -368,6 +370,11 @@ def _joined(args: Namespace, plan: "Plan", other: str, changes: dict[str, Any]) 
             f"and the plan before it for {plan.model.name} with weights {plan.model.hash}: give "
             "plans for one model, or --force"
         )
+    if plan.when is not None or theirs.when is not None:
+        raise UsageError(
+            f"--also {other}: one of the plans acts only where its condition holds, and joined it "
+            "would decide for both: use steering.steer(lm, [first, second]) from Python"
+        )
     ours = None if plan.task is None else plan.task.name
     if theirs.task is not None and theirs.task.name != ours:
         if any(part.scope == "after-instruction" for part in theirs.parts):
@@ -523,7 +530,12 @@ def _generate(
         rows.append(row)
         if plan is None or answer.tokens_touched:
             continue
-        if answer.tokens_gated_off:
+        if answer.tokens_gated_off and plan.when is not None:
+            report.warn(
+                f"the plan's condition ({plan.when.source}) or its gates left prompt "
+                f"{prompt_number} alone"
+            )
+        elif answer.tokens_gated_off:
             report.warn(f"--gate {_values(plan, 'gate')} stayed closed for prompt {prompt_number}")
         else:
             report.warn(

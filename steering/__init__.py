@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from saesteer.steering.evaluation.side_by_side import generate_beside as generate_beside
     from saesteer.steering.exchange.conversion import export_plan as export_plan
     from saesteer.steering.exchange.conversion import import_vectors as import_vectors
+    from saesteer.steering.finding.find import FindConfig as FindConfig
+    from saesteer.steering.finding.find import find as find
+    from saesteer.steering.finding.found import Found as Found
+    from saesteer.steering.finding.found import save_found as save_found
     from saesteer.steering.grades.grade import Grader as Grader
     from saesteer.steering.grades.grade import Grades as Grades
     from saesteer.steering.grades.grade import grade as grade
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from saesteer.steering.hooking.latent_values import with_gate as with_gate
     from saesteer.steering.ifeval.benchmark import evaluate_ifeval as evaluate_ifeval
     from saesteer.steering.ifeval.benchmark import load_ifeval as load_ifeval
+    from saesteer.steering.plans.condition import Condition as Condition
     from saesteer.steering.plans.directions import mean_difference as mean_difference
     from saesteer.steering.plans.directions import plan_from_directions as plan_from_directions
     from saesteer.steering.plans.from_sae import plan_from_latents as plan_from_latents
@@ -77,6 +82,11 @@ if TYPE_CHECKING:
 _HOME = {
     "ByRow": "hooking.arrangement",
     "generate_beside": "evaluation.side_by_side",
+    "Condition": "plans.condition",
+    "FindConfig": "finding.find",
+    "find": "finding.find",
+    "Found": "finding.found",
+    "save_found": "finding.found",
     "Dose": "doses.nats",
     "dose_plan": "doses.nats",
     "LatentChange": "hooking.latent_changes",

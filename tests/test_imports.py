@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
-VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "evaluate")
+VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "find", "evaluate")
 VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
 VERBS += ("patch", "circuit", "toy")
 

@@ -80,8 +80,8 @@ def sample_replies(
         seed=config.seed,
         batch_size=config.batch_size,
         progress=on_batch,
-        finished=_read_finished(part, len(prompts)),
-        after_batch=lambda made: _keep(part, made),
+        finished=read_finished(part, len(prompts)),
+        after_batch=lambda made: keep_finished(part, made),
     )
     progress("replies", expected, expected, "new tokens")
     rows = [
@@ -98,7 +98,7 @@ def sample_replies(
     return path
 
 
-def _keep(part: Path, made: Mapping[int, Completion]) -> None:
+def keep_finished(part: Path, made: Mapping[int, Completion]) -> None:
     """Put the replies of a batch beside those that are there."""
     with writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _keep(part: Path, made: Mapping[int, Completion]) -> None:
                 file.write(json.dumps([place, reply.text, reply.token_ids]) + "\n")
 
 
-def _read_finished(part: Path, prompts: int) -> dict[int, Completion]:
+def read_finished(part: Path, prompts: int) -> dict[int, Completion]:
     """The replies that were kept; a line that was cut short counts for nothing."""
     found: dict[int, Completion] = {}
     if not part.is_file():

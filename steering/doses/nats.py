@@ -14,7 +14,7 @@ from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.doses.sweep import Budget
 from saesteer.steering.evaluation.damage import Damage, NeutralProbe, Question
-from saesteer.steering.hooking.finite import NotFiniteError
+from saesteer.steering.hooking.tracking.finite import NotFiniteError
 from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import Plan
 

@@ -20,7 +20,7 @@ from saesteer.steering.evaluation.damage import Damage, NeutralProbe
 from saesteer.steering.evaluation.graded_arms import Arm, grade_arm
 from saesteer.steering.evaluation.rates import Rate
 from saesteer.steering.grades.grade import GRADES, Grader, make_grader
-from saesteer.steering.hooking.finite import NotFiniteError
+from saesteer.steering.hooking.tracking.finite import NotFiniteError
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task, load_task
 

@@ -150,7 +150,8 @@ class NeutralProbe:
             usual_norms.append(before[reader.keep(before[None], *pad_right(lm, rows))])
             for place, touched in enumerate(report.rows):
                 at = touched.positions
-                edited_norms.append(after[0][place, at])
+                # The last pass: plans that need one make a plain pass before it.
+                edited_norms.append(after[-1][place, at])
                 reports.append(touched)
             for p, q, row, prompt in zip(plain, steered, rows, prompts, strict=True):
                 answer_ids = torch.tensor(row[len(prompt) :], device=q.device)[:, None]

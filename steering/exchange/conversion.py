@@ -43,8 +43,14 @@ def check_export(
     """Raise UserError or UsageError when `export_plan` would refuse this plan."""
     if format not in EXPORTS:
         raise none_of("`format`", EXPORTS, format)
+    if plan.when is not None:
+        raise UserError(
+            f"the plan acts only where its condition holds (`when`: {plan.when.source}), and "
+            f"{format} steers every text: export plan.with_changes(when=None)"
+        )
     for name, part in _named(plan):
-        _check_part(name, part, format, as_scope)
+        _check_part(name, part, format)
+        _check_scope(name, part, format, as_scope)
     by_block = _by_block(plan, format)
     all_add = all(part.does.adds for part in plan.parts)
     for block, parts in by_block.items():
@@ -74,17 +80,21 @@ def _by_block(plan: Plan, format: str) -> dict[int, dict[str, PlanPart]]:
     return found
 
 
-def _check_part(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
+def _check_scope(name: str, part: PlanPart, format: str, as_scope: str | None) -> None:
     if part.scope != "all" and as_scope != "all":
         raise UsageError(
             f"{name}'s scope is {part.scope} and {format} steers every position: add `as_scope` "
             "all to export it as that, or change the plan's scope"
         )
+
+
+def _check_part(name: str, part: PlanPart, format: str) -> None:
     if format not in part.does.exports:
         held = [method for method, does in METHODS.items() if format in does.exports]
         raise UserError(
             f"{name} has method {part.method}, which {format} cannot hold; it holds "
-            f"{', '.join(held)}: make a plan with one of these"
+            f"{', '.join(held)}: make a plan with one of these, or of the parts that are "
+            "(plan.with_changes(parts=...))"
         )
     if format == "lm-eval-csv":
         lm_eval_files.source_of_clamp(part, name)
@@ -112,6 +122,7 @@ def _check_adds_one_vector(part: PlanPart, name: str) -> None:
         (part.sae.scales_tokens, "an SAE that scales each token, and so what it adds there"),
         (bool(part.gate), f"the gate {part.gate!r}"),
         (part.schedule != "constant", f"the schedule {part.schedule!r}"),
+        (part.by_place is not None, "doses by place in the prompt"),
     ):
         if wrong:
             raise UserError(

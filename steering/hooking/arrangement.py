@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.sae.model.hooks import SITES
 from saesteer.steering.plans.part import PlanPart
-from saesteer.steering.plans.plan import Plan, TaskIdentity
+from saesteer.steering.plans.plan import Condition, Plan, TaskIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
 OnePlan = Plan | str | Path
@@ -19,7 +20,7 @@ class ByRow:
     """A plan for each row of a batch; None for rows that are not steered.
 
     There is one row per prompt, before beams and returned sequences multiply them. Plans whose
-    parts add a vector at the same hook point by the same method, unit and schedule share one hook
+    parts add a vector at the same hook point by the same method, unit and schedule share one hook,
     and so cost no more than one plan.
     """
 
@@ -34,11 +35,13 @@ Plans = OnePlan | ByRow | Sequence[OnePlan | ByRow]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The parts that one hook applies: a single part, or adding parts of different rows' plans."""
+    """The parts that one hook applies: a single part, or alike parts of different rows' plans."""
 
     parts: tuple[PlanPart, ...]
     tasks: tuple[TaskIdentity | None, ...]
     """The task of the plan that each part belongs to."""
+    conditions: tuple[Condition | None, ...]
+    """What decides for each row whether that plan acts in it."""
     row_part: tuple[int, ...] | None = None
     """For each row of `ByRow.plans`, an index into `parts`, or -1; None: every row has part 0."""
     rows: Callable[[int], Sequence[int]] | None = None
@@ -93,7 +96,7 @@ def arrange(plans: Plans, changes: Mapping[str, Any]) -> list[Arranged]:
 
 
 def _one(plan: Plan) -> Arranged:
-    groups = tuple(Group((part,), (plan.task,)) for part in plan.parts)
+    groups = tuple(Group((part,), (plan.task,), (plan.when,)) for part in plan.parts)
     return Arranged((plan,), groups, by_row=False)
 
 
@@ -114,31 +117,45 @@ def _by_row(rows: ByRow, changes: Mapping[str, Any]) -> Arranged:
     if not opened:
         raise UsageError("ByRow has no plan for any row: give at least one")
     groups: list[Group] = []
+    unshared = count()
     # All first parts, then all second ones, so that the parts of each plan keep their order.
-    for number in range(max(len(plan.parts) for plan in opened)):
-        unshared = count()
-        alike: dict[Any, list[int]] = {}
-        for i, plan in enumerate(opened):
-            if number < len(plan.parts):
-                kind = _kind(plan.parts[number]) or (next(unshared),)
-                alike.setdefault(kind, []).append(i)
-        groups += [
+    alike: dict[tuple[int, Any], dict[int, PlanPart]] = {}
+    for i, plan in enumerate(opened):
+        for number, part in zip(_turns(plan), plan.parts, strict=True):
+            kind = _kind(part) or (next(unshared),)
+            alike.setdefault((number, kind), {})[i] = part
+    for _, members in sorted(alike.items(), key=lambda entry: entry[0][0]):
+        order = {i: place for place, i in enumerate(members)}
+        groups.append(
             Group(
-                tuple(opened[i].parts[number] for i in members),
+                tuple(members.values()),
                 tuple(opened[i].task for i in members),
-                tuple(members.index(i) if i in members else -1 for i in places),
+                tuple(opened[i].when for i in members),
+                tuple(order.get(i, -1) for i in places),
                 rows.rows,
             )
-            for members in alike.values()
-        ]
+        )
     return Arranged(tuple(opened), tuple(groups), by_row=True)
+
+
+def _turns(plan: Plan) -> list[int]:
+    """For each part, how many of its plan have to edit before it.
+
+    Those are the earlier ones at its own place; a module's path may be any place.
+    """
+    places = [(part.layer, part.site) for part in plan.parts]
+    if any(site not in SITES for _, site in places):
+        return list(range(len(places)))
+    return [places[:number].count(place) for number, place in enumerate(places)]
 
 
 def _kind(part: PlanPart) -> tuple[Any, ...] | None:
     """What parts must have in common to share a hook; None for a part that shares none."""
-    if part.does.adds and not part.gate and part.scale != 0:
+    if part.does.sums and not part.gate and part.scale != 0:
         scaled = part.sae.normalize_activations
-        return part.layer, part.site, part.method, part.unit == "rel", part.schedule, scaled
+        places = 0 if part.by_place is None else len(part.by_place)
+        how = part.method, part.unit == "rel", part.schedule, scaled, places
+        return part.layer, part.site, *how
     return None
 
 

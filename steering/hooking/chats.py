@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, check_places
+from saesteer.sae.text.prompts import EncodedPrompt, check_places, encode_prompt
+from saesteer.steering.hooking.tracking.passes import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,36 @@ def reply_header(lm: LanguageModel) -> str:
             "none: use generation"
         )
     return header
+
+
+def reply_tail(lm: LanguageModel) -> tuple[int, ...]:
+    """The tokens that the chat template writes after the user's text, up to the reply.
+
+    Raises UsageError when there is no template, or it writes nothing there.
+    """
+    tail: list[int] = []
+    if lm.has_chat_template:
+        prompt = encode_prompt(lm, "A sentence.", chat=True)
+        tail = prompt.token_ids[prompt.user_span[1] :]
+    if not tail:
+        raise UsageError(
+            f"`scope` tail is what the chat template writes after the user's text, and {lm.name} "
+            "has no template, or one that writes nothing there: use last-prompt"
+        )
+    return tuple(tail)
+
+
+def check_tail(call: Call, row: int, tail: Sequence[int]) -> None:
+    """Raise UserError where a prompt that is known by its tokens alone does not end with a tail."""
+    if call.ids is None or call.ids.shape != call.real.shape:
+        return
+    length = call.prompt_lengths[row]
+    tokens = call.ids[row][call.real[row]][:length][-len(tail) :].tolist()
+    if tokens != list(tail):
+        raise UserError(
+            f"`scope` tail: the prompt of row {row} does not end with what the chat template "
+            "writes before a reply: send it through the template, or give steer(prompts=...)"
+        )
 
 
 def header_start(prompt: EncodedPrompt, header: str) -> int:

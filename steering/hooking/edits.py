@@ -26,7 +26,7 @@ from saesteer.steering.hooking.latent_values import (
     needs_sae,
     on_device,
 )
-from saesteer.steering.hooking.passes import PassTokens
+from saesteer.steering.hooking.tracking.passes import PassTokens
 from saesteer.steering.plans.part import PlanPart
 
 
@@ -46,6 +46,10 @@ class EditPositions:
     tokens: PassTokens | None = None
     prompt_lengths: Int[Tensor, " batch"] | None = None
     """P of each row."""
+    stops: Int[Tensor, " batch"] | None = None
+    """The position in each row after the last one that the scope covers."""
+    plain: Float[Tensor, "batch seq d_model"] | None = None
+    """What the residual would be without any edit, for edits that ask for it."""
 
 
 class Edit(ABC):
@@ -66,12 +70,12 @@ def make_edit(parts: Sequence[PlanPart], saes: SAEs = None, force: bool = False)
     directions cancel out.
     """
     first = parts[0]
-    if first.does.adds:
+    if first.does.sums:
         for part in parts:
             given = given_sae(part, saes)
             if given is not None:
                 matching_sae(part, given, force)
-        return AddEdit(parts)
+        return SetToEdit(parts) if first.does.from_plain else AddEdit(parts)
     (part,) = parts
     sae = given_sae(part, saes)
     if sae is not None or (part.does.reads_latents and needs_sae(part)):
@@ -82,25 +86,21 @@ def make_edit(parts: Sequence[PlanPart], saes: SAEs = None, force: bool = False)
 
 
 class AddEdit(Edit):
-    """h + v, with v = sum_j alpha_j d_j added up beforehand; one v for each part."""
+    """h + v, with v = sum_j alpha_j d_j added up beforehand; one v for each part, or for each of
+    the last places of its scope."""
 
     def __init__(self, parts: Sequence[PlanPart]) -> None:
         self._relative = parts[0].unit == "rel"
         self._keep_norm = parts[0].does.keeps_norm
         # A share of ||h|| is the same share in any unit.
         self._normalization = "none" if self._relative else parts[0].sae.normalize_activations
-        self._vectors = torch.stack([part.added_vector().float() for part in parts])
+        # [parts, places, d_model]
+        self._vectors = torch.stack([part.added_vectors().float() for part in parts])
 
     def delta(
         self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
     ) -> Float[Tensor, "#batch #seq d_model"]:
-        self._vectors = on_device({"vectors": self._vectors}, h.device)["vectors"]
-        if len(self._vectors) == 1 or where.part_of_row is None:
-            moved = self._vectors[:1, None]
-        else:
-            # Rows without a part are never in the mask, so any vector may stand there.
-            moved = self._vectors[where.part_of_row.clamp(min=0)][:, None]
-        moved = _share(moved, where.weight)
+        moved = _share(self._vectors_at(h, where), where.weight)
         if self._normalization != "none":
             moved = moved * token_scale(h, self._normalization)
         if not (self._relative or self._keep_norm):
@@ -113,6 +113,39 @@ class AddEdit(Edit):
             # A vector that cancels h leaves no direction to rescale: it stays at 0.
             moved = added * (norms / added.norm(dim=-1, keepdim=True).clamp(min=1e-30)) - h
         return moved
+
+    def _vectors_at(
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
+    ) -> Float[Tensor, "#batch #seq d_model"]:
+        """v at each token, in the units of the part."""
+        vectors = self._vectors = on_device({"vectors": self._vectors}, h.device)["vectors"]
+        # Rows without a part, and tokens without a place, are never in the mask: any vector may
+        # stand there.
+        rows = torch.zeros(1, dtype=torch.int64, device=h.device)
+        if len(vectors) > 1 and where.part_of_row is not None:
+            rows = where.part_of_row.clamp(min=0)
+        places = vectors.shape[1]
+        if places == 1:
+            return vectors[rows]
+        assert where.tokens is not None and where.stops is not None
+        place = where.tokens.p - where.stops[:, None] + places
+        return vectors[rows[:, None], place.clamp(0, places - 1).to(h.device)]
+
+
+class SetToEdit(AddEdit):
+    """plain + v, whatever edits before this one have made of h."""
+
+    def delta(
+        self, h: Float[Tensor, "batch seq d_model"], where: EditPositions
+    ) -> Float[Tensor, "batch seq d_model"]:
+        plain = where.plain
+        assert plain is not None
+        moved = self._vectors_at(h, where)
+        if self._normalization != "none":
+            moved = moved * token_scale(plain, self._normalization)
+        if self._relative:
+            moved = moved * plain.norm(dim=-1, keepdim=True)
+        return _share(plain + moved - h, where.weight)
 
 
 class ProjectEdit(Edit):

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.steering.hooking.passes import grown
+from saesteer.steering.hooking.tracking.passes import grown
 
 # Generation adds one column at a time: a history grows by this many more than it needs.
 _SPARE_COLUMNS = 64

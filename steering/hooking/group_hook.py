@@ -1,7 +1,6 @@
 """One hook on the residual stream, which applies the edit of one group of parts."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +10,8 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.hooks import HookPoint, resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.arrangement import Group
+from saesteer.steering.hooking.call_rows import AfterPrompts, CallRows, expanded, last_of_prompts
+from saesteer.steering.hooking.chats import check_tail
 from saesteer.steering.hooking.edits import EditPositions, make_edit
 from saesteer.steering.hooking.gates import GateState
 from saesteer.steering.hooking.latent_values import (
@@ -20,52 +21,13 @@ from saesteer.steering.hooking.latent_values import (
     matching_sae,
     needs_sae,
 )
-from saesteer.steering.hooking.passes import Call, PassTokens
-from saesteer.steering.hooking.positions import PositionTracker
-from saesteer.steering.hooking.scope import NO_END, NOWHERE, RowInfo, Rows, parse_scope
+from saesteer.steering.hooking.scope import NOWHERE, RowInfo, Rows, parse_scope
 from saesteer.steering.hooking.scope_arguments import ScopeArguments
 from saesteer.steering.hooking.touched import Record, SteerReport
+from saesteer.steering.hooking.tracking.passes import Call, PassTokens
+from saesteer.steering.hooking.tracking.plain_pass import PlainWanted, plain_at
+from saesteer.steering.hooking.tracking.positions import PositionTracker
 from saesteer.steering.plans.schedules import parse_schedule
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _CallRows:
-    """What parts and prompts determine for the rows of a pass, one entry per row."""
-
-    covered: Rows
-    prompt: Rows | None
-    """The prompt's own tokens, for gates that are decided on it."""
-    prompt_lengths: Int[Tensor, " batch"]
-    part_of_row: Int[Tensor, " batch"] | None
-    after_prompts: "_AfterPrompts"
-
-
-@dataclasses.dataclass(frozen=True)
-class _AfterPrompts:
-    """Which columns after the prompts the scopes cover, as Python numbers.
-
-    Numbers on the host, because reading a tensor would wait for its device. Column n after a prompt
-    has position length + n in its row, and a scope is an interval of positions that begins in the
-    prompt.
-    """
-
-    none_from: int
-    """From this column on, no row is covered."""
-    all_until: int
-    """Before this column, every row is covered."""
-
-    @classmethod
-    def of(cls, call: Call, covered: Sequence[RowInfo]) -> "_AfterPrompts":
-        """For the rows of a call and the positions that each one's scope covers."""
-        ends = call.lengths
-        pairs = list(zip(covered, ends, strict=True))
-        none_from = max(row.stop - end for row, end in pairs)
-        exact = call.prompt_lengths == ends and all(
-            not row.excluded or row.excluded[-1] < end for row, end in pairs
-        )
-        if not exact or any(row.start > end for row, end in pairs):
-            return cls(NO_END, 0)
-        return cls(none_from, min(row.stop - end for row, end in pairs))
 
 
 class GroupHook:
@@ -104,7 +66,16 @@ class GroupHook:
         leaves_out = [scope.leaves_out_special for scope in self._scopes]
         self._special = lm.special_ids if any(leaves_out) else None
         self._all_leave_out = all(leaves_out)
-        self._rows: dict[int, _CallRows] = {}
+        if first.does.from_plain:
+            tracker.plain_wanted.append(PlainWanted(self.point, self._spans))
+        self._conditions = {
+            condition: resolve_site(lm, condition.layer, condition.site)
+            for condition in group.conditions
+            if condition is not None
+        }
+        for point in self._conditions.values():
+            tracker.plain_wanted.append(PlainWanted(point, last_of_prompts))
+        self._rows: dict[int, CallRows] = {}
         self._rows_call: Call | None = None
         tracker.on_reorder.append(self._reorder)
 
@@ -145,14 +116,15 @@ class GroupHook:
         covered = covered.to(h.device)
         wide = h.float()
         touched = covered
-        if self._gate is not None:
-            touched = covered & self._open(wide, tokens, rows).to(h.device)
+        opened = self._open(wide, tokens, rows)
+        if opened is not None:
+            touched = covered & opened.to(h.device)
         delta = self._edit.delta(wide, self._positions(h, tokens, rows, touched, weight))
         self._write(tokens, covered, touched, wide, delta)
         # `where` and not a product with the mask: untouched positions stay bit-equal.
         return torch.where(touched[..., None], (wide + delta).to(h.dtype), h)
 
-    def _edit_after_prompts(self, h: Tensor, tokens: PassTokens, rows: _CallRows) -> Tensor | None:
+    def _edit_after_prompts(self, h: Tensor, tokens: PassTokens, rows: CallRows) -> Tensor | None:
         """`__call__` for a pass after the prompts whose rows are all covered: decoding.
 
         It waits for no device and builds no mask that is not needed.
@@ -164,9 +136,9 @@ class GroupHook:
             if weight == 0:
                 return None
         wide = h.float()
-        touched = None
-        if self._gate is not None:
-            touched = self._open(wide, tokens, rows).to(h.device)
+        touched = self._open(wide, tokens, rows)
+        if touched is not None:
+            touched = touched.to(h.device)
         norms = wide.detach().norm(dim=-1)
         record = self._record(tokens, h.device)
         if touched is not None and h.device.type == "cpu" and not touched.any():
@@ -181,14 +153,53 @@ class GroupHook:
         self,
         h: Tensor,
         tokens: PassTokens,
-        rows: _CallRows,
+        rows: CallRows,
         touched: Bool[Tensor, "batch seq"] | None,
         weight: Float[Tensor, "batch seq"] | float | None,
     ) -> EditPositions:
         part_of_row = None if rows.part_of_row is None else rows.part_of_row.to(h.device)
-        return EditPositions(touched, weight, part_of_row, tokens, rows.prompt_lengths)
+        plain = None
+        if self._group.parts[0].does.from_plain:
+            plain = plain_at(tokens, self.point.key).to(h.device)
+        stops = rows.covered.stop
+        return EditPositions(
+            touched, weight, part_of_row, tokens, rows.prompt_lengths, stops, plain
+        )
 
-    def _call_rows(self, tokens: PassTokens) -> _CallRows:
+    def _covered(self, call: Call) -> list[RowInfo]:
+        """The positions of each prompt's row that the scope of its part covers."""
+        found = []
+        for row, part in enumerate(self._group.parts_of(call.number, call.rows)):
+            if part < 0:
+                found.append(NOWHERE)
+                continue
+            scope, prompt = self._scopes[part], call.prompts[row]
+            if scope.kind == "tail" and prompt is None:
+                check_tail(call, row, scope.tail)
+            covered = scope.row(call.prompt_lengths[row], prompt)
+            by_place = self._group.parts[part].by_place
+            if by_place is not None:
+                start = max(covered.start, covered.stop - len(by_place))
+                covered = dataclasses.replace(covered, start=start)
+            found.append(covered)
+        return found
+
+    def _spans(self, call: Call) -> list[tuple[int, int]]:
+        return [(row.start, row.stop) for row in self._covered(call)]
+
+    def _opened(self, call: Call) -> list[bool]:
+        """For each prompt's row, whether the condition of its plan holds."""
+        holds = {
+            condition: condition.holds(call.plain[point.key].at(last_of_prompts(call))).tolist()
+            for condition, point in self._conditions.items()
+        }
+        found = []
+        for row, part in enumerate(self._group.parts_of(call.number, call.rows)):
+            condition = self._group.conditions[part] if part >= 0 else None
+            found.append(condition is None or holds[condition][row])
+        return found
+
+    def _call_rows(self, tokens: PassTokens) -> CallRows:
         """The rows of the present call, computed once for each number of rows per prompt."""
         call, device = tokens.call, tokens.device
         if self._rows_call is not call:
@@ -197,26 +208,28 @@ class GroupHook:
         if factor not in self._rows:
             pairs = list(zip(call.prompt_lengths, call.prompts, strict=True))
             chosen = self._group.parts_of(call.number, len(pairs))
-            covered = [
-                NOWHERE if i < 0 else self._scopes[i].row(length, prompt)
-                for i, (length, prompt) in zip(chosen, pairs, strict=True)
-            ]
+            covered = self._covered(call)
             on_prompt = None
             if self._gate is not None and self._gate_prompt is not None:
                 where = [self._gate_prompt.row(length, prompt) for length, prompt in pairs]
                 on_prompt = Rows.stack(where, device).expand(factor)
-            self._rows[factor] = _CallRows(
+            self._rows[factor] = CallRows(
                 covered=Rows.stack(covered, device).expand(factor),
                 prompt=on_prompt,
-                prompt_lengths=_expanded(call.prompt_lengths, factor, device),
+                prompt_lengths=expanded(call.prompt_lengths, factor, device),
                 part_of_row=(
-                    _expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
+                    expanded(chosen, factor, device) if len(self._group.parts) > 1 else None
                 ),
-                after_prompts=_AfterPrompts.of(call, covered),
+                after_prompts=AfterPrompts.of(call, covered),
+                opened=(
+                    torch.tensor(self._opened(call), device=device).repeat_interleave(factor)
+                    if self._conditions
+                    else None
+                ),
             )
         return self._rows[factor]
 
-    def _mask(self, tokens: PassTokens, rows: _CallRows) -> Bool[Tensor, "batch seq"]:
+    def _mask(self, tokens: PassTokens, rows: CallRows) -> Bool[Tensor, "batch seq"]:
         p = tokens.p
         mask = rows.covered.mask(p, tokens.real)
         if self._special is not None and tokens.ids is not None:
@@ -233,7 +246,16 @@ class GroupHook:
         return mask
 
     def _open(
-        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: _CallRows
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: CallRows
+    ) -> Bool[Tensor, "batch seq"] | None:
+        """Where the condition and the gate let the edit be; None without them."""
+        if rows.opened is None:
+            return None if self._gate is None else self._gate_open(h, tokens, rows)
+        opened = rows.opened[:, None].expand(tokens.batch, tokens.length)
+        return opened if self._gate is None else opened & self._gate_open(h, tokens, rows)
+
+    def _gate_open(
+        self, h: Float[Tensor, "batch seq d_model"], tokens: PassTokens, rows: CallRows
     ) -> Bool[Tensor, "batch seq"]:
         """Where the gate is open, judged by the residual before the edit."""
         assert self._gate is not None
@@ -273,8 +295,3 @@ class GroupHook:
             self._report._records[-1].reorder(rows)
         if self._gate is not None and self._states:
             self._states[max(self._states)].reorder(rows)
-
-
-def _expanded(values: Sequence[int], factor: int, device: torch.device) -> Int[Tensor, " batch"]:
-    """One number per row of a pass: that of each prompt, `factor` times."""
-    return torch.tensor(list(values), dtype=torch.int64, device=device).repeat_interleave(factor)

@@ -10,11 +10,11 @@ from saesteer.sae.text.prompts import EncodedPrompt
 from saesteer.steering.hooking.arrangement import Arranged, Group, Plans, arrange
 from saesteer.steering.hooking.group_hook import GroupHook
 from saesteer.steering.hooking.latent_values import SAEs
-from saesteer.steering.hooking.positions import PositionTracker
 from saesteer.steering.hooking.scope_arguments import ScopeArguments
 from saesteer.steering.hooking.touched import SteerReport as SteerReport
 from saesteer.steering.hooking.touched import TouchedRow as TouchedRow
 from saesteer.steering.hooking.touched import median as median
+from saesteer.steering.hooking.tracking.positions import PositionTracker
 
 
 @contextlib.contextmanager

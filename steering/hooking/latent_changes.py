@@ -144,7 +144,7 @@ def _asked(
     dose = torch.tensor(part.doses(), dtype=torch.float64)
     if part.does.new_value is not None:
         return part.does.new_value(now, dose) - now
-    if not part.does.adds:
+    if not part.does.adds or part.by_place is not None:
         return None
     if part.unit == "rel":
         length = weighted_sum(part.doses(), part.directions).norm()

@@ -28,7 +28,12 @@ SCOPES = (
     "span:A-B",
     "after-instruction",
     "assistant",
+    "tail",
+    "replies",
 )
+
+IN_PROMPT = ("prompt", "last-prompt", "span", "tail")
+"""The kinds of scope that end with the prompt."""
 
 NO_END = 2**62
 """The `stop` of a scope without an end; no position is that large."""
@@ -54,6 +59,8 @@ class Scope:
     """Special tokens are left out, whatever the kind."""
     reply_header: str = ""
     """What the chat template writes before a reply, for `assistant`."""
+    tail: tuple[int, ...] = ()
+    """The tokens that the template writes after the user's text, for `tail` without prompts."""
 
     def __str__(self) -> str:
         if self.kind == "first":
@@ -62,7 +69,10 @@ class Scope:
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether positions depend on the prompt's text, not only on its length."""
+        """Whether positions depend on the prompt's text, not only on its length.
+
+        A tail can also be told by the template alone.
+        """
         return self.kind in ("span", "after-instruction", "assistant")
 
     @property
@@ -107,6 +117,8 @@ class Scope:
                 return max(length - 1, 0), length
             case "first":
                 return max(length - 1, 0), max(length - 1, 0) + self.first
+            case "tail":
+                return self._tail_of(length, prompt)
         assert self.needs_prompts, self.kind
         if prompt is None:
             raise UsageError(
@@ -133,6 +145,23 @@ class Scope:
         # A prompt that ends with its instruction has nothing after it: the edit then begins where
         # the first generated token is predicted, like the other scopes that reach into generation.
         return min(_instruction_end(prompt, self.instructions), max(length - 1, 0)), NO_END
+
+    def _tail_of(self, length: int, prompt: EncodedPrompt | None) -> tuple[int, int]:
+        """What follows the user's text in the prompt."""
+        if prompt is not None:
+            start = prompt.user_span[1]
+            if start < len(prompt):
+                return start, len(prompt)
+            raise UserError(
+                f"`scope` tail: nothing follows the text of the prompt {_shorten(prompt.text)!r}: "
+                "send it through the chat template, or use last-prompt"
+            )
+        if not self.tail:
+            raise UsageError(
+                "`scope` tail is what the chat template writes after the user's text: give the "
+                "prompts (prompts=...), or use last-prompt"
+            )
+        return max(length - len(self.tail), 0), length
 
     def _not_assistant(self, prompt: EncodedPrompt, start: int) -> set[int]:
         """Positions of the prompt from `start` on that are in no turn of the assistant.
@@ -176,7 +205,8 @@ def parse_scope(
     (p = P-1), `first:N` (P-1 <= p < P-1+N), `span:A-B` (tokens that overlap characters [A, B) of
     the prompt), `after-instruction` (from the end of the instruction on), `assistant` (every turn
     of the assistant, from the token whose logits give its first token on; in a prompt of one turn
-    of the user that is `generation`).
+    of the user that is `generation`), `tail` (what the chat template writes after the last text of
+    the user), `replies` (another name of `generated`).
 
     Raises UsageError, which lists what is allowed, for anything else.
     """
@@ -188,7 +218,7 @@ def parse_scope(
         "exclude_special": exclude_special,
     }
     if word in SCOPES and ":" not in word:
-        return Scope(word, **rest)
+        return Scope("generated" if word == "replies" else word, **rest)
     if found := re.fullmatch(r"first:(\d+)", word):
         if int(found[1]) > 0:
             return Scope("first", int(found[1]), **rest)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt
-from saesteer.steering.hooking.chats import reply_header
+from saesteer.steering.hooking.chats import reply_header, reply_tail
 from saesteer.steering.hooking.scope import Scope, parse_scope
 from saesteer.steering.plans.plan import TaskIdentity
 
@@ -38,6 +38,11 @@ class ScopeArguments:
             scope = dataclasses.replace(scope, instructions=tuple(wordings))
         if scope.kind == "assistant":
             scope = dataclasses.replace(scope, reply_header=reply_header(lm))
+        if scope.kind == "tail":
+            if not self.prompts:
+                return dataclasses.replace(scope, tail=reply_tail(lm))
+            for prompt in self.prompts:
+                scope.row(len(prompt), prompt)
         if scope.needs_prompts:
             for prompt in self.prompts or ():
                 scope.row(len(prompt), prompt)

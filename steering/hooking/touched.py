@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saesteer.steering.hooking.passes import Call, PassTokens, grown
+from saesteer.steering.hooking.tracking.passes import Call, PassTokens, grown
 
 
 @dataclass(frozen=True, eq=False)

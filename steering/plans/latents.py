@@ -109,7 +109,7 @@ def check_doses(
     found = doses(latents, method=method, unit=unit, scale=scale, beta=beta)
     if scale == 0:
         return
-    if METHODS[method].adds and not any(found):
+    if METHODS[method].sums and not any(found):
         change = "the values in `latents`, or `scale`" if any(by_hand) else "`beta`"
         raise UsageError(f"every dose is 0, so nothing would be added: change {change}")
     if METHODS[method].is_factor and all(dose == 1 for dose in found):

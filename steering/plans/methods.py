@@ -26,6 +26,9 @@ class Method:
     """Adds the same vector sum_j alpha_j d_j everywhere (with unit `rel`: per unit of ||h||)."""
     keeps_norm: bool = False
     """After adding, rescales the residual to the length it had before."""
+    from_plain: bool = False
+    """Adds the vector to what the residual would be without any edit, and puts the residual there;
+    for scopes inside the prompt, over which a plain pass is made."""
     new_value: Callable[[Tensor, Tensor], Tensor] | None = None
     """From the latents' present values `[tokens, n]` and the doses `[n]` to new values; None where
     the edit does not depend on present values."""
@@ -37,6 +40,11 @@ class Method:
     """Does nothing at scale 0 and more at every larger scale."""
     exports: tuple[str, ...] = ()
     """Formats of `exchange` that can hold it; further conditions are checked there."""
+
+    @property
+    def sums(self) -> bool:
+        """Whether the doses weigh one sum of directions, whatever the latents are at present."""
+        return self.adds or self.from_plain
 
     @property
     def reads_latents(self) -> bool:
@@ -55,6 +63,8 @@ METHODS: Mapping[str, Method] = MappingProxyType({
         adds=True, units=UNITS, grows=True, exports=("gguf", "steering-vectors", "lm-eval")
     ),
     "add-keep-norm": Method(adds=True, keeps_norm=True, units=UNITS, grows=True),
+    # plain + sum_j alpha_j d_j, whatever edits before this one have left.
+    "set-to": Method(from_plain=True),
     # New value a': v; max(a, v); min(a, v); v a; 0.
     "set": Method(new_value=lambda now, v: v.expand_as(now), exports=("lm-eval", "lm-eval-csv")),
     "min": Method(new_value=torch.maximum, grows=True),

@@ -10,7 +10,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_spec import TOKEN_NORMALIZATIONS
 from saesteer.steering.hooking.gates import Gate, parse_gate
-from saesteer.steering.hooking.scope import parse_scope
+from saesteer.steering.hooking.scope import IN_PROMPT, parse_scope
 from saesteer.steering.plans.latents import PlannedLatent, check_doses, check_latents, doses
 from saesteer.steering.plans.methods import METHODS, Method
 from saesteer.steering.plans.schedules import parse_schedule
@@ -66,6 +66,10 @@ class PlanPart:
     b_enc: Float[Tensor, " n"] | None = None
     threshold: Float[Tensor, " n"] | None = None
     """Thresholds of a JumpReLU SAE."""
+    by_place: Float[Tensor, "places n"] | None = None
+    """For scopes inside the prompt: the share of each latent's dose at each of the scope's last
+    tokens, the last row at its last token; tokens before these are left alone. None: every token
+    gets the whole dose."""
     gate_ids: tuple[int, ...] = ()
     """The latents of the `gate_` tensors: those that the gate reads, or none."""
     gate_W_enc: Float[Tensor, "d_model gated"] | None = None
@@ -83,17 +87,39 @@ class PlanPart:
                 f"is {self.gate!r}: change a gate with steering.with_gate, or `gate`"
             )
         self._check_tensors()
+        self._check_in_prompt()
         check_doses(
             self.latents, method=self.method, unit=self.unit, scale=self.scale, beta=self.beta
         )
 
+    def _check_in_prompt(self) -> None:
+        """Raise UsageError where something needs a scope inside the prompt and has another."""
+        does = METHODS.get(self.method)
+        by_place = self.by_place is not None
+        if does is None or not (does.from_plain or by_place):
+            return
+        what = "doses by place in the prompt" if by_place else f"`method` {self.method}"
+        kinds = tuple(kind for kind in IN_PROMPT if not (by_place and kind == "prompt"))
+        if parse_scope(self.scope).kind not in kinds:
+            raise UsageError(
+                f"{what} are for positions of the prompt, and `scope` is {self.scope}: use one of "
+                f"{', '.join(kinds)}"
+            )
+        if by_place and (not does.sums or self.unit == "rel"):
+            raise UsageError(
+                f"{what} weigh a vector that is added, and this part has `method` {self.method}, "
+                f"`unit` {self.unit}: use add, add-keep-norm or set-to, with another unit than rel"
+            )
+
     def _check_tensors(self) -> None:
         n, width, gated = len(self.latents), self.directions.shape[-1], len(self.gate_ids)
+        places = 0 if self.by_place is None else len(self.by_place)
         shapes = {
             "directions": (n, width),
             "W_enc": (width, n),
             "b_enc": (n,),
             "threshold": (n,),
+            "by_place": (max(places, 1), n),
             "gate_W_enc": (width, gated),
             "gate_b_enc": (gated,),
             "gate_threshold": (gated,),
@@ -151,6 +177,13 @@ class PlanPart:
             )
         return vector * (self.scale / length) if self.unit == "rel" else vector
 
+    def added_vectors(self) -> Float[Tensor, "places d_model"]:
+        """`added_vector` at each place, in float64; one row where all places are alike."""
+        if self.by_place is None:
+            return self.added_vector()[None]
+        shares = self.by_place.double() * torch.tensor(self.doses(), dtype=torch.float64)
+        return shares @ self.directions.double()
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that the part holds, by name."""
         everything = {name: getattr(self, name) for name in TENSORS}
@@ -166,6 +199,7 @@ class PlanPart:
             W_enc=None if self.W_enc is None else self.W_enc[:, picked],
             b_enc=None if self.b_enc is None else self.b_enc[picked],
             threshold=None if self.threshold is None else self.threshold[picked],
+            by_place=None if self.by_place is None else self.by_place[:, picked],
         )
 
 
@@ -174,6 +208,7 @@ TENSORS = (
     "W_enc",
     "b_enc",
     "threshold",
+    "by_place",
     "gate_W_enc",
     "gate_b_enc",
     "gate_threshold",

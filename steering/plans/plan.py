@@ -14,6 +14,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.gates import Gate
+from saesteer.steering.plans.condition import Condition as Condition
 from saesteer.steering.plans.latents import PlannedLatent as PlannedLatent
 from saesteer.steering.plans.part import PlanPart as PlanPart
 from saesteer.steering.plans.part import SAEIdentity as SAEIdentity
@@ -67,6 +68,8 @@ class Plan:
     parts: tuple[PlanPart, ...]
     task: TaskIdentity | None
     metrics: Mapping[str, Any]
+    when: Condition | None
+    """Which rows it edits, decided on their prompts; None: all of them."""
 
     # See PlanPart for these fields.
     sae = _OfParts[SAEIdentity]()
@@ -85,6 +88,7 @@ class Plan:
     W_enc = _OfParts[Tensor | None]()
     b_enc = _OfParts[Tensor | None]()
     threshold = _OfParts[Tensor | None]()
+    by_place = _OfParts[Tensor | None]()
     gate_ids = _OfParts[tuple[int, ...]]()
     gate_W_enc = _OfParts[Tensor | None]()
     gate_b_enc = _OfParts[Tensor | None]()
@@ -98,6 +102,7 @@ class Plan:
         parts: Sequence[PlanPart] = (),
         task: TaskIdentity | None = None,
         metrics: Mapping[str, Any] | None = None,
+        when: Condition | None = None,
         **fields: Any,
     ) -> None:
         """A plan of `parts` with `fields` changed in them, or of one part made from `fields`.
@@ -113,6 +118,7 @@ class Plan:
             ("parts", made),
             ("task", task),
             ("metrics", dict(metrics or {})),
+            ("when", when),
         ):
             object.__setattr__(self, name, value)
         for part in self.parts:
@@ -126,6 +132,15 @@ class Plan:
                     f"d_model {model.d_model}: make the plan again"
                 )
 
+        if when is not None and not (
+            0 <= when.layer < model.n_layers and len(when.weight) == model.d_model
+        ):
+            raise UserError(
+                f"`when` reads layer {when.layer} with {len(when.weight)} numbers, and "
+                f"{model.name} has {model.n_layers} layers of width {model.d_model}: make the plan "
+                "again"
+            )
+
     @property
     def part(self) -> PlanPart:
         """The only part. Raises UsageError when there are several."""
@@ -138,9 +153,7 @@ class Plan:
 
     def only(self, number: int) -> "Plan":
         """The plan with only one of the parts, counted from 0."""
-        return Plan(
-            model=self.model, parts=(self.parts[number],), task=self.task, metrics=self.metrics
-        )
+        return self.with_changes(parts=(self.parts[number],))
 
     def with_changes(self, *, part: int | None = None, **changes: Any) -> "Plan":
         """A copy of the plan with other values of its own fields or of those of its parts.
@@ -155,6 +168,7 @@ class Plan:
             "parts": self.parts,
             "task": self.task,
             "metrics": self.metrics,
+            "when": self.when,
         }
         if part is not None:
             own = {name: value for name, value in changes.items() if name not in values}
@@ -193,7 +207,8 @@ class Plan:
                 f"`plan` was made for {ours.name}, whose d_model is {ours.d_model}; {name} has "
                 f"{lm.d_model}: use `model` {ours.name} or another plan"
             )
-        deepest = max(part.layer for part in self.parts)
+        layers = [part.layer for part in self.parts]
+        deepest = max(layers if self.when is None else [*layers, self.when.layer])
         if deepest >= lm.n_layers:
             raise UserError(
                 f"`plan` steers layer {deepest} of {ours.name} and {name} has layers "

@@ -24,6 +24,7 @@ from saesteer.checkpoints.yaml_text import parse_yaml
 from saesteer.steering.hooking.gates import parse_gate
 from saesteer.steering.plans.part import TENSORS, PlanPart
 from saesteer.steering.plans.plan import (
+    Condition,
     ModelIdentity,
     Plan,
     PlannedLatent,
@@ -33,6 +34,7 @@ from saesteer.steering.plans.plan import (
 
 _YAML = "plan.yaml"
 _TENSORS = "plan.safetensors"
+_WHEN = "when.weight"
 
 
 def save_plan(plan: Plan, folder: str | Path) -> Path:
@@ -50,8 +52,11 @@ def save_plan(plan: Plan, folder: str | Path) -> Path:
         **(rows[0] if len(rows) == 1 else {"parts": rows}),
         "task": None if plan.task is None else _task_row(plan.task),
         "metrics": plan.metrics,
+        **({} if plan.when is None else {"when": _when_row(plan.when)}),
     }
     tensors, metadata = {}, {}
+    if plan.when is not None:
+        tensors[_WHEN] = plan.when.weight
     for part, name in zip(plan.parts, names, strict=True):
         prefix = name and f"{name}."
         tensors.update({f"{prefix}{key}": tensor for key, tensor in part.tensors().items()})
@@ -77,7 +82,7 @@ def load_plan(path: str | Path) -> Plan:
         raise UserError(f"`plan` {path} holds no {_YAML}: {_instead(given)}")
     try:
         document = _read_yaml(file)
-        return _plan_from(document, _read_plan_tensors(file.with_name(_TENSORS)))
+        return _plan_from(document, *_read_plan_tensors(file.with_name(_TENSORS)))
     except UserError as error:
         kind = UsageError if isinstance(error, UsageError) else UserError
         raise kind(f"`plan` {path}: {error}") from error
@@ -112,6 +117,12 @@ def _part_row(part: PlanPart, tensors: str) -> dict[str, Any]:
         **({} if part.schedule == "constant" else {"schedule": part.schedule}),
         **({"gate": part.gate} if part.gate else {}),
     }
+
+
+def _when_row(when: Condition) -> dict[str, Any]:
+    """The keys of the condition; its weight is in the other file."""
+    keys = ("source", "layer", "site", "bias")
+    return {key: getattr(when, key) for key in keys}
 
 
 def _task_row(task: TaskIdentity) -> dict[str, Any]:
@@ -179,6 +190,16 @@ class _NamedPartRow(_PartRow):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _WhenRow:
+    """The keys of the condition."""
+
+    source: str
+    layer: int
+    site: str
+    bias: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class _About:
     """The keys of plan.yaml that are not those of a part."""
 
@@ -186,6 +207,7 @@ class _About:
     model: ModelIdentity
     task: TaskIdentity | None = None
     metrics: Mapping[str, Any] | None = field(default_factory=dict)
+    when: _WhenRow | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +229,9 @@ class _PartTensors:
     gate_ids: list[int]
 
 
-def _plan_from(document: dict[str, Any], tensors: Mapping[str, _PartTensors]) -> Plan:
+def _plan_from(
+    document: dict[str, Any], tensors: Mapping[str, _PartTensors], weight: Tensor | None
+) -> Plan:
     version = document.get("schema_version")
     rows: list[tuple[_PartRow, str]]
     about: _About
@@ -231,7 +255,13 @@ def _plan_from(document: dict[str, Any], tensors: Mapping[str, _PartTensors]) ->
                 f"{_TENSORS} does not hold the tensors{what} of {_YAML}: make the plan again "
                 "(parts can be deleted by hand, not added)"
             )
+    when = None
+    if about.when is not None:
+        if weight is None:
+            raise UserError(f"{_TENSORS} does not hold {_WHEN} of {_YAML}: make the plan again")
+        when = Condition(weight=weight, **vars(about.when))
     return Plan(
+        when=when,
         model=about.model,
         parts=[_part_from(row, tensors[name]) for row, name in rows],
         task=about.task,
@@ -275,10 +305,12 @@ def _part_from(row: _PartRow, own: _PartTensors) -> PlanPart:
     )
 
 
-def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
-    """The tensors by the name of their part, which is empty for a plan of one part."""
+def _read_plan_tensors(file: Path) -> tuple[dict[str, _PartTensors], Tensor | None]:
+    """The tensors by the name of their part, which is empty for a plan of one part, and the weight
+    of the condition."""
     # Reading maps the file. Copies let the same file be written while the plan is in use.
     tensors = {name: tensor.clone() for name, tensor in files.read_tensors(file).items()}
+    weight = tensors.pop(_WHEN, None)
     found: dict[str, _PartTensors] = {}
     try:
         metadata = files.read_header(file)["metadata"]
@@ -296,7 +328,7 @@ def _read_plan_tensors(file: Path) -> dict[str, _PartTensors]:
         whole = False
     if not whole:
         raise UserError(f"{file} is not the tensor file of a plan: make the plan again")
-    return found
+    return found, weight
 
 
 def _is_whole(part: _PartTensors) -> bool:
@@ -314,7 +346,7 @@ def _is_whole(part: _PartTensors) -> bool:
         and len(rows) == n
         and all(
             part.tensors[name].shape[-1:] == (n,)
-            for name in ("W_enc", "b_enc", "threshold")
+            for name in ("W_enc", "b_enc", "threshold", "by_place")
             if name in part.tensors
         )
     )

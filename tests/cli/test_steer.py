@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from .conftest import Cli, run_once
 
@@ -239,7 +240,7 @@ def test_everything_that_is_printed_is_printed_on_a_terminal(
 
 
 def test_flags_are_those_of_further_plans_too(cli: Cli, plan: Path, tmp_path: Path) -> None:
-    from saesteer.steering import load_plan, save_plan
+    from saesteer.steering import Condition, load_plan, save_plan
 
     later = tmp_path / "later"
     save_plan(load_plan(plan).with_changes(layer=2), later)
@@ -259,6 +260,12 @@ def test_flags_are_those_of_further_plans_too(cli: Cli, plan: Path, tmp_path: Pa
         assert row["relative_dose"] == by_hand["relative_dose"]
         texts.add(str(row["relative_dose"]))
     assert len(texts) == 2
+    gated = load_plan(later)
+    never = Condition(layer=1, weight=torch.zeros(gated.model.d_model), bias=-1.0)
+    save_plan(gated.with_changes(when=never), tmp_path / "gated")
+    assert "would decide for both" in cli(*words, "--also", tmp_path / "gated").error(2)
+    alone = cli("steer", "--plan", tmp_path / "gated", *words[3:])
+    assert (rows_of(alone.out)[0]["tokens_touched"], alone.status) == (0, 0)
     line = cli(*words, "--also", later, "--gate", "9999 > 1").error(1)
     assert "--gate names latent 9999, and --sae" in line
     assert "--layer is for one plan" in cli(*words, "--also", later, "--layer", 2).error(2)

@@ -128,8 +128,10 @@ def covered(scope: str, prompt: EncodedPrompt, tokens: Sequence[int], special: s
         match scope.partition(":")[0]:
             case "generation" | "assistant":
                 return p >= P - 1
-            case "generated":
+            case "generated" | "replies":
                 return p >= P
+            case "tail":
+                return p < P and prompt.offsets[p][0] >= start + len(prompt.text)
             case "prompt":
                 return p < P and kept
             case "all":
@@ -150,13 +152,19 @@ def covered(scope: str, prompt: EncodedPrompt, tokens: Sequence[int], special: s
 
 def weight(schedule: str, g: int) -> float:
     kind, _, numbers = schedule.partition(":")
-    values = [float(number) for number in numbers.split(",") if number]
+    values = [float(n) for n in numbers.split(",") if n and "=" not in n]
     return {
         "constant": lambda: 1.0,
         "first": lambda: float(g < values[0]),
         "linear": lambda: max(0.0, 1 - g / values[0]),
         "decay": lambda: (1 + values[0] * g) ** -values[1],
+        "steps": lambda: stage(numbers, g),
     }[kind]()
+
+
+def stage(numbers: str, g: int) -> float:
+    pairs = [pair.split("=") for pair in numbers.split(",")]
+    return [float(share) for start, share in pairs if int(start) <= g][-1]
 
 
 def memory(acts: Sequence[float], on: float, off: float) -> list[bool]:
@@ -193,6 +201,12 @@ def rule_of(
     special = set(lm.special_ids.tolist())
     where = covered(plan.scope, prompt, tokens, special)
     on_prompt = covered("prompt", prompt, tokens, special)
+    if plan.when is not None:
+        last = plain(lm, plan.when.layer, prompt.token_ids)[-1]
+        if float(last.double() @ plan.when.weight.double()) + plan.when.bias <= 0:
+            where = [False] * len(tokens)
+    unsteered = plain(lm, plan.layer, prompt.token_ids) if plan.method == "set-to" else None
+    last_covered = max([p for p, yes in enumerate(where) if yes], default=-1)
 
     def rule(h: Tensor, P: int) -> Tensor:
         acts = sae.encode(h)
@@ -201,23 +215,55 @@ def rule_of(
         for p in range(len(h)):
             if where[p] and gate[p]:
                 share = weight(plan.schedule, max(0, p - (P - 1)))
-                delta[p] = moved(plan, sae, h[p], acts[p], share)
+                shares = None
+                if plan.by_place is not None:
+                    place = p - last_covered - 1  # -1 at the last token that is covered
+                    if -place > len(plan.by_place):
+                        continue
+                    shares = plan.by_place[place]
+                before = None if unsteered is None else unsteered[p]
+                delta[p] = moved(plan, sae, h[p], acts[p], share, shares, before)
         return delta
 
     return rule
 
 
-def moved(plan: Plan, sae: SAE, h: Tensor, acts: Tensor, share: float) -> Tensor:
-    """What one edit adds to one residual vector, latent by latent."""
+def plain(lm: LanguageModel, layer: int, tokens: Sequence[int]) -> Tensor:
+    """Residuals of the unsteered model after a block, one row by itself."""
+    seen: list[Tensor] = []
+
+    def keep(h: Tensor) -> None:
+        seen.append(h[0].float())
+
+    with torch.no_grad(), hooked(resolve_site(lm, layer), keep):
+        lm.model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+    return seen[0]
+
+
+def moved(
+    plan: Plan,
+    sae: SAE,
+    h: Tensor,
+    acts: Tensor,
+    share: float,
+    by_place: Tensor | None = None,
+    unsteered: Tensor | None = None,
+) -> Tensor:
+    """What one edit adds to one residual vector, latent by latent.
+
+    `by_place` are the latents' shares at this token; `unsteered` is the plain residual there.
+    """
     rows = sae.W_dec[list(plan.ids)]
     if plan.method == "project":
         basis = torch.linalg.qr(rows.T).Q.T
         return -share * sum(((h @ d) * d for d in basis), torch.zeros_like(h))
     total = torch.zeros_like(h)
-    for j, dose in zip(plan.ids, plan.doses(), strict=True):
-        a = acts[j]
+    shares = [1.0] * len(plan.ids) if by_place is None else by_place.tolist()
+    for j, whole, portion in zip(plan.ids, plan.doses(), shares, strict=True):
+        a, dose = acts[j], whole * portion
         change = {
             "add": dose,
+            "set-to": dose,
             "add-keep-norm": dose,
             "set": dose - a,
             "min": max(a, torch.tensor(dose)) - a,
@@ -228,6 +274,8 @@ def moved(plan: Plan, sae: SAE, h: Tensor, acts: Tensor, share: float) -> Tensor
         total = total + change * sae.W_dec[j]
     if plan.unit == "rel":
         total = total / total.norm() * plan.scale * h.norm()
+    if unsteered is not None:
+        total = unsteered + total - h
     total = share * total
     if plan.method == "add-keep-norm":
         total = (h + total) / (h + total).norm() * h.norm() - h

@@ -14,8 +14,8 @@ from saesteer.steering.doses import sweep as calibration
 from saesteer.steering.doses.sweep import Budget, Grid, Trial, calibrate, pareto, sweep
 from saesteer.steering.evaluation.arms import Decoding
 from saesteer.steering.evaluation.damage import Damage
-from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.hooking.generation import SteeredText
+from saesteer.steering.hooking.tracking.finite import NotFiniteError
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.tasks.task import Task
 

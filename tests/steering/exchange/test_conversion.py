@@ -21,7 +21,7 @@ from saesteer.steering.exchange.conversion import (
     read_blocks,
 )
 from saesteer.steering.hooking.hook import steer
-from saesteer.steering.plans.plan import ModelIdentity, Plan, PlannedLatent, SAEIdentity
+from saesteer.steering.plans.plan import Condition, ModelIdentity, Plan, PlannedLatent, SAEIdentity
 from saesteer.steering.plans.plan_file import load_plan
 
 WIDTH = 32
@@ -140,6 +140,22 @@ def test_a_clamp_for_lm_eval(tmp_path: Path) -> None:
         ("gguf", {"layer": 0}, "no place for a vector at resid_post of layer 0"),
         ("lm-eval", {"layer": 0, "site": "resid_pre"}, "no place"),
         ("gguf", {"site": "mlp_out"}, "steers mlp_out"),
+        (
+            "gguf",
+            {"method": "set-to", "scope": "tail"},
+            "method set-to, which gguf cannot hold; .*of the parts that are",
+        ),
+        (
+            "gguf",
+            {"scope": "tail", "by_place": torch.ones(2, 2)},
+            "the plan has doses by place in the prompt, and the file can only add one vector",
+        ),
+        ("gguf", {"schedule": "steps:0=1,4=2"}, "the plan has the schedule 'steps:0=1,4=2'"),
+        (
+            "gguf",
+            {"when": Condition(layer=1, weight=torch.ones(WIDTH), bias=0.0)},
+            r"acts only where its condition holds .*export plan\.with_changes\(when=None\)",
+        ),
         ("gguf", {"method": "set"}, "method set, which gguf cannot hold; it holds add"),
         ("steering-vectors", {"unit": "rel"}, "unit rel"),
         ("lm-eval-csv", {}, "has method add"),
@@ -233,7 +249,7 @@ def test_several_layers(tmp_path: Path, lm: LanguageModel) -> None:
     plan = load_plan(tmp_path / "out")
     assert [part.layer for part in plan.parts] == [1, 3]
     assert plan.with_changes(scale=0.5).scale == 0.5  # weaker in one go
-    with pytest.raises(UserError, match="but plans lie in out below it: give one of these"):
+    with pytest.raises(UserError, match="holds no plan.yaml: give one of the plans in it: .*out"):
         load_plan(tmp_path)
     save_file({"layer.9": torch.ones(WIDTH)}, tmp_path / "v.safetensors")
     with pytest.raises(UserError, match="has 4 blocks"):

@@ -28,9 +28,9 @@ EDITS: dict[str, dict[str, Any]] = {
 }
 SCOPES = (
     "generation", "generated", "prompt", "all", "last-prompt", "first:3", "span:4-12",
-    "after-instruction", "assistant",
+    "after-instruction", "assistant", "tail", "replies",
 )  # fmt: skip
-SCHEDULES = ("constant", "first:2", "linear:4", "decay:0.5,3")
+SCHEDULES = ("constant", "first:2", "linear:4", "decay:0.5,3", "steps:0=1.5,2=0.4")
 GATES = ("", "5 > 0.6 & !(2 > 1) | 9 > 2", "5 > 1 : 0.1 | 2 > 1.5 : 0.2", "prompt: 14 > 1")
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 

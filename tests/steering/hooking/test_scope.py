@@ -36,7 +36,7 @@ def test_a_scope_reads_back_as_it_was_written(text: str) -> None:
     [
         (
             "everything",
-            "`scope` must be one of generation, .*after-instruction, assistant, got 'everything'",
+            "`scope` must be one of generation, .*tail, replies, got 'everything'",
         ),
         ("", "`scope` must be one of"),
         ("first", "`scope` must be one of"),

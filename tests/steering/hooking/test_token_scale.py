@@ -201,3 +201,20 @@ def test_what_cannot_be_said(tmp_path: Path, lm: LanguageModel) -> None:
     odd = make_sae(tmp_path / "odd", "constant_norm_rescale", metadata=metadata)
     with pytest.raises(UserError, match="by its length without its mean"):
         plan_of(lm, odd, "add")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_vector_on_plain_states_has_their_scale(
+    norm: str, lm: LanguageModel, tmp_path: Path
+) -> None:
+    sae = make_sae(tmp_path, norm)
+    latents = [PlannedLatent(id=i, value=1.0) for i in IDS]
+    plan = make_plan(lm, sae, latents, method="set-to", scope="last-prompt")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        plain = lm.model(ids, output_hidden_states=True).hidden_states[2][0, -1]
+        with steer(lm, plan.with_changes(layer=1)):
+            found = lm.model(ids, output_hidden_states=True).hidden_states[2][0, -1]
+    scale = plain.std() if norm == "layer_norm" else plain.norm() / WIDTH**0.5
+    wanted = plain + scale * sae.W_dec[list(IDS)].sum(dim=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)

@@ -14,8 +14,8 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.hooks import hooked, resolve_site
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.steering.hooking.chats import encode_chat
-from saesteer.steering.hooking.finite import NotFiniteError
 from saesteer.steering.hooking.hook import steer
+from saesteer.steering.hooking.tracking.finite import NotFiniteError
 
 from ..small_plans import small_plan
 

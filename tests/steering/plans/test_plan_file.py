@@ -13,7 +13,7 @@ from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.latent_values import with_gate
 from saesteer.steering.plans.from_sae import plan_from_latents
-from saesteer.steering.plans.plan import Plan, PlanPart, TaskIdentity
+from saesteer.steering.plans.plan import Condition, Plan, PlanPart, TaskIdentity
 from saesteer.steering.plans.plan_file import load_plan, save_plan
 
 from ..ranked_plans import make_sae, ranked
@@ -269,6 +269,36 @@ def test_a_wrong_key_or_value_of_a_part_is_refused(
     with pytest.raises(UserError, match=f"^`plan` .*{message}") as caught:
         load_plan(file)
     assert "\n" not in str(caught.value)
+
+
+def test_doses_by_place_and_a_condition_read_back(lm: LanguageModel, tmp_path: Path) -> None:
+    weight = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
+    when = Condition(layer=2, weight=weight, bias=-0.25, source="latent 4 of somewhere")
+    by_place = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    plan = ranked(lm, method="set-to", scope="tail", schedule="steps:0=1.5,8=1")
+    plan = plan.with_changes(by_place=by_place[:, : len(plan.latents)].contiguous(), when=when)
+    for whole in (plan, Plan(model=plan.model, parts=plan.parts * 2, when=when)):
+        save_plan(whole, tmp_path)
+        again = load_plan(tmp_path)
+        assert again.when is not None and torch.equal(again.when.weight, weight)
+        facts = again.when.layer, again.when.site, again.when.bias, again.when.source
+        assert facts == (2, "resid_post", -0.25, "latent 4 of somewhere")
+        for part in again.parts:
+            assert part.by_place is not None and torch.equal(part.by_place, plan.part.by_place)
+            assert part.schedule == "steps:0=1.5,8=1"
+
+
+def test_a_condition_without_its_weight_is_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    when = Condition(layer=1, weight=torch.ones(lm.d_model), bias=0.0)
+    save_plan(ranked(lm).with_changes(when=when), tmp_path / "with")
+    save_plan(ranked(lm), tmp_path / "without")
+    (tmp_path / "without/plan.yaml").write_bytes((tmp_path / "with/plan.yaml").read_bytes())
+    with pytest.raises(UserError, match=r"does not hold when\.weight of plan\.yaml"):
+        load_plan(tmp_path / "without")
+    with pytest.raises(UserError, match="`when` reads layer 9 with 32 numbers"):
+        ranked(lm).with_changes(when=dataclasses.replace(when, layer=9))
+    with pytest.raises(UserError, match="must be one row of finite numbers"):
+        dataclasses.replace(when, weight=torch.full((lm.d_model,), torch.nan))
 
 
 def test_a_folder_of_plans_names_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.steering.hooking.passes import PassTokens
+from saesteer.steering.hooking.tracking.passes import PassTokens
 
 
 class NotFiniteError(UserError):

@@ -13,7 +13,7 @@ from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import pad_left
 from saesteer.steering.hooking.hook import steer
 
-from ..hook_reference import (
+from ...hook_reference import (
     generate,
     positions_of,
     prompts_of,
@@ -22,7 +22,7 @@ from ..hook_reference import (
     reference_greedy,
     reference_logits,
 )
-from ..whole_row import CLOSE, STEPS, make_sae
+from ...whole_row import CLOSE, STEPS, make_sae
 
 pytestmark = pytest.mark.usefixtures("endless")
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import LanguageModel, text_config, uncompiled
 from saesteer.sae.text.prompts import EncodedPrompt
-from saesteer.steering.hooking.finite import FiniteOutput
-from saesteer.steering.hooking.passes import (
+from saesteer.steering.hooking.tracking.finite import FiniteOutput
+from saesteer.steering.hooking.tracking.passes import (
     Call,
     PassTokens,
     cache_in,
@@ -33,7 +33,8 @@ from saesteer.steering.hooking.passes import (
     past_length,
     visible_keys,
 )
-from saesteer.steering.hooking.taps import guided, steered_by_this_thread, tapped, unpacked
+from saesteer.steering.hooking.tracking.plain_pass import PlainWanted, in_plain_pass, read_plain
+from saesteer.steering.hooking.tracking.taps import guided, steered_by_this_thread, tapped, unpacked
 
 
 class _OfThread(threading.local):
@@ -84,12 +85,14 @@ class PositionTracker:
         self._known_lengths = sorted({len(tokens) for tokens in self._known}, reverse=True)
         self.on_reorder: list[Callable[[Tensor], None]] = []
         """Called with the former row of each row when beams are reordered."""
+        self.plain_wanted: list[PlainWanted] = []
+        """What is read in a plain pass over the prompts before each call's first pass."""
         self._tapped_cache: Any = None
 
     @property
     def current(self) -> PassTokens | None:
-        """The tokens of the pass that this thread is in."""
-        return self._now.current
+        """The tokens of the pass that this thread is in; None in a plain pass."""
+        return None if in_plain_pass() else self._now.current
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -117,21 +120,25 @@ class PositionTracker:
             self._finite.settle()
 
     def _on_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_plain_pass():
+            return
         self._take_turn()
         self._now.inside_outer = True
         self._begin(module, args, kwargs)
 
     def _after_outer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if in_plain_pass():
+            return
         self._now.inside_outer = False
         self._end(output)
 
     def _on_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._now.inside_outer:
+        if not (self._now.inside_outer or in_plain_pass()):
             self._take_turn()
             self._begin(module, args, kwargs)
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._now.inside_outer:
+        if not (self._now.inside_outer or in_plain_pass()):
             self._end(output)
 
     def _take_turn(self) -> None:
@@ -196,7 +203,7 @@ class PositionTracker:
         # else: no token after the prompts of `generate` is padding.
         if call is None:
             assert real is not None
-            call = self._open(ids, real, now.generating)
+            call = self._open(ids, real, now.generating, embeds)
         now.call = call
         call.factor(batch)
         if now.generating and self.passes > call.first_pass and cache is None:
@@ -210,6 +217,8 @@ class PositionTracker:
         if told and (real is not None or tokens.device.type == "cpu"):
             check_position_ids(place, now.current, self._lm.name)
         self._remember(cache, call, columns)
+        if self.plain_wanted and not call.plain:
+            call.plain = read_plain(self._lm, call, self.plain_wanted, given)
 
     @functools.cached_property
     def _without_length(self) -> frozenset[int]:
@@ -306,7 +315,9 @@ class PositionTracker:
                 if isinstance(ids, Tensor) and ids.shape[-1] > 0:
                     now.call = self._open(ids, _prompt_mask(model, ids, args, kwargs), True)
                 elif isinstance(embeds, Tensor):
-                    now.call = self._open(None, _prompt_mask(None, embeds, args, kwargs), True)
+                    now.call = self._open(
+                        None, _prompt_mask(None, embeds, args, kwargs), True, embeds
+                    )
                 # else: generate starts from a token of its own, and the first pass shows it
                 yield
                 self._finite.settle()
@@ -323,7 +334,9 @@ class PositionTracker:
         finally:
             self._now.left_alone = before
 
-    def _open(self, ids: Tensor | None, real: Tensor, generating: bool) -> Call:
+    def _open(
+        self, ids: Tensor | None, real: Tensor, generating: bool, embeds: Tensor | None = None
+    ) -> Call:
         """Begin a call whose prompts are the real columns given."""
         lengths: list[int] = real.sum(dim=1).tolist()
         prompts: list[EncodedPrompt | None] = [None] * len(lengths)
@@ -346,7 +359,8 @@ class PositionTracker:
                     f"given {len(lengths)}"
                 )
             lengths = list(self._lengths)
-        call = Call(len(self.calls), lengths, prompts, real, ids, generating, self.passes + 1)
+        number, first = len(self.calls), self.passes + 1
+        call = Call(number, lengths, prompts, real, ids, generating, first, embeds)
         self.calls.append(call)
         return call
 

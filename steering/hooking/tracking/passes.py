@@ -1,17 +1,34 @@
 """A call of the model and its forward passes: which rows there are, where their tokens lie, and
 what the arguments of a pass say about that."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.places import Place
 from saesteer.sae.text.prompts import EncodedPrompt
+
+
+@dataclass(frozen=True, eq=False)
+class PlainRows:
+    """Residuals of the unsteered model at some positions of each row's prompt, in float32."""
+
+    first: Int[Tensor, " rows"]
+    """The position of the first one kept."""
+    states: Tensor
+    """`[rows, positions, d_model]`."""
+
+    def at(self, spans: Sequence[tuple[int, int]]) -> Float[Tensor, "rows d_model"]:
+        """The residual at the first position of one span for each row."""
+        starts = torch.tensor([start for start, _ in spans], device=self.first.device)
+        rows = torch.arange(len(self.states), device=self.states.device)
+        return self.states[rows, (starts - self.first).to(self.states.device)]
 
 
 @dataclass(eq=False)
@@ -28,6 +45,10 @@ class Call:
     generating: bool
     first_pass: int = 0
     """Number of the first forward pass that belongs to the call, from 1."""
+    embeds: Tensor | None = None
+    """What the call began with in place of `ids`."""
+    plain: dict[Place, PlainRows] = field(default_factory=dict)
+    """What edits asked for of the unsteered model, by hook point."""
     _ends: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,1 @@
+"""Finds how to steer towards one instruction: layers, phases, directions or latents, doses."""

@@ -1,0 +1,1 @@
+"""Which tokens a forward pass holds, and where they lie in their rows, however it is run."""

@@ -127,7 +127,7 @@ def _figures(sums: Sums) -> Sums:
 def _compared(sae: SAE, against: str | SAE | None) -> dict[str, Any] | None:
     if against is None:
         return None
-    return stability(sae, against if isinstance(against, SAE) else load_sae(against))
+    return stability(sae, against if isinstance(against, SAE) else load_sae(against, setting="against"))
 
 
 def _read(

@@ -94,8 +94,9 @@ def load_sae(
         if listed := without_id(text):
             raise UserError(f"`{setting}` {text} {listed}")
         raise UserError(
-            f"`{setting}` {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
-            " a folder or file in another format, RELEASE:ID of sae_lens, or REPO@REVISION:ID"
+            f"`{setting}` {text} does not exist: give a folder with cfg.json and "
+            "sae_weights.safetensors, a folder or file in another format, RELEASE:ID of sae_lens, "
+            "or REPO@REVISION:ID"
         )
     return sae.to(device, dtype)
 

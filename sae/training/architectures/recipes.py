@@ -119,8 +119,8 @@ def with_recipe(
 
 
 def _check_other_arch(recipe: str, config: TrainConfig) -> None:
-    """Refuse what another architecture cannot take: a setting of the recipe would else be refused as
-    if it had been given."""
+    """Refuse what another architecture cannot take: else a setting of the recipe would be refused
+    as if it had been given."""
     check_name(config.arch)
     try:
         check_settings(config)

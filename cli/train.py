@@ -111,7 +111,7 @@ def add_flags(parser: VerbParser) -> None:
     shape.add_argument(
         "--recipe",
         metavar="NAME",
-        help="published settings, with their units converted; flags that are given win: "
+        help="published settings, with their units converted; flags that are given win (default: none): "
         f"{', '.join(recipe_lines())}",
     )
     shape.add_argument(

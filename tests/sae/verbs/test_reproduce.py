@@ -106,7 +106,7 @@ def test_what_differs_is_said(run: Path, tmp_path: Path) -> None:
 
 def test_shards_that_moved_and_shards_that_changed(run: Path, shards: Path, tmp_path: Path) -> None:
     shards.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="holds no manifest.json"):
+    with pytest.raises(UserError, match="does not exist: give a folder made by harvest"):
         reproduce(run)
     found = reproduce(run, activations=tmp_path / "moved")
     assert found["equal"]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_spec import DTYPES, SAESpec
+from saesteer.checkpoints.shown import Shown
 
 # SAELens and OpenAI's code both add this to the standard deviation, not to the variance.
 _LAYER_NORM_EPS = 1e-5
@@ -31,8 +32,8 @@ _LAYER_NORM_EPS = 1e-5
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class SAE:
+@dataclass(repr=False)
+class SAE(Shown):
     """An SAE's weights and what they compute.
 
     Weights of a SAELens file are exactly the file's: nothing is folded or normalised on load. What
@@ -61,6 +62,21 @@ class SAE:
     """The format it was read from; a key of `saesteer.checkpoints.formats.READERS`."""
     notes: tuple[str, ...] = ()
     """What the reader folded, assumed or left out, one sentence each."""
+
+    def _facts(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "architecture": spec.architecture,
+            "d_model": spec.d_model,
+            "d_sae": spec.d_sae,
+            "k": spec.k,
+            "layer": spec.layer,
+            "site": spec.site,
+            "model": spec.model_name,
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "device": str(self.W_enc.device),
+            "source": self.source,
+        }
 
     def pre_acts(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
         """The values that the activation function chooses from (q above), in the SAE's dtype."""

@@ -61,7 +61,7 @@ def add_flags(parser: VerbParser) -> None:
         "--against",
         metavar="SAE",
         help="an SAE of another seed (a folder or RELEASE:ID): how far both have learnt the same "
-        "directions",
+        "directions (default: not measured)",
     )
     add_common(
         parser,

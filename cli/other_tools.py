@@ -119,7 +119,7 @@ VERBS = {
     "generate": "steer", "chat": "steer", "run": "steer", "infer": "steer", "cache": "harvest",
     "collect": "harvest", "extract": "harvest", "activations": "harvest", "fit": "train",
     "eval": "evaluate", "bench": "evaluate", "benchmark": "evaluate", "search": "rank",
-    "find": "rank", "select": "rank", "tune": "sweep", "upload": "push", "share": "push",
+    "select": "rank", "tune": "sweep", "upload": "push", "share": "push",
     "export": "convert", "import": "convert", "check": "doctor", "quickstart": "demo",
     "rerun": "reproduce", "plot": "watch", "monitor": "watch", "tensorboard": "watch",
 }  # fmt: skip

@@ -111,8 +111,8 @@ def add_flags(parser: VerbParser) -> None:
     shape.add_argument(
         "--recipe",
         metavar="NAME",
-        help="published settings, with their units converted; flags that are given win: "
-        f"{', '.join(recipe_lines())}",
+        help="published settings, with their units converted; flags that are given win (default: "
+        f"none): {', '.join(recipe_lines())}",
     )
     shape.add_argument(
         "--d-sae",

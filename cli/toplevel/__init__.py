@@ -18,6 +18,7 @@ Each loads its module on first use; the rest is in `saesteer.sae`, `saesteer.ste
 `import saesteer` gives.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from saesteer.steering.hooking.hook import steer as steer
     from saesteer.steering.plans.plan_file import load_plan as load_plan
     from saesteer.steering.ranking.rank import rank as rank
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if os.path.basename(_HERE) == "toplevel":
+    # A checkout, where the rooms lie two folders up. An editable install maps each of them, but not
+    # kernels/, which is no regular package.
+    __path__.append(os.path.dirname(os.path.dirname(_HERE)))
 
 _ROOMS = {
     "load_model": "sae",

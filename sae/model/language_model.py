@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from saesteer.checkpoints.errors import UsageError, UserError, reason_of
+from saesteer.checkpoints.shown import Shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOWERS_THAT_ARE_NOT_TEXT = ("vision", "visual", "image", "audio", "speech", "encoder")
 
 
-@dataclass(eq=False)
-class LanguageModel:
+@dataclass(eq=False, repr=False)
+class LanguageModel(Shown):
     """A causal language model with what the rest of the toolkit needs to know about it.
 
     `blocks` are the decoder blocks of the text tower, in order; `fingerprint` identifies the
@@ -33,6 +34,16 @@ class LanguageModel:
     fingerprint: str
     blocks: nn.ModuleList
     blocks_path: str
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "blocks": self.n_layers,
+            "d_model": self.d_model,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "weights": self.fingerprint[:16],
+        }
 
     @property
     def n_layers(self) -> int:

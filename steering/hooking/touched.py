@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saesteer.checkpoints.shown import Shown, rounded
 from saesteer.steering.hooking.tracking.passes import Call, PassTokens, grown
 
 
@@ -47,8 +49,8 @@ class TouchedRow:
         )
 
 
-@dataclass(eq=False)
-class SteerReport:
+@dataclass(eq=False, repr=False)
+class SteerReport(Shown):
     """What `steer` did so far. A position that is run again (no cache, drafts) counts once.
 
     A position that several plans or parts edit also counts once, with the norms of the edit that is
@@ -61,6 +63,15 @@ class SteerReport:
     """One report for each of several plans, in their order; for a single plan, one for each of
     several parts. Parts of a `ByRow` that share a hook share a report."""
     _records: list["Record"] = field(default_factory=list)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "passes": self.passes,
+            "rows": len(self.rows),
+            "tokens_touched": self.tokens_touched,
+            "relative_dose": rounded(self.relative_dose),
+            "parts": len(self.parts) or None,
+        }
 
     @property
     def rows(self) -> list[TouchedRow]:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.shown import Shown
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.hooking.gates import Gate
 from saesteer.steering.plans.condition import Condition as Condition
@@ -53,8 +54,8 @@ class _OfParts(Generic[T]):
         return value
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, init=False)
-class Plan:
+@dataclass(frozen=True, kw_only=True, eq=False, init=False, repr=False)
+class Plan(Shown):
     """Parts, in the order in which they edit, and the model that they are for.
 
     Most plans have one part, whose fields can be used as if they were the plan's own:
@@ -94,6 +95,24 @@ class Plan:
     gate_b_enc = _OfParts[Tensor | None]()
     gate_threshold = _OfParts[Tensor | None]()
     ids = _OfParts[tuple[int, ...]]()
+
+    def _facts(self) -> dict[str, Any]:
+        parts = self.parts
+        layers = sorted({part.layer for part in parts})
+        shared = {
+            name: next(iter(values)) if len(values) == 1 else "several"
+            for name in ("site", "method", "scope", "scale")
+            if (values := {getattr(part, name) for part in parts})
+        }
+        return {
+            "model": self.model.name,
+            "task": None if self.task is None else repr(self.task.name),
+            "parts": None if len(parts) == 1 else len(parts),
+            "layers": layers[0] if len(layers) == 1 else layers,
+            **shared,
+            "latents": sum(len(part.latents) for part in parts),
+            "conditional": "yes" if self.when is not None else None,
+        }
 
     def __init__(
         self,

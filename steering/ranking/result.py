@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.shown import Shown
 from saesteer.sae.model.hooks import HookPoint
 from saesteer.steering.ranking.causal import CausalTrial
 from saesteer.steering.ranking.chance import Shuffled
@@ -22,8 +23,8 @@ STABLE_K = 15
 """The k of Jaccard@k: the number of latents in the paper's headline setting."""
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ranking(Shown):
     """Scores of every latent for one task, each `[d_sae]` float64.
 
     `mu` and `sigma` are over the positive samples where the latent is active, `highest` is the
@@ -67,6 +68,35 @@ class Ranking:
     """Number of instructed replies that are used, and of all of them."""
     excluded: dict[str, int] = field(default_factory=lambda: {"sinks": 0})
     """Positions that would have been read and were left out, by reason."""
+
+    def _facts(self) -> dict[str, Any]:
+        best = best_first(self.score, self.mu)[:5].tolist()
+        return {
+            "task": repr(self.task.name),
+            "by": self.config.resolved_by,
+            "read": self.config.read,
+            "layer": self.point.layer,
+            "d_sae": len(self.score),
+            "best": {latent: float(f"{float(self.score[latent]):.3g}") for latent in best},
+        }
+
+    def to_frame(self) -> Any:
+        """Every latent as a row of a pandas DataFrame, the best first, with `latent` as the index.
+
+        Columns: `score`, `rate_positive`, `rate_negative`, `mean_difference`, `mu`, `sigma`, `p`,
+        `q`, and every further score that was computed. Needs pandas.
+        """
+        import pandas
+
+        order = best_first(self.score, self.mu)
+        own = {
+            name: getattr(self, name)[order].numpy(force=True)
+            for name in ("score", "rate_positive", "rate_negative", "mean_difference", "mu",
+                         "sigma", "p", "q")
+        }  # fmt: skip
+        more = {name: values[order].numpy(force=True) for name, values in self.columns.items()}
+        index = pandas.Index(order.tolist(), name="latent")
+        return pandas.DataFrame({**more, **own}, index=index)
 
     def top(self, k: int) -> list[int]:
         """The best k latents that no filter in `config.drop` removes: by score, mu, then number.

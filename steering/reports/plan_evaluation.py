@@ -8,10 +8,12 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import plain, read_json, write_json, write_text
 from saesteer.checkpoints.sae_file import SAE
+from saesteer.checkpoints.shown import Shown
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.steering.evaluation.compare import CompareConfig, Comparison, compare
 from saesteer.steering.evaluation.judge import Judge
+from saesteer.steering.grades.grade import GRADES
 from saesteer.steering.ifeval.benchmark import (
     INSTRUCTION_OF,
     IFEvalPrompt,
@@ -52,8 +54,8 @@ class TaskPlans:
         return found
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """What `evaluate_plans` found."""
 
     document: dict[str, Any]
@@ -62,6 +64,33 @@ class Evaluation:
     """One for each task."""
     warnings: tuple[str, ...]
     """What could not be measured, and doses that leave the model's norm range."""
+
+    def _facts(self) -> dict[str, Any]:
+        tasks = self.document["tasks"]
+        return {
+            "model": self.document["model"]["name"],
+            "tasks": [task["task"]["name"] for task in tasks],
+            "arms": [arm["name"] for arm in tasks[0]["arms"]] if tasks else None,
+            "warnings": len(self.warnings) or None,
+        }
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each task and arm, and the rates of the four grades.
+
+        A rate is None where it was not graded. Needs pandas.
+        """
+        import pandas
+
+        rows = [
+            {
+                "task": task["task"]["name"],
+                "arm": arm["name"],
+                **{name: arm[name][0] if arm[name] else None for name in GRADES},
+            }
+            for task in self.document["tasks"]
+            for arm in task["arms"]
+        ]
+        return pandas.DataFrame(rows)
 
     def save(self, folder: str | Path) -> None:
         """Write `report.json` and `report.html` into a folder, made if missing."""

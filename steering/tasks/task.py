@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saesteer.checkpoints.errors import UsageError, UserError, meant
+from saesteer.checkpoints.shown import Shown
 from saesteer.checkpoints.strict_fields import read_fields
 from saesteer.steering.checks.catalogue import CHECKS, Verdict, run_check
 from saesteer.steering.checks.readings import loose_variants
@@ -54,8 +55,8 @@ class Variant:
     """What the wording is for: selecting latents, or evaluating them."""
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, repr=False)
+class Task(Shown):
     """One instruction with its wordings, its contents by split, and the check that grades it."""
 
     name: str
@@ -72,6 +73,15 @@ class Task:
     """Keyword arguments of the check."""
     max_new_tokens: int = 64
     """Longest reply in tokens: enough for the prompted model to finish an answer."""
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "name": repr(self.name),
+            "instruction": repr(self.instruction),
+            "wordings": len(self.wordings),
+            "contents": {split: len(texts) for split, texts in self.contents.items()},
+            "check": self.check_name,
+        }
 
     @cached_property
     def hash(self) -> str:

@@ -278,7 +278,7 @@ def test_flags_of_reading_and_storing(cli: Cli, model: Path, tmp_path: Path) -> 
     [
         (["--batch-size", "some"], "--batch-size must be a whole number, got 'some'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, or auto, got '0'"),
-        (["--quantize", "3bit"], "--quantize invalid choice: '3bit'"),
+        (["--quantize", "3bit"], "--quantize must be one of 8bit, 4bit, got '3bit'"),
         (["--shard-tokens", "0"], "--shard-tokens must be at least 1, got 0"),
         (["--rank-timeout", "0"], "--rank-timeout must be at least 1, got 0"),
     ],

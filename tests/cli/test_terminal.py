@@ -50,6 +50,14 @@ LINES: dict[str, list[tuple[str, str]]] = {
             "IFEval: 1 prompts",
         ),
     ],
+    "grade": [("--task question --answers ANSWERS", "follows")],
+    "find": [
+        (
+            "--model MODEL --task TASK --budget-minutes 0.001 --train-contents 4 --dev-contents 2 "
+            "--n 2 --batch-size 12 --dtype float32 -o NEW",
+            "settings tried",
+        )
+    ],
     "convert": [
         ("--from SAE --to NEW --format sparsify", "allowed:"),
         ("--from PLAN --to NEW --format lm-eval --as-scope all", "written to"),
@@ -95,9 +103,11 @@ def test_verbs_print_on_a_terminal(
 ) -> None:
     ifeval, changed = tmp_path / "ifeval.jsonl", tmp_path / "changed"
     ifeval.write_text(json.dumps(IFEVAL) + "\n")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"content": "It rains.", "answer": "Does it rain?"}) + "\n")
     names = {
         "MODEL": model, "ACTS": acts, "SAE": sae, "PLAN": plan, "TASK": task, "IFEVAL": ifeval,
-        "NEW": tmp_path / "new", "CHANGED": changed,
+        "NEW": tmp_path / "new", "CHANGED": changed, "ANSWERS": answers,
     }  # fmt: skip
     words = line.split()
     if "HAND/" in line:

@@ -327,7 +327,7 @@ def test_hub_models_are_read_through_the_guarded_call(
     folder = tiny_model_dir()
     asked: list[tuple[str, str]] = []
 
-    def resolve(name: str, progress: Any) -> ResolvedModel:
+    def resolve(name: str, progress: Any, **how: Any) -> ResolvedModel:
         return ResolvedModel(name, str(folder), "hub", local_files_only=False)
 
     def call(read: Callable[[], Any], what: str, todo: str) -> Any:

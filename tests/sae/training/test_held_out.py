@@ -157,8 +157,8 @@ def test_figures_are_those_of_the_file(shards: Path, tmp_path: Path) -> None:
     error = (x - sae.reconstruct(x)).square().sum() / (x - x.mean(dim=0)).square().sum()
     l0 = (sae.encode(x) != 0).sum().item() / len(x)
     assert run["final"]["held_out_rows"] == held_back
-    # Float32 in rows of length 1,000: 1e-4 of each error.
-    assert run["sae"]["fvu_heldout"] == pytest.approx(float(error), rel=1e-3)
+    # Float32 in rows of length 1,000, where a latent at the threshold may fall on either side.
+    assert run["sae"]["fvu_heldout"] == pytest.approx(float(error), rel=5e-3)
     assert run["sae"]["l0_heldout"] == pytest.approx(l0, abs=0.02)
     assert run["sae"]["l0_heldout"] == pytest.approx(4, abs=0.02), "the threshold was set on them"
     assert read_json(tmp_path / "run.json")["sae"] == run["sae"]

@@ -79,6 +79,16 @@ def test_the_best_are_by_score_then_mu_then_number(lm: LanguageModel) -> None:
     assert ranking.top(2) == [3, 1]
 
 
+def test_a_ranking_shows_its_best_and_is_a_frame(lm: LanguageModel) -> None:
+    ranking = made_ranking(lm, [0.0, 0.5, *[0.0] * (D_SAE - 2)], [1.0] * D_SAE)
+    best = 1
+    assert "best={1: 0.5, " in repr(ranking) and len(repr(ranking)) < 400
+    frame = ranking.to_frame()
+    assert frame.index.name == "latent" and frame.index[0] == best
+    assert len(frame) == len(ranking.score)
+    assert frame.loc[best, "score"] == float(ranking.score[best])
+
+
 @pytest.mark.parametrize("by", ["saif", "rate"])
 def test_scores_that_tie_are_equal_to_the_bit(
     by: str, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch

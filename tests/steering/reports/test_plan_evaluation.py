@@ -58,6 +58,10 @@ def test_a_report_with_what_lies_with_the_plan(lm: LanguageModel, tmp_path: Path
     assert task["stability"] == ranking["stability"] and task["shuffled"] is None
     assert [arm["name"] for arm in task["arms"]] == ["unsteered", "steered"]
     assert "steered" in found.document["ifeval"]["arms"]
+    assert "arms=['unsteered', 'steered']" in repr(found) and len(repr(found)) < 400
+    frame = found.to_frame()
+    assert list(frame["arm"]) == ["unsteered", "steered"]
+    assert list(frame["follows"]) == [arm["follows"][0] for arm in task["arms"]]
     found.save(tmp_path / "report")
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written == json.loads(json.dumps(plain(found.document)))

@@ -63,6 +63,8 @@ def load_sae(
     path_or_release: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
+    *,
+    setting: str = "sae",
 ) -> SAE:
     """Open an SAE: a folder or weights file in any format of `saesteer.checkpoints.formats`;
     `RELEASE:ID` from SAELens' list on the Hub; or what `push` shared, as `REPO@REVISION:ID` or
@@ -70,7 +72,7 @@ def load_sae(
 
     A revision of 40 hexadecimal digits is a commit, which identifies the weights permanently.
     The format is recognised by the names of files and tensors. With `dtype` None the dtype that
-    the file states is kept.
+    the file states is kept. `setting` is what errors call `path_or_release` by.
 
     Raises:
         UserError: nothing there, a file missing, cut short or unsafe, shapes or values that cannot
@@ -90,10 +92,11 @@ def load_sae(
         sae = load_release(text)
     else:
         if listed := without_id(text):
-            raise UserError(f"`sae` {text} {listed}")
+            raise UserError(f"`{setting}` {text} {listed}")
         raise UserError(
-            f"`sae` {text} does not exist: give a folder with cfg.json and sae_weights.safetensors,"
-            " a folder or file in another format, RELEASE:ID of sae_lens, or REPO@REVISION:ID"
+            f"`{setting}` {text} does not exist: give a folder with cfg.json and "
+            "sae_weights.safetensors, a folder or file in another format, RELEASE:ID of sae_lens, "
+            "or REPO@REVISION:ID"
         )
     return sae.to(device, dtype)
 

@@ -86,7 +86,7 @@ def read_answers(name: str) -> tuple[list[str], list[str]]:
             raise UserError(f"{where} is no JSON object: give content and answer on each line")
         for key, into in (("content", contents), ("answer", answers)):
             if not isinstance(row.get(key), str):
-                held = f"a {type(row[key]).__name__}" if key in row else "missing"
+                held = json.dumps(row[key])[:40] if key in row else "missing"
                 raise UserError(f"{where}: key {key!r} is {held}, and must be a text")
             into.append(row[key])
     return contents, answers

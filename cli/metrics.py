@@ -77,9 +77,11 @@ def run(args: Namespace) -> int:
     need(args, "--sae", "the SAE to measure, a folder or RELEASE:ID")
     read = {"model": args.model, "sae": args.sae, "data": args.data, "against": args.against}
     with reserved(args, **read), reporting(args) as report:
+        from saesteer.checkpoints.sae_file import load_sae
         from saesteer.sae import metrics
 
         check_reading(args)
+        against = None if args.against is None else load_sae(args.against, setting="against")
         sae = open_sae(args, report)
         lm = open_model(args, report, name=sae.spec.model_name)
         sae = sae.to(lm.device)
@@ -87,7 +89,7 @@ def run(args: Namespace) -> int:
             sae,
             lm,
             config,
-            against=args.against,
+            against=against,
             layer=args.layer,
             site=args.site,
             force=args.force,
@@ -118,6 +120,15 @@ def _write(folder: Path, args: Namespace, found: Document) -> None:
     write_json(folder / "metrics.json", found)
 
 
+def _places(found: Document) -> str:
+    """The places that figures are of: a crosscoder's all, a transcoder's the one it writes."""
+    read = f"layer {found['layer']} ({found['site']})"
+    writes = [f"layer {layer} ({site})" for layer, site in found.get("writes") or ()]
+    if len(writes) > 1:
+        return " and ".join(writes)
+    return f"read at {read}, measured at {writes[0]}" if writes else read
+
+
 def _print_table(found: Document, out: Path | None) -> None:
     rows = []
     for name, meaning in _FIGURES.items():
@@ -132,7 +143,7 @@ def _print_table(found: Document, out: Path | None) -> None:
     _print_latents(found)
     excluded = found["excluded"]
     print(
-        f"layer {found['layer']} ({found['site']}), {amount(found['tokens'])} tokens of "
+        f"{_places(found)}, {amount(found['tokens'])} tokens of "
         f"{amount(found['documents'])} documents; left out {amount(excluded['special'])} special "
         f"tokens and {amount(excluded['sinks'])} attention sinks"
     )

@@ -127,7 +127,8 @@ def _figures(sums: Sums) -> Sums:
 def _compared(sae: SAE, against: str | SAE | None) -> dict[str, Any] | None:
     if against is None:
         return None
-    return stability(sae, against if isinstance(against, SAE) else load_sae(against))
+    other = against if isinstance(against, SAE) else load_sae(against, setting="against")
+    return stability(sae, other)
 
 
 def _read(

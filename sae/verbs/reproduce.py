@@ -132,7 +132,9 @@ def _recorded(folder: Path) -> dict[Path, dict[str, Any]]:
         run = read_json(place / "run.json")
         if not isinstance(run, dict) or run.get("verb") != "train":
             verb = run.get("verb") if isinstance(run, dict) else None
-            raise UserError(f"{place} holds a run of {verb!r}; only those of train are repeated")
+            raise UserError(
+                f"{place} holds a run of {verb!r}; only those of train and harvest are repeated"
+            )
         if run.get("complete") is not True or not isinstance(run.get("sae"), dict):
             raise UserError(f"the run in {place} was not finished: finish it with `resume` first")
         if run.get("extended"):

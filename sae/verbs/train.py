@@ -80,7 +80,7 @@ def train(
     start = None
     if config.init_from is not None:
         config = replace(config, init_from=as_given(config.init_from))
-        start = load_sae(str(config.init_from))
+        start = load_sae(str(config.init_from), setting="init_from")
         config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
     with folder_lock(folder):
         if resume or not force:

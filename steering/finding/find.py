@@ -9,6 +9,7 @@ from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.model.sae_places import is_plain
 from saesteer.steering.evaluation.arms import Decoding, contents_to_grade
 from saesteer.steering.evaluation.damage import NeutralProbe, neutral_questions
 from saesteer.steering.finding.found import Found, LatentResult, budget_problems
@@ -103,6 +104,12 @@ def find(
     test = contents_to_grade(task, "test")[: config.test]
     lm = as_language_model(model, device=device, dtype=dtype)
     opened = [sae if isinstance(sae, SAE) else load_sae(str(sae)) for sae in saes]
+    for sae in opened:  # before minutes of sampling
+        if not is_plain(sae):
+            raise UserError(
+                f"`sae` {sae.source or '(in memory)'} reads or writes several places: give SAEs of "
+                "one place, no transcoder or crosscoder"
+            )
     return _Finding(lm, task, opened, config, dev, test, progress, clock).run()
 
 

@@ -65,7 +65,7 @@ def test_translations_without_a_dictionary_say_so(
         ("not json", "line 1 is no JSON object: give content and answer on each line"),
         ("[1]", "line 1 is no JSON object"),
         ('{"content": "a"}', "line 1: key 'answer' is missing, and must be a text"),
-        ('{"content": 3, "answer": "b"}', "line 1: key 'content' is a int, and must be a text"),
+        ('{"content": 3, "answer": "b"}', "line 1: key 'content' is 3, and must be a text"),
         ("", "holds no answer: give one a line"),
     ],
 )

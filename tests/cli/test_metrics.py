@@ -84,7 +84,7 @@ def test_against_another_sae(cli: Cli, model: Path, sae: Path, tmp_path: Path) -
     line = cli("metrics", "--sae", sae, "--model", model, "-q", "--against", tmp_path / "no").error(
         1
     )
-    assert f"{tmp_path / 'no'} does not exist" in line
+    assert f"--against {tmp_path / 'no'} does not exist" in line
 
 
 def test_the_sae_names_its_model(cli: Cli, sae: Path) -> None:

@@ -111,7 +111,7 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
         (["--activations", "a", "--isolate-documents"], "--isolate-documents needs --model"),
         (["--model", "a"], "--layer is missing"),
         (
-            ["--model", "a", "--layer", "1", "--arch", "relu"],
+            ["--model", "a", "--layer", "1", "--arch", "rely"],
             "--arch must be one of topk, abstopk, batchtopk",
         ),
         (
@@ -155,6 +155,7 @@ def fails(cli: Cli, status: int, tmp_path: Path, *words: object) -> str:
             ["--activations", "a", "--arch", "transcoder"],
             "--arch transcoder needs --to-layer or --to-site",
         ),
+        (["--activations", "a", "--arch", "relu"], "--arch relu is called standard here"),
         (["--activations", "a,b"], "several folders of --activations are for --arch crosscoder"),
         (["--activations", "a", "--recipe", "x"], "--recipe must be one of topk-gao, batchtopk-"),
         (

@@ -24,9 +24,23 @@ ARCHITECTURES = {
 }
 """Each value of `arch`, and the module and class that implement it."""
 
+_ELSEWHERE = {
+    "relu": "standard",
+    "vanilla": "standard",
+    "l1": "standard",
+    "batch_topk": "batchtopk",
+    "batch-topk": "batchtopk",
+    "matryoshka_batchtopk": "matryoshka",
+    "skip_transcoder": "skip-transcoder",
+    "gemma_scope_2": "gemma-scope-2",
+}
+"""What other trainers call them."""
+
 
 def check_name(name: str) -> None:
     """Raise UsageError for a name that no architecture has."""
+    if name in _ELSEWHERE:
+        raise UsageError(f"`arch` {name} is called {_ELSEWHERE[name]} here")
     if name not in ARCHITECTURES:
         raise none_of("`arch`", ARCHITECTURES, name)
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from saesteer.checkpoints.errors import none_of
+from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.sae.config import JumpReLUConfig, TrainConfig
+from saesteer.sae.training.architectures import check_name, check_settings
 
 _MOST_OF_A_RUN = 5
 
@@ -109,10 +110,25 @@ def with_recipe(
         ]
     details = JumpReLUConfig(**{**one.jumprelu, **jumprelu})
     config = TrainConfig(**{**one.settings, **given}, jumprelu=details)
+    if config.arch != one.settings["arch"]:
+        _check_other_arch(recipe, config)
     rising, most = config.sparsity_warmup_steps, config.steps // _MOST_OF_A_RUN
     if "sparsity_warmup_steps" not in given and rising is not None and rising > most:
         config = replace(config, sparsity_warmup_steps=most)
     return config, told
+
+
+def _check_other_arch(recipe: str, config: TrainConfig) -> None:
+    """Refuse what another architecture cannot take: else a setting of the recipe would be refused
+    as if it had been given."""
+    check_name(config.arch)
+    try:
+        check_settings(config)
+    except UsageError as error:
+        raise UsageError(
+            f"`arch` {config.arch} does not go with the recipe {recipe}, which is for "
+            f"{RECIPES[recipe].settings['arch']} ({error}): leave one of them out"
+        ) from error
 
 
 def _shown(value: Any) -> str:

@@ -142,7 +142,7 @@ def test_what_cannot_be_repeated(run: Path, tmp_path: Path) -> None:
             "restore run.json.*'k' must be a list",
         ),
         ({**record, "config": {**record["config"], "text": 3}}, "key 'text' must be a mapping"),
-        ([], "only those of train"),
+        ([], "only those of train and harvest"),
     ]
     for content, message in cases:
         write_json(run / "run.json", content)

@@ -50,6 +50,10 @@ def test_what_is_given_wins_and_is_told() -> None:
     assert config.sparsity_warmup_steps == 700
     with pytest.raises(UsageError, match="`recipe` must be one of topk-gao, .*, got 'x'"):
         with_recipe("x", {}, {})
+    with pytest.raises(UsageError, match="`arch` gated does not go with the recipe topk-gao"):
+        with_recipe("topk-gao", {"arch": "gated"}, {})
+    with pytest.raises(UsageError, match="^`arch` must be one of"):
+        with_recipe("topk-gao", {"arch": "x"}, {})
     assert JumpReLUConfig() == with_recipe("standard-2024", {}, {})[0].jumprelu
 
 

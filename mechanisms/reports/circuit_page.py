@@ -38,6 +38,7 @@ def render_circuit(document: Mapping[str, Any]) -> str:
             columns = [str(head) for head in range(len(g["scores"][0]))]
             title = f"{g['name']} at {g['at']}: (p' - p) / p of the answer"
             parts.append(f"<h3>{escape(title)}</h3>")
+            parts.append(note("Rows are blocks, columns heads."))
             parts.append(diverging_map(g["scores"], rows, columns, title))
     parts += ["<h2>Test</h2>", _test(test), *_completeness(test)]
     for mask in document["masks"]:

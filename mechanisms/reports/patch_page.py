@@ -51,6 +51,7 @@ def render_patch(result: PatchResult) -> str:
         *map(warning, result.warnings()),
     ]
     kind = "effect" if config.fast is None else f"effect, by {config.fast} where not exact"
+    parts.append(note("In the maps rows are blocks; columns are heads, or positions."))
     for title, rows, columns, values in result.maps():
         parts.append(f"<h2>{escape(title)}</h2>")
         parts.append(diverging_map(values.tolist(), rows, columns, f"{title}: {kind} by block"))

@@ -58,7 +58,7 @@ def test_tuning_strengthens_what_the_base_does(tmp_path: Path) -> None:
     assert found["base"][4] > 0.9 and found["tuned"][7] > 0.95
     assert found["tuned"][7] > found["base"][7]
     study = study_circuit(
-        str(tmp_path / "base"), load_pairs(tmp_path / "scenes.jsonl", n=80),
+        str(tmp_path / "base"), load_pairs(tmp_path / "scenes.jsonl", n=60),
         read_groups(tmp_path / "groups.yaml"), CircuitConfig(draws=4, random=4),
         cross=str(tmp_path / "tuned"),
     )  # fmt: skip

@@ -47,6 +47,10 @@ class Decoded:
     """The sum of the errors of a level and of those after it."""
     act_grads: Tensor
     """By pair: <suffix error at the latent's level, its decoder row>."""
+    ends: Sequence[int] = ()
+    """Where the prefixes end; empty of one level."""
+    row_starts: Tensor | None = None
+    """Of entries: where each example's begin, or each level's of each example; None of a matrix."""
 
     @property
     def levels(self) -> int:
@@ -97,7 +101,6 @@ class Pairs(ABC):
         acts: Tensor,
         decoded: Decoded,
         derivatives: Tensor,
-        ends: Sequence[int] = (),
         **rest: object,
     ) -> Pass:
         """The pass of these activations.
@@ -155,28 +158,26 @@ class Entries(Pairs):
             squared, error, act_grads = decode_mse(
                 acts, self.indices, W_dec, b_dec, target, self.row_starts
             )
-            return Decoded(squared.sum()[None], error, error[:, None], act_grads)
+            return Decoded(
+                squared.sum()[None], error, error[:, None], act_grads, ends, self.row_starts
+            )
         pieces = cut_at(self.indices, self.row_starts, ends)
         squared, last, suffix, act_grads = decode_prefixes(
             acts, self.indices, W_dec, b_dec, target, pieces, len(ends)
         )
-        return Decoded(squared.sum(dim=0), last, suffix, act_grads)
+        return Decoded(squared.sum(dim=0), last, suffix, act_grads, ends, pieces)
 
     def as_pass(
         self,
         acts: Tensor,
         decoded: Decoded,
         derivatives: Tensor,
-        ends: Sequence[int] = (),
         **rest: object,
     ) -> Pass:
-        factor = _factor(decoded)
-        levels = decoded.levels
-        starts, order = self.row_starts, self._order
-        if levels > 1:
+        factor, starts, order = _factor(decoded), decoded.row_starts, self._order
+        if decoded.levels > 1:
             # Each piece counts as an example of its own, with its suffix error; the pieces of an
             # example share its input.
-            starts = cut_at(self.indices, self.row_starts, ends)
             order = sort_indices(self.indices, self.d_sae, starts)
         dense = dict(rest.pop("dense"))  # type: ignore[call-overload]
         dense["b_dec"] = decoded.suffix[:, 0].sum(dim=0) * factor
@@ -237,21 +238,20 @@ class Matrix(Pairs):
             suffix[level] = errors[level] + suffix[level + 1]
         parts = [total @ W_dec[at].t() for at, total in zip(blocks, suffix, strict=True)]
         act_grads = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return Decoded(squares, errors[-1], torch.stack(suffix, dim=1), act_grads)
+        return Decoded(squares, errors[-1], torch.stack(suffix, dim=1), act_grads, ends)
 
     def as_pass(
         self,
         acts: Tensor,
         decoded: Decoded,
         derivatives: Tensor,
-        ends: Sequence[int] = (),
         **rest: object,
     ) -> Pass:
         factor = _factor(decoded)
         W_dec = torch.cat(
             [
                 acts[:, block].t() @ decoded.suffix[:, level]
-                for level, block in enumerate(_blocks(ends, self.d_sae))
+                for level, block in enumerate(_blocks(decoded.ends, self.d_sae))
             ]
         ).mul_(factor)
         grads = {

@@ -163,7 +163,6 @@ class JumpReLU(L0Target):
             acts,
             decoded,
             derivatives,
-            ends,
             loss=loss + extra,
             squared_error=decoded.squares[-1],
             squared_deviation=squared_deviation(target),

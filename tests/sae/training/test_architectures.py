@@ -107,7 +107,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_read(tmp_path: 
         train(tmp_path / "sae", config, activations=tmp_path / "nothing")
     assert not (tmp_path / "sae").exists()
     names = ", ".join(ARCHITECTURES)
-    with pytest.raises(UsageError, match=f"`arch` must be one of {names}, got 'relu'"):
+    with pytest.raises(UsageError, match=f"`arch` must be one of {names}, got 'softmax'"):
+        architecture_named("softmax")
+    with pytest.raises(UsageError, match="`arch` relu is called standard here"):
         architecture_named("relu")
 
 

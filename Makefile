@@ -52,11 +52,11 @@ test: env-dev
 	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: env-dev
-	@$(RUN) pytest --run-slow -m slow $(ARGS)
+	@$(RUN) pytest --run-slow --timeout 3600 -m slow $(ARGS)
 
 # What a kill, a failing disk, a power cut or a stranger's file may do; prints its counts.
 test-durable: env-dev
-	@FUZZ_EXAMPLES=1000 $(RUN) pytest --run-slow -rP tests/checkpoints/test_run_state.py \
+	@FUZZ_EXAMPLES=1000 $(RUN) pytest --run-slow --timeout 3600 -rP tests/checkpoints/test_run_state.py \
 		tests/checkpoints/test_malformed.py tests/checkpoints/test_safe_reading.py \
 		tests/checkpoints/test_fuzzed_reading.py \
 		tests/steering/plans/test_plan_malformed.py tests/steering/exchange tests/sae/training/test_kills.py \

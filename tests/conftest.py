@@ -119,6 +119,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="gpu: this machine has no CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> Iterator[None]:
+    """Name a failure when it happens, not only at the end, which a stopped run never reaches."""
+    status = yield
+    if report.failed and status and status[1] in ("F", "E") and status[2] not in ("", None):
+        category, letter, word = status
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = crash.message.partition("\n")[0] if crash else ""
+        return category, f"\n{letter} {report.nodeid} {reason}\n", word
+    return status
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how many tests did not run and why, also without -rs."""
     counts: dict[str, int] = {}

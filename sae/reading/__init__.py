@@ -1,0 +1,1 @@
+"""What single latents are: their contexts, statistics, neighbours, descriptions and pages."""

@@ -1,6 +1,5 @@
 """The logit lens: the tokens whose logits a direction of the residual stream raises."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.reading.lens import logits_of, normed
 
 _ROWS_AT_ONCE = 16384
 
@@ -19,26 +19,11 @@ def lens_tokens(lm: LanguageModel, direction: Float[Tensor, " d_model"], k: int 
 
 def lens_ids(lm: LanguageModel, directions: Float[Tensor, "n d_model"], k: int) -> list[list[int]]:
     """Ids of the k tokens that each direction raises most, best first."""
+    found: list[list[int]] = []
     with torch.inference_mode():
-        logits = lm.unembed(normed(lm, directions))
-        # Padded vocabularies have untrained rows after the last token.
-        logits = logits[:, : len(lm.tokenizer)].float()
-        found: list[list[int]] = logits.topk(k).indices.tolist()
+        for logits in logits_of(lm, directions, len(directions)):
+            found += logits.topk(k).indices.tolist()
     return found
-
-
-def normed(lm: LanguageModel, directions: Float[Tensor, "n d_model"]) -> Tensor:
-    """Directions through the final norm, as the unembedding sees them."""
-    weight = next(lm.unembed.parameters())
-    d = directions.to(weight.device, weight.dtype)
-    # The length only matters relative to the norm's epsilon, negligible at sqrt(d_model).
-    lengths = d.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    factor: Tensor = math.sqrt(d.shape[-1]) / lengths
-    d = d * factor.to(d.dtype)
-    if lm.final_norm is None:
-        return d
-    after: Tensor = lm.final_norm(d)
-    return after
 
 
 def lens_scores(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from saesteer.sae.reading.pieces import visible
+
 QUOTES = "“{}”"
 
 
@@ -232,7 +234,7 @@ class LatentCard:
         }
 
     def _repr_html_(self) -> str:
-        from saesteer.sae.reports.latent_pages import card_html
+        from saesteer.sae.reports.latent_card import card_html
 
         return card_html(self)
 
@@ -249,11 +251,6 @@ _DETECTION = ("positives", "found", "negatives", "refused", "unanswered")
 def quoted(tokens: Sequence[str]) -> str:
     """Tokens in quotation marks, with line breaks and tabs shown."""
     return ", ".join(QUOTES.format(visible(token)) for token in tokens)
-
-
-def visible(token: str) -> str:
-    """A token with line breaks, tabs and carriage returns as signs."""
-    return token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
 
 
 def short(value: float) -> float:

@@ -8,6 +8,11 @@ _LONGEST = 4
 """Bytes of a character in UTF-8, and so the most tokens that can share one."""
 
 
+def visible(token: str) -> str:
+    """A token with line breaks, tabs and carriage returns as signs."""
+    return token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+
+
 class Pieces:
     """Cuts runs of token ids into pieces of text; each token is decoded once."""
 

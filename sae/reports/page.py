@@ -23,6 +23,11 @@ def render(template: str, *, title: str, provenance: Mapping[str, Any], **values
     return page.render(title=title, provenance=provenance, **values)
 
 
+def fragment(template: str, **values: Any) -> str:
+    """A part of a page, for a notebook, from one of the templates."""
+    return _environment().get_template(template).render(**values)
+
+
 @cache
 def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined

@@ -275,6 +275,43 @@ def series_of(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(point.series for point in points))
 
 
+def histogram(
+    bins: Sequence[tuple[float, float, int]],
+    label: str,
+    *,
+    x_label: str,
+    width: float = 344.0,
+    height: float = 150.0,
+) -> str:
+    """Counts in bins of equal width on a logarithmic axis: (lower border, upper border, count).
+
+    Each bar shows its borders and its count while the mouse rests on it. Bars rise with the square
+    root of the count, so that a single one is still seen beside a thousand; the axis says so.
+    """
+    left, right, top, bottom = 8.0, 8.0, 12.0, height - 36.0
+    most = max((count for _, _, count in bins), default=0) or 1
+    step = (width - left - right) / max(1, len(bins))
+    body = [_line(left, bottom, width - right, bottom, _FAINT)]
+    for place, (low, high, count) in enumerate(bins):
+        if not count:
+            continue
+        tall = max(1.0, (bottom - top) * math.sqrt(count / most))
+        body.append(
+            f'<rect x="{left + step * place:.1f}" y="{bottom - tall:.1f}" '
+            f'width="{max(step - 1, 0.8):.1f}" height="{tall:.1f}" fill="{COLOURS[0]}">'
+            f"<title>{_short(low)} to {_short(high)}: {count:,}</title></rect>"
+        )
+    borders = [bins[0][0], *(high for _, high, _ in bins)] if bins else []
+    every = max(1, math.ceil(len(borders) / (width / 64)))
+    for place in range(0, len(borders), every):
+        x = left + step * place
+        anchor = "start" if not place else "end" if place == len(borders) - 1 else "middle"
+        body.append(_line(x, bottom, x, bottom + 3, _FIRM))
+        body.append(_text(x, bottom + 15, f"{borders[place]:.3g}", anchor))
+    body.append(_text(width / 2, height - 5, f"{x_label}; most in a bin: {most:,}", "middle"))
+    return _svg(width, height, label, body)
+
+
 def heat_map(
     values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], label: str
 ) -> str:

@@ -19,6 +19,7 @@ VERBS = {
     "harvest": "run text through a model once and store the activations of some layers",
     "train": "train sparse autoencoders, live from a model or from stored activations",
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
+    "latents": "write pages of what latents are: contexts, histograms, lens, neighbours",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",

@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from saesteer.sae.model.language_model import LanguageModel as LanguageModel
     from saesteer.sae.model.language_model import load_model as load_model
     from saesteer.sae.model.language_model import wrap_model as wrap_model
+    from saesteer.sae.reading.config import LatentsConfig as LatentsConfig
+    from saesteer.sae.reading.describe import Describer as Describer
+    from saesteer.sae.reading.site import save_latents as save_latents
     from saesteer.sae.synthetic.config import SyntheticConfig as SyntheticConfig
     from saesteer.sae.verbs.doctor import doctor as doctor
     from saesteer.sae.verbs.harvest import harvest as harvest
+    from saesteer.sae.verbs.latents import latents as latents
     from saesteer.sae.verbs.metrics import metrics as metrics
     from saesteer.sae.verbs.reproduce import reproduce as reproduce
     from saesteer.sae.verbs.synthesise import synthesise as synthesise
     from saesteer.sae.verbs.train import train as train
 
 _MODULES = {
+    "Describer": "reading.describe",
     "HarvestConfig": "config",
+    "LatentsConfig": "reading.config",
     "MetricsConfig": "config",
     "SyntheticConfig": "synthetic.config",
     "TextConfig": "config",
@@ -35,11 +41,13 @@ _MODULES = {
     "doctor": "verbs.doctor",
     "generate": "model.generation",
     "harvest": "verbs.harvest",
+    "latents": "verbs.latents",
     "metrics": "verbs.metrics",
     "LanguageModel": "model.language_model",
     "load_model": "model.language_model",
     "wrap_model": "model.language_model",
     "reproduce": "verbs.reproduce",
+    "save_latents": "reading.site",
     "score_truth": "measuring.ground_truth",
     "synthesise": "verbs.synthesise",
     "train": "verbs.train",

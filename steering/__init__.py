@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from saesteer.steering.plans.plan import PlanPart as PlanPart
     from saesteer.steering.plans.plan_file import load_plan as load_plan
     from saesteer.steering.plans.plan_file import save_plan as save_plan
+    from saesteer.steering.ranking.marks import planned_latents as planned_latents
+    from saesteer.steering.ranking.marks import task_marks as task_marks
     from saesteer.steering.ranking.rank import RankConfig as RankConfig
     from saesteer.steering.ranking.rank import lens_tokens as lens_tokens
     from saesteer.steering.ranking.rank import plan_from_ranking as plan_from_ranking
@@ -139,6 +141,8 @@ _HOME = {
     "PlanPart": "plans.plan",
     "plan_from_latents": "plans.from_sae",
     "save_plan": "plans.plan_file",
+    "planned_latents": "ranking.marks",
+    "task_marks": "ranking.marks",
     "RankConfig": "ranking.rank",
     "lens_tokens": "ranking.rank",
     "plan_from_ranking": "ranking.rank",

@@ -7,6 +7,7 @@ The main calls, in the order in which a project needs them:
     saesteer.train(...)                                     # activations to SAEs
     sae = saesteer.load_sae("runs/sae")                     # an SAE in any supported format
     saesteer.metrics(...)                                   # how good it is
+    saesteer.latents(sae, model)[4]                         # what its latents are, as cards
     saesteer.rank(...)                                      # which latents carry an instruction
     plan = saesteer.load_plan("runs/plan")                  # what is written where
     with saesteer.steer(model, plan): ...                   # while the model generates
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from saesteer.checkpoints.sae_file import load_sae as load_sae
     from saesteer.sae.model.language_model import load_model as load_model
     from saesteer.sae.verbs.harvest import harvest as harvest
+    from saesteer.sae.verbs.latents import latents as latents
     from saesteer.sae.verbs.metrics import metrics as metrics
     from saesteer.sae.verbs.train import train as train
     from saesteer.steering.evaluation.arms import evaluate as evaluate
@@ -46,6 +48,7 @@ _ROOMS = {
     "train": "sae",
     "load_sae": "checkpoints",
     "metrics": "sae",
+    "latents": "sae",
     "rank": "steering",
     "load_plan": "steering",
     "steer": "steering",

@@ -1,7 +1,7 @@
 """What is known of one latent, in plain values: a card, which a notebook and a page show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from saesteer.sae.reading.pieces import visible
@@ -229,8 +229,8 @@ class LatentCard:
                 }
                 for one in self.descriptions
             ],
-            "tasks": list(self.tasks),
-            "steered": self.steered,
+            "tasks": [asdict(one) for one in self.tasks],
+            "steered": self.steered and asdict(self.steered),
         }
 
     def _repr_html_(self) -> str:
@@ -255,7 +255,7 @@ def quoted(tokens: Sequence[str]) -> str:
 
 def short(value: float) -> float:
     """A number in four digits."""
-    return float(f"{value:.4g}")
+    return float(f"{value:.4g}") if value else 0.0
 
 
 def _context_row(context: Context) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Collector:
         if full and float(key) <= self._background[0][0]:
             return
         window = self.strongest.window
-        first = int(window.start(position, keep.shape[1]))
+        first = window.first(int(position), keep.shape[1])
         seen = grid[place, first : first + window.width(keep.shape[1])]
         active = (seen != 0).any(dim=0).nonzero()[:, 0].cpu()
         entry = (float(key), -number, BackgroundWindow(number, int(position), active))

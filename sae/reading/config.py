@@ -49,7 +49,7 @@ class LatentsConfig:
     """Latents that are steered with, the first ones; 0: none."""
     dose: float = 0.5
     """What steering adds, as a share of the length of the activation there."""
-    prompt: str = NEUTRAL_PROMPT
+    neutral_prompt: str = NEUTRAL_PROMPT
     """What is continued while steering."""
     new_tokens: int = 24
     """Tokens of each continuation."""
@@ -75,8 +75,8 @@ class LatentsConfig:
                 raise UsageError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.dose < math.inf:
             raise UsageError(f"`dose` must be above 0, got {self.dose:g}")
-        if not self.prompt.strip():
-            raise UsageError("`prompt` is empty: give a text to continue")
+        if not self.neutral_prompt.strip():
+            raise UsageError("`neutral_prompt` is empty: give a text to continue")
         if len(set(self.ids)) != len(self.ids):
             raise UsageError(f"`ids` names a latent twice: {','.join(map(str, self.ids))}")
 

@@ -36,9 +36,9 @@ markers, activations or excerpts, and do not list alternatives. Write the phrase
 line."""
 
 _DETECT = """\
-You are given a description of something that can occur in text, and some numbered excerpts. Decide \
-for each excerpt whether it contains what is described. Answer with one JSON list of 0 and 1, one \
-number an excerpt in their order (1: it does), and nothing else."""
+You are given a description of something that can occur in text, and some numbered excerpts. \
+Decide for each excerpt whether it contains what is described. Answer with one JSON list of 0 and \
+1, one number an excerpt in their order (1: it does), and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -163,5 +163,3 @@ def parse_list(answer: str, count: int) -> list[bool | None]:
         if len(values) == count and all(value in (0, 1) for value in values):
             return [bool(value) for value in values]
     return [None] * count
-
-

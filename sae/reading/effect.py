@@ -35,7 +35,7 @@ def steering_effects(
     At the last prompt token and every later one, `config.dose` times the length of the activation
     there is added, in the direction given.
     """
-    prompt = encode_prompt(lm, config.prompt, chat=False)
+    prompt = encode_prompt(lm, config.neutral_prompt, chat=False)
     plain = _next_token(lm, prompt, 1)[0]
     base = _complete(lm, [prompt], config)[0]
     pieces = Pieces(lm.tokenizer)
@@ -51,7 +51,7 @@ def steering_effects(
         for row, text in zip(after, texts, strict=True):
             found.append(
                 Steered(
-                    prompt=config.prompt,
+                    prompt=config.neutral_prompt,
                     dose=config.dose,
                     completion=text,
                     baseline=base,

@@ -25,6 +25,10 @@ class Window(NamedTuple):
         """Where the windows begin: moved where they would leave the context."""
         return (position - self.before).clamp(0, context - self.width(context))
 
+    def first(self, position: int, context: int) -> int:
+        """`start` of a single position."""
+        return min(max(position - self.before, 0), context - self.width(context))
+
 
 class KeptContexts:
     """For each of n latents the k contexts of highest key, strongest first.

@@ -66,5 +66,4 @@ def nearest_by_cofiring(fires: "csr_array", ids: Int[Tensor, " n"], k: int) -> N
         together = np.take_along_axis(both, order, axis=1)
         parts = (np.where(value > 0, order, -1), value, together)
         found = [np.concatenate([old, new]) for old, new in zip(found, parts, strict=True)]
-    latent, value, together = (torch.from_numpy(part) for part in found)
-    return Near(latent, value, together)
+    return Near(*(torch.from_numpy(part) for part in found))

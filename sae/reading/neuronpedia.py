@@ -9,7 +9,7 @@ A folder `MODEL/LAYER-SET/` with one JSON object a line in `release.jsonl`, `mod
 import gzip
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 
 from saesteer.checkpoints.durable import writing
 from saesteer.checkpoints.errors import UsageError
-from saesteer.checkpoints.files import plain
-from saesteer.sae.reading.card import Context, LatentCard, short
+from saesteer.sae.reading.card import LatentCard, short
 from saesteer.sae.reading.describe import OFFLINE
 from saesteer.sae.reading.result import Latents
 
@@ -69,14 +68,14 @@ class NeuronpediaExport:
         self._clear()
         self._write_head(names)
 
-    def add(self, card: LatentCard) -> None:
-        """Add a latent."""
+    def add(self, card: LatentCard, row: Mapping[str, Any]) -> None:
+        """Add a latent; `row` is `card.row()`."""
         self._rows["features"].append(self._feature(card))
-        contexts = [(context, None) for context in card.top]
-        contexts += [(one, part) for part in card.quantiles for one in part.contexts]
-        strongest = max((one.act for one, _ in contexts), default=0.0)
+        contexts = [(context, None) for context in row["top"]]
+        contexts += [(one, part) for part in row["quantiles"] for one in part["contexts"]]
+        share = 1 / max(1, len(row["quantiles"]))
         for context, part in contexts:
-            self._rows["activations"].append(self._activation(card, context, part, strongest))
+            self._rows["activations"].append(self._activation(card.id, context, part, share))
         for one in card.descriptions:
             if one.by != OFFLINE:
                 self._rows["explanations"].append(
@@ -126,8 +125,7 @@ class NeuronpediaExport:
 
     def _feature(self, card: LatentCard) -> dict[str, Any]:
         found, strongest = self._found, max(card.max, 0.0)
-        place = found.ids.index(card.id) if card.id in found else 0
-        vector = found.found.directions[place].tolist()
+        vector = found.direction(card.id).tolist()
         return {
             **self._about(card.id),
             "creatorId": self._creator,
@@ -166,17 +164,20 @@ class NeuronpediaExport:
         }
 
     def _activation(
-        self, card: LatentCard, context: Context, part: Any, strongest: float
+        self,
+        latent: int,
+        context: Mapping[str, Any],
+        part: Mapping[str, Any] | None,
+        share: float,
     ) -> dict[str, Any]:
-        values = [short(act) for act in context.acts]
-        low, high = (0.0, strongest) if part is None else (part.low, part.high)
-        share = 1 / max(1, len(card.quantiles))
+        values = context["acts"]
+        most = max(values)
         return {
-            **self._about(card.id),
+            **self._about(latent),
             "id": self._number(),
-            "tokens": list(context.tokens),
-            "maxValue": max(values),
-            "maxValueTokenIndex": values.index(max(values)),
+            "tokens": context["tokens"],
+            "maxValue": most,
+            "maxValueTokenIndex": values.index(most),
             "minValue": min(values),
             "values": values,
             "creatorId": self._creator,
@@ -189,10 +190,10 @@ class NeuronpediaExport:
             "lossValues": [],
             "logitContributions": None,
             # The strongest contexts have -1, as in SAEDashboard's files.
-            "binMin": -1 if part is None else short(low),
-            "binMax": -1 if part is None else short(high),
+            "binMin": -1 if part is None else part["low"],
+            "binMax": -1 if part is None else part["high"],
             "binContains": -1 if part is None else share,
-            "qualifyingTokenIndex": context.index,
+            "qualifyingTokenIndex": context["index"],
         }
 
     def _write_head(self, names: Names) -> None:
@@ -282,7 +283,7 @@ class NeuronpediaExport:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _id(name: str) -> str:

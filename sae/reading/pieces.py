@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 _BROKEN = "�"
+_SIGNS = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 _LONGEST = 4
 """Bytes of a character in UTF-8, and so the most tokens that can share one."""
 
 
 def visible(token: str) -> str:
     """A token with line breaks, tabs and carriage returns as signs."""
-    return token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+    return token if token.isprintable() else token.translate(_SIGNS)
 
 
 class Pieces:

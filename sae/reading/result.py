@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UserError
@@ -73,13 +75,14 @@ class Latents(Shown):
         object.__setattr__(self, "_slot", [tracked[latent] for latent in self.ids])
         numbers, text = self.collected.contexts()
         object.__setattr__(self, "_numbers", numbers.tolist())
-        object.__setattr__(self, "_text", text)
+        object.__setattr__(self, "_text", text.numpy(force=True))
 
     _place: Mapping[int, int] = field(init=False)
     _slot: Sequence[int] = field(init=False)
     """Of each chosen latent its place in the collector's heaps."""
     _numbers: Sequence[int] = field(init=False)
-    _text: Int[Tensor, "contexts seq"] = field(init=False)
+    _text: NDArray[np.int32] = field(init=False)
+    """The tokens of each context."""
 
     def _facts(self) -> dict[str, Any]:
         tally = self.collected.tally
@@ -135,19 +138,22 @@ class Latents(Shown):
             steered=self.steered.get(latent),
         )
         tokens = [one.token for one in found.telling[place]]
-        judged = offline_detection(tokens, self.windows(latent)) if tokens else None
+        windows = self.windows(latent, with_text=False) if tokens else []
+        judged = offline_detection(tokens, windows) if windows else None
         offline = Description(offline_description(card), OFFLINE, judged)
         model = self.described.get(latent)
         return replace(card, descriptions=(offline,) if model is None else (model, offline))
 
-    def windows(self, latent: int) -> list[Window]:
+    def windows(self, latent: int, *, with_text: bool = True) -> list[Window]:
         """Held-out windows to judge a description on: those in which the latent fires, drawn at
         random, and as many in which it does not. Empty without windows of both kinds."""
         slot = self._slot[self._place[latent]]
         heap = self.collected.held_out
         held = [
-            (int(number), int(position))
-            for number, position in zip(heap.number[slot], heap.position[slot], strict=True)
+            (number, position)
+            for number, position in zip(
+                heap.number[slot].tolist(), heap.position[slot].tolist(), strict=True
+            )
             if number >= 0
         ]
         background = self.collected.background
@@ -161,10 +167,14 @@ class Latents(Shown):
         if not held or not silent:
             return []
         return [
-            self._window(number, position, fires)
+            self._window(number, position, fires, with_text)
             for places, fires in ((held, True), (silent, False))
             for number, position in places
         ]
+
+    def direction(self, latent: int) -> Float[Tensor, " d_model"]:
+        """The decoder row of a chosen latent."""
+        return self.found.directions[self._place[latent]]
 
     def shown_to_describer(self, latent: int) -> list[Context]:
         """The contexts that a description is made from: the strongest and the sampled ones, none of
@@ -202,9 +212,7 @@ class Latents(Shown):
         filled = [i for i, count in enumerate(counts) if count]
         if not filled:
             return ()
-        return tuple(
-            (edges[i], edges[i + 1], counts[i]) for i in range(filled[0], filled[-1] + 1)
-        )
+        return tuple((edges[i], edges[i + 1], counts[i]) for i in range(filled[0], filled[-1] + 1))
 
     def _contexts(self, heap: KeptContexts, slot: int) -> list[Context]:
         numbers, positions = heap.number[slot].tolist(), heap.position[slot].tolist()
@@ -230,15 +238,16 @@ class Latents(Shown):
     def _tokens(self, heap: KeptContexts, number: int, position: int) -> tuple[list[int], int]:
         """The tokens of a window, and the place of the first in its context."""
         row = self._text[bisect.bisect_left(self._numbers, number)]
-        first = int(heap.window.start(torch.tensor(position), len(row)))
+        first = heap.window.first(position, len(row))
         return row[first : first + heap.window.width(len(row))].tolist(), first
 
-    def _window(self, number: int, position: int, fires: bool) -> Window:
+    def _window(self, number: int, position: int, fires: bool, with_text: bool) -> Window:
         ids, _ = self._tokens(self.collected.held_out, number, position)
-        return Window("".join(self.pieces.of(ids)), frozenset(ids), fires)
+        text = "".join(self.pieces.of(ids)) if with_text else ""
+        return Window(text, frozenset(ids), fires)
 
     def _quantiles(self, slot: int) -> tuple[QuantileContexts, ...]:
-        """The sampled firings in parts of equal size, and of each part the first that were drawn."""
+        """The sampled firings in parts of equal size, and of each part some, at random."""
         drawn = self._contexts(self.collected.sampled, slot)  # in random order
         by_size = sorted(range(len(drawn)), key=lambda i: abs(drawn[i].act))
         parts = min(self.config.quantiles, len(drawn))
@@ -262,12 +271,10 @@ class Latents(Shown):
 
 
 def _near(near: Near, place: int) -> tuple[NearLatent, ...]:
-    together = [None] * near.latent.shape[1] if near.together is None else near.together[place]
-    return tuple(
-        NearLatent(int(latent), float(value), None if both is None else int(both))
-        for latent, value, both in zip(near.latent[place], near.value[place], together, strict=True)
-        if latent >= 0
-    )
+    none = [None] * near.latent.shape[1]
+    together = none if near.together is None else near.together[place].tolist()
+    pairs = zip(near.latent[place].tolist(), near.value[place].tolist(), together, strict=True)
+    return tuple(NearLatent(*pair) for pair in pairs if pair[0] >= 0)
 
 
 def _std(collected: Collector, latent: int) -> float:

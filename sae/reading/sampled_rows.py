@@ -34,7 +34,7 @@ class SampledRows:
     ) -> None:
         """Add rows with the (row, latent) pairs that are active, sorted by row."""
         counts = np.bincount(row.numpy(force=True), minlength=len(token_ids))
-        part = {
+        part: dict[str, NDArray[Any]] = {
             "number": self._seen + np.arange(len(token_ids)),
             "tokens": token_ids.numpy(force=True).astype(np.int32),
             "held": held_out.numpy(force=True),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.durable import writing
-from saesteer.checkpoints.files import plain, write_json, write_text
+from saesteer.checkpoints.files import write_json, write_text
 from saesteer.checkpoints.provenance import versions
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.reading.card import LatentCard, short
@@ -57,7 +57,8 @@ def save_latents(
     lines = folder / "latents.jsonl"
     with writing(lines), open(lines.with_suffix(".jsonl.tmp"), "w", encoding="utf-8") as out:
         for place, card in enumerate(found):
-            out.write(json.dumps(plain(card.row()), ensure_ascii=False) + "\n")
+            row = card.row()
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
             before = found.ids[place - 1] if place else None
             after = found.ids[place + 1] if place + 1 < len(found.ids) else None
             page = render(
@@ -70,7 +71,7 @@ def save_latents(
                 card=shown(card, lambda other: f"{other}.html" if other in has_page else None),
             )
             (pages / f"{card.id}.html").write_text(page, encoding="utf-8")
-            export.add(card)
+            export.add(card, row)
             rows.append(_index_row(card))
             progress("latents: write", place + 1, len(found.ids), "pages")
     lines.with_suffix(".jsonl.tmp").replace(lines)
@@ -100,7 +101,7 @@ def _index_row(card: LatentCard) -> list[Any]:
         before = visible("".join(best.tokens[first : best.index]))
         peak = visible(best.tokens[best.index])
         after = visible("".join(best.tokens[best.index + 1 : best.index + 1 + _AROUND]))
-    searched = [one.token for one in (*card.telling, *card.lens_up)]
+    searched = [one.token for one in card.telling] + [one.token for one in card.lens_up]
     searched += ["".join(context.tokens) for context in card.top[:2]]
     return [
         card.id,
@@ -143,9 +144,11 @@ def _index(found: Latents, foot: dict[str, Any]) -> str:
         refresh=None,
         summary=summary,
         chart=Markup(
-            histogram(bins, "Latents by density", x_label="share of the tokens (density)", width=560)
+            histogram(
+                bins, "Latents by density", x_label="share of the tokens (density)", width=560
+            )
         ),
-        chart_note=f"All latents of the SAE by the share of the tokens on which each fires; {dead}.",
+        chart_note=f"All latents of the SAE by the share of tokens on which each fires; {dead}.",
         any_tasks=bool(found.tasks),
         some=found.ids[:200],
     )
@@ -166,5 +169,3 @@ def _provenance(found: Latents) -> dict[str, Any]:
         "saesteer": software["saesteer"],
         "torch": software["torch"],
     }
-
-

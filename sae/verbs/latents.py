@@ -1,4 +1,4 @@
-"""What the latents of an SAE are: contexts, statistics, neighbours and descriptions, in one pass."""
+"""What the latents of an SAE are: contexts, statistics, neighbours, descriptions; in one pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from saesteer.sae.reading.effect import steering_effects
 from saesteer.sae.reading.lens import lens
 from saesteer.sae.reading.neighbours import nearest_by_cofiring, nearest_by_decoder
 from saesteer.sae.reading.pieces import Pieces
-from saesteer.sae.reading.result import Latents, Found
+from saesteer.sae.reading.result import Found, Latents
 from saesteer.sae.reading.telling import telling_tokens
 from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.text.contexts import open_contexts
@@ -80,8 +80,8 @@ def latents(
     ids = _chosen(collected, view, config)
     if not ids:
         raise UserError(
-            f"`sae` {sae.source}: no latent fires on these {collected.tally.rows} tokens: read more "
-            "`tokens`, or other `data`"
+            f"`sae` {sae.source}: no latent fires on these {collected.tally.rows} tokens: read "
+            "more `tokens`, or other `data`"
         )
     found = _found(lm, view, collected, ids, config, progress)
     effects = {}

@@ -254,7 +254,8 @@ class Latents(Shown):
         found = []
         for part in range(parts):
             own = by_size[len(drawn) * part // parts : len(drawn) * (part + 1) // parts]
-            shown = sorted(own)[: self.config.per_quantile]
+            some = sorted(own)[: self.config.per_quantile]
+            shown = sorted(some, key=lambda i: -abs(drawn[i].act))
             found.append(
                 QuantileContexts(
                     low=abs(drawn[own[0]].act),

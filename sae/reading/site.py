@@ -145,7 +145,7 @@ def _index(found: Latents, foot: dict[str, Any]) -> str:
         summary=summary,
         chart=Markup(
             histogram(
-                bins, "Latents by density", x_label="share of the tokens (density)", width=560
+                bins, "Latents by density", x_label="share of the tokens (density)", width=560.0
             )
         ),
         chart_note=f"All latents of the SAE by the share of tokens on which each fires; {dead}.",

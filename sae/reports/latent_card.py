@@ -133,7 +133,8 @@ def _context(context: "Context", most: float) -> dict[str, Any]:
 
 
 def _chip(token: str, figure: str) -> dict[str, str]:
-    return {"token": visible(token), "figure": figure}
+    # Spaces at the ends of a token are part of it.
+    return {"token": visible(token).replace(" ", "␣"), "figure": figure}
 
 
 def number(value: float) -> str:

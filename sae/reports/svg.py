@@ -302,13 +302,14 @@ def histogram(
             f"<title>{_short(low)} to {_short(high)}: {count:,}</title></rect>"
         )
     borders = [bins[0][0], *(high for _, high, _ in bins)] if bins else []
-    every = max(1, math.ceil(len(borders) / (width / 64)))
+    every = max(1, math.ceil(len(borders) * 72 / width))
     for place in range(0, len(borders), every):
         x = left + step * place
         anchor = "start" if not place else "end" if place == len(borders) - 1 else "middle"
         body.append(_line(x, bottom, x, bottom + 3, _FIRM))
         body.append(_text(x, bottom + 15, f"{borders[place]:.3g}", anchor))
-    body.append(_text(width / 2, height - 5, f"{x_label}; most in a bin: {most:,}", "middle"))
+    note = f"{x_label}; heights by square root, the highest is {most:,}"
+    body.append(_text(width / 2, height - 5, note, "middle"))
     return _svg(width, height, label, body)
 
 

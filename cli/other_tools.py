@@ -122,6 +122,7 @@ VERBS = {
     "select": "rank", "tune": "sweep", "upload": "push", "share": "push",
     "export": "convert", "import": "convert", "check": "doctor", "quickstart": "demo",
     "rerun": "reproduce", "plot": "watch", "monitor": "watch", "tensorboard": "watch",
+    "dashboard": "latents", "features": "latents", "interpret": "latents", "explain": "latents",
 }  # fmt: skip
 """What other programs call our verbs."""
 

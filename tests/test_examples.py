@@ -15,8 +15,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
-    "circuit", "doctor", "evaluate", "grade", "harvest", "load_sae", "metrics", "own_task", "patch",
-    "rank", "report", "steer", "train",
+    "circuit", "doctor", "evaluate", "grade", "harvest", "latents", "load_sae", "metrics",
+    "own_task", "patch", "rank", "report", "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -121,6 +121,19 @@ def test_metrics_prints_each_figure_with_its_interval(
         assert low <= value <= high
     (l0,) = numbers(printed, r"(?m)^l0 +([\d.]+)")
     assert 0 < l0 <= 4
+
+
+def test_latents_shows_some_and_writes_pages(
+    model: Path, folder: Path, trained: str, tmp_path: Path
+) -> None:
+    printed = run(
+        "latents", "--model", model, "--sae", folder / "sae", "--tokens", 400, "--context", 32,
+        "--top", 4, "--out", tmp_path / "pages",
+    )  # fmt: skip
+    shown = re.findall(r"(?m)^latent (\d+): density ", printed)
+    pages = {path.stem for path in (tmp_path / "pages/latents").iterdir()}
+    assert len(shown) == 3 and set(shown) <= pages and len(pages) == 4
+    assert f"page: {tmp_path / 'pages/index.html'}" in printed
 
 
 def test_load_sae_shows_the_latents_of_each_token(model: Path, folder: Path, trained: str) -> None:

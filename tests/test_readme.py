@@ -36,6 +36,7 @@ EXTRA = {
     "metrics": ["--context", "32", "--batch-size", "4", "--bootstrap", "20"],
     # A random model passes no check, and two contents are enough to rank something.
     "rank": ["--all-replies", "--rank-contents", "2", "--max-new-tokens", "4"],
+    "latents": ["--context", "32", "--batch-size", "4", "--steer", "1"],
     "steer": ["--max-new-tokens", "4"],
     "sweep": ["--grid", "k=1", "--grid", "scale=1", "--rounds", "1:1"],
     "find": [

@@ -65,6 +65,12 @@ LINES: dict[str, list[tuple[str, str]]] = {
     "doctor": [("--sae SAE --tokens 1000 --context 64 --dtype float32 -o NEW", "ok  ")],
     "push": [("--sae SAE --repo NEW", "SHA-256")],
     "reproduce": [("CHANGED", "DIFFER")],
+    "latents": [
+        (
+            "--sae SAE --tokens 300 --context 64 --top 3 --steer 1 --dtype float32 -o NEW",
+            "index.html",
+        )
+    ],
     "patch": [("--model HAND/model --pairs HAND/scenes.jsonl --site z -o NEW", "z 1.1 at last")],
     "circuit": [
         (

@@ -613,6 +613,7 @@ def test_a_smoke_run_of_everything_that_a_cpu_can(tmp_path: Path) -> None:
         "compiled.py",
         "predictions.py",
         "memory.py",
+        "latents.py",
         "rates.py",
         "suites.py",
         "gpu.py",

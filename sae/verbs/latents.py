@@ -50,7 +50,7 @@ def latents(
     fires from other text; for the first `config.steer` of them what a neutral prompt becomes with
     its direction added. Sinks, special tokens and what `config.text` leaves out are not counted.
 
-    Memory besides the model: about 20 kB a latent whose contexts are kept, 4 bytes a token read,
+    Memory besides the model: about 8 kB a latent whose contexts are kept, 4 bytes a token read,
     64 MB for the rows from which co-firing is counted (of more text every second, fourth, ... row
     is counted), and a few hundred MB of working space.
 

@@ -119,7 +119,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "latents --sae SAE -o new ": [
         *_TEXT,
         ("--ids 64", "--ids 64 is out of range: the SAE has 64 latents, 0..63"),
-        ("--ids 3,3", "--ids names a latent twice: 3,3"),
+        ("--ids 3,3", "--ids names 3 twice"),
         ("--ids 3 --top 5", "--ids and --top each say which latents"),
         ("--all --plan PLAN", "--plan and --all each say which latents"),
         ("--top 0", "--top must be at least 1"),

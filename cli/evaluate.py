@@ -4,8 +4,14 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_answering, add_common, add_dictionaries, add_model
-from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.flags import (
+    add_answering,
+    add_common,
+    add_dictionaries,
+    add_latent_pages,
+    add_model,
+)
+from saesteer.cli.inputs import check_latent_pages, open_model, reserved, take_folder
 from saesteer.cli.output import Document, print_json, print_table, with_flags, write_run
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
@@ -104,6 +110,7 @@ def add_flags(parser: VerbParser) -> None:
         metavar="NAME",
         help="name of the model at that endpoint (needed with --judge)",
     )
+    add_latent_pages(how)
     add_common(
         parser,
         out="folder for report.json and report.html (default: print only)",
@@ -127,7 +134,7 @@ def run(args: Namespace) -> int:
             report.warn(warning)
         if args.out is not None:
             folder = take_folder(args)
-            found.save(folder)
+            found.save(folder, args.latent_pages or ())
             write_run(folder, "evaluate", vars(args), model=document["model"])
     if args.json:
         print_json(document)
@@ -137,6 +144,7 @@ def run(args: Namespace) -> int:
 
 
 def _check_flags(args: Namespace) -> None:
+    check_latent_pages(args)
     if not args.plan and args.ifeval is None:
         raise UsageError("nothing to evaluate: give --plan DIR, or --ifeval FILE")
     if (args.judge is None) != (args.judge_model is None):

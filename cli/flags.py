@@ -94,6 +94,17 @@ def add_dictionaries(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_latent_pages(group: argparse._ArgumentGroup) -> None:
+    """`--latent-pages`."""
+    group.add_argument(
+        "--latent-pages",
+        action=Repeated,
+        metavar="DIR",
+        help="link latents to their pages in this folder, which `latents` wrote; repeatable "
+        "(default: what is found beside --out and in the SAE's folder)",
+    )
+
+
 def add_listing(parser: VerbParser) -> None:
     """The flags of verbs that list what there is and write nothing."""
     group = parser.add_argument_group("common")

@@ -77,6 +77,14 @@ def check_reading(args: Namespace) -> None:
         try_corpora(args.data)
 
 
+def check_latent_pages(args: Namespace) -> None:
+    """Refuse a `--latent-pages` without pages before the work begins."""
+    if args.latent_pages:
+        from saesteer.sae.reading.found_pages import latent_pages
+
+        latent_pages(args.latent_pages, (), ".")
+
+
 def reply_texts(args: Namespace) -> list[str]:
     """The prompts that the model answers for `--replies`."""
     if not args.replies:

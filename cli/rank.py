@@ -6,8 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError, none_of
-from saesteer.cli.flags import add_common, add_sae, add_thinking, default, given, need
-from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.flags import (
+    add_common,
+    add_latent_pages,
+    add_sae,
+    add_thinking,
+    default,
+    given,
+    need,
+)
+from saesteer.cli.inputs import check_latent_pages, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
@@ -202,6 +210,7 @@ def add_flags(parser: VerbParser) -> None:
         metavar="ID,...",
         help="report everything known about the latents of the plan, or about these (default: off)",
     )
+    add_latent_pages(plan)
     add_common(
         parser,
         out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
@@ -214,6 +223,7 @@ def run(args: Namespace) -> int:
     """Rank, print the best latents, and write the plan."""
     need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
     _check_task_flags(args)
+    check_latent_pages(args)
     with (
         reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,
@@ -244,7 +254,9 @@ def run(args: Namespace) -> int:
             document = ranking_document(lm, sae, ranking, plan, args.explain)
         else:
             folder = take_folder(args)
-            document = save_ranking(folder, lm, sae, ranking, plan, args.explain)
+            document = save_ranking(
+                folder, lm, sae, ranking, plan, args.explain, args.latent_pages or ()
+            )
             write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
         used, total = document["contents_used"]
         if used < FEW_CONTENTS:

@@ -1,5 +1,6 @@
 """What `saesteer rank` prints: the table of latents, findings, and reports of single latents."""
 
+import os
 from argparse import Namespace
 
 from saesteer.cli.output import Document, amount, print_next, print_table
@@ -48,6 +49,9 @@ def print_ranking(args: Namespace, document: Document) -> None:
     )
     if args.out is not None:
         print(f"plan written to {document['plan']}")
+        if pages := [row["page"] for row in document["latents"] if row.get("page")]:
+            index = args.out / pages[0].rpartition("/latents/")[0] / "index.html"
+            print(f"pages of {len(pages)} of these latents: {os.path.normpath(index)}")
         print_next(
             "steer",
             "--model",

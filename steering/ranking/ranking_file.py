@@ -7,6 +7,8 @@ from typing import Any
 from saesteer.checkpoints.files import write_json, write_tensors
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.reading.found_pages import latent_pages as find_latent_pages
+from saesteer.sae.reading.found_pages import link
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import save_plan
 from saesteer.steering.ranking.detection_scores import significance_of
@@ -82,17 +84,26 @@ def save_ranking(
     ranking: Ranking,
     plan: Plan,
     explain: Sequence[int] | None = None,
+    latent_pages: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Write a plan, the `ranking.json` that explains it, and `scores.safetensors`.
 
     The last holds every column of the ranking, each `[d_sae]`: all scores that were computed, p, q,
     mu, sigma, and the rates at which each latent is active elsewhere.
 
+    Each latent's `page` is that of pages which `latents` wrote, relative to the folder: of those in
+    `latent_pages`, or found beside the folder or in the SAE's; None where there is none. Raises
+    UserError for a folder in `latent_pages` without pages.
+
     Returns:
         What `ranking.json` holds: `ranking_document`, with the path of the plan.
     """
     folder = Path(folder)
+    near: list[str | Path] = [folder.parent, *([sae.source] if sae.source else [])]
+    pages = find_latent_pages(latent_pages, near, folder)
     document = ranking_document(lm, sae, ranking, plan, explain)
+    for row in (*document["latents"], *document.get("explain", ())):
+        row["page"] = link(pages, sae.sha256, row["id"])
     document["plan"] = save_plan(plan, folder)
     write_json(folder / "ranking.json", document)
     columns = {

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.reading.found_pages import link
 from saesteer.sae.reports.svg import Bar, Point, bars, scatter
 from saesteer.steering.evaluation.compare import Comparison, comparison_document
 from saesteer.steering.evaluation.intervals import difference_text, rate_text
@@ -104,7 +105,7 @@ def render_html(document: Mapping[str, Any]) -> str:
     if len(document["tasks"]) > 1:
         parts.append(_overview(document["tasks"]))
     for task in document["tasks"]:
-        parts.append(_task_section(task))
+        parts.append(_task_section(task, document.get("latent_pages", {})))
     if document.get("ifeval"):
         parts.append(_ifeval_section(document["ifeval"]))
     body = "\n".join(parts)
@@ -143,7 +144,7 @@ def _bar(label: str, rate: Mapping[str, Any], colour: int, group: str = "") -> B
     return Bar(label, rate["value"], rate["low"], rate["high"], colour, group)
 
 
-def _task_section(task: Mapping[str, Any]) -> str:
+def _task_section(task: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
     facts = task["task"]
     decoding = task["decoding"]
     how = "greedy" if not decoding["temperature"] else f"temperature {decoding['temperature']:g}"
@@ -153,7 +154,7 @@ def _task_section(task: Mapping[str, Any]) -> str:
         f"{task['n']} contents of the {escape(task['split'])} split, {len(task['seeds'])} "
         f"seed{'s' if len(task['seeds']) > 1 else ''}, {how}, at most {facts['max_new_tokens']} "
         "new tokens</p>",
-        "".join(f"<p>{_plan_line(name, plan)}</p>" for name, plan in task["plans"].items()),
+        "".join(f"<p>{_plan_line(name, plan, pages)}</p>" for name, plan in task["plans"].items()),
         "".join(f'<p class="note">Note: {escape(note)}</p>' for note in task["notes"]),
         "".join(f"<p>{line}</p>" for line in _in_short(task)),
         "<h3>Success</h3>",
@@ -198,20 +199,23 @@ def _in_short(task: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _plan_line(name: str, plan: Mapping[str, Any]) -> str:
-    parts = [_part_words(part) for part in plan.get("parts", [plan])]
+def _plan_line(name: str, plan: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
+    parts = [_part_words(part, pages) for part in plan.get("parts", [plan])]
     return f"<b>{escape(name)}</b>: {'; '.join(parts)}"
 
 
-def _part_words(plan: Mapping[str, Any]) -> str:
+def _part_words(plan: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
     length = "" if plan["delta_norm"] is None else f", ‖delta‖ {plan['delta_norm']:.4g}"
     if plan["unit"] == "rel":
         length = f", ‖delta‖ = {plan['scale']:g} ‖h‖"
     says = plan.get("lens") or [[]] * len(plan["latents"])
     latents = [
-        f"{i} ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})"
-        if lens
-        else str(i)
+        _latent(i, plan, pages)
+        + (
+            f" ({escape(' '.join(token.strip() or repr(token) for token in lens[:3]))})"
+            if lens
+            else ""
+        )
         for i, lens in zip(plan["latents"][:30], says, strict=False)
     ]
     return (
@@ -219,6 +223,12 @@ def _part_words(plan: Mapping[str, Any]) -> str:
         f"latent{'' if plan['k'] == 1 else 's'}: {', '.join(latents)}; {escape(plan['method'])}, "
         f"scale {plan['scale']:g}, beta {plan['beta']:g}, scope {escape(plan['scope'])}{length}"
     )
+
+
+def _latent(latent: int, plan: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
+    """The number of a latent, with a link to its page where it has one."""
+    to = link(pages, (plan.get("sae") or {}).get("sha256", ""), latent)
+    return str(latent) if to is None else f'<a href="{escape(to)}">{latent}</a>'
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

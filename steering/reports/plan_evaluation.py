@@ -11,6 +11,7 @@ from saesteer.checkpoints.sae_file import SAE
 from saesteer.checkpoints.shown import Shown
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.reading.found_pages import latent_pages as find_latent_pages
 from saesteer.steering.evaluation.compare import CompareConfig, Comparison, compare
 from saesteer.steering.evaluation.judge import Judge
 from saesteer.steering.grades.grade import GRADES
@@ -92,12 +93,27 @@ class Evaluation(Shown):
         ]
         return pandas.DataFrame(rows)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `report.json` and `report.html` into a folder, made if missing."""
+    def save(self, folder: str | Path, latent_pages: Sequence[str | Path] = ()) -> None:
+        """Write `report.json` and `report.html` into a folder, made if missing.
+
+        The page links to pages of the plans' latents: those in `latent_pages`, and those that are
+        found beside the folder or in an SAE's folder. Raises UserError for one that holds none.
+        """
         folder = Path(folder)
+        near: list[str | Path] = [folder.parent, *self._sae_folders()]
+        self.document["latent_pages"] = find_latent_pages(latent_pages, near, folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", self.document)
         write_text(folder / "report.html", render_html(plain(self.document)))
+
+    def _sae_folders(self) -> list[str]:
+        parts = [
+            part
+            for task in self.document["tasks"]
+            for plan in task["plans"].values()
+            for part in plan.get("parts", [plan])
+        ]
+        return sorted({part["sae"]["source"] for part in parts if part["sae"]["source"]})
 
 
 def arm_names(plans: Mapping[str, Plan]) -> dict[str, Plan]:

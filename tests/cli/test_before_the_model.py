@@ -134,6 +134,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("--np-set a/b", "--np-set must be letters, digits"),
         ("-o used", "is not empty"),
     ],
+    RANK + "--latent-pages ": [("used", "--latent-pages used holds no latents.json")],
+    EVALUATE + "--latent-pages ": [("none", "--latent-pages none holds no latents.json")],
     "latents --ids 3 ": [("-o new", "--sae is missing"), ("--sae SAE", "--out is missing")],
     "metrics --data good.txt --sae ": [
         ("none", "--sae none does not exist"),

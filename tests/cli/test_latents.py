@@ -93,3 +93,24 @@ def test_a_broken_ranking_is_one_line(broken: str, cli: Cli, sae: Path, tmp_path
     (tmp_path / "r/ranking.json").write_text(broken)
     done = cli("latents", "--sae", sae, "--rankings", tmp_path / "r", "-q", "-o", tmp_path / "p")
     assert "ranking" in done.error(1)
+
+
+def test_rankings_and_reports_link_to_the_pages(
+    cli: Cli, sae: Path, plan: Path, model: Path, task: Path, tmp_path: Path
+) -> None:
+    assert cli("latents", "--sae", sae, "--plan", plan, "--steer", 0, *SMALL, "-q",
+               "-o", tmp_path / "pages").status == 0  # fmt: skip
+    ranked = cli("rank", "--model", model, "--sae", sae, "--task", task, "--dtype", "float32",
+                 "--by", "rate", "--read", "span", "--top", 3, "-q",
+                 "-o", tmp_path / "ranked")  # fmt: skip
+    assert f"pages of 3 of these latents: {tmp_path / 'pages/index.html'}" in ranked.out
+    document = json.loads((tmp_path / "ranked/ranking.json").read_text())
+    for row in document["latents"]:
+        assert (tmp_path / "ranked" / row["page"]).is_file()
+    done = cli("evaluate", "--model", model, "--plan", plan, "--task", task, "--n", 1,
+               "--controls", "none", "--dtype", "float32", "-q",
+               "-o", tmp_path / "report")  # fmt: skip
+    assert done.status == 0, done.err
+    html = (tmp_path / "report/report.html").read_text()
+    for row in document["latents"]:
+        assert f'<a href="../pages/latents/{row["id"]}.html">{row["id"]}</a>' in html

@@ -128,7 +128,7 @@ def _context(context: "Context", most: float) -> dict[str, Any]:
         classes = f' class="{" ".join(names)}"' if names else ""
         share = min(1.0, max(0.05, abs(act) / most))
         # A token that is part of a character has no text of its own.
-        parts.append(f'<b{classes} style="--a:{share:.2f}" title="{act:.3g}">{text or "·"}</b>')
+        parts.append(f'<b{classes} style="--A:{share:.2f}" title="{act:.3g}">{text or "·"}</b>')
     return {"act": number(context.act), "html": Markup("".join(parts))}
 
 

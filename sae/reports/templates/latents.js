@@ -40,7 +40,7 @@ if (window.LATENTS) {
     second.append(row.description);
     const context = element("span", undefined, { class: "line", dir: "auto" });
     context.append(row.before);
-    if (row.peak) context.append(element("b", row.peak, { style: "--a:.7" }));
+    if (row.peak) context.append(element("b", row.peak, { style: "--A:.7" }));
     context.append(row.after);
     second.append(context);
     made.append(first, second);

@@ -225,6 +225,10 @@ function showLegend() {
 
 function paint(answer) {
   answer.view.text.replaceChildren();
+  if (!answer.busy && !answer.error && !answer.text.trim()) {
+    answer.view.text.append(make("span", { class: "unseen" }, "no text that can be seen"));
+    return;
+  }
   const values = answer.activations[state.colour];
   if (state.colour === null || !values || !answer.tokens.length) {
     answer.view.text.textContent = answer.text;
@@ -234,7 +238,7 @@ function paint(answer) {
     const value = values[index];
     const span = make("span", { title: value == null ? "not known: the last token is not run" : `latent ${state.colour}: ${number(value, 3)}` }, text);
     if (value > 0 && state.heat > 0) {
-      span.style.background = `rgb(var(--heat) / ${(0.75 * value / state.heat).toFixed(3)})`;
+      span.style.background = `rgb(var(--heat) / calc(var(--hottest) * ${(value / state.heat).toFixed(3)}))`;
     }
     answer.view.text.append(span);
   });
@@ -351,6 +355,7 @@ async function ask(turn, side, steer, signal) {
   }
   answer.busy = false;
   answer.view.text.classList.remove("busy");
+  paint(answer);
   facts(answer);
   atEnd();
 }

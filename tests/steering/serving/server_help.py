@@ -23,7 +23,7 @@ D_SAE = 48
 
 def plans_of(lm: LanguageModel) -> dict[str, Plan]:
     """Two plans; `two` has parts at two layers."""
-    add = small_plan(lm, [3, 5], method="add", scale=0.4)
+    add = small_plan(lm, [3, 5], method="add", scale=0.15)
     second = small_plan(lm, [2], method="add", scale=0.3).with_changes(layer=2, scope="all")
     return {"one": add, "two": add.with_changes(parts=[*add.parts, *second.parts])}
 

@@ -112,7 +112,9 @@ def test_two_answers_come_side_by_side_coloured_and_with_their_dose(
     ask(page, "And on Sunday?")
     assert page.locator(".pair").count() == 2
     # Nothing reaches beyond the screen's side.
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    wide = page.evaluate(
+        "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
     assert wide <= 0
     picture(page, f"{size}-{'dark' if dark else 'light'}-3-chat")
     left, right = steered.first.bounding_box(), plain.first.bounding_box()

@@ -21,7 +21,7 @@ VERBS = {
     "metrics": "measure an SAE on held-out text: FVU, L0, dead latents, cross-entropy, KL",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
-    "serve": "answer OpenAI's clients with a plan for each request, and a playground in the browser",
+    "serve": "answer OpenAI's clients, a plan for each request, with a playground in the browser",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "find": "search layers, phases, directions or latents and doses for one task, within a time",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",

@@ -194,7 +194,10 @@ class GroupHook:
         return self._edit.delta(h, EditPositions(None, weight))
 
     def log_after_prompts(
-        self, tokens: PassTokens, norms: Float[Tensor, "rows one"], deltas: Float[Tensor, "rows one"]
+        self,
+        tokens: PassTokens,
+        norms: Float[Tensor, "rows one"],
+        deltas: Float[Tensor, "rows one"],
     ) -> None:
         """Record an edit that was made by `delta_after_prompts`, or together with those of others:
         lengths of the residuals and of what was added."""

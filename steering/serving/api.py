@@ -41,8 +41,8 @@ _QUESTIONS = 8
 _QUESTION_TOKENS = 16
 _MOST_FOUND = 100
 _POLICY = (
-    "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "object-src 'none'"
+    "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; object-src 'none'"
 )
 _ASSETS = {"playground.css": "text/css", "playground.js": "text/javascript"}
 

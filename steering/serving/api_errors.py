@@ -25,11 +25,13 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The document that is sent."""
+        # What came is quoted, and may hold half of a surrogate pair, which no UTF-8 can be made of.
+        message = str(self).encode("utf-8", errors="backslashreplace").decode("utf-8")
         return {
             "error": {
-                "message": str(self),
+                "message": message,
                 "type": _type(self.status),
-                "param": self.param,
+                "param": self.param and self.param.encode("utf-8", "backslashreplace").decode(),
                 "code": self.code,
             }
         }

@@ -61,5 +61,6 @@ def check_plan_name(name: str) -> None:
     """Raise UsageError for a name that could not be a part of a model's name in a request."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(
-            f"the name of a plan is made of letters, digits, dots, dashes and underscores, got {name!r}"
+            "the name of a plan is made of letters, digits, dots, dashes and underscores, got "
+            f"{name!r}"
         )

@@ -1,7 +1,7 @@
 """The engine: one thread that runs the model for all requests, and lets rows in between passes.
 
-Rows of all requests form one batch. A row that ends makes room at once; new prompts run in a pass of
-their own and join before the next token. What a row is answered does not depend on the rows beside
+Rows of all requests form one batch. A row that ends makes room at once; new prompts run in a pass
+of their own and join before the next token. What a row is answered does not depend on the rows beside
 it, but for the rounding of products of another shape: see `docs/serving.md`.
 """
 
@@ -307,7 +307,7 @@ class Engine:
     def _guarded(
         self, batch: Batch, run: Callable[[], Float[Tensor, "rows vocabulary"]], *, prompts: bool
     ) -> None:
-        """A pass of a batch and what follows from it. An error ends its requests, not the engine."""
+        """A pass of a batch and what follows from it; an error ends its requests alone."""
         try:
             begun = self.clock()
             logits = run()

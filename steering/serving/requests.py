@@ -8,7 +8,7 @@ from typing import Any
 
 from saesteer.checkpoints.errors import UserError, meant
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.text.prompts import EncodedPrompt, encode_prompt
+from saesteer.sae.text.prompts import EncodedPrompt, check_text, encode_prompt
 from saesteer.steering.hooking.chats import encode_chat
 from saesteer.steering.serving.api_errors import ApiError, Fields, shown, wrong
 from saesteer.steering.serving.config import ServeConfig
@@ -189,7 +189,8 @@ class Reader:
             known = ", ".join(self.models)
             raise ApiError(
                 404,
-                f"'model' {shown(name)} is not served here{meant(name, self.models)}; there are {known}",
+                f"'model' {shown(name)} is not served here{meant(name, self.models)}; there are "
+                f"{known}",
                 param="model",
                 code="model_not_found",
             )
@@ -317,5 +318,9 @@ def _turn(message: Any, where: str) -> dict[str, str]:
         is_text = not isinstance(part, dict) or part.get("type", "text") == "text"
         if not isinstance(text, str) or not is_text:
             raise wrong(f"{where}.content", "a text, or a list of parts of type text", part)
+        try:
+            check_text(text, f"'{where}.content'")
+        except UserError as error:
+            raise ApiError(400, str(error), param=f"{where}.content") from error
         texts.append(text)
     return {"role": "system" if role == "developer" else str(role), "content": "".join(texts)}

@@ -36,8 +36,8 @@ def listen(config: ServeConfig) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         raise UserError(
-            f"`host` {config.host}, `port` {config.port}: {error.strerror or error}: choose another "
-            "one (`port` 0 takes one that is free)"
+            f"`host` {config.host}, `port` {config.port}: {error.strerror or error}: choose "
+            "another one (`port` 0 takes one that is free)"
         ) from error
     return sock
 

@@ -195,8 +195,8 @@ class Shelf:
         if self.reads is None:
             raise ApiError(
                 400,
-                "'activations' are of latents of the server's SAE, and it has none that reads where "
-                "it steers: start it with `sae`",
+                "'activations' are of latents of the server's SAE, and it has none that reads "
+                "where it steers: start it with `sae`",
                 param="activations",
             )
         d_sae = self.reads[0].spec.d_sae
@@ -258,8 +258,8 @@ def as_one_plan(plans: Sequence[Plan]) -> Plan:
     if others and any(plan.when is not None for plan in plans):
         raise ApiError(
             400,
-            "one of several plans acts only where its condition holds: their damage can be measured "
-            "one by one alone",
+            "one of several plans acts only where its condition holds: their damage can only be "
+            "measured one by one",
             param="steer",
         )
     return first.with_changes(parts=[part for plan in plans for part in plan.parts])

@@ -1,5 +1,6 @@
 """Every wrong field of a request gets a 4xx in OpenAI's form that says what is allowed."""
 
+import json
 from typing import Any
 
 import httpx
@@ -26,7 +27,13 @@ WRONG_CHAT = [
         "messages[0].content",
     ),
     ({"messages": [{"role": "user", "content": " "}]}, 400, "a prompt is empty", "messages"),
-    ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "surrogate", "messages"),
+    (
+        {"messages": [{"role": "user", "content": "\ud83d"}]},
+        400,
+        "surrogate",
+        "messages[0].content",
+    ),
+    ({"\ud83d": 1}, 400, r"unknown field '\ud83d'", r"\ud83d"),
     (
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
         400,
@@ -132,7 +139,8 @@ def ids(value: Any) -> str:
 def test_a_chat_with_a_wrong_field(
     http: httpx.Client, fields: dict[str, Any], status: int, says: str, param: str
 ) -> None:
-    check(http.post("/v1/chat/completions", json={**CHAT, **fields}), status, says, param)
+    body = json.dumps({**CHAT, **fields})
+    check(http.post("/v1/chat/completions", content=body), status, says, param)
 
 
 @pytest.mark.parametrize(("fields", "status", "says", "param"), WRONG_COMPLETION, ids=ids)

@@ -1,6 +1,7 @@
 """`saesteer serve`: an OpenAI-compatible server with a plan for each request, and a playground."""
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,19 +126,20 @@ def run(args: Namespace) -> int:
     paths = _named(args.plan or ())
     if args.latents is not None and args.sae is None:
         raise UsageError("--latents describes the latents of --sae: give both")
-    with reporting(args) as report, listen(config) as sock:
-        app = _app(args, config, paths, report)
+    with listen(config) as sock:
+        with reporting(args) as report:
+            app = _app(args, config, paths, report)
 
         def ready() -> None:
             url = url_of(sock)
-            if args.json:
-                print_json({"url": url, "model": app.name, "plans": list(app.shelf.plans)})
+            if args.json:  # on a line of its own: the reader does not wait for the end
+                plans = list(app.shelf.plans)
+                print_json({"url": url, "model": app.name, "plans": plans}, one_a_line=True)
             else:
-                print(f"serving {app.name} at {url}/v1, playground at {url}/", flush=True)
+                print(f"serving {app.name} at {url}/v1, playground at {url}/ (end with Ctrl-C)")
+            sys.stdout.flush()
 
-        report.say("ready: end it with Ctrl-C")
         run(app.app(), sock, ready)
-        report.say("stopped")
     return 0
 
 

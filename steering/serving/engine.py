@@ -1,8 +1,8 @@
 """The engine: one thread that runs the model for all requests, and lets rows in between passes.
 
 Rows of all requests form one batch. A row that ends makes room at once; new prompts run in a pass
-of their own and join before the next token. What a row is answered does not depend on the rows beside
-it, but for the rounding of products of another shape: see `docs/serving.md`.
+of their own and join before the next token. What a row is answered does not depend on the rows
+beside it, but for the rounding of products of another shape: see `docs/serving.md`.
 """
 
 import threading

@@ -14,8 +14,8 @@ from saesteer.sae.model.sae_places import steered
 from saesteer.steering.ranking.lens import lens_ids
 
 _LENS_TOKENS = 8
-# At most this many logits exist at a time (256 MiB in float32).
-_LOGITS = 2**26
+# At most this many logits exist at a time (64 MiB in float32).
+_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LatentSearch:
 
 def read_cards(folder: str | Path, d_sae: int) -> LatentSearch:
     """The cards of `latents.jsonl` in a folder: one JSON object a line, with `id` and, where known,
-    `description`, `top` or `lens_up`, `max` and `density`.
+    `description` or `descriptions`, `telling`, `lens_up`, `top`, `max` and `density`.
 
     Raises UserError for a file that is missing, or has a line that is none of these.
     """
@@ -105,25 +105,18 @@ def _card(row: dict[str, Any], d_sae: int) -> LatentCard:
     if not isinstance(latent, int) or not 0 <= latent < d_sae:
         raise ValueError(f"id must be in 0..{d_sae - 1}, got {latent!r}")
     described = row.get("description") or ""
-    if isinstance(described, dict):
-        described = described.get("text") or ""
-    tokens = [*_tokens(row.get("tokens")), *_tokens(row.get("lens_up")), *_top_tokens(row)]
+    for one in row.get("descriptions") or ():
+        described = described or str(one["text"])
+    tokens = [*_tokens(row.get("telling")), *_tokens(row.get("lens_up")), *_top_tokens(row)]
     return LatentCard(
         latent, str(described), tuple(dict.fromkeys(tokens)), row.get("max"), row.get("density")
     )
 
 
 def _tokens(listed: Any) -> list[str]:
-    """The tokens of a list of texts, of pairs or of objects."""
-    found = []
-    for one in listed or ():
-        if isinstance(one, dict):
-            one = one.get("token", one.get("text"))
-        elif isinstance(one, list) and one:
-            one = one[0]
-        if isinstance(one, str):
-            found.append(one)
-    return found
+    """The tokens of a list of texts, or of objects with `token`."""
+    words = [one.get("token") if isinstance(one, dict) else one for one in listed or ()]
+    return [word for word in words if isinstance(word, str)]
 
 
 def _top_tokens(row: dict[str, Any]) -> list[str]:

@@ -119,7 +119,7 @@ def add_flags(parser: VerbParser) -> None:
 
 def run(args: Namespace) -> int:
     """Serve until told to stop."""
-    from saesteer.steering.serving.server import check_installed, listen, run, url_of
+    from saesteer.steering.serving.routes.server import check_installed, listen, run, url_of
 
     check_installed()
     config = _config(args)
@@ -169,8 +169,8 @@ def _named(plans: tuple[str, ...]) -> dict[str, str]:
 def _app(args: Namespace, config: ServeConfig, paths: dict[str, str], report: Report) -> Any:
     """The application: everything opened and checked."""
     from saesteer.steering.plans.plan_file import load_plan
-    from saesteer.steering.serving.api import SteeringApp
-    from saesteer.steering.serving.shelf import Shelf
+    from saesteer.steering.serving.routes.api import SteeringApp
+    from saesteer.steering.serving.routes.shelf import Shelf
 
     plans: dict[str, Plan] = {name: load_plan(path) for name, path in paths.items()}
     sae = _open_sae(args, report)

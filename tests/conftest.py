@@ -192,7 +192,7 @@ def _user_cache_for_slow_tests(
 @pytest.fixture
 def server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `saesteer serve` end, as with Ctrl-C, as soon as it is ready."""
-    from saesteer.steering.serving import server
+    from saesteer.steering.serving.routes import server
 
     run = server.run
 

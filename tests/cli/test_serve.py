@@ -21,7 +21,7 @@ from .conftest import Cli
         ("--plan french", 2, "--plan must be NAME=PATH, such as french=runs/plan, got 'french'"),
         ("--plan a=PLAN --plan a=PLAN", 2, "--plan names two plans a"),
         ("--plan a:b=PLAN", 2, "letters, digits, dots"),
-        ("--plan a=nowhere", 1, "--plan nowhere does not exist"),
+        ("--plan a=nowhere", 1, "--plan nowhere: there is no nowhere"),
         ("--latents somewhere", 2, "--latents describes the latents of --sae: give both"),
         ("--host 0.0.0.0", 2, "--host 0.0.0.0 can be reached from other machines: give --api-key"),
         ("--port 99999", 2, "--port must be in 0..65535, got 99999"),
@@ -41,7 +41,9 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: name != "uvicorn" and find(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "uvicorn" else find(name, *rest),
     )
     said = cli("serve").error(1)
     assert said.endswith(
@@ -61,7 +63,7 @@ def test_it_prints_where_it_is(cli: Cli, plan: Path, sae: Path) -> None:
 def test_it_answers_until_it_is_told_to_end(
     cli: Cli, plan: Path, sae: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from saesteer.steering.serving import server
+    from saesteer.steering.serving.routes import server
 
     cards = tmp_path / "latents.jsonl"
     cards.write_text(

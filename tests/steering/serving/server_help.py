@@ -10,11 +10,11 @@ import torch
 from saesteer.checkpoints.sae_file import SAE, SAESpec
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.plans.plan import Plan
-from saesteer.steering.serving.api import SteeringApp
 from saesteer.steering.serving.config import ServeConfig
 from saesteer.steering.serving.latent_search import LatentSearch, lens_cards
-from saesteer.steering.serving.server import in_background
-from saesteer.steering.serving.shelf import Shelf
+from saesteer.steering.serving.routes.api import SteeringApp
+from saesteer.steering.serving.routes.server import in_background
+from saesteer.steering.serving.routes.shelf import Shelf
 
 from ..small_plans import small_plan
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from saesteer.steering.serving.answers import token_bytes
+from saesteer.steering.serving.routes.answers import token_bytes
 from saesteer.steering.serving.text_stream import TextStream
 
 

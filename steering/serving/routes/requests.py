@@ -10,11 +10,11 @@ from saesteer.checkpoints.errors import UserError, meant
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.text.prompts import EncodedPrompt, check_text, encode_prompt
 from saesteer.steering.hooking.chats import encode_chat
-from saesteer.steering.serving.api_errors import ApiError, Fields, shown, wrong
 from saesteer.steering.serving.config import ServeConfig
 from saesteer.steering.serving.generation import Generation
+from saesteer.steering.serving.routes.api_errors import ApiError, Fields, shown, wrong
+from saesteer.steering.serving.routes.shelf import Shelf
 from saesteer.steering.serving.sampling import Sampling
-from saesteer.steering.serving.shelf import Shelf
 
 _SHARED = {
     "model", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "max_tokens",

@@ -18,7 +18,7 @@ from saesteer.steering.plans.from_sae import plan_from_latents
 from saesteer.steering.plans.methods import METHODS, UNITS
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import load_plan
-from saesteer.steering.serving.api_errors import ApiError, Fields, shown, wrong
+from saesteer.steering.serving.routes.api_errors import ApiError, Fields, shown, wrong
 
 _PLANS_KEPT = 256
 _LARGEST = 1e6

@@ -13,9 +13,9 @@ import pytest
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.model.language_model import wrap_model
 from saesteer.steering.serving.config import ServeConfig, check_plan_name
-from saesteer.steering.serving.server import listen
+from saesteer.steering.serving.routes.server import listen
 
-from .server_help import Served, serving
+from ..server_help import Served, serving
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Rain"}], "max_tokens": 3}
 LONG = {**CHAT, "max_tokens": 900, "ignore_eos": True}

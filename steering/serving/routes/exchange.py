@@ -11,8 +11,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from saesteer.checkpoints.errors import UserError
-from saesteer.steering.serving.answers import Answer
-from saesteer.steering.serving.api_errors import ApiError
 from saesteer.steering.serving.engine import BusyError, ClosedError, Engine
 from saesteer.steering.serving.generation import (
     DeadlineError,
@@ -22,6 +20,8 @@ from saesteer.steering.serving.generation import (
     Generation,
     Token,
 )
+from saesteer.steering.serving.routes.answers import Answer
+from saesteer.steering.serving.routes.api_errors import ApiError
 
 _QUIET_SECONDS = 15.0
 """After so long without a chunk a comment is sent, so that no proxy takes the stream for dead."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.serving.generation import Facts, Finished, Token
-from saesteer.steering.serving.requests import Asked
+from saesteer.steering.serving.routes.requests import Asked
 from saesteer.steering.serving.sampling import TokenLogprobs
 
 Document = dict[str, Any]

@@ -16,22 +16,22 @@ from starlette.routing import Route
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.evaluation.damage import NeutralProbe, neutral_questions
-from saesteer.steering.serving.answers import Answer
-from saesteer.steering.serving.api_errors import ApiError, wrong
 from saesteer.steering.serving.config import ServeConfig
 from saesteer.steering.serving.engine import ClosedError, Engine
-from saesteer.steering.serving.exchange import (
+from saesteer.steering.serving.latent_search import LatentCard, LatentSearch
+from saesteer.steering.serving.metrics import Figures
+from saesteer.steering.serving.routes.answers import Answer
+from saesteer.steering.serving.routes.api_errors import ApiError, wrong
+from saesteer.steering.serving.routes.exchange import (
     EventStream,
     Exchange,
     as_api_error,
     error_response,
     whole_answer,
 )
-from saesteer.steering.serving.guard import check_request, read_body
-from saesteer.steering.serving.latent_search import LatentCard, LatentSearch
-from saesteer.steering.serving.metrics import Figures
-from saesteer.steering.serving.requests import Reader, read_json
-from saesteer.steering.serving.shelf import Shelf, as_one_plan
+from saesteer.steering.serving.routes.guard import check_request, read_body
+from saesteer.steering.serving.routes.requests import Reader, read_json
+from saesteer.steering.serving.routes.shelf import Shelf, as_one_plan
 
 Handler = Callable[[Request], Awaitable[Response]]
 

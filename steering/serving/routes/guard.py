@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from saesteer.steering.serving.api_errors import ApiError, shown
 from saesteer.steering.serving.config import LOOPBACK, ServeConfig
+from saesteer.steering.serving.routes.api_errors import ApiError, shown
 
 OPEN_PATHS = ("/", "/health", "/playground.js", "/playground.css", "/favicon.ico")
 """Paths that need no key: they hold nothing of the model."""

@@ -148,13 +148,15 @@ function latentRow(one) {
     },
   }, "×");
   const reads = state.info.sae.reads;
-  return make("li", { class: one.dose ? "on" : "" },
+  const row = make("li", { class: one.dose ? "on" : "" },
     make("div", { class: "row" }, make("strong", { class: "grow" }, `Latent ${one.id}`),
       reads ? make("label", { class: "quiet" }, colour, "colour") : null, remove),
     card(one),
     slider(`Dose of latent ${one.id}, as a share of the residual`, one.dose, -1, 1, "", (value) => {
       one.dose = value;
+      row.classList.toggle("on", value !== 0);
     }));
+  return row;
 }
 
 function card(one) {

@@ -5,6 +5,7 @@ of their own and join before the next token. What a row is answered does not dep
 beside it, but for the rounding of products of another shape: see `docs/serving.md`.
 """
 
+import functools
 import threading
 import time
 from collections import deque
@@ -270,7 +271,7 @@ class Engine:
         groups = [ready] if self._kind.joins else [[row] for row in ready]
         for group in groups:
             batch = Batch(self.lm, self._kind, self._hooks)
-            self._guarded(batch, lambda b=batch, g=group: b.begin(g), prompts=True)
+            self._guarded(batch, functools.partial(batch.begin, group), prompts=True)
             if not batch.rows:
                 continue
             if self._kind.joins and self._batches:

@@ -247,7 +247,8 @@ class BatchHooks:
             for row in edited:
                 if turn >= len(row.parts(place)):
                     continue
-                one, tokens = row.parts(place)[turn], row.edits and row.edits.tokens
+                one = row.parts(place)[turn]
+                tokens = None if row.edits is None else row.edits.tokens
                 assert tokens is not None
                 share = one.hook.share_after_prompts(tokens)
                 if share is None:

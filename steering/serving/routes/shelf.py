@@ -141,8 +141,8 @@ class Shelf:
         plan = self.plans[name]
         if settings := self._settings(fields):
             plan = plan.with_changes(**settings)
-        times = fields.number("times", -_LARGEST, _LARGEST, 1.0)
-        if times != 1.0:
+        times = fields.number("times", -_LARGEST, _LARGEST)
+        if times is not None:
             parts = [dataclasses.replace(one, scale=one.scale * times) for one in plan.parts]
             plan = plan.with_changes(parts=parts)
         return self._gated(plan, fields)

@@ -23,7 +23,7 @@ ARCHS := --arch topk,batchtopk,matryoshka,jumprelu
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-durable check lint types format bench gpu peers \
+.PHONY: help demo test test-slow test-durable test-browser check lint types format bench gpu peers \
 	typecheck-links \
 	env-run env-dev \
 	clean distclean
@@ -35,6 +35,7 @@ help:
 	@echo 'make format           rewrite the code in our format'
 	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
 	@echo 'make test-durable     kill, break and fuzz: 20 kills a source, disk faults, malformed files'
+	@echo 'make test-browser     the server: its playground in a real browser, 64 clients at once'
 	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
 	@echo 'make gpu              the benchmarks on a GPU in 8 minutes, with its page (ARGS="--minutes 4")'
 	@echo 'make peers            the other projects that the benchmarks compare with'
@@ -62,6 +63,14 @@ test-durable: env-dev
 		tests/steering/plans/test_plan_malformed.py tests/steering/exchange tests/sae/training/test_kills.py \
 		tests/sae/training/test_run_folder.py tests/sae/verbs/test_reproduce.py \
 		tests/sae/verbs/test_reproduce_harvest.py $(ARGS)
+
+# The playground in Debian's Chromium (the newest pictures: SCREENSHOTS=DIR), and 64 clients at once.
+test-browser: env-dev
+	@command -v chromium >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium; } || \
+		echo 'saesteer: no chromium (Debian: apt-get install chromium): the browser tests are skipped' >&2
+	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-build-isolation -e '.[browser]'
+	@$(RUN) pytest --run-slow --timeout 1800 -m slow -rs tests/steering/serving $(ARGS)
 
 check: lint types test
 

@@ -22,6 +22,7 @@ VERBS = {
     "latents": "write pages of what latents are: contexts, histograms, lens, neighbours",
     "rank": "find the latents that carry an instruction, and write a steering plan",
     "steer": "generate text with a steering plan, or with latents chosen by number",
+    "serve": "answer OpenAI's clients, a plan for each request, with a playground in the browser",
     "sweep": "try doses, numbers of latents and scopes, and keep the best plan",
     "find": "search layers, phases, directions or latents and doses for one task, within a time",
     "evaluate": "compare a plan with every control: a report of success, fluency and damage",

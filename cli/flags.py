@@ -44,15 +44,15 @@ LM_DTYPE_HELP = (
 def add_common(
     parser: VerbParser,
     *,
-    out: str,
+    out: str | None,
     force: str | None = None,
-    seed_help: str = "seed of sampling and of the order of the data (default: 0)",
+    seed_help: str | None = "seed of sampling and of the order of the data (default: 0)",
     device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
     dtype_help: str = LM_DTYPE_HELP,
     threads: bool = True,
 ) -> None:
-    """The flags of every verb. The arguments are the help texts that differ between verbs, and
-    whether it computes on a number of `threads` that can be chosen."""
+    """The flags of every verb. The arguments are the help texts that differ between verbs (None:
+    without that flag), and whether it computes on a number of `threads` that can be chosen."""
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -61,10 +61,12 @@ def add_common(
         action=Repeated,
         help="YAML file of `flag: value` lines; repeatable, later files win, flags win over files",
     )
-    group.add_argument("-o", "--out", metavar="DIR", help=out)
+    if out is not None:
+        group.add_argument("-o", "--out", metavar="DIR", help=out)
     if force is not None:
         group.add_argument("--force", action="store_true", help=force)
-    group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
+    if seed_help is not None:
+        group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
     group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
     group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
     if threads:

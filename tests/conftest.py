@@ -12,6 +12,7 @@ shape-checking import hook first.
 
 import copy
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,23 @@ def _user_cache_for_slow_tests(
             monkeypatch.delenv("SAESTEER_CACHE", raising=False)
         else:
             monkeypatch.setenv("SAESTEER_CACHE", USER_CACHE)
+
+
+@pytest.fixture
+def server_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `saesteer serve` end, as with Ctrl-C, as soon as it is ready."""
+    from saesteer.steering.serving.routes import server
+
+    run = server.run
+
+    def once(app: Any, sock: Any, ready: Callable[[], None]) -> None:
+        def then_end() -> None:
+            ready()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        run(app, sock, then_end)
+
+    monkeypatch.setattr(server, "run", once)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 RUN_HERE = {
     "circuit", "doctor", "evaluate", "grade", "harvest", "latents", "load_sae", "metrics",
-    "own_task", "patch", "rank", "report", "steer", "train",
+    "own_task", "patch", "rank", "report", "serve", "steer", "train",
 }  # fmt: skip
 """The examples that the tests below run."""
 
@@ -172,6 +172,16 @@ def test_steer_touches_every_generated_position(model: Path, folder: Path, ranke
     assert 1 <= touched <= 6 and dose > 0
     (by_hand,) = numbers(printed, r"(?m)^touched (\d+) positions$")
     assert 1 <= by_hand <= 6
+
+
+def test_serve_answers_with_a_plan_and_without(model: Path, folder: Path, ranked: str) -> None:
+    printed = run(
+        "serve", "--model", model, "--plan", folder / "plan", "-p", "A tuple needs a comma.",
+        "--max-new-tokens", 6,
+    )  # fmt: skip
+    assert re.search(r"(?m)^serving at http://127\.0\.0\.1:\d+$", printed)
+    plain, steered = (int(n) for n in re.findall(r"touched (\d+) positions", printed))
+    assert plain == 0 and 1 <= steered <= 6
 
 
 def test_evaluate_chooses_a_setting_and_reports_every_arm(

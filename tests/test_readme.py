@@ -52,6 +52,7 @@ EXTRA = {
         "12",
     ],
     "toy": ["--scenes", "16"],
+    "serve": ["--port", "0"],
     "circuit": ["--draws", "1", "--random", "1"],
     "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
@@ -121,7 +122,7 @@ def test_the_readme_shows_every_verb() -> None:
     assert {words[0] for words in readme_lines()} == set(VERBS)
 
 
-@pytest.mark.usefixtures("few_replies")
+@pytest.mark.usefixtures("few_replies", "server_ends")
 def test_readme_lines_run_in_order(
     tiny_model_dir: Callable[..., Path],
     tmp_path: Path,
@@ -132,7 +133,7 @@ def test_readme_lines_run_in_order(
     assert run_all(readme_lines(), tiny_model_dir("llama"), capsys) >= 6
 
 
-@pytest.mark.usefixtures("few_replies")
+@pytest.mark.usefixtures("few_replies", "server_ends")
 def test_help_examples_run_in_order(
     tiny_model_dir: Callable[..., Path],
     tmp_path: Path,

@@ -1,6 +1,8 @@
 """One hook on the residual stream, which applies the edit of one group of parts."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,8 +28,21 @@ from saesteer.steering.hooking.scope_arguments import ScopeArguments
 from saesteer.steering.hooking.touched import Record, SteerReport
 from saesteer.steering.hooking.tracking.passes import Call, PassTokens
 from saesteer.steering.hooking.tracking.plain_pass import PlainWanted, plain_at
-from saesteer.steering.hooking.tracking.positions import PositionTracker
 from saesteer.steering.plans.schedules import parse_schedule
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What tells a hook where the tokens of the present pass lie."""
+
+    passes: int
+    calls: list[Call]
+    on_reorder: list[Callable[[Tensor], None]]
+    plain_wanted: list[PlainWanted]
+
+    @property
+    def current(self) -> PassTokens | None:
+        """The tokens of the pass; None where nothing is to be edited."""
 
 
 class GroupHook:
@@ -38,7 +53,7 @@ class GroupHook:
         lm: LanguageModel,
         group: Group,
         arguments: ScopeArguments,
-        tracker: PositionTracker,
+        tracker: Tracker,
         report: SteerReport,
         saes: SAEs,
         force: bool,
@@ -148,6 +163,47 @@ class GroupHook:
         record.log(tokens.after, touched, norms, delta.detach().norm(dim=-1))
         moved = (wide + delta).to(h.dtype)
         return moved if touched is None else torch.where(touched[..., None], moved, h)
+
+    def prepare(self, tokens: PassTokens) -> None:
+        """Work out which positions of the present call are covered, before its first pass.
+
+        Raises what the scope raises for the call's prompts.
+        """
+        self._call_rows(tokens)
+
+    def share_after_prompts(self, tokens: PassTokens) -> float | None:
+        """The share of the edit that is made at the one token of a pass after the prompts.
+
+        0 where none is. None where only a call of the hook can tell: it reads latents first, or
+        leaves out tokens.
+        """
+        decides = self._gate is not None or self._conditions or self._special is not None
+        if tokens.after is None or tokens.length != 1 or decides:
+            return None
+        reach = self._call_rows(tokens).after_prompts
+        if tokens.after >= reach.none_from:
+            return 0.0
+        if tokens.after + 1 > reach.all_until:
+            return None
+        return 1.0 if self._schedule.is_constant else self._schedule.weight(tokens.after + 1)
+
+    def delta_after_prompts(
+        self, h: Float[Tensor, "rows one d_model"], weight: Float[Tensor, "rows one"]
+    ) -> Float[Tensor, "#rows #one d_model"]:
+        """What the edit adds to residuals in float32 where `share_after_prompts` is not None."""
+        return self._edit.delta(h, EditPositions(None, weight))
+
+    def log_after_prompts(
+        self,
+        tokens: PassTokens,
+        norms: Float[Tensor, "rows one"],
+        deltas: Float[Tensor, "rows one"],
+    ) -> None:
+        """Record an edit that was made by `delta_after_prompts`, or together with those of others:
+        lengths of the residuals and of what was added."""
+        assert tokens.after is not None
+        self._report.passes = self._tracker.passes
+        self._record(tokens, norms.device).log(tokens.after, None, norms, deltas)
 
     def _positions(
         self,

@@ -79,6 +79,7 @@ LINES: dict[str, list[tuple[str, str]]] = {
             "faithfulness",
         )
     ],
+    "serve": [("--plan one=PLAN --sae SAE --port 0", "serving ")],
     "toy": [("hand-built --scenes 8 -o NEW", "next:")],
     "watch": [("SAE", "finished")],
     "tasks": [("", "french")],
@@ -92,6 +93,7 @@ def test_every_verb_has_a_line() -> None:
     assert {*LINES, "demo"} == set(VERBS)  # demo's own test runs on a terminal
 
 
+@pytest.mark.usefixtures("server_ends")
 @pytest.mark.parametrize(
     ("line", "says"),
     [(f"{verb} {rest}", says) for verb, rows in LINES.items() for rest, says in rows],
@@ -115,6 +117,7 @@ def test_verbs_print_on_a_terminal(
         "MODEL": model, "ACTS": acts, "SAE": sae, "PLAN": plan, "TASK": task, "IFEVAL": ifeval,
         "NEW": tmp_path / "new", "CHANGED": changed, "ANSWERS": answers,
     }  # fmt: skip
+    names |= {f"one={name}": f"one={path}" for name, path in names.items()}
     words = line.split()
     if "HAND/" in line:
         run_once("toy", "hand-built", "--scenes", 16, "-o", tmp_path / "hand")

@@ -1,0 +1,1 @@
+"""A steered model behind an OpenAI-compatible server: requests batched, a plan for each row."""

@@ -207,6 +207,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise none_of(f"`{name}`", allowed, value)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UsageError(f"`{name}` must be at least {least}, got {value}")

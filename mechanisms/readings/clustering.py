@@ -22,7 +22,7 @@ from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.runs.facts import model_facts
 
 Array = np.ndarray
-_RESAMPLES = 200
+_RESAMPLES = 100
 
 
 def cluster(

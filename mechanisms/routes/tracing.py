@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.mechanisms.data.encoding import encode_pairs
 from saesteer.mechanisms.data.pairs import Pair, load_pairs
 from saesteer.mechanisms.patching.sites import Edit
@@ -30,6 +30,7 @@ from saesteer.mechanisms.routes.trace_result import Route, Trace, TraceCompariso
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.runs.facts import model_facts
+from saesteer.sae.text.prompts import encode_prompt
 
 Hop = tuple[int, int, int, int]
 """Block, head, the token that reads, the token that is read."""
@@ -61,18 +62,25 @@ def trace(
     config = config or TraceConfig()
     lm = as_language_model(model, device=device, dtype=dtype)
     began = time.perf_counter()
-    pair = Pair(prompt, prompt, answer, wrong)
-    (encoded,), _ = encode_pairs(lm, [pair], chat=config.chat, allow_copies=True)
-    other = None if answer is None else encoded.wrong
-    net = FrozenNetwork(lm, encoded.clean)
-    account = take_account(net, _score(net, encoded.answer, other))
+    if answer is None:
+        if wrong is not None:
+            raise UsageError("`wrong` without `answer`: give both, or neither")
+        ids, other = encode_prompt(lm, prompt, chat=config.chat).token_ids, None
+        net = FrozenNetwork(lm, ids)
+        given = int(net.logits.argmax())
+    else:
+        pair = Pair(prompt, prompt, answer, wrong)
+        (encoded,), _ = encode_pairs(lm, [pair], chat=config.chat, allow_copies=True)
+        ids, given, other = encoded.clean, encoded.answer, encoded.wrong
+        net = FrozenNetwork(lm, ids)
+    account = take_account(net, _score(net, given, other))
     routes, lost = follow(net, account, config, progress)
     return Trace(
         model=model_facts(lm) | {"n_layers": lm.n_layers},
         config=config,
         prompt=prompt,
-        tokens=tuple(lm.tokenizer.convert_ids_to_tokens(encoded.clean)),
-        answer=lm.tokenizer.decode([encoded.answer]),
+        tokens=tuple(lm.tokenizer.convert_ids_to_tokens(ids)),
+        answer=lm.tokenizer.decode([given]),
         wrong=None if other is None else lm.tokenizer.decode([other]),
         logit=account.logit,
         biases=account.biases,

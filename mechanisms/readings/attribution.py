@@ -128,7 +128,7 @@ def _one(
     tokens = lm.tokenizer.convert_ids_to_tokens
     text = lm.tokenizer.decode(reply, skip_special_tokens=True)
     whole, without, random = reply_logprobs(
-        lm, encoded.token_ids, reply, [[], list(most), list(some)]
+        lm, encoded.token_ids, reply, [[], most.tolist(), some.tolist()]
     )
     return AttributedPrompt(
         text=prompt.text,

@@ -19,6 +19,8 @@ from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 
 Array = np.ndarray
+_MATRICES = {"Linear": 0, "Conv1D": 1}
+"""Class of a matrix -> which axis of its weight is what comes out: GPT-2 keeps [in, out]."""
 
 
 def neuron_rows(lm: LanguageModel, layer: int) -> Tensor:
@@ -30,8 +32,8 @@ def neuron_rows(lm: LanguageModel, layer: int) -> Tensor:
     around: nn.Module = lm.blocks[layer] if not any(True for _ in module.children()) else module
     found = [
         part for name, part in around.named_modules()
-        if "att" not in name.lower() and getattr(part, "weight", None) is not None
-        and part.weight.dim() == 2 and lm.d_model in part.weight.shape
+        if "att" not in name.lower() and type(part).__name__ in _MATRICES
+        and part.weight.shape[_MATRICES[type(part).__name__]] == lm.d_model
     ]  # fmt: skip
     if not found:
         raise UserError(
@@ -39,8 +41,7 @@ def neuron_rows(lm: LanguageModel, layer: int) -> Tensor:
             "needs one"
         )
     weight: Tensor = found[-1].weight.detach().double()
-    # Linear keeps [out, in], GPT-2's Conv1D [in, out].
-    return weight.T if isinstance(found[-1], nn.Linear) else weight
+    return weight.T if _MATRICES[type(found[-1]).__name__] == 0 else weight
 
 
 def leading_directions(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

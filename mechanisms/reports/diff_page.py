@@ -44,7 +44,7 @@ def render_diff(document: Mapping[str, Any]) -> str:
     if document["concepts"]:
         found = document["concepts"]
         points = [
-            Point(row["layer"], row[key], name)
+            Point(float(row["layer"]), row[key], name)
             for name, key in (("tuned", "overlap"), ("noise", "noise"),
                               ("block before", "between_blocks"))
             for row in found if row[key] is not None

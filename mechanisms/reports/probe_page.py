@@ -11,8 +11,10 @@ from saesteer.sae.reports.svg import Point, diverging_map, scatter
 def render_probe(document: Mapping[str, Any]) -> str:
     """Accuracy by layer, a line a position, beside its controls."""
     model, rows = document["model"], document["rows"]
-    points = [Point(r["layer"], r["accuracy"], r["at"], f"{r['accuracy']:.3f}") for r in rows]
-    points += [Point(r["layer"], r["permuted"], f"{r['at']}, permuted") for r in rows]
+    points = [
+        Point(float(r["layer"]), r["accuracy"], r["at"], f"{r['accuracy']:.3f}") for r in rows
+    ]
+    points += [Point(float(r["layer"]), r["permuted"], f"{r['at']}, permuted") for r in rows]
     parts = [
         note(
             f"{model['name']} ({model['dtype']}, weights {model['hash']}); labels "
@@ -34,6 +36,13 @@ def render_probe(document: Mapping[str, Any]) -> str:
         ),
     ]  # fmt: skip
     return page("Probes", parts)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], key: str, after: str) -> list[Point]:
+    """A line by layer for each position."""
+    return [
+        Point(float(row["layer"]), row[key], row["at"] + after, f"{row[key]:.3f}") for row in rows
+    ]
 
 
 def render_clusters(document: Mapping[str, Any]) -> str:
@@ -98,8 +107,10 @@ def _unseen(rows: Sequence[Mapping[str, Any]]) -> str:
 def render_moves(document: Mapping[str, Any]) -> str:
     """Switch rates by layer."""
     model, rows = document["model"], document["rows"]
-    points = [Point(r["layer"], r["switched"], r["at"], f"{r['switched']:.3f}") for r in rows]
-    points += [Point(r["layer"], r["random"], f"{r['at']}, random shift") for r in rows]
+    points = [
+        Point(float(r["layer"]), r["switched"], r["at"], f"{r['switched']:.3f}") for r in rows
+    ]
+    points += [Point(float(r["layer"]), r["random"], f"{r['at']}, random shift") for r in rows]
     parts = [
         note(
             f"{model['name']} ({model['dtype']}, weights {model['hash']}). States are moved by the "

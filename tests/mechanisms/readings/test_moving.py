@@ -15,10 +15,15 @@ from ..families import Make, double
 def test_after_the_last_block_the_answer_follows(tiny_lm: Make) -> None:
     """With one row for each label and input, a centroid is that row's state."""
     lm = double(tiny_lm, "llama")
-    plain = [StateRow(f"{w} {x}", w, w, x) for w in ("a", "b", "c") for x in ("one", "tree")]
+    names = ("one", "tree", "of", "it", "value", "class", "for", "is", "not")
+    plain = [StateRow(f"{w} {x}", w, w, x) for w in ("a", "b", "c") for x in names]
     given = read_states(lm, plain, ("last",)).logits.argmax(-1).tolist()
     said = {(r.label, r.input): lm.tokenizer.decode([t]) for r, t in zip(plain, given, strict=True)}
-    assert lm.tokenizer(said["a", "one"])["input_ids"][:1] == given[:1]
+    # Only answers whose text is read back as the same token.
+    lost = {r.input for r, t in zip(plain, given, strict=True)
+            if lm.tokenizer(said[r.label, r.input])["input_ids"] != [t]}  # fmt: skip
+    plain = [row for row in plain if row.input not in lost]
+    assert plain
     rows = [
         StateRow(r.text, r.label, r.group, r.input,
                  answers={label: said[label, r.input] for label in ("a", "b", "c")})

@@ -10,9 +10,7 @@ from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, names
 from saesteer.mechanisms.reading_config import DiffConfig
 
-EXAMPLE = (
-    "saesteer diff --base runs/boxes/base --tuned runs/boxes/tuned --what concepts -o runs/diff"
-)
+EXAMPLE = "saesteer diff --base smollm2-135m-instruct --tuned tuned-model -o runs/diff"
 
 
 def add_flags(parser: VerbParser) -> None:

@@ -17,7 +17,7 @@ from saesteer.mechanisms.reading_config import ProbeConfig
 if TYPE_CHECKING:
     from saesteer.sae.model.language_model import LanguageModel
 
-EXAMPLE = "saesteer probe --models runs/symbols/steps --cluster -o runs/clusters"
+EXAMPLE = "saesteer probe --model smollm2-135m-instruct --tasks french,question -o runs/probe"
 _KEYS = ("ari_label", "within", "ari_group", "ari_input", "purity")
 
 

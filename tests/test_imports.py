@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "find", "evaluate")
 VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
-VERBS += ("patch", "circuit", "toy")
+VERBS += ("patch", "circuit", "toy", "trace", "vector", "probe", "attribute", "diff")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}
 

@@ -240,6 +240,8 @@ def follow(
     vectors = account.top[None]
     lost = 0.0
     for layer in reversed(range(lm.n_layers)):
+        if not hops:
+            break
         progress("following routes", lm.n_layers - 1 - layer, lm.n_layers, "blocks")
         piece = pieces[layer]
         tokens = torch.tensor(at, device=lm.device)
@@ -269,6 +271,8 @@ def follow(
         ]
         at = [at[i] for i in same] + [source for _, _, source in places]
     progress("following routes", lm.n_layers, lm.n_layers, "blocks")
+    if not hops:
+        return [], lost
     final = (vectors * pieces[0].stream[torch.tensor(at, device=lm.device)]).sum(-1)
     routes = [Route(h, t, float(m)) for h, t, m in zip(hops, at, final, strict=True)]
     return sorted(routes, key=lambda route: -abs(route.mass)), lost

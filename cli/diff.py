@@ -35,7 +35,7 @@ def add_flags(parser: VerbParser) -> None:
         "--most",
         type=count,
         metavar="N",
-        help=f"words on each side of a dimension {default(DiffConfig, 'words')}",
+        help=f"words on each side of a dimension {default(DiffConfig, 'most')}",
     )
     heads.add_argument(
         "--related",
@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
     """Compare, and print what changed."""
     need(args, "--base", "the model before tuning")
     need(args, "--tuned", "the model after it")
-    config = DiffConfig(**given(args, DiffConfig, words="most"))
+    config = DiffConfig(**given(args, DiffConfig))
     with (
         reserved(args, base=args.base, tuned=args.tuned, words=args.words, verbs=args.verbs),
         reporting(args) as report,

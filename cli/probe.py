@@ -83,7 +83,7 @@ def add_flags(parser: VerbParser) -> None:
         "--penalty",
         type=a_number,
         metavar="C",
-        help=f"inverse strength of the classifier's penalty {default(ProbeConfig, 'c')}",
+        help=f"inverse strength of the classifier's penalty {default(ProbeConfig, 'penalty')}",
     )
     what.add_argument(
         "--shuffles",
@@ -128,7 +128,7 @@ def run(args: Namespace) -> int:
         source = str(Path(args.models).expanduser().resolve().parent / "states.jsonl")
     if (source is None) == (args.tasks is None):
         raise UsageError("give either --states FILE or --tasks NAME,NAME")
-    config = ProbeConfig(**given(args, ProbeConfig, c="penalty"))
+    config = ProbeConfig(**given(args, ProbeConfig))
     with (
         reserved(args, model=args.model, models=args.models, states=source),
         reporting(args) as report,

@@ -56,7 +56,7 @@ def add_flags(parser: VerbParser) -> None:
         "--iv-from",
         metavar="RUN",
         help="where the instruction is read: alone, or full, in the whole prompt "
-        f"{default(VectorConfig, 'source')}",
+        f"{default(VectorConfig, 'iv_from')}",
     )
     grid.add_argument(
         "--metric",
@@ -67,7 +67,7 @@ def add_flags(parser: VerbParser) -> None:
         "--best",
         type=count,
         metavar="N",
-        help=f"pairs of blocks to test for superadditivity {default(VectorConfig, 'pairs')}",
+        help=f"pairs of blocks to test for superadditivity {default(VectorConfig, 'best')}",
     )
     grid.add_argument(
         "--doses",
@@ -105,8 +105,7 @@ def run(args: Namespace) -> int:
     if args.plan is not None:
         need(args, "--out", "the folder to write plan/ to")
     config = VectorConfig(
-        **given(args, VectorConfig, layers="layer", source="iv_from", pairs="best",
-                budget_minutes="budget")
+        **given(args, VectorConfig, layers="layer", budget_minutes="budget")
     )  # fmt: skip
     with reserved(args, model=args.model, pairs=args.pairs), reporting(args) as report:
         from saesteer.mechanisms import instruction_vectors, load_pairs, save_reading

@@ -33,11 +33,11 @@ class VectorConfig:
     """Position of the prompt without the instruction: query-first, query-last or last."""
     sets: int = 2
     """1 patches single blocks, 2 pairs as well, 3 also triples of the best eight."""
-    source: str = "alone"
+    iv_from: str = "alone"
     """`alone` reads the instruction's last token in a run of the instruction by itself, `full` in
     the whole prompt."""
     metric: str | None = None
-    pairs: int = 10
+    best: int = 10
     """Best pairs to test for superadditivity."""
     doses: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Doses at which those pairs are added instead of put in place."""
@@ -47,11 +47,11 @@ class VectorConfig:
 
     def __post_init__(self) -> None:
         _one_of("at", self.at, ("query-first", "query-last", "last"))
-        _one_of("source", self.source, ("alone", "full"))
+        _one_of("iv_from", self.iv_from, ("alone", "full"))
         _one_of("sets", str(self.sets), ("1", "2", "3"))
         if self.metric is not None:
             _one_of("metric", self.metric, ("logit-diff", "logprob", "logit"))
-        _at_least("pairs", self.pairs, 1)
+        _at_least("best", self.best, 1)
         _at_least("seed", self.seed, 0)
         if any(not dose > 0 for dose in self.doses):
             raise UsageError(f"`doses` must be above 0, got {self.doses}")
@@ -109,7 +109,7 @@ class DiffConfig:
     """Which weights of two models are compared, and on which words."""
 
     what: tuple[str, ...] = WHAT
-    words: int = 100
+    most: int = 100
     """Words on each side of a dimension of a head."""
     related: str = "embeddings"
     """Which pairs count: `embeddings` those whose centred cosine in the base's input embeddings is
@@ -128,7 +128,7 @@ class DiffConfig:
         for one in self.what:
             _one_of("what", one, WHAT)
         _one_of("related", self.related, RELATED)
-        for name in ("words", "k", "top"):
+        for name in ("most", "k", "top"):
             _at_least(name, getattr(self, name), 1)
         if not self.distance or min(self.distance) < 0:
             raise UsageError(f"`distance` must be numbers of at least 0, got {self.distance}")
@@ -143,7 +143,7 @@ class ProbeConfig:
     """Read after each block: resid_post, attn_out or mlp_out. Layer 0 is the first block's input,
     layer l what is read in block l - 1."""
     folds: int = 5
-    c: float = 1.0
+    penalty: float = 1.0
     """Inverse strength of the penalty of logistic regression."""
     shuffles: int = 5
     """Fits with permuted labels, whose accuracy is subtracted."""
@@ -161,8 +161,8 @@ class ProbeConfig:
         for name, least in (("folds", 2), ("shuffles", 1), ("n_init", 1), ("seeds", 1),
                             ("draws", 1)):  # fmt: skip
             _at_least(name, getattr(self, name), least)
-        if not self.c > 0:
-            raise UsageError(f"`c` must be above 0, got {self.c}")
+        if not self.penalty > 0:
+            raise UsageError(f"`penalty` must be above 0, got {self.penalty}")
         _at_least("seed", self.seed, 0)
 
 

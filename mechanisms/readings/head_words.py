@@ -142,7 +142,7 @@ def head_words(
             for head in range(q.shape[2]):
                 known = pair_counts(
                     turned[layer, :, head].numpy(), k[layer, :, head].numpy(), related,
-                    config.words, turning,
+                    config.most, turning,
                 ) > 1  # fmt: skip
                 found[layer, head] += known.sum(0) + known.sum(1)
     return found

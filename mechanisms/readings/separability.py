@@ -127,7 +127,7 @@ def _right(states: Array, y: Array, groups: Array, config: ProbeConfig) -> Array
     for train, test in folds.split(states, y, groups):
         fitted = sklearn("pipeline").make_pipeline(
             sklearn("preprocessing").StandardScaler(),
-            sklearn("linear_model").LogisticRegression(C=config.c, max_iter=1000),
+            sklearn("linear_model").LogisticRegression(C=config.penalty, max_iter=1000),
         )
         if len(set(y[train])) < 2:
             continue

@@ -25,7 +25,7 @@ def render_vectors(document: Mapping[str, Any]) -> str:
         note(
             f"{model['name']} ({model['dtype']}, weights {model['hash']}); "
             f"{document['n_queries']} queries. States of the instruction "
-            f"{document['instruction']!r} ({settings['source']}) are put at {settings['at']} of "
+            f"{document['instruction']!r} ({settings['iv_from']}) are put at {settings['at']} of "
             f"the prompt without it. {document['metric']} is {document['base']:.3f} there and "
             f"{document['full']:.3f} with the instruction; a share is of {document['total']:+.3f}."
         ),

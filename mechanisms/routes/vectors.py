@@ -140,7 +140,7 @@ class _Vectors:
         best: list[int] = []
         if config.sets > 1 and n > 1:
             means = effects[first][:, len(singles) :].mean(0)
-            best = [len(singles) + int(i) for i in np.argsort(-means)[: config.pairs]]
+            best = [len(singles) + int(i) for i in np.argsort(-means)[: config.best]]
         if config.sets > 2:
             top = np.argsort(-effects[:, : len(singles)].mean(0))[:_BEST_FOR_TRIPLES]
             triples = list(itertools.combinations(sorted(map(int, top)), 3))
@@ -191,7 +191,7 @@ class _Vectors:
 
     def _vector(self, index: int, side: int) -> Tensor:
         """IV of the clean (0) or the corrupt (1) instruction of a pair."""
-        if self.config.source == "alone":
+        if self.config.iv_from == "alone":
             return self._alone(_instruction(self.pairs[index], side))
         pair = self.whole[index]
         ids, at = (pair.clean, pair.corrupt)[side], pair.place("instruction-last")[side]

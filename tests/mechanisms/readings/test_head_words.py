@@ -85,10 +85,10 @@ def test_related_words_are_those_that_stand_out() -> None:
 
 def test_each_word_is_counted_by_head(tiny_lm: Make) -> None:
     lm = double(tiny_lm, "llama")
-    config = DiffConfig(related="none", words=3)
+    config = DiffConfig(related="none", most=3)
     related = related_words(word_embeddings(lm, WORDS), config)
     found = head_words(lm, WORDS, related, config)
     assert found.shape == (4, 4, 5) and found.sum() % 2 == 0 and found.any()
     # Another distance adds pairs of planes.
-    more = head_words(lm, WORDS, related, DiffConfig(related="none", words=3, distance=(0, 2)))
+    more = head_words(lm, WORDS, related, DiffConfig(related="none", most=3, distance=(0, 2)))
     assert (more >= found).all() and more.sum() > found.sum()

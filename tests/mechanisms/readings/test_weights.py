@@ -90,7 +90,7 @@ def test_words_that_gain_pairs_are_found() -> None:
 
 def test_two_models(tiny_lm: Make) -> None:
     one, two = double(tiny_lm, "llama"), _moved(tiny_lm, 0.05)
-    found = diff(one, two, DiffConfig(k=6, words=15, top=5), words=["dog", "cat", "house"])
+    found = diff(one, two, DiffConfig(k=6, most=15, top=5), words=["dog", "cat", "house"])
     assert len(found.concepts) == 4 and len(found.heads) == 1 and len(found.pairs[0]) == 4
     for row in found.concepts:
         assert 0.3 < row["overlap"] < 1 and row["unrelated"] == pytest.approx(6 / 32)

@@ -42,7 +42,7 @@ def test_the_instruction_is_cut_out(pairs: list[Pair]) -> None:
 def test_effects_equal_patches_one_by_one(
     lm: LanguageModel, pairs: list[Pair], tmp_path: Path
 ) -> None:
-    config = VectorConfig(layers=(0, 1, 3), sets=3, pairs=2, metric="logit-diff")
+    config = VectorConfig(layers=(0, 1, 3), sets=3, best=2, metric="logit-diff")
     found = instruction_vectors(lm, pairs, config)
     assert found.sets == ((0,), (1,), (3,), (0, 1), (0, 3), (1, 3), (0, 1, 3))
 

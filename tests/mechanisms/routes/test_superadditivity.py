@@ -27,14 +27,14 @@ def test_planted_and_additive() -> None:
 
 
 def test_the_null_is_rejected_as_often_as_said() -> None:
-    runs = 300
+    runs = 120
     hits = sum(
         interaction_tests(
             effects(0.0, 21, seed), SETS, [3], range(21), list(map(str, range(21))), SETS, 0
         )[0]["p_adjusted"] < 0.05
         for seed in range(runs)
     )  # fmt: skip
-    assert hits <= 26  # P(Binomial(300, .05) > 26) < .005
+    assert hits <= 14  # P(Binomial(120, .05) > 14) < .001
 
 
 def test_few_groups_have_no_interval_and_rows_choose() -> None:

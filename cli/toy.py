@@ -10,9 +10,10 @@ from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count
 from saesteer.mechanisms.config import ToyConfig
+from saesteer.mechanisms.reading_config import SymbolsConfig
 
 EXAMPLE = "saesteer toy hand-built -o runs/hand"
-KINDS = ("hand-built", "boxes")
+KINDS = ("hand-built", "boxes", "instructions")
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -24,18 +25,30 @@ def add_flags(parser: VerbParser) -> None:
         nargs="?",
         metavar="KIND",
         help="hand-built: two blocks whose circuit is heads (0,0) and (1,1) by construction; "
-        "boxes: a base and a tuned model, trained here in minutes (needed)",
+        "boxes: a base and a tuned model, trained here in minutes; instructions: a model that "
+        "learns tasks from patterns of symbols, with checkpoints and states for probe (needed)",
     )
     what.add_argument(
-        "--scenes", type=count, default=200, metavar="N", help="pairs to write (default: 200)"
-    )
+        "--scenes", type=count, default=200, metavar="N",
+        help="pairs to write; with instructions, prompts of each kind (default: 200)",
+    )  # fmt: skip
     what.add_argument(
         "--steps", type=count, metavar="N",
-        help=f"with boxes: steps of the base model {default(ToyConfig, 'steps')}",
+        help=f"steps of the base model of boxes {default(ToyConfig, 'steps')}, or of instructions "
+        f"{default(SymbolsConfig, 'steps')}",
     )  # fmt: skip
     what.add_argument(
         "--tuning-steps", type=count, metavar="N",
         help=f"with boxes: steps of the tuned model {default(ToyConfig, 'tuning_steps')}",
+    )  # fmt: skip
+    what.add_argument(
+        "--every", type=count, metavar="N",
+        help=f"with instructions: steps between checkpoints {default(SymbolsConfig, 'every')}",
+    )  # fmt: skip
+    what.add_argument(
+        "--loss", metavar="WHAT",
+        help="with instructions: train on the output, or on all tokens "
+        f"{default(SymbolsConfig, 'loss')}",
     )  # fmt: skip
     what.add_argument(
         "--redundant",
@@ -57,7 +70,7 @@ def run(args: Namespace) -> int:
         raise UsageError(f"KIND must be one of {', '.join(KINDS)}, got {came}")
     need(args, "--out", "the folder to write the model to")
     with reserved(args), reporting(args) as report:
-        from saesteer.mechanisms import hand_built, train_boxes
+        from saesteer.mechanisms import hand_built, train_boxes, train_instructions
 
         seed = args.seed or 0
         document = {"kind": args.kind, "folder": str(args.out), "pairs": args.scenes}
@@ -65,12 +78,23 @@ def run(args: Namespace) -> int:
             config = ToyConfig(seed=seed, **given(args, ToyConfig, seed="_"))
             folder = take_folder(args)
             document |= train_boxes(folder, config, scenes=args.scenes, progress=report)
+        elif args.kind == "instructions":
+            symbols = SymbolsConfig(seed=seed, **given(args, SymbolsConfig, seed="_"))
+            folder = take_folder(args)
+            document |= train_instructions(folder, symbols, states=args.scenes, progress=report)
         else:
             folder = take_folder(args)
             hand_built(folder, scenes=args.scenes, seed=seed, redundant=args.redundant)
         write_run(folder, "toy", vars(args))
     if args.json:
         print_json(document)
+        return 0
+    if args.kind == "instructions":
+        step, by_split = list(document["accuracy"].items())[-1]
+        told = ", ".join(f"{split} {share:.2f}" for split, share in by_split.items())
+        print(f"step {step}: accuracy {told}")
+        print(f"written to {folder}")
+        print_next("probe", "--models", folder / "steps", "--cluster")
         return 0
     model = folder / ("base" if args.kind == "boxes" else "model")
     words = ["circuit", "--model", model, "--pairs", folder / "scenes.jsonl", "--groups",

@@ -1,4 +1,5 @@
-"""How a behaviour is carried: patches between runs, and models whose mechanism is known.
+"""How a behaviour is carried: patches between runs, routes, readings, and models whose mechanism
+is known.
 
 The names below are the public calls. Each loads its module on first use, so that importing the
 package is fast. No sub-package has the name of a call.
@@ -26,12 +27,35 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.config import ToyConfig as ToyConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
+    from saesteer.mechanisms.data.states import StateRow as StateRow
+    from saesteer.mechanisms.data.states import read_state_rows as read_state_rows
+    from saesteer.mechanisms.data.states import task_states as task_states
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
+    from saesteer.mechanisms.reading_config import AttributeConfig as AttributeConfig
+    from saesteer.mechanisms.reading_config import DiffConfig as DiffConfig
+    from saesteer.mechanisms.reading_config import ProbeConfig as ProbeConfig
+    from saesteer.mechanisms.reading_config import SymbolsConfig as SymbolsConfig
+    from saesteer.mechanisms.reading_config import TraceConfig as TraceConfig
+    from saesteer.mechanisms.reading_config import VectorConfig as VectorConfig
+    from saesteer.mechanisms.readings.attribution import attribute as attribute
+    from saesteer.mechanisms.readings.attribution_result import (
+        compare_attributions as compare_attributions,
+    )
+    from saesteer.mechanisms.readings.clustering import cluster as cluster
+    from saesteer.mechanisms.readings.moving import move_centroids as move_centroids
+    from saesteer.mechanisms.readings.separability import probe as probe
+    from saesteer.mechanisms.readings.weights import diff as diff
     from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
     from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
+    from saesteer.mechanisms.reports.saving import save_reading as save_reading
+    from saesteer.mechanisms.routes.frozen import FrozenNetwork as FrozenNetwork
+    from saesteer.mechanisms.routes.tracing import compare_traces as compare_traces
+    from saesteer.mechanisms.routes.tracing import trace as trace
+    from saesteer.mechanisms.routes.vectors import instruction_vectors as instruction_vectors
     from saesteer.mechanisms.toys.boxes_model import train_boxes as train_boxes
     from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
+    from saesteer.mechanisms.toys.instructions import train_instructions as train_instructions
 
 _HOME = {
     "Ablation": "circuits.ablation",
@@ -58,6 +82,27 @@ _HOME = {
     "ToyConfig": "config",
     "train_boxes": "toys.boxes_model",
     "hand_built": "toys.hand_built",
+    "StateRow": "data.states",
+    "read_state_rows": "data.states",
+    "task_states": "data.states",
+    "AttributeConfig": "reading_config",
+    "DiffConfig": "reading_config",
+    "ProbeConfig": "reading_config",
+    "SymbolsConfig": "reading_config",
+    "TraceConfig": "reading_config",
+    "VectorConfig": "reading_config",
+    "attribute": "readings.attribution",
+    "compare_attributions": "readings.attribution_result",
+    "cluster": "readings.clustering",
+    "move_centroids": "readings.moving",
+    "probe": "readings.separability",
+    "diff": "readings.weights",
+    "save_reading": "reports.saving",
+    "FrozenNetwork": "routes.frozen",
+    "compare_traces": "routes.tracing",
+    "trace": "routes.tracing",
+    "instruction_vectors": "routes.vectors",
+    "train_instructions": "toys.instructions",
 }
 
 

@@ -44,3 +44,17 @@ def sign_p_values(sums: Array) -> list[float]:
     """Exact two-sided p that a group's effect is as often positive as negative, by cell."""
     nothing = [0.0] * len(sums)
     return [sign_test(column.tolist(), nothing)[2] for column in sums.T]
+
+
+def permutation_test(ours: Array, theirs: Array, *, seed: int = 0, draws: int = RESAMPLES) -> float:
+    """Two-sided p of the difference of means, by permuting which values are whose.
+
+    The drawn permutations and the one that was seen count alike, so p is at least 1 / (draws + 1).
+    """
+    values = np.concatenate([ours, theirs])
+    seen = abs(float(np.mean(ours) - np.mean(theirs)))
+    drawn = np.random.default_rng(seed)
+    order = drawn.permuted(np.tile(np.arange(len(values)), (draws, 1)), axis=1)
+    mixed = values[order]
+    gaps = np.abs(mixed[:, : len(ours)].mean(1) - mixed[:, len(ours) :].mean(1))
+    return float(((gaps >= seen - 1e-12).sum() + 1) / (draws + 1))

@@ -51,17 +51,25 @@ EXTRA = {
         "--batch-size",
         "12",
     ],
-    "toy": ["--scenes", "16"],
     "serve": ["--port", "0"],
+    "toy": ["--scenes", "16", "--steps", "2", "--every", "2"],
+    "vector": ["--n", "2", "--layer", "2", "--sets", "1"],
+    "probe": ["--shuffles", "1", "--folds", "2", "--contents", "1", "--n-init", "1"],
+    "attribute": ["--n", "2", "--max-new-tokens", "5"],
+    "diff": ["--k", "4", "--what", "concepts"],
     "circuit": ["--draws", "1", "--random", "1"],
     "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
 }
 
 
 @pytest.fixture(autouse=True)
-def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder that the lines run in, with the answers that `grade` reads."""
+def answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """The folder that the lines run in, with the answers that `grade` reads and the tuned model
+    that `diff` compares."""
     monkeypatch.chdir(tmp_path)
+    Path("tuned-model").symlink_to(tiny_model_dir("llama", seed=1))
     row = {"content": "The old bridge was closed.", "answer": "Le vieux pont était fermé."}
     Path("answers.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 

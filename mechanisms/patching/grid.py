@@ -220,7 +220,7 @@ class _Grid:
         self, runs: Sequence[_Runs], chosen: list[int], tap: HeadTap | None, progress: Progress
     ) -> np.ndarray:
         effects = np.full((len(self.pairs), len(self.cells)), np.nan, dtype=np.float64)
-        clock = _Clock(self._work(chosen), self.lm.n_layers, self.config.budget_minutes)
+        clock = Clock(self._work(chosen), self.lm.n_layers, self.config.budget_minutes)
         for row, (pair, one) in enumerate(zip(self.pairs, runs, strict=True)):
             progress("patching", row, len(self.pairs), f"pairs{clock.note()}")
             effects[row, chosen] = self._exact_pair(pair, one, chosen, tap, clock)
@@ -244,7 +244,7 @@ class _Grid:
         runs: _Runs,
         chosen: Sequence[int],
         tap: HeadTap | None,
-        clock: "_Clock",
+        clock: "Clock",
     ) -> np.ndarray:
         nodes = [self.cells[i].node for i in chosen]
         both = [self.places(pair, self.cells[i]) for i in chosen]
@@ -269,7 +269,7 @@ class _Grid:
         return effects
 
 
-class _Clock:
+class Clock:
     """Predicts the time of a grid from its first batches, and refuses one over the budget."""
 
     def __init__(self, work: int, n_layers: int, budget_minutes: float) -> None:

@@ -10,6 +10,7 @@ that only plane 0 turns, by one radian a token: a score cos(distance - 1) finds 
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,12 @@ def _still_dimensions(v: int, dh: int) -> Tensor:
     return torch.tensor([i for i in range(dh) if i not in (0, dh // 2)][:v])
 
 
-def word_tokenizer() -> Any:
-    """One token a word, split at blanks."""
+def word_tokenizer(vocabulary: Sequence[str] = WORDS) -> Any:
+    """One token a word, split at blanks. `<pad>` and `<unk>` must be in the vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", model_max_length=64

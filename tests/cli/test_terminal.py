@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,26 @@ LINES: dict[str, list[tuple[str, str]]] = {
         )
     ],
     "serve": [("--plan one=PLAN --sae SAE --port 0", "serving ")],
-    "toy": [("hand-built --scenes 8 -o NEW", "next:")],
+    "toy": [
+        ("hand-built --scenes 8 -o NEW", "next:"),
+        ("instructions --scenes 8 --steps 2 -o NEW", "next:"),
+    ],
+    "trace": [
+        ("--model HAND/model --prompt boxes --tau 0.5 -o NEW", "explain"),
+        ("--model HAND/model --pairs HAND/scenes.jsonl --at object --n 2", "mass read"),
+    ],
+    "vector": [
+        ("--model MODEL --pairs contrast:animals --n 2 --layer 0,2 -o NEW --plan 2", "next:"),
+    ],
+    "probe": [
+        (
+            "--model MODEL --tasks french,question --contents 1 --at last --folds 2 --shuffles 1 "
+            "-o NEW",
+            "bag of words",
+        ),
+    ],
+    "attribute": [("--model MODEL --task french --n 1 --max-new-tokens 5 -o NEW", "random span")],
+    "diff": [("--base MODEL --tuned TUNED --what concepts --k 4 --top 3 -o NEW", "overlap")],
     "watch": [("SAE", "finished")],
     "tasks": [("", "french")],
     "formats": [("", "saelens")],
@@ -107,6 +127,7 @@ def test_verbs_print_on_a_terminal(
     sae: Path,
     plan: Path,
     task: Path,
+    tiny_model_dir: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     ifeval, changed = tmp_path / "ifeval.jsonl", tmp_path / "changed"
@@ -116,6 +137,7 @@ def test_verbs_print_on_a_terminal(
     names = {
         "MODEL": model, "ACTS": acts, "SAE": sae, "PLAN": plan, "TASK": task, "IFEVAL": ifeval,
         "NEW": tmp_path / "new", "CHANGED": changed, "ANSWERS": answers,
+        "TUNED": tiny_model_dir("llama", seed=1),
     }  # fmt: skip
     names |= {f"one={name}": f"one={path}" for name, path in names.items()}
     words = line.split()

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from saesteer.mechanisms.statistics import bootstrap_ratio, grouped, sign_p_values
+from saesteer.mechanisms.statistics import (
+    bootstrap_ratio,
+    grouped,
+    permutation_test,
+    sign_p_values,
+)
 
 RUNS = 500
 
@@ -53,3 +58,11 @@ def test_the_sign_test_rejects_a_null_as_often_as_it_says() -> None:
     assert size < 0.05
     assert rejected <= binom.ppf(0.999, RUNS, size)
     assert rejected >= binom.ppf(0.001, RUNS, size)
+
+
+def test_permutations_reject_the_null_as_often_as_said() -> None:
+    drawn = np.random.default_rng(0)
+    hits = sum(permutation_test(*drawn.normal(size=(2, 12)), draws=200) < 0.05 for _ in range(RUNS))
+    assert binom.ppf(0.001, RUNS, 0.05) <= hits <= binom.ppf(0.999, RUNS, 0.05)
+    assert permutation_test(np.ones(8), np.zeros(8)) < 0.01
+    assert permutation_test(np.ones(8), np.ones(8)) == 1

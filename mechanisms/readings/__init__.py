@@ -1,0 +1,1 @@
+"""What can be read off a model: states that separate, tokens that drive a reply, weights."""

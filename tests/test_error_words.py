@@ -21,6 +21,7 @@ OTHER_PROGRAMS = {"checkpoints/model_files.py": "pip", "checkpoints/provenance.p
 
 NO_ARGUMENT = {
     "all": "a value of `scope`",
+    "describe_model": "the model of a Describer, told apart from the model that is read",
     "judge_model": "the model of a Judge, told apart from the model that answers",
 }
 """Words in backticks that are no argument, and what they are."""

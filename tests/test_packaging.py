@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
-SUFFIXES = (".py", ".typed", ".yaml", ".jsonl", ".html")
+SUFFIXES = (".py", ".typed", ".yaml", ".jsonl", ".html", ".css", ".js")
 
 # Runs in a child with the installed wheel first on the path. The packages of this environment stay
 # importable; only its editable install of saesteer, which points at the repository, is taken out.

@@ -1,0 +1,116 @@
+"""How processes that run together end when one of them fails: all of them, and with one line.
+
+A process that fails leaves its reason in the store that torchrun keeps, and ends. The others lose
+their connection to it at once, find the reason and end without a word. Where there is none, because
+the process was killed, one of those that are left says which ones are missing.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+from saesteer.checkpoints.errors import (
+    Interrupted,
+    LostProcess,
+    SaidElsewhere,
+    UserError,
+    reason_of,
+)
+from saesteer.sae.runs.processes import Processes
+
+# How long those that are left wait for the reason, and for each other's sign of life.
+_GRACE_SECONDS = 1.5
+_VOICE = "voice"
+
+
+@contextlib.contextmanager
+def one_voice(processes: Processes) -> Iterator[None]:
+    """Run the block; of several processes that fail in it, one raises an error that names the
+    process and the cause, and the others SaidElsewhere."""
+    if processes.world == 1 or processes.store is None:
+        yield
+        return
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        # torchrun ends the others as soon as one has ended; it waits 30 seconds before it kills.
+        with _ignoring_termination():
+            raise _as_one(processes, error) from error
+
+
+def _as_one(processes: Processes, error: BaseException) -> BaseException:
+    """What this process raises in place of `error`."""
+    if isinstance(error, SaidElsewhere):
+        # Without that process's word nobody else would say anything.
+        return error if _wait_for_reason(processes) else _after_loss(processes)
+    if isinstance(error, LostProcess):
+        return _after_loss(processes)
+    if not _claim(processes, reason_of(error)):
+        return SaidElsewhere("another process says why")
+    if isinstance(error, Interrupted) or not isinstance(error, UserError):
+        return error
+    return type(error)(f"process {processes.rank} of {processes.world}: {error}")
+
+
+def _after_loss(processes: Processes) -> UserError:
+    """The connection to another process is gone: does anybody say why?"""
+    silent = SaidElsewhere("another process says why")
+    try:
+        processes.store.set(f"here-{processes.rank}", "yes")
+        if _wait_for_reason(processes):
+            return silent
+        ranks = range(processes.world)
+        missing = [r for r in ranks if not processes.store.check([f"here-{r}"])]
+        if not _claim(processes, "lost"):
+            return silent
+    except (RuntimeError, OSError):
+        # Without torchrun the first process holds the store, and took it along.
+        missing = [0]
+        if processes.rank != 1:
+            return silent
+    if not missing:
+        return LostProcess(
+            f"the {processes.world} processes lost each other for a while (longer than "
+            f"{processes.timeout} s, or the network failed): run the same command with `resume`"
+        )
+    which = ", ".join(map(str, missing))
+    return LostProcess(
+        f"process {which} of {processes.world} ended without a word, or did not answer within "
+        f"{processes.timeout} s (killed, out of memory, or its machine failed): what is in `out` "
+        "stays good; run the same command with `resume`"
+    )
+
+
+def _claim(processes: Processes, reason: str) -> bool:
+    """Whether this process is the one that speaks."""
+    own = f"{processes.rank} {reason}"
+    try:
+        return bool(processes.store.compare_set(_VOICE, "", own).decode() == own)
+    except (RuntimeError, OSError):
+        return True
+
+
+def _wait_for_reason(processes: Processes) -> bool:
+    """Whether a process speaks, now or after a moment."""
+    until = time.monotonic() + _GRACE_SECONDS
+    while True:
+        if processes.store.check([_VOICE]):
+            return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _ignoring_termination() -> Iterator[None]:
+    """Let no SIGTERM end this process while it finds its last words."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

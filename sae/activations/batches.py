@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -38,6 +39,11 @@ class ActivationSource(Protocol):
         """Which process read each of the last rows, in the order of the rows of all."""
         ...
 
+    @property
+    def cuts(self) -> list[int]:
+        """Where among the last rows of all those of one process's `next_rows` would have ended."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, JSON-ready."""
         ...
@@ -64,6 +70,7 @@ class LiveSource:
         self.stream = stream
         self.places = [point.key for point in stream.points]
         self.readers = torch.empty(0, dtype=torch.int64)
+        self.cuts: list[int] = []
 
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
         batch = self.stream.next_batch()
@@ -72,6 +79,8 @@ class LiveSource:
         # Context i was read by process i mod world.
         contexts = torch.arange(len(batch.kept)) % self.stream.processes.world
         self.readers = contexts.repeat_interleave(batch.kept.long())
+        ends = batch.kept.long().cumsum(0)[self.stream.config.batch_size - 1 :]
+        self.cuts = ends[:: self.stream.config.batch_size].tolist()
         return torch.cat([batch.activations[place] for place in self.places], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +130,11 @@ class ShardSource:
         self._excluded = {"sinks": 0}
         self.processes = processes
         self.readers = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def cuts(self) -> list[int]:
+        """Several processes read together what one reads at once."""
+        return [len(self.readers)]
 
     @property
     def rows_at_once(self) -> int:
@@ -278,12 +292,33 @@ class BatchStream:
         """Fill the buffer and return its rows, or the first `count`, as a sample on which the data
         can be measured."""
         self._filling(0, self.buffer_tokens)
-        while not self.buffer.full and self.drawn < self.total:
-            self._pending += self._put()
-            self._filling(len(self.buffer), self.buffer_tokens)
         if isinstance(self.buffer, SharedBuffer):
-            return self.buffer.first(self.buffer_tokens if count is None else count)
+            return self._fill_shared(self.buffer, self.buffer_tokens if count is None else count)
+        while not self.buffer.full and self.drawn < self.total:
+            self._pending += self.buffer.put(self._draw())
+            self._filling(len(self.buffer), self.buffer_tokens)
         return self.buffer.rows[: self.buffer.filled][:count]
+
+    def _fill_shared(self, buffer: SharedBuffer, count: int) -> Float[Tensor, "rows width"]:
+        """The sample that one process would measure: rows that it would not have drawn yet go into
+        the buffer after it."""
+        later: list[tuple[Tensor, Tensor]] = []
+        me = self._sharing.processes.rank if self._sharing is not None else 0
+        while not buffer.full and self.drawn < self.total:
+            rows, readers = self._draw_shared()
+            sizes = [end - start for start, end in pairwise([0, *self.source.cuts])]
+            for size in [*sizes, len(readers)]:
+                own = int((readers[:size] == me).sum())
+                if buffer.full:
+                    later.append((rows[:own], readers[:size]))
+                else:
+                    self._pending += buffer.put(rows[:own], readers[:size])
+                rows, readers = rows[own:], readers[size:]
+            self._filling(len(buffer), self.buffer_tokens)
+        sample = buffer.first(count)
+        for rows, readers in later:
+            self._pending += buffer.put(rows, readers)
+        return sample
 
     def next_batch(self) -> Float[Tensor, "batch width"] | None:
         """The next shuffled batch; None after the last.

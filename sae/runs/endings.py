@@ -67,9 +67,12 @@ def _after_loss(processes: Processes) -> UserError:
             return silent
     except (RuntimeError, OSError):
         # Without torchrun the first process holds the store, and took it along.
-        missing = [0]
         if processes.rank != 1:
             return silent
+        return LostProcess(
+            f"process 0 of {processes.world} has ended; what it said, if anything, is above: what "
+            "is in `out` stays good; run the same command with `resume`"
+        )
     if not missing:
         return LostProcess(
             f"the {processes.world} processes lost each other for a while (longer than "

@@ -5,25 +5,34 @@ document: what each case has found.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
+from saesteer.checkpoints import state_saver
+from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.files import read_json, read_jsonl
-from saesteer.checkpoints.run_state import load_state
-from saesteer.sae.config import JumpReLUConfig, TrainConfig
+from saesteer.checkpoints.locks import folder_lock
+from saesteer.checkpoints.run_state import has_state, load_state
+from saesteer.checkpoints.shards import ShardReader
+from saesteer.sae.config import JumpReLUConfig, TextConfig, TrainConfig
+from saesteer.sae.model.language_model import load_model
 from saesteer.sae.runs.processes import join_processes
 from saesteer.sae.training import auxiliary_loss
 from saesteer.sae.training.architectures import architecture_named
@@ -86,12 +95,27 @@ def fork(work: Callable[[], Any], environment: Mapping[str, str], result: Path) 
         os._exit(status)
 
 
+@contextlib.contextmanager
+def a_store(port: int) -> Iterator[None]:
+    """The store that torchrun keeps for its processes."""
+    pid = os.fork()
+    if pid == 0:
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        while store:
+            time.sleep(60)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def together(world: int, work: Callable[[], Any]) -> list[Any]:
     """What `work` returns in each of some processes that torchrun might have started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, a_store(int(port)):
         results = [Path(folder) / str(rank) for rank in range(world)]
         pids = [
             fork(
@@ -102,6 +126,8 @@ def together(world: int, work: Callable[[], Any]) -> list[Any]:
                     "WORLD_SIZE": str(world),
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
                 },
                 results[rank],
             )
@@ -109,7 +135,7 @@ def together(world: int, work: Callable[[], Any]) -> list[Any]:
         ]
         for pid in pids:
             os.waitpid(pid, 0)
-        return [pickle.loads(path.read_bytes()) for path in results]
+        return [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
 
 
 # --- one SAE, in float64 ---
@@ -276,7 +302,7 @@ def runs(source: str, worlds: list[tuple[int, int]]) -> dict[str, Any]:
             back_to(folder, 1024)
             again = place / "again"
             shutil.copytree(folder, again)
-            together(world, lambda c=own: run_quietly(again, c, source, resume=True))
+            together(world, lambda c=own, f=again: run_quietly(f, c, source, resume=True))
             found[label]["same bytes when resumed"] = same(many, written(again))
             shutil.rmtree(again)
             train(folder, config, activations=source, device="cpu", resume=True)
@@ -316,19 +342,164 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return equal and all(a[key] == b[key] for key in ("weights", "stream", "steps", "fvu"))
 
 
+# --- live ---
+
+
+def live(model: str) -> dict[str, Any]:
+    """A run live from a model, by one process and by two."""
+    config = TrainConfig(
+        layers=(1,),
+        d_sae=(64,),
+        k=(4,),
+        tokens=1024,
+        batch_tokens=64,
+        buffer_tokens=256,
+        rank_timeout=60,
+        text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
+    )
+    lm = load_model(model, device="cpu")
+
+    def quietly(folder: Path) -> int:
+        return len(train(folder, config, model=lm, device="cpu"))
+
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        # Before this process opens the corpus: children would share its place in the file.
+        made = together(2, lambda: quietly(place / "two"))
+        if isinstance(made[0], Exception):
+            raise made[0]
+        quietly(place / "one")
+        one, two = written(place / "one"), written(place / "two")
+    rows = [state["state"]["batches/rows"].double() for state in (one, two)]
+    return {
+        "steps": [one["steps"], two["steps"]],
+        "fvu": [one["fvu"][-1], two["fvu"][-1]],
+        "heldout": [one["heldout"], two["heldout"]],
+        "rows": [list(part.shape) for part in rows],
+    }
+
+
+# --- how runs end ---
+
+
+def ends(source: str, model: str) -> dict[str, Any]:
+    """What each process says, for each way to end, and the step of the state that is left."""
+    config = TrainConfig(
+        layers=(1,),
+        d_sae=(48,),
+        k=(4,),
+        tokens=64 * 4000,
+        batch_tokens=64,
+        buffer_tokens=512,
+        checkpoint_every=64,
+        rank_timeout=20,
+    )
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        # Children inherit what is compiled here.
+        run(Path(place) / "one", replace(config, tokens=64 * 20), source)
+
+    def case(name: str, spoil: Callable[[int], None], **options: Any) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "run"
+            given = {"activations": source, "config": config, **options}
+            started = time.monotonic()
+            said = together(2, lambda: ended(folder, spoil, **given))
+            step = load_state(folder)[1]["step"] if has_state(folder) else 0
+            found[name] = {
+                "said": [[type(one).__name__, str(one)] for one in said],
+                "step": step,
+                "seconds": time.monotonic() - started,
+                "leftovers": sorted(path.name for path in folder.glob(".*")),
+            }
+
+    def at_step(step: int, rank: int, work: Callable[[Any], Any]) -> Callable[[int], None]:
+        """Do something to the trainer of one process before a step."""
+
+        def spoil(own: int) -> None:
+            forward = SAETrainer.forward
+
+            def spoilt(self: SAETrainer, batch: PlacedRows) -> Any:
+                if own == rank and self.steps_taken == step:
+                    work(self)
+                return forward(self, batch)
+
+            SAETrainer.forward = spoilt  # type: ignore[method-assign]
+
+        return spoil
+
+    def not_a_number(trainer: SAETrainer) -> None:
+        trainer.parameters["b_enc"].fill_(torch.inf)
+
+    def full_disk(own: int) -> None:
+        def save(*args: Any, **options: Any) -> None:
+            raise UserError("cannot write the state: no space left on device")
+
+        state_saver.save_state = save
+
+    def unreadable(own: int) -> None:
+        if own == 1:
+            read = ShardReader.shard
+            times = iter(range(1, 1000))
+
+            def shard(self: ShardReader, *args: Any) -> Any:
+                if next(times) > 3:
+                    raise UserError("shard 2 is damaged")
+                return read(self, *args)
+
+            ShardReader.shard = shard  # type: ignore[method-assign,assignment]
+
+    case("killed", at_step(40, 1, lambda trainer: os.kill(os.getpid(), signal.SIGKILL)))
+    case("first killed", at_step(40, 0, lambda trainer: os.kill(os.getpid(), signal.SIGKILL)))
+    case("not a number", at_step(40, 1, not_a_number))
+    case("full disk", full_disk)
+    case("unreadable", unreadable)
+    case("stopped", at_step(40, 1, lambda trainer: os.kill(os.getpid(), signal.SIGINT)))
+    case("not to be shared", lambda own: None, config=replace(config, d_sae=(49,)))
+    lm = load_model(model, device="cpu")
+    text = TextConfig(context=32, batch_size=2, epochs=1, max_norm_ratio=1.3, data=(__file__,))
+    ending = replace(config, text=text, buffer_tokens=256)
+    case("text ends", lambda own: None, config=ending, activations=None, model=lm)
+    with tempfile.TemporaryDirectory() as place, folder_lock(Path(place)):
+        said = together(2, lambda: ended(Path(place), lambda own: None, config, source))
+        found["in use"] = {"said": [[type(one).__name__, str(one)] for one in said]}
+    return found
+
+
+def ended(
+    folder: Path,
+    spoil: Callable[[int], None],
+    config: TrainConfig,
+    activations: str | None,
+    **source: Any,
+) -> Any:
+    spoil(int(os.environ["RANK"]))
+    try:
+        return train(folder, config, activations=activations, device="cpu", **source)
+    except UserError as error:
+        return error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["steps", "runs"])
+    parser.add_argument("what", choices=["steps", "runs", "live", "ends"])
     parser.add_argument("--source", default="")
+    parser.add_argument("--model", default="")
     parser.add_argument("--more", action="store_true", help="four processes, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.what == "steps":
-        worlds = {2: [1, 2], 4: [1, 2, 4]} if args.more else {2: [1, 2]}
-        print(json.dumps(steps_of_all(worlds)))
-    else:
-        meshes = [(2, 1), (2, 2)] + ([(4, 1), (4, 2), (4, 4)] if args.more else [])
-        print(json.dumps(runs(args.source, meshes)))
+    found: Any
+    match args.what:
+        case "steps":
+            found = steps_of_all({2: [1, 2], 4: [1, 2, 4]} if args.more else {2: [1, 2]})
+        case "runs":
+            more = [(4, 1), (4, 2), (4, 4), (2, 2)] if args.more else []
+            found = runs(args.source, [(2, 1), *more])
+        case "live":
+            found = live(args.model)
+        case _:
+            found = ends(args.source, args.model)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

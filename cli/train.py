@@ -295,6 +295,12 @@ def add_flags(parser: VerbParser) -> None:
         help="go on from the last saved state in --out, or start when there is none; with more "
         "--tokens a finished run goes on, too",
     )
+    work.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, say the memory and the bytes sent a step of each process, and "
+        "write nothing",
+    )
     add_common(
         parser,
         out="folder for the SAE, or for one folder per SAE when there are several (needed)",
@@ -409,6 +415,10 @@ def run(args: Namespace) -> int:
         _refuse_live_flags(args)
     elif not config.layers:
         raise UsageError("--layer is missing: the block to train on, such as --layer 20")
+    if args.dry_run:
+        from saesteer.cli.train_plan import show_plan
+
+        return show_plan(args, config)
     need(args, "--out", "the folder for the SAE")
     from saesteer.sae.runs.processes import is_first
 

@@ -175,6 +175,11 @@ def is_first() -> bool:
     return not is_one_of_many() or int(os.environ["RANK"]) == 0
 
 
+def started_processes() -> int:
+    """How many processes torchrun started together; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if is_one_of_many() else 1
+
+
 def is_one_of_many() -> bool:
     """Whether torchrun started this process together with others."""
     # Schedulers set WORLD_SIZE for purposes of their own; torchrun sets both.

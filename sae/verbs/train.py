@@ -82,7 +82,7 @@ def train(
     if activations is not None and replies:
         raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     check_settings(config)
-    folders = _folders(activations)
+    folders = as_folders(activations)
     processes = join_processes(config.rank_timeout)
     folder = Path(out).expanduser()
     start = None
@@ -118,7 +118,7 @@ def train(
             "device": str(compute),
             "lm_dtype": None if model is None else facts["model"]["dtype"],
         }
-        variants = _variants(config, source)
+        variants = variants_of(config, source)
         check_mesh(config, [variant.d_sae for variant in variants], processes.world)
         processes.same("data, model or settings", repr((identity(config, facts), config)))
         run = TrainingRun(
@@ -172,7 +172,8 @@ def _reading(mesh: "Mesh | None") -> Processes:
     return ALONE if mesh is None else mesh.reading
 
 
-def _folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+def as_folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    """One folder, several or none as a list."""
     if activations is None:
         return []
     return [activations] if isinstance(activations, str | Path) else list(activations)
@@ -184,7 +185,7 @@ def _as_recorded(folders: Sequence[str | Path]) -> str | list[str] | None:
     return (paths[0] if len(paths) == 1 else paths) if paths else None
 
 
-def _variants(config: TrainConfig, source: Source) -> list[Variant]:
+def variants_of(config: TrainConfig, source: Source) -> list[Variant]:
     """The SAEs of a run: every combination of places, widths, settings and seeds."""
     kind = architecture_named(config.arch)
     d_model = source.widths[source.reads[0]]

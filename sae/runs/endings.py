@@ -35,9 +35,8 @@ def one_voice(processes: Processes) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        # torchrun ends the others as soon as one has ended; it waits 30 seconds before it kills.
-        with _ignoring_termination():
-            raise _as_one(processes, error) from error
+        _ignore_termination()
+        raise _as_one(processes, error) from error
 
 
 def _as_one(processes: Processes, error: BaseException) -> BaseException:
@@ -106,14 +105,8 @@ def _wait_for_reason(processes: Processes) -> bool:
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def _ignoring_termination() -> Iterator[None]:
-    """Let no SIGTERM end this process while it finds its last words."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+def _ignore_termination() -> None:
+    """Let no SIGTERM end this process while it says why it ends: torchrun sends one to all as soon
+    as the first has ended, and kills those that are left after 30 seconds."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

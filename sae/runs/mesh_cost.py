@@ -104,7 +104,7 @@ def mesh_cost(
     k = int(getattr(architecture, "k", 0))
     chooses_rows = hasattr(architecture, "k") and not architecture.calibrates
     slots = min(k, own)
-    choices = (latent_parts - 1) * rows * slots * _FLOAT if chooses_rows else 0
+    choices = float((latent_parts - 1) * rows * slots * _FLOAT if chooses_rows else 0)
     if architecture.calibrates and not alone:
         # Counts by digit of three digits of eleven bits (the last has ten), and a few numbers.
         digits = (2048 + 2048 + 1024) * _COUNT

@@ -191,7 +191,8 @@ class Optimiser:
     def _norm(self, grads: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Norm of all gradients together."""
         norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])
-        return torch.linalg.vector_norm(norms)
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
 
     def _state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.parameters[name], self.exp_avg[name], self.exp_avg_sq[name]

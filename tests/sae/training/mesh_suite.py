@@ -1,4 +1,4 @@
-"""Runs of several processes, forked from one that has imported everything; for `test_mesh.py`.
+"""Runs of several processes, forked from one that has imported everything; for `test_several_processes.py`.
 
 A program, because pytest's own process has threads that a fork would lose. It prints one JSON
 document: what each case has found.

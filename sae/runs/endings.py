@@ -42,8 +42,10 @@ def one_voice(processes: Processes) -> Iterator[None]:
 def _as_one(processes: Processes, error: BaseException) -> BaseException:
     """What this process raises in place of `error`."""
     if isinstance(error, SaidElsewhere):
-        # Without that process's word nobody else would say anything.
-        return error if _wait_for_reason(processes) else _after_loss(processes)
+        # Where that process was killed meanwhile, nobody would say anything.
+        with contextlib.suppress(RuntimeError, OSError):
+            return error if _wait_for_reason(processes) else _after_loss(processes)
+        return error
     if isinstance(error, LostProcess):
         return _after_loss(processes)
     if not _claim(processes, reason_of(error)):
@@ -97,12 +99,11 @@ def _claim(processes: Processes, reason: str) -> bool:
 def _wait_for_reason(processes: Processes) -> bool:
     """Whether a process speaks, now or after a moment."""
     until = time.monotonic() + _GRACE_SECONDS
-    while True:
+    while time.monotonic() < until:
         if processes.store.check([_VOICE]):
             return True
-        if time.monotonic() > until:
-            return False
         time.sleep(0.05)
+    return False
 
 
 def _ignore_termination() -> None:

@@ -1,4 +1,4 @@
-"""The formula of memory and bytes, and `train --dry-run`; real processes are in `test_several_processes.py`."""
+"""The formula of memory and bytes; real processes are in `test_several_processes.py`."""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""Runs of several processes, forked from one that has imported everything; for `test_several_processes.py`.
+"""Runs of several processes, forked from one that has imported everything.
+
+`test_several_processes.py` starts it.
 
 A program, because pytest's own process has threads that a fork would lose. It prints one JSON
 document: what each case has found.

@@ -32,7 +32,7 @@ def test_of_batch_asks_again_when_an_offer_was_too_small() -> None:
         starts = torch.searchsorted(places, torch.arange(7) * 40)
         return dense.flatten()[places], places % 40, starts
 
-    acts, latents, starts = of_batch(encode, 100, most=40, mean=2, across=ALONE)
+    acts, latents, starts = of_batch(encode, 100, most=40, mean=2.0, across=ALONE)
     assert len(asked) > 1 and asked[-1] * 6 >= 100
     assert len(acts) == 100 == int(starts[-1])
     assert acts.min() == dense.flatten().sort(descending=True).values[99]

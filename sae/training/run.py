@@ -19,7 +19,13 @@ from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
 from saesteer.sae.activations.shared_rows import Sharing
 from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
-from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
+from saesteer.sae.runs.memory_use import (
+    TrainingMemory,
+    gigabytes,
+    refuse_what_cannot_fit,
+    training_memory,
+)
+from saesteer.sae.runs.mesh_cost import mesh_cost
 from saesteer.sae.runs.stopping import stop_requests
 from saesteer.sae.training.held_out import (
     few_rows,
@@ -133,12 +139,39 @@ class TrainingRun:
             row_bytes=self.width * self.dtype.itemsize,
             batches_ahead=BATCHES_AHEAD,
         )
+        if self.mesh is not None:
+            need = self._of_this_process(need)
         count = len(self.variants)
         refuse_what_cannot_fit(need, count, self.device)
         return (
             f"memory: {gigabytes(need.buffer)} for a shuffle buffer of "
             f"{self.batches.buffer_tokens:,} tokens, {gigabytes(need.saes + need.step)} for "
             f"{count} SAE{'s' if count > 1 else ''}"
+        )
+
+    def _of_this_process(self, need: TrainingMemory) -> TrainingMemory:
+        """What one of several processes needs, of what one alone would."""
+        assert self.mesh is not None
+        halved = self.config.dtype == "bfloat16"
+        halved = halved or (self.config.dtype == "auto" and self.device.type == "cuda")
+        costs = [
+            mesh_cost(
+                variant.architecture,
+                sum(self.widths[place] for place in variant.reads),
+                sum(self.widths[place] for place in variant.writes),
+                variant.d_sae,
+                self.config,
+                world=self.mesh.processes.world,
+                product_bytes=2 if halved else 4,
+                row_bytes=self.width * self.dtype.itemsize,
+            )
+            for variant in self.variants
+        ]
+        return TrainingMemory(
+            saes=sum(cost.weights + cost.moments for cost in costs),
+            # Of the widest SAE: its gradients, and its share of what a step holds besides.
+            step=max(cost.gradients for cost in costs) + need.step // self.mesh.latent_parts,
+            buffer=need.buffer // self.mesh.processes.world,
         )
 
     def check_disk(self) -> None:

@@ -5,13 +5,19 @@ The default suite runs two processes; `make test-scale` four, too, and kills.
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from saesteer.checkpoints.run_state import load_state
 
 from ..training_runs import write_shards
 
@@ -140,3 +146,78 @@ def test_what_all_know_of_leaves_a_state(how: str, ends: dict[str, Any]) -> None
 @pytest.mark.parametrize("how", ["full disk", "not to be shared", "in use"])
 def test_nothing_half_written(how: str, ends: dict[str, Any]) -> None:
     assert ends[how].get("step", 0) == 0
+
+
+# --- torchrun itself ---
+
+
+def start(out: Path, shards: Path, restarts: int) -> "subprocess.Popen[str]":
+    """`train` by two processes that torchrun starts, and starts again."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", str(restarts), "-m", "saesteer.cli", "train"]
+    flags = ["--activations", shards, "--layer", 1, "--d-sae", 48, "--k", 4, "--tokens", "64k"]
+    flags += ["--batch-tokens", 32, "--buffer-tokens", 512, "--checkpoint-every", 64]
+    return subprocess.Popen(
+        [sys.executable, "-P", *launcher, *map(str, flags), "--resume", "-o", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(words[1]) == pid and words[0] != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed(shards: Path, tmp_path: Path) -> None:
+    """One of two processes is killed ten times at random instants: the bytes of a quiet run."""
+    quiet = start(tmp_path / "quiet", shards, 0)
+    began = time.monotonic()
+    _, told = quiet.communicate(timeout=1200)
+    seconds = time.monotonic() - began
+    assert quiet.returncode == 0, told[-2000:]
+    kills = int(os.environ.get("KILLS", 10))
+    seed = int(os.environ.get("KILL_SEED", int.from_bytes(os.urandom(3), "big")))
+    rng = random.Random(seed)
+    run = start(tmp_path / "killed", shards, kills)
+    known: list[int] = []
+    for _ in range(kills):
+        while len(workers := children(run.pid)) < 2 or set(workers) & set(known):
+            assert run.poll() is None, f"seed {seed}: {run.communicate()[1][-2000:]}"
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.8 * seconds))
+        if run.poll() is not None:  # too late: it has ended
+            break
+        known = workers
+        os.kill(rng.choice(workers), signal.SIGKILL)
+    _, told = run.communicate(timeout=1200)
+    assert run.returncode == 0, f"seed {seed}: {told[-2000:]}"
+    assert "ended without a word" in told
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        one, other = ((tmp_path / which / name).read_bytes() for which in ("quiet", "killed"))
+        assert one == other, f"seed {seed}: {name}"
+    states = [load_state(tmp_path / which)[0] for which in ("quiet", "killed")]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0]), f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_launcher(shards: Path, tmp_path: Path) -> None:
+    run = start(tmp_path / "stopped", shards, 0)
+    while not (tmp_path / "stopped" / "state" / "latest.json").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, told = run.communicate(timeout=120)
+    (line,) = [one for one in told.splitlines() if one.startswith("error:")]
+    assert "stopped at step" in line and "--resume" in line
+    assert load_state(tmp_path / "stopped")[1]["step"] > 0

@@ -23,7 +23,8 @@ ARCHS := --arch topk,batchtopk,matryoshka,jumprelu
 # The targets share one environment; making it twice at once would break it.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-durable test-browser check lint types format bench gpu peers \
+.PHONY: help demo test test-slow test-durable test-browser test-scale check lint types format \
+	bench gpu peers \
 	typecheck-links \
 	env-run env-dev \
 	clean distclean
@@ -36,6 +37,7 @@ help:
 	@echo 'make test-slow        the slow tests: the real model, both make commands (minutes)'
 	@echo 'make test-durable     kill, break and fuzz: 20 kills a source, disk faults, malformed files'
 	@echo 'make test-browser     the server: its playground in a real browser, 64 clients at once'
+	@echo 'make test-scale       training by two and four processes: steps, states, kills, restarts'
 	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
 	@echo 'make gpu              the benchmarks on a GPU in 8 minutes, with its page (ARGS="--minutes 4")'
 	@echo 'make peers            the other projects that the benchmarks compare with'
@@ -49,7 +51,7 @@ demo: env-run
 # make test ARGS="-n0 --pdb tests/...".
 test: env-dev
 	@echo 'saesteer: the fast tests: all of them take about 5 minutes on two cores and 9 on one' >&2
-	@echo '  left out: make test-slow (real model, network), make test-durable (kills, faults, fuzzing)' >&2
+	@echo '  left out: make test-slow (real model, network), make test-durable (kills, faults, fuzzing), make test-scale' >&2
 	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: env-dev
@@ -71,6 +73,12 @@ test-browser: env-dev
 		echo 'saesteer: no chromium (Debian: apt-get install chromium): the browser tests are skipped' >&2
 	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-build-isolation -e '.[browser]'
 	@$(RUN) pytest --run-slow --timeout 1800 -m slow -rs tests/steering/serving $(ARGS)
+
+# Two and four processes on this machine, over gloo: the same steps and files as one, kills, restarts.
+test-scale: env-dev
+	@$(RUN) pytest --run-slow --timeout 3600 tests/sae/training/test_several_processes.py \
+		tests/sae/runs/test_mesh_cost.py $(ARGS)
+	@$(RUN) pytest --run-slow --timeout 3600 -rP tests/sae/training/test_kills.py -k "of-two or gloo" $(ARGS)
 
 check: lint types test
 

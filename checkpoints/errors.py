@@ -35,6 +35,14 @@ class Interrupted(UserError):
     exit_status = 130
 
 
+class LostProcess(UserError):
+    """Another process of the run has ended, or does not answer."""
+
+
+class SaidElsewhere(UserError):
+    """The run has failed, and another process says why: there is nothing to print here."""
+
+
 def meant(word: object, allowed: Iterable[str]) -> str:
     """` (did you mean X?)` for the nearest word of `allowed`; nothing where none is near."""
     near = difflib.get_close_matches(str(word).casefold(), list(allowed), n=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
-from saesteer.checkpoints.errors import UsageError, UserError
+from saesteer.checkpoints.errors import SaidElsewhere, UsageError, UserError
 from saesteer.checkpoints.model_files import cache_folder
 from saesteer.cli.output import ARGUMENT_FLAGS, one_line, print_error, use_flags
 from saesteer.cli.parser import ALIASES, VerbParser
@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _fail("interrupted", _INTERRUPTED, verbose)
+    except SaidElsewhere:
+        return _leave(1)
     except UserError as error:
         return _fail(error, error.exit_status, verbose)
     except Exception as error:
@@ -162,6 +164,16 @@ def _fail(message: object, status: int, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     print_error(message)
+    return _leave(status)
+
+
+def _leave(status: int) -> int:
+    """End a process of torchrun that has failed: at once, because threads of it may wait for
+    others."""
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

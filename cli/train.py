@@ -1,6 +1,8 @@
 """`saesteer train`: sparse autoencoders, live from a model or from shards."""
 
+import contextlib
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
@@ -175,7 +177,8 @@ def add_flags(parser: VerbParser) -> None:
         "--batch-tokens",
         type=count,
         metavar="N",
-        help=f"activations per step {default(TrainConfig, 'batch_tokens')}",
+        help="activations per step, of all processes together "
+        f"{default(TrainConfig, 'batch_tokens')}",
     )
     work.add_argument(
         "--lr",
@@ -272,10 +275,31 @@ def add_flags(parser: VerbParser) -> None:
         f"{default(TrainConfig, 'keep_states')}",
     )
     work.add_argument(
+        "--latent-shards",
+        type=count,
+        metavar="S",
+        help="under torchrun: how many processes share the latents out, for an SAE that does not "
+        "fit one; the others share each batch out "
+        f"{default(TrainConfig, 'latent_shards')}",
+    )
+    work.add_argument(
+        "--rank-timeout",
+        type=count,
+        metavar="SECONDS",
+        help="under torchrun: how long processes wait for each other before they fail "
+        f"{default(TrainConfig, 'rank_timeout')}",
+    )
+    work.add_argument(
         "--resume",
         action="store_true",
         help="go on from the last saved state in --out, or start when there is none; with more "
         "--tokens a finished run goes on, too",
+    )
+    work.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, say the memory and the bytes sent a step of each process, and "
+        "write nothing",
     )
     add_common(
         parser,
@@ -391,13 +415,19 @@ def run(args: Namespace) -> int:
         _refuse_live_flags(args)
     elif not config.layers:
         raise UsageError("--layer is missing: the block to train on, such as --layer 20")
+    if args.dry_run:
+        from saesteer.cli.train_plan import show_plan
+
+        return show_plan(args, config)
     need(args, "--out", "the folder for the SAE")
-    with (
-        reserved(
-            args, locked=False, model=args.model, activations=args.activations, data=args.data
-        ),
-        reporting(args) as report,
-    ):
+    from saesteer.sae.runs.processes import is_first
+
+    first = is_first()  # under torchrun, only the first process prints and reserves the folder
+    args.quiet = args.quiet or not first
+    folder = reserved(
+        args, locked=False, model=args.model, activations=args.activations, data=args.data
+    )
+    with folder if first else contextlib.nullcontext(), reporting(args) as report:
         check_reading(args)
         replies = reply_texts(args)
         from saesteer.sae import train
@@ -406,6 +436,7 @@ def run(args: Namespace) -> int:
         check_settings(config)
         for line in told:
             report.say(one_line(line))
+        warn: Callable[[str], None] = report.warn if first else lambda message: None
 
         lm = None
         if args.activations is None:
@@ -422,11 +453,11 @@ def run(args: Namespace) -> int:
             consume_model=True,
             progress=report,
             say=report.say,
-            warn=report.warn,
+            warn=warn,
         )
-    if args.json:
+    if args.json and first:
         print_json({"runs": runs})
-    else:
+    elif first:
         _print_summary(args, runs)
     return 0
 

@@ -226,6 +226,11 @@ class TrainConfig:
     """Largest norm of the gradient of all parameters together; by default no clipping."""
     micro_batch_tokens: int | None = None
     """Rows per pass; the gradients of a batch's passes are added up. By default one pass."""
+    latent_shards: int = 1
+    """Under torchrun: how many processes share the latents of each SAE out; the others share the
+    rows of every batch out."""
+    rank_timeout: int = 600
+    """Seconds that a process of torchrun waits for the others before it fails."""
     cuda_graph: bool = False
     """Record a step on a GPU once and replay it: for narrow SAEs, where launching kernels takes
     most of a step."""
@@ -309,6 +314,8 @@ class TrainConfig:
                 f"`buffer_tokens` must be at least `batch_tokens` ({self.batch_tokens}), "
                 f"got {self.buffer_tokens}"
             )
+        _at_least("`latent_shards`", self.latent_shards, 1)
+        _at_least("`rank_timeout`", self.rank_timeout, 1)
         _at_least("`checkpoint_every`", self.checkpoint_every, 1)
         _at_least("`keep_states`", self.keep_states, 1)
         if not 0 <= self.held_out_share <= 0.5:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.errors import NonFiniteError, UserError
@@ -14,8 +15,10 @@ from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.shards import ShardReader
 from saesteer.sae.activations.joint_shards import JointShards
 from saesteer.sae.activations.reader import ActivationStream
+from saesteer.sae.activations.shared_rows import SharedBuffer, Sharing
 from saesteer.sae.activations.shuffle_buffer import ShuffleBuffer
-from saesteer.sae.activations.sinks import NotFinite, SinkFilter
+from saesteer.sae.activations.sinks import NotFinite, SinkFilter, norms_of
+from saesteer.sae.runs.processes import ALONE, Processes
 
 _CHUNK_ROWS = 8192
 
@@ -27,7 +30,18 @@ class ActivationSource(Protocol):
     places: list[Place]
 
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
-        """The next rows, or None when there are no more."""
+        """The next rows, or None when there are no more. Of several processes each gets those that
+        it has read; all call this together."""
+        ...
+
+    @property
+    def readers(self) -> Int[Tensor, " all_rows"]:
+        """Which process read each of the last rows, in the order of the rows of all."""
+        ...
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where among the last rows of all those of one process's `next_rows` would have ended."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,11 +69,18 @@ class LiveSource:
     def __init__(self, stream: ActivationStream) -> None:
         self.stream = stream
         self.places = [point.key for point in stream.points]
+        self.readers = torch.empty(0, dtype=torch.int64)
+        self.cuts: list[int] = []
 
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
         batch = self.stream.next_batch()
         if batch is None:
             return None
+        # Context i was read by process i mod world.
+        contexts = torch.arange(len(batch.kept)) % self.stream.processes.world
+        self.readers = contexts.repeat_interleave(batch.kept.long())
+        ends = batch.kept.long().cumsum(0)[self.stream.config.batch_size - 1 :]
+        self.cuts = ends[:: self.stream.config.batch_size].tolist()
         return torch.cat([batch.activations[place] for place in self.places], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,8 +117,9 @@ class ShardSource:
         max_norm_ratio: float,
         seed: int,
         held_back: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
-        """`held_back`: fewer than all rows."""
+        """`held_back`: fewer than all rows. Of several processes each reads every world-th row."""
         self.reader = reader
         self.places = list(places)
         self.seed = seed
@@ -106,6 +128,13 @@ class ShardSource:
         self.sinks = SinkFilter(max_norm_ratio)
         self.epoch = self.shard = self.row = self.kept = 0
         self._excluded = {"sinks": 0}
+        self.processes = processes
+        self.readers = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def cuts(self) -> list[int]:
+        """Several processes read together what one reads at once."""
+        return [len(self.readers)]
 
     @property
     def rows_at_once(self) -> int:
@@ -144,28 +173,52 @@ class ShardSource:
         self.row += len(chosen)
         if self.row >= tokens:
             self.shard, self.row = self.shard + 1, 0
-        self._excluded["sinks"] += len(chosen) - len(kept)
-        self.kept += len(kept)
+        self._excluded["sinks"] += len(chosen) - len(self.readers)
+        self.kept += len(self.readers)
         return kept
 
     def _kept_rows(self, index: int, chosen: Int[Tensor, " some"]) -> Float[Tensor, "rows width"]:
         """Rows of a shard, side by side, without the sinks among them."""
-        rows = {place: self.reader.shard(index, *place)[0][chosen] for place in self.places}
+        rank, world = self.processes.rank, self.processes.world
+        own = chosen[rank::world]
+
+        def read() -> dict[Place, Tensor]:
+            return {place: self.reader.shard(index, *place)[0][own] for place in self.places}
+
+        rows = self.processes.together(read)
         try:
-            keep = self.sinks.keep(rows)
+            keep = self._keep(rows, len(chosen))
         except NotFinite as error:
             layer, site = error.place
             raise NonFiniteError(
                 f"`activations` {self.reader.folder} holds NaN or infinity in shard {index} of "
                 f"layer {layer} {site}: harvest again"
             ) from None
-        return torch.cat([values[keep] for values in rows.values()], dim=1)
+        self.readers = (torch.arange(len(chosen)) % world)[keep]
+        return torch.cat([values[keep[rank::world]] for values in rows.values()], dim=1)
+
+    def _keep(self, own: dict[Place, Tensor], count: int) -> Bool[Tensor, " count"]:
+        """Which of the rows that all processes have read are no sinks; each judges them all."""
+        if self.processes.world == 1:
+            return self.sinks.keep(own)
+        most = -(-count // self.processes.world)
+        norms = [
+            self.processes.interleave(row.cpu(), most, torch.nan)[:count] for row in norms_of(own)
+        ]
+        text = torch.ones(1, count, dtype=torch.bool)
+        return self.sinks.keep_contexts(torch.stack(norms)[:, None], text, list(own))[0]
 
     def held_out(self) -> "ActivationSource | None":
         """The rows that are held back, or those that are left of the first epoch."""
         if self.epoch and not self.held_back:
             return None
-        other = ShardSource(self.reader, self.places, self.sinks.max_norm_ratio, self.seed)
+        other = ShardSource(
+            self.reader,
+            self.places,
+            self.sinks.max_norm_ratio,
+            self.seed,
+            processes=self.processes,
+        )
         other.load_state_dict(self.state_dict())
         other._one_epoch = True
         if self.held_back:
@@ -201,7 +254,8 @@ class BatchStream:
     """Exactly `tokens` rows of a source, shuffled by a buffer, in batches of equal size.
 
     `tokens` and `buffer_tokens` are cut down to whole batches, so that every batch is full. `width`
-    is that of a row, with the places of the source side by side.
+    is that of a row, with the places of the source side by side. Several processes hold the buffer
+    together, and each gets its part of every batch; see `shared_rows`.
     """
 
     def __init__(
@@ -215,6 +269,7 @@ class BatchStream:
         dtype: torch.dtype,
         seed: int,
         filling: Callable[[int, int], None] = lambda filled, total: None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.source = source
         self.total = tokens // batch_tokens * batch_tokens
@@ -224,19 +279,46 @@ class BatchStream:
         self.drawn = 0
         self._pending: list[Tensor] = []
         self._filling = filling
+        self._sharing = sharing
 
     @cached_property
-    def buffer(self) -> ShuffleBuffer:
+    def buffer(self) -> ShuffleBuffer | SharedBuffer:
         """The shuffle buffer, which takes its memory when it is first used."""
-        return ShuffleBuffer(*self._options)
+        if self._sharing is None:
+            return ShuffleBuffer(*self._options)
+        return SharedBuffer(*self._options, self._sharing)
 
-    def fill(self) -> Float[Tensor, "rows width"]:
-        """Fill the buffer and return its rows, as a sample on which the data can be measured."""
-        self._filling(0, len(self.buffer.rows))
+    def fill(self, count: int | None = None) -> Float[Tensor, "rows width"]:
+        """Fill the buffer and return its rows, or the first `count`, as a sample on which the data
+        can be measured."""
+        self._filling(0, self.buffer_tokens)
+        if isinstance(self.buffer, SharedBuffer):
+            return self._fill_shared(self.buffer, self.buffer_tokens if count is None else count)
         while not self.buffer.full and self.drawn < self.total:
             self._pending += self.buffer.put(self._draw())
-            self._filling(len(self.buffer), len(self.buffer.rows))
-        return self.buffer.rows[: self.buffer.filled]
+            self._filling(len(self.buffer), self.buffer_tokens)
+        return self.buffer.rows[: self.buffer.filled][:count]
+
+    def _fill_shared(self, buffer: SharedBuffer, count: int) -> Float[Tensor, "rows width"]:
+        """The sample that one process would measure: rows that it would not have drawn yet go into
+        the buffer after it."""
+        later: list[tuple[Tensor, Tensor]] = []
+        me = self._sharing.processes.rank if self._sharing is not None else 0
+        while not buffer.full and self.drawn < self.total:
+            rows, readers = self._draw_shared()
+            sizes = [end - start for start, end in pairwise([0, *self.source.cuts])]
+            for size in [*sizes, len(readers)]:
+                own = int((readers[:size] == me).sum())
+                if buffer.full:
+                    later.append((rows[:own], readers[:size]))
+                else:
+                    self._pending += buffer.put(rows[:own], readers[:size])
+                rows, readers = rows[own:], readers[size:]
+            self._filling(len(buffer), self.buffer_tokens)
+        sample = buffer.first(count)
+        for rows, readers in later:
+            self._pending += buffer.put(rows, readers)
+        return sample
 
     def next_batch(self) -> Float[Tensor, "batch width"] | None:
         """The next shuffled batch; None after the last.
@@ -246,35 +328,70 @@ class BatchStream:
         while not self._pending:
             if self.drawn == self.total:
                 return self.buffer.take()
-            self._pending += self.buffer.put(self._draw())
+            self._pending += self._put()
         return self._pending.pop(0)
 
+    def _put(self) -> list[Tensor]:
+        """Draw rows, put them into the buffer; the batches that leave it."""
+        if isinstance(self.buffer, SharedBuffer):
+            rows, readers = self._draw_shared()
+            return self.buffer.put(rows, readers)
+        return self.buffer.put(self._draw())
+
     def _draw(self) -> Float[Tensor, "rows width"]:
+        rows = self._next_rows()[: self.total - self.drawn]
+        self.drawn += len(rows)
+        return rows
+
+    def _draw_shared(self) -> tuple[Float[Tensor, "own width"], Int[Tensor, " rows"]]:
+        """This process's rows among the next of all, and who has each of those."""
+        assert self._sharing is not None
+        rows = self._next_rows()
+        readers = self.source.readers[: self.total - self.drawn]
+        self.drawn += len(readers)
+        return rows[: int((readers == self._sharing.processes.rank).sum())], readers
+
+    def _next_rows(self) -> Float[Tensor, "rows width"]:
         rows = self.source.next_rows()
         if rows is None:
             raise UserError(
                 f"the corpus ended after {self.drawn} of {self.total} `tokens`: give more `data`, "
                 "more `epochs` or fewer `tokens`"
             )
-        rows = rows[: self.total - self.drawn]
-        self.drawn += len(rows)
         return rows
+
+    def everywhere(
+        self, source: ActivationSource, rows: Float[Tensor, "own width"]
+    ) -> Float[Tensor, "rows width"]:
+        """The rows that a source has just given to all processes, in order, on each of them."""
+        rows = rows.cpu()
+        return rows if self._sharing is None else self._sharing.everywhere(rows, source.readers)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of rows that this process has sent to others."""
+        return 0 if self._sharing is None else self._sharing.sent_bytes
 
     def rows_after(self, count: int) -> Float[Tensor, "rows width"]:
         """Up to `count` rows that follow those of the last batch; fewer where the source ends."""
         assert self.drawn == self.total, "the batches come first"
         parts, missing = [self.buffer.rows[:0]], count
         while missing > 0 and (rows := self.source.next_rows()) is not None:
-            parts.append(rows[:missing].to(self.buffer.rows.dtype).cpu())
+            rows = self.everywhere(self.source, rows.to(self.buffer.rows.dtype))
+            parts.append(rows[:missing])
             missing -= len(parts[-1])
         return torch.cat(parts)
 
     def state_dict(self, ahead: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which `load_state_dict` continues bit for bit.
+        """Tensors and JSON values from which `load_state_dict` continues bit for bit. Of several
+        processes the first has the tensors as one process would have them.
 
         `ahead` are batches that were taken out and not used yet: they will come first again.
         """
-        pending = torch.cat([self.buffer.rows[:0], *ahead, *self._pending])
+        waiting = [*ahead, *self._pending]
+        if self._sharing is not None:
+            waiting = [self._whole_batch(part) for part in waiting]
+        pending = torch.cat([self.buffer.rows[:0], *waiting])
         tensors = {**self.buffer.state_dict(), "pending": pending}
         return tensors, {"drawn": self.drawn, "source": self.source.state_dict()}
 
@@ -283,5 +400,18 @@ class BatchStream:
         self.buffer.load_state_dict(tensors)
         self._pending = list(tensors["pending"].split(self.buffer.batch_rows))
         self._pending = [batch for batch in self._pending if len(batch)]
+        if (sharing := self._sharing) is not None:
+            part = sharing.processes.rank // sharing.latent_parts
+            mine = sharing.part_of(self.buffer.batch_rows) == part
+            self._pending = [batch[mine] for batch in self._pending]
         self.drawn = meta["drawn"]
         self.source.load_state_dict(meta["source"])
+
+    def _whole_batch(self, part: Tensor) -> Float[Tensor, "batch width"]:
+        """On the first process a batch of which each has a part; on others no rows."""
+        sharing = self._sharing
+        assert sharing is not None
+        # Of the processes that have the same part the first sends it.
+        holder = sharing.part_of(self.buffer.batch_rows) * sharing.latent_parts
+        own = part[: len(part) if sharing.processes.rank % sharing.latent_parts == 0 else 0]
+        return sharing.all_on_first(own, holder)

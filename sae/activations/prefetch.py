@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,15 +29,30 @@ class Prefetch:
     the thread is raised by `next_batch` once the batches made before it are used up.
     """
 
-    def __init__(self, batches: BatchStream, device: torch.device) -> None:
-        """`device` is the trainer's; batches arrive there."""
+    def __init__(
+        self,
+        batches: BatchStream,
+        device: torch.device,
+        furthest: Callable[[int], int] = lambda begun: begun,
+        after_error_seconds: float = _LAST_PASS_SECONDS,
+    ) -> None:
+        """`device` is the trainer's; batches arrive there.
+
+        Args:
+            furthest: of the batches that each of several processes has begun, the most.
+            after_error_seconds: how long an error waits for the pass in progress.
+        """
         self._batches = batches
         self._device = device
         self._ahead: deque[Tensor] = deque()
         self._changed = threading.Condition()
         self._working = threading.Lock()
         self._stopping = self._ended = False
-        self._pausing = 0
+        self._pausing = self._begun = self._made = 0
+        self._until = 0
+        """While pausing, the thread goes on until it has made so many."""
+        self._furthest = furthest
+        self._after_error_seconds = after_error_seconds
         self._error: BaseException | None = None
         self._stalled = 0.0
         self._stalled_since: float | None = None
@@ -51,8 +66,9 @@ class Prefetch:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        # A source that hangs (a network) must not hang the end of the run as well.
-        self._thread.join(_LAST_PASS_SECONDS)
+        # A source that hangs (a network) must not hang the end of the run as well. After an error
+        # other processes may wait for this one, and its thread for them.
+        self._thread.join(_LAST_PASS_SECONDS if kind is None else self._after_error_seconds)
 
     def next_batch(self) -> Float[Tensor, "batch width"] | None:
         """The next batch, waiting for it; None after the last. Raises what stopped the thread."""
@@ -85,11 +101,19 @@ class Prefetch:
     def paused(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
         """Pause the thread between two batches and yield the state of the stream.
 
-        The tensors share memory with the stream: use them before the block ends.
+        The tensors share memory with the stream: use them before the block ends. Several processes
+        pause after the same batch, because their threads make it together.
         """
         with self._changed:
             self._pausing += 1
+            self._until = max(self._until, self._begun)
         try:
+            until = self._furthest(self._until)
+            with self._changed:
+                self._until = max(self._until, until)
+                self._changed.notify_all()
+                while self._made < self._until and self._error is None and not self._ended:
+                    self._changed.wait()
             with self._working:
                 yield self._batches.state_dict([batch.cpu() for batch in self._ahead])
         finally:
@@ -123,14 +147,20 @@ class Prefetch:
     def _wait_for_room(self) -> bool:
         """Wait until a batch is wanted; False when the work is over."""
         with self._changed:
-            while not self._stopping and (self._pausing or len(self._ahead) >= BATCHES_AHEAD):
+            while not self._stopping and self._must_wait():
                 if self._stalled_since is None:
                     self._stalled_since = time.monotonic()
                 self._changed.wait()
             if self._stalled_since is not None:
                 self._stalled += time.monotonic() - self._stalled_since
                 self._stalled_since = None
+            self._begun += 1
             return not self._stopping
+
+    def _must_wait(self) -> bool:
+        if self._pausing:
+            return self._begun >= self._until
+        return len(self._ahead) >= BATCHES_AHEAD
 
     def _make_one(self) -> bool:
         batch = self._batches.next_batch()
@@ -142,6 +172,7 @@ class Prefetch:
                 self._ended = True
             else:
                 self._ahead.append(batch)
+            self._made += 1
             self._changed.notify_all()
         return batch is not None
 

@@ -107,7 +107,7 @@ class ActivationStream:
 
     def _next_batch(self) -> ActivationBatch | None:
         with torch.inference_mode():
-            begun = self._take()
+            begun = self.processes.together(self._take)
             if begun is None:
                 return None
             contexts, forward, after = begun

@@ -26,6 +26,7 @@ from saesteer.checkpoints.places import Place
 from saesteer.kernels.ops import LatentOrder, sparse_pair_grads
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import InputScale
+from saesteer.sae.training.mesh.across import ALONE, Across
 
 Arrangement = tuple[tuple[Place, ...], tuple[Place, ...]]
 """The places that an SAE reads, and those that it writes."""
@@ -36,6 +37,9 @@ Parameters = dict[str, Tensor]
 ENTRY_PARAMETERS = ("W_enc_rows", "W_dec", "b_enc")
 """Parameters whose gradients are sums over entries: `Pass.encoder`, `Pass.decoder`, and the sum of
 the encoder's weights. Those of all others are in `Pass.dense`."""
+
+ALL = slice(None)
+"""All latents."""
 
 OF_PENALTIES = ("l0", "coefficient", "sparsity_warmup_steps", "jumprelu")
 """Settings of `TrainConfig` that only architectures with a target for L0 have."""
@@ -78,13 +82,13 @@ class Pass:
     """
 
     loss: Float[Tensor, ""]
-    """Mean over the rows of the pass."""
+    """Mean over the rows of the pass; where several processes share them out, this one's part."""
     squared_error: Float[Tensor, ""]
-    """Sum of |reconstruction - target|^2."""
+    """Sum of |reconstruction - target|^2 over the rows of this process."""
     squared_deviation: Float[Tensor, ""]
-    """Sum of |target - mean target|^2."""
+    """Sum of |target - mean target|^2 over the rows of all processes."""
     examples: int
-    """Rows of the pass."""
+    """Rows of the pass that this process has."""
     latent_acts: Float[Tensor, "batch k"] | Float[Tensor, " entries"]
     """A latent fired in an entry whose activation is not 0."""
     latent_indices: Int[Tensor, "batch k"] | Int[Tensor, " entries"]
@@ -122,6 +126,8 @@ class Architecture(ABC):
     """Its name as `arch` takes it."""
     unit_rows: ClassVar[frozenset[str]] = frozenset({"W_dec"})
     """Matrices whose rows keep length 1."""
+    of_no_latent: ClassVar[frozenset[str]] = frozenset({"b_dec"})
+    """Parameters without a row for each latent."""
     canonical_names: ClassVar[Mapping[str, str]] = {
         "W_enc_rows": "W_enc",
         "b_enc": "b_enc",
@@ -195,9 +201,16 @@ class Architecture(ABC):
 
     @abstractmethod
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
-        """Parameters to start from, of the shapes that `shapes` gives."""
+        """Parameters to start from, of the shapes that `shapes` gives; of the latents `own`, and
+        with no more memory than those need."""
 
     def buffers(self, d_sae: int, device: torch.device) -> dict[str, Tensor]:
         """What training keeps besides parameters, by name: steps measure it, none optimises it."""
@@ -210,18 +223,21 @@ class Architecture(ABC):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """Reconstruct `target` from `x`, both in the units of x~.
 
         `parameters` holds the buffers as well. Matrices and `x` may be in bfloat16. Nothing may
-        wait for the device.
+        wait for the device. Other processes may have other rows of the batch, or other latents:
+        means and choices are over all of them, by `across`, and gradients add up to those of the
+        whole over the processes that have the same latents.
         """
 
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 (most have no range)
         """Move parameters that a step may have moved out of their range back, in place."""
 
     def update_buffers(  # noqa: B027 (most have none)
-        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass]
+        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass], across: Across = ALONE
     ) -> None:
         """Change buffers, in place, by what the passes of a step have measured.
 
@@ -233,10 +249,12 @@ class Architecture(ABC):
         parameters: Parameters,
         buffers: Mapping[str, Tensor],
         x: Float[Tensor, "rows d_in"],
+        across: Across = ALONE,
     ) -> dict[str, float]:
         """After the last step: set buffers, in place, on rows that come after those of training.
 
-        Returns what the run's record says of it, by name. Called if `calibrates`.
+        Returns what the run's record says of it, by name. Called if `calibrates`. Processes may
+        have different numbers of rows.
         """
         return {}
 

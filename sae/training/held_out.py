@@ -13,11 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import LostProcess, UserError
 from saesteer.checkpoints.places import Place
+from saesteer.checkpoints.sae_spec import TOPK_FAMILY
+from saesteer.checkpoints.sparse_autoencoder import SAE
 from saesteer.sae.activations.batches import ActivationSource
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.input_scale import PlacedRows
+from saesteer.sae.training.mesh.across import Across
+from saesteer.sae.training.mesh.choice import of_examples
 from saesteer.sae.training.sae_trainer import SAETrainer
 
 # Rows, as a share of the run, so many at most: their mean L0 is known to a few thousandths.
@@ -46,10 +50,12 @@ def read_held_out(
     source: ActivationSource,
     count: int,
     read: Callable[[int], None] = lambda rows: None,
+    everywhere: Callable[[ActivationSource, Tensor], Tensor] = lambda source, rows: rows.cpu(),
 ) -> tuple[Float[Tensor, "rows width"] | None, str]:
     """Up to `count` rows that `source` has not given, on the CPU, and why there are not more.
 
-    `read` is called with the number of rows so far. No text there is an error: a run that is at its
+    `read` is called with the number of rows so far; `everywhere` makes the rows of this process
+    those of all. No text there is an error: a run that is at its
     end is not lost for what nobody trains on.
     """
     parts: list[Tensor] = []
@@ -57,9 +63,11 @@ def read_held_out(
     try:
         rest = source.held_out()
         while rest is not None and found < count and (rows := rest.next_rows()) is not None:
-            parts.append(rows[: count - found].cpu())
+            parts.append(everywhere(rest, rows)[: count - found])
             found += len(parts[-1])
             read(found)
+    except LostProcess:
+        raise
     except UserError as error:
         return (torch.cat(parts) if found else None), str(error)
     why = "" if found == count else "no other text was left"
@@ -71,10 +79,10 @@ def figures(trainer: SAETrainer, rows: PlacedRows, facts: Mapping[str, Any]) -> 
     """`fvu_heldout` and `l0_heldout` of an SAE as its file will compute it, in float32.
 
     FVU is sum |y - x^|^2 / sum |y - mean y|^2, each place in the units of training, so that several
-    places count alike.
+    places count alike. In a mesh each process measures its part of the rows with its part of the
+    latents.
     """
-    sae = trainer.as_sae(dict(facts))
-    reads = _side_by_side(rows, trainer.variant.reads)
+    sae, across = trainer.as_sae(dict(facts)), trainer.across
     writes = _side_by_side(rows, trainer.variant.writes)
     units = torch.cat([torch.full((len(s.mean),), s.factor) for s in trainer.write])
     units = units.to(sae.W_dec.device)
@@ -82,13 +90,43 @@ def figures(trainer: SAETrainer, rows: PlacedRows, facts: Mapping[str, Any]) -> 
     mean = (total / len(writes)).to(units.device, torch.float32)
     error = deviation = active = 0.0
     size = max(1, _CHUNK_ELEMENTS // sae.spec.d_sae)
-    for x, y in zip(reads.split(size), writes.split(size), strict=True):
+    own = rows.part(across.row_part, across.row_parts)
+    reads = _side_by_side(own, trainer.variant.reads)
+    for x, y in zip(
+        reads.split(size), _side_by_side(own, trainer.variant.writes).split(size), strict=True
+    ):
         x, y = x.to(units.device).float(), y.to(units.device).float()
-        latent_acts = sae.encode(x)
-        error += float(((y - sae.decode(latent_acts, x)) * units).square().sum(dtype=torch.float64))
+        latent_acts, decoded = _reconstructed(sae, x, across)
+        error += float(((y - decoded) * units).square().sum(dtype=torch.float64))
         deviation += float(((y - mean) * units).square().sum(dtype=torch.float64))
         active += int((latent_acts != 0).sum())
-    return {"fvu_heldout": error / max(deviation, 1e-30), "l0_heldout": active / len(reads)}
+    sums = torch.tensor([error, deviation, active], dtype=torch.float64, device=units.device)
+    if across.latent_parts > 1:
+        sums[:2] /= across.latent_parts  # each of a shard group has the same
+    error, deviation, active = across.all(sums).tolist()
+    return {"fvu_heldout": error / max(deviation, 1e-30), "l0_heldout": active / len(writes)}
+
+
+def _reconstructed(
+    sae: SAE, x: Float[Tensor, "batch d_in"], across: Across
+) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_out"]]:
+    """This process's latents, and what the latents of all add up to."""
+    latent_acts = sae.encode(x)
+    if across.latent_parts == 1:
+        return latent_acts, sae.decode(latent_acts, x)
+    if sae.spec.architecture in TOPK_FAMILY:
+        # Alone each process keeps as many as all of them may keep together.
+        k = min(sae.spec.k or 1, sae.spec.d_sae)
+        indices = latent_acts.abs().topk(k, dim=1).indices.sort(dim=1).values
+        kept = of_examples(latent_acts.gather(1, indices), indices, sae.spec.k or 1, across)
+        acts, latents, starts = kept
+        examples = torch.arange(len(x), device=x.device).repeat_interleave(starts.diff())
+        latent_acts = torch.zeros_like(latent_acts)
+        latent_acts[examples, latents.long()] = acts
+    rest = sae.decode(torch.zeros_like(latent_acts[:1]), torch.zeros_like(x[:1]))
+    own = latent_acts @ sae.W_dec
+    decoded = across.latents(own) + rest
+    return latent_acts, decoded if sae.W_skip is None else decoded + x @ sae.W_skip.T
 
 
 def _side_by_side(rows: PlacedRows, places: tuple[Place, ...]) -> Float[Tensor, "rows width"]:

@@ -90,13 +90,11 @@ def start_from(sae: SAE, trainer: SAETrainer, rows: Float[Tensor, "rows d_model"
     (scale,) = trainer.read
     found = unfold_centred_scale(raw.tensors(), scale.mean, scale.factor)
     architecture: Architecture = trainer.architecture
-    for names, tensors in (
-        (architecture.canonical_names, trainer.parameters),
-        (architecture.canonical_buffers, trainer.buffers),
-    ):
-        for ours, name in names.items():
-            values = found["log_threshold" if ours == "log_threshold" else name]
-            tensors[ours].copy_(values)
+    for ours, name in architecture.canonical_names.items():
+        values = found["log_threshold" if ours == "log_threshold" else name]
+        trainer.optimiser.set_parameter(ours, values)
+    for ours, name in architecture.canonical_buffers.items():
+        trainer.buffers[ours].copy_(trainer.own(found[name]))
     return fvu
 
 

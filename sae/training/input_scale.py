@@ -97,6 +97,12 @@ class PlacedRows:
     columns: Mapping[Place, slice]
     """Which columns of `values` belong to a place."""
 
+    def part(self, number: int, parts: int) -> "PlacedRows":
+        """One of several parts of the rows, as equal as can be."""
+        if parts == 1:
+            return self
+        return PlacedRows(self.values.tensor_split(parts)[number], self.columns)
+
     def at(self, place: Place) -> Float[Tensor, "batch d_model"]:
         """The rows of one place; a view."""
         return self.values[:, self.columns[place]]

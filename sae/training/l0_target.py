@@ -29,8 +29,15 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.sae.config import TrainConfig
-from saesteer.sae.training.architecture import Architecture, Parameters, Pass, refuse_others
+from saesteer.sae.training.architecture import (
+    ALL,
+    Architecture,
+    Parameters,
+    Pass,
+    refuse_others,
+)
 from saesteer.sae.training.architectures.topk import TopK
+from saesteer.sae.training.mesh.across import ALONE, Across
 
 GAIN = 1.5
 """How strongly the coefficient answers to the L0 of the batch itself."""
@@ -116,10 +123,16 @@ class L0Target(Architecture):
         return NormalDist().inv_cdf(1 - self.l0 / d_sae)
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
         """The parameters of `TopK`."""
-        return TopK(1).initialise(d_in, d_out, d_sae, seed, device)
+        return TopK(1).initialise(d_in, d_out, d_sae, seed, device, own)
 
     # --- the controller ---
 
@@ -149,7 +162,9 @@ class L0Target(Architecture):
         return self.l0 * (-state["l0_integral"]).exp()
 
     @torch.no_grad()
-    def update_buffers(self, buffers: Mapping[str, Tensor], passes: Sequence[Pass]) -> None:
+    def update_buffers(
+        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass], across: Across = ALONE
+    ) -> None:
         rows = sum(done.examples for done in passes)
         parts = [done.measured["l0"].double() * (done.examples / rows) for done in passes]
         miss = self.miss(torch.stack(parts).sum())

@@ -7,7 +7,7 @@ summed from its entries. For clipping, accumulation and on a GPU, whole gradient
 from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saesteer.kernels.ops import adam_rows_, adam_schedule, adam_sparse_rows_
@@ -63,10 +63,32 @@ class Optimiser:
         """The parameters for products: bfloat16 copies where there are any."""
         return {**self.parameters, **self.copies}
 
+    @property
+    def whole(self) -> Parameters:
+        """All rows of the latents that this process has, as passes take them."""
+        return self.parameters
+
+    def in_float32(self) -> Parameters:
+        """All rows of the latents that this process has, unrounded."""
+        return self.parameters
+
+    def gathered(self) -> dict[str, Tensor]:
+        """The state of all processes, on the one that writes it."""
+        return self.state_dict()
+
+    def gathered_parameters(self) -> Parameters:
+        """The parameters of all processes, on the one that writes them."""
+        return self.parameters
+
     def refresh_copies(self) -> None:
         """Update the copies after parameters were set from outside."""
         for name, copy in self.copies.items():
             copy.copy_(self.parameters[name])
+
+    def set_parameter(self, name: str, values: Tensor) -> None:
+        """Set a parameter from outside, and its copy."""
+        self.parameters[name].copy_(values)
+        self.refresh_copies()
 
     def set_step(self, step: int, lr: float) -> None:
         """Write the number of the next step (from 1) and its learning rate to the device."""
@@ -136,7 +158,7 @@ class Optimiser:
     def _move_along_gradients(self, passes: list[Pass]) -> Int[Tensor, " d_sae"]:
         """Sum the gradients of all passes, clip them, step."""
         rows = sum(sae_pass.examples for sae_pass in passes)
-        d_sae = len(self.parameters["W_dec"])
+        d_sae = len(self.whole["W_dec"])
         grads: dict[str, Tensor] = {}
         counts = torch.zeros(d_sae, dtype=torch.int64, device=self.device)
         for sae_pass in passes:
@@ -150,15 +172,27 @@ class Optimiser:
                 else:
                     grads[name] = grad.mul_(share) if share < 1 else grad
         loss = torch.stack([sae_pass.loss for sae_pass in passes]).sum()
+        grads, counts, loss = self._of_all(grads, counts, loss)
         self.failed |= ~torch.isfinite(loss)
         scale = torch.ones_like(loss)
         if self.config.clip_norm is not None:
-            norm = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]).norm()
-            scale = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            scale = (self.config.clip_norm / (self._norm(grads) + 1e-6)).clamp(max=1.0)
         scale = scale.masked_fill(self.failed, torch.nan)  # NaN: the step is left out
         for name, grad in grads.items():
             self._adam(name, grad, scale)
         return counts
+
+    def _of_all(
+        self, grads: dict[str, Tensor], counts: Tensor, loss: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The same of all processes; here of one."""
+        return grads, counts, loss
+
+    def _norm(self, grads: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """Norm of all gradients together."""
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
 
     def _state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return self.parameters[name], self.exp_avg[name], self.exp_avg_sq[name]

@@ -17,14 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saesteer.kernels.ops import (
-    decode_mse,
-    decode_prefixes,
-    encode_above,
-    sort_indices,
-    sparse_row_grads,
-)
+from saesteer.kernels.ops import encode_above, sort_indices, sparse_row_grads
 from saesteer.sae.training.architecture import EntrySum, Parameters, Pass
+from saesteer.sae.training.mesh.across import ALONE, Across
+from saesteer.sae.training.mesh.decoding import decode, decode_levels
 
 DENSE_FROM = {"cpu": 1 / 4, "cuda": 1 / 128}
 """Share of all pairs from which whole products are faster, by kind of device. On a CPU measured
@@ -61,9 +57,11 @@ class Decoded:
 class Pairs(ABC):
     """See the module's text; legend: B batch, F d_sae, E entries."""
 
-    def __init__(self, x: Float[Tensor, "batch d_in"], d_sae: int) -> None:
+    def __init__(self, x: Float[Tensor, "batch d_in"], d_sae: int, across: Across = ALONE) -> None:
         self.x = x
         self.d_sae = d_sae
+        self.across = across
+        """The processes that have other rows and latents."""
 
     pre_acts: Tensor
     """By pair."""
@@ -78,11 +76,11 @@ class Pairs(ABC):
 
     @abstractmethod
     def by_latent(self, weights: Tensor) -> Float[Tensor, " d_sae"]:
-        """The sum over each latent's pairs."""
+        """The sum over each latent's pairs in the rows of this process."""
 
     @abstractmethod
     def by_example(self, weights: Tensor) -> Float[Tensor, " batch"]:
-        """The sum over each example's pairs."""
+        """The sum over each example's pairs with the latents of this process."""
 
     @abstractmethod
     def decode(
@@ -93,7 +91,8 @@ class Pairs(ABC):
         target: Float[Tensor, "batch d_out"],
         ends: Sequence[int] = (),
     ) -> Decoded:
-        """Reconstruct `target`; with `ends`, at the end of each prefix of the latents as well."""
+        """Reconstruct `target`, with the latents of all processes; with `ends`, at the end of each
+        prefix of the latents as well."""
 
     @abstractmethod
     def as_pass(
@@ -110,6 +109,10 @@ class Pairs(ABC):
         further terms of any gradient.
         """
 
+    def _factor(self, decoded: Decoded) -> float:
+        """Of the derivative of mean over levels of |error|^2 / O by an error."""
+        return 2 / max(1, decoded.last.numel() * self.across.row_parts * decoded.levels)
+
 
 class Entries(Pairs):
     """Pairs as ragged entries."""
@@ -119,8 +122,9 @@ class Entries(Pairs):
         x: Float[Tensor, "batch d_in"],
         d_sae: int,
         found: tuple[Tensor, Tensor, Tensor],
+        across: Across = ALONE,
     ) -> None:
-        super().__init__(x, d_sae)
+        super().__init__(x, d_sae, across)
         self.pre_acts, self.indices, self.row_starts = found
         self._order = sort_indices(self.indices, d_sae, self.row_starts)
         examples = torch.arange(len(x), device=x.device)
@@ -155,15 +159,15 @@ class Entries(Pairs):
         ends: Sequence[int] = (),
     ) -> Decoded:
         if len(ends) <= 1:
-            squared, error, act_grads = decode_mse(
-                acts, self.indices, W_dec, b_dec, target, self.row_starts
+            squared, error, act_grads = decode(
+                acts, self.indices, W_dec, b_dec, target, self.row_starts, self.across
             )
             return Decoded(
                 squared.sum()[None], error, error[:, None], act_grads, ends, self.row_starts
             )
         pieces = cut_at(self.indices, self.row_starts, ends)
-        squared, last, suffix, act_grads = decode_prefixes(
-            acts, self.indices, W_dec, b_dec, target, pieces, len(ends)
+        squared, last, suffix, act_grads = decode_levels(
+            acts, self.indices, W_dec, b_dec, target, pieces, len(ends), self.across
         )
         return Decoded(squared.sum(dim=0), last, suffix, act_grads, ends, pieces)
 
@@ -174,7 +178,7 @@ class Entries(Pairs):
         derivatives: Tensor,
         **rest: object,
     ) -> Pass:
-        factor, starts, order = _factor(decoded), decoded.row_starts, self._order
+        factor, starts, order = self._factor(decoded), decoded.row_starts, self._order
         if decoded.levels > 1:
             # Each piece counts as an example of its own, with its suffix error; the pieces of an
             # example share its input.
@@ -201,8 +205,9 @@ class Matrix(Pairs):
         self,
         x: Float[Tensor, "batch d_in"],
         pre_acts: Float[Tensor, "batch d_sae"],
+        across: Across = ALONE,
     ) -> None:
-        super().__init__(x, pre_acts.shape[1])
+        super().__init__(x, pre_acts.shape[1], across)
         self.pre_acts = pre_acts
 
     def of_latents(self, values: Float[Tensor, " d_sae"]) -> Tensor:
@@ -229,9 +234,15 @@ class Matrix(Pairs):
         W_dec, acts = W_dec.to(acts.dtype), acts.contiguous()
         error = (b_dec.to(acts.dtype) - target).contiguous()
         errors = []
-        for block in blocks:
-            error = torch.addmm(error, acts[:, block], W_dec[block])
-            errors.append(error)
+        if self.across.latent_parts == 1:
+            for block in blocks:
+                error = torch.addmm(error, acts[:, block], W_dec[block])
+                errors.append(error)
+        else:
+            own = torch.stack([acts[:, block] @ W_dec[block] for block in blocks], dim=1)
+            own = own if len(blocks) > 1 else own[:, 0]  # as entries do, in one exchange
+            total = self.across.latents(own).view(len(acts), len(blocks), -1).cumsum(dim=1)
+            errors = [one.contiguous() for one in (total + error[:, None]).unbind(dim=1)]
         squares = torch.stack([one.square().sum() for one in errors])
         suffix = list(errors)
         for level in range(len(errors) - 2, -1, -1):
@@ -247,7 +258,7 @@ class Matrix(Pairs):
         derivatives: Tensor,
         **rest: object,
     ) -> Pass:
-        factor = _factor(decoded)
+        factor = self._factor(decoded)
         W_dec = torch.cat(
             [
                 acts[:, block].t() @ decoded.suffix[:, level]
@@ -284,6 +295,7 @@ def find_pairs(
     parameters: Parameters,
     floors: Float[Tensor, " d_sae"],
     dense_from: float | None = None,
+    across: Across = ALONE,
 ) -> Pairs:
     """The pairs whose pre-activation is above the floor of their latent, in the faster form.
 
@@ -296,8 +308,8 @@ def find_pairs(
     if share <= 1 and len(x):
         some = x[:: max(1, len(x) // _SAMPLE_ROWS)]
         if float((_products(some, W, b) > floors).float().mean()) >= share:
-            return Matrix(x, _products(x, W, b))
-    return Entries(x, len(W), encode_above(x, W, b, floors))
+            return Matrix(x, _products(x, W, b), across)
+    return Entries(x, len(W), encode_above(x, W, b, floors), across)
 
 
 def _products(x: Tensor, W: Tensor, b: Tensor) -> Float[Tensor, "batch d_sae"]:
@@ -307,11 +319,6 @@ def _products(x: Tensor, W: Tensor, b: Tensor) -> Float[Tensor, "batch d_sae"]:
     if x.is_cuda and x.dtype == W.dtype == torch.bfloat16:
         return torch.mm(x, W.t(), out_dtype=torch.float32).add_(b)
     return torch.addmm(b.to(dtype), x.to(dtype), W.to(dtype).t())
-
-
-def _factor(decoded: Decoded) -> float:
-    """Of the derivative of mean over levels of |error|^2 / O by an error."""
-    return 2 / max(1, decoded.last.numel() * decoded.levels)
 
 
 def _blocks(ends: Sequence[int], d_sae: int) -> list[slice]:

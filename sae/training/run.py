@@ -2,23 +2,30 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.disk import folder_bytes, need_space
-from saesteer.checkpoints.errors import Interrupted, NonFiniteError, UserError
+from saesteer.checkpoints.errors import Interrupted, LostProcess, NonFiniteError, UserError
 from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.run_state import has_state, restoring
 from saesteer.checkpoints.sparse_autoencoder import SAE
 from saesteer.checkpoints.state_saver import StateSaver
 from saesteer.sae.activations.batches import ActivationSource, BatchStream
 from saesteer.sae.activations.prefetch import BATCHES_AHEAD, Prefetch
+from saesteer.sae.activations.shared_rows import Sharing
 from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
-from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
+from saesteer.sae.runs.memory_use import (
+    TrainingMemory,
+    gigabytes,
+    refuse_what_cannot_fit,
+    training_memory,
+)
+from saesteer.sae.runs.mesh_cost import mesh_cost
 from saesteer.sae.runs.stopping import stop_requests
 from saesteer.sae.training.held_out import (
     few_rows,
@@ -30,10 +37,14 @@ from saesteer.sae.training.held_out import (
 )
 from saesteer.sae.training.init_from import start_from
 from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
+from saesteer.sae.training.mesh.quiet import NoFiles, NoStates
 from saesteer.sae.training.run_files import RunFiles
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 from saesteer.sae.training.saved_state import restore, state_of
 from saesteer.sae.training.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from saesteer.sae.training.mesh.mesh import Mesh
 
 _LOGS_PER_RUN = 100
 # Rows that mean and scale are measured on; more would not change the third digit.
@@ -41,7 +52,10 @@ _SCALE_ROWS = 32_768
 
 
 class TrainingRun:
-    """Several SAEs trained on one stream of batches. Read `fit`, then `train_step`."""
+    """Several SAEs trained on one stream of batches. Read `fit`, then `train_step`.
+
+    In a mesh every process has one, and they do everything together; the first one writes.
+    """
 
     def __init__(
         self,
@@ -55,11 +69,13 @@ class TrainingRun:
         device: torch.device,
         progress: Progress,
         warn: Callable[[str], None] = lambda message: None,
+        mesh: "Mesh | None" = None,
     ) -> None:
         """`facts`: what the run is recorded with; `widths`: of the source's places; `dtype`: of the
         rows in the shuffle buffer; `warn`: called with a line about activations that are not as
-        they should be."""
+        they should be; `mesh`: the processes that run this together, None for one."""
         self.warn = warn
+        self.mesh = mesh
         self.folder = folder
         self.config = config
         self.variants = variants
@@ -69,7 +85,8 @@ class TrainingRun:
         self.progress = progress
         self.source = source
         self.dtype = dtype
-        self.files = RunFiles(folder, variants, config, facts)
+        writes = mesh is None or mesh.first
+        self.files = (RunFiles if writes else NoFiles)(folder, variants, config, facts)
         self.columns = PlacedRows.columns_of(source.places, widths)
         self.width = sum(widths[place] for place in source.places)
         self.batches = BatchStream(
@@ -81,9 +98,10 @@ class TrainingRun:
             dtype=dtype,
             seed=config.seed,
             filling=lambda filled, total: progress("fill buffer", filled, total, "tokens"),
+            sharing=None if mesh is None else _sharing(mesh, config),
         )
         self.trainers: list[SAETrainer] = []
-        self.saver = StateSaver(folder, keep=config.keep_states)
+        self.saver = (StateSaver if writes else NoStates)(folder, keep=config.keep_states)
         self.step = 0
         self.extended: list[dict[str, int]] = []
         """Where the run was given more `tokens` than before, and how many those were."""
@@ -91,6 +109,8 @@ class TrainingRun:
         self.last: list[dict[str, Any]] = [{} for _ in variants]
         """The latest log line of each SAE."""
         self._due = False
+        self.bytes_a_step = 0
+        """Bytes that this process sends to others in a step, on average."""
         self.start: SAE | None = None
         """What a new run of one SAE starts from, in place of random weights."""
 
@@ -119,6 +139,8 @@ class TrainingRun:
             row_bytes=self.width * self.dtype.itemsize,
             batches_ahead=BATCHES_AHEAD,
         )
+        if self.mesh is not None:
+            need = self._of_this_process(need)
         count = len(self.variants)
         refuse_what_cannot_fit(need, count, self.device)
         return (
@@ -127,17 +149,41 @@ class TrainingRun:
             f"{count} SAE{'s' if count > 1 else ''}"
         )
 
+    def _of_this_process(self, need: TrainingMemory) -> TrainingMemory:
+        """What one of several processes needs, of what one alone would."""
+        assert self.mesh is not None
+        halved = self.config.dtype == "bfloat16"
+        halved = halved or (self.config.dtype == "auto" and self.device.type == "cuda")
+        costs = [
+            mesh_cost(
+                variant.architecture,
+                sum(self.widths[place] for place in variant.reads),
+                sum(self.widths[place] for place in variant.writes),
+                variant.d_sae,
+                self.config,
+                world=self.mesh.processes.world,
+                product_bytes=2 if halved else 4,
+                row_bytes=self.width * self.dtype.itemsize,
+            )
+            for variant in self.variants
+        ]
+        return TrainingMemory(
+            saes=sum(cost.weights + cost.moments for cost in costs),
+            # Of the widest SAE: its gradients, and its share of what a step holds besides.
+            step=max(cost.gradients for cost in costs) + need.step // self.mesh.latent_parts,
+            buffer=need.buffer // self.mesh.processes.world,
+        )
+
     def check_disk(self) -> None:
         """Raise UserError when the disk has too little space; the folder's files count as free."""
-        rows = self.batches.buffer.rows
         footprint = train_footprint(
             self.parameter_counts(),
             [variant.d_sae for variant in self.variants],
             self.width,
-            buffer_tokens=len(rows),
+            buffer_tokens=self.batches.buffer_tokens,
             batch_tokens=self.config.batch_tokens,
-            width=rows.shape[1],
-            element_bytes=rows.element_size(),
+            width=self.width,
+            element_bytes=self.dtype.itemsize,
             keep=self.config.keep_states,
         )
         needed = footprint.total_bytes - folder_bytes(self.folder)
@@ -149,7 +195,7 @@ class TrainingRun:
 
         Raises UserError for activations that nothing can be learnt from.
         """
-        sample = PlacedRows(self.batches.fill()[:_SCALE_ROWS], self.columns)
+        sample = PlacedRows(self.batches.fill(_SCALE_ROWS), self.columns)
         sinks, drawn = self.source.excluded.get("sinks", 0), self.batches.drawn
         told = [
             line
@@ -167,7 +213,8 @@ class TrainingRun:
     def make_trainers(self, scales: dict[Place, InputScale]) -> None:
         """One trainer per variant."""
         self.trainers = [
-            SAETrainer(variant, self.config, scales, self.device) for variant in self.variants
+            SAETrainer(variant, self.config, scales, self.device, self.mesh)
+            for variant in self.variants
         ]
         self.files.make_folders()
 
@@ -201,8 +248,9 @@ class TrainingRun:
         with (
             stop_requests() as stop,
             self.saver,
-            Prefetch(self.batches, self.device) as self.prefetch,
+            self._prefetch() as self.prefetch,
         ):
+            sent_before, steps_before = self._sent_bytes, self.step
             watch = Stopwatch(self.prefetch)
             self.show()
             while self.step < steps:
@@ -214,17 +262,42 @@ class TrainingRun:
                 if self.step % log_every == 0 or self.step == steps:
                     self.log(watch)
                 self.show()
-                if stop() and self.step < steps:
+                if self._any(stop()) and self.step < steps:
                     self.stop()
                 self.save_when_due()
+            if self.step > steps_before:
+                sent = self._sent_bytes - sent_before
+                self.bytes_a_step = sent // (self.step - steps_before)
             self.hold_out()
             self.save()
             return self.finish()
+
+    def _prefetch(self) -> Prefetch:
+        mesh = self.mesh
+        if mesh is None:
+            return Prefetch(self.batches, self.device)
+        return Prefetch(
+            self.batches,
+            self.device,
+            lambda begun: max(int(n) for n in mesh.processes.gather(torch.tensor([begun]))),
+            after_error_seconds=1.0,  # its thread may wait for a process that has ended
+        )
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is true in any process."""
+        return here if self.mesh is None else self.mesh.any(here)
+
+    @property
+    def _sent_bytes(self) -> int:
+        """Bytes that this process has sent to others so far."""
+        return 0 if self.mesh is None else self.mesh.sent_bytes + self.batches.sent_bytes
 
     def next_batch(self) -> Float[Tensor, "batch width"]:
         """The next batch. Saves the state and raises UserError when the text has ended."""
         try:
             batch = self.prefetch.next_batch()
+        except LostProcess:
+            raise
         except UserError as error:
             # Most often the corpus has ended: save the state, so that no training is lost.
             self.save(now=True)
@@ -261,7 +334,7 @@ class TrainingRun:
 
         with self.prefetch.paused():  # nobody else reads from the source meanwhile
             show(0)
-            rows, why = read_held_out(self.source, wanted, show)
+            rows, why = read_held_out(self.source, wanted, show, self.batches.everywhere)
             show(wanted)
             judged = rows is not None
             if rows is None and any(self.trainers[i].architecture.calibrates for i in waiting):
@@ -324,7 +397,7 @@ class TrainingRun:
         """Save every `checkpoint_every` tokens, as soon as the state before is written."""
         every = max(1, self.config.checkpoint_every // self.config.batch_tokens)
         self._due = self._due or self.step % every == 0
-        if self._due and self.step < self.config.steps and self.saver.ready():
+        if self._due and self.step < self.config.steps and not self._any(not self.saver.ready()):
             self.save()
             self._due = False
 
@@ -348,7 +421,7 @@ class TrainingRun:
         # The last state is still being written: wait for it before any run.json says `complete`.
         hashes = [t.save(self.files.place_of(t.variant), self.facts) for t in self.trainers]
         self.saver.wait()
-        return self.files.finish(
+        records = self.files.finish(
             self.trainers,
             hashes,
             self.last,
@@ -357,5 +430,24 @@ class TrainingRun:
                 **({"extended": self.extended} if self.extended else {}),
                 "seconds": round(self.seconds, 3),
                 "seconds_blocked_in_saving": round(self.saver.blocked_seconds, 3),
+                **self._mesh_record(),
             },
         )
+        if self.mesh is not None:
+            self.mesh.processes.wait_for_first()
+        return records
+
+    def _mesh_record(self) -> dict[str, Any]:
+        """What `run.json` says of the processes; nothing of one."""
+        if self.mesh is None:
+            return {}
+        return {"mesh": {**self.mesh.shape, "bytes_sent_per_step": self.bytes_a_step}}
+
+
+def _sharing(mesh: "Mesh", config: TrainConfig) -> Sharing:
+    return Sharing(
+        mesh.reading,
+        mesh.row_parts,
+        mesh.latent_parts,
+        config.micro_batch_tokens or config.batch_tokens,
+    )

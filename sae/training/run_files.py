@@ -1,6 +1,7 @@
 """The logs and records of each SAE that a training run writes next to its state."""
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -50,6 +51,16 @@ class RunFiles:
         path = self.place_of(variant) / "metrics.jsonl"
         path.touch()
         return path
+
+    def logs(self) -> list[Path]:
+        """The logs of all SAEs."""
+        return [self.metrics_of(variant) for variant in self.variants]
+
+    def cut_logs(self, sizes: Sequence[int]) -> None:
+        """Take lines back that were written after a state: they will be written again."""
+        for path, size in zip(self.logs(), sizes, strict=True):
+            with path.open("r+b") as file:
+                file.truncate(min(size, file.seek(0, os.SEEK_END)))
 
     def make_folders(self) -> None:
         """Create the folder of every SAE. Raises UserError where that fails."""

@@ -1,9 +1,9 @@
 """One SAE in training: its parameters, and one step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,15 @@ from saesteer.checkpoints.places import Place, without_model
 from saesteer.checkpoints.sae_file import SAE, SAESpec, hook_name_for, save_sae
 from saesteer.checkpoints.shards import folder_name
 from saesteer.sae.config import TrainConfig, default_lr
-from saesteer.sae.training.architecture import Architecture, Pass
+from saesteer.sae.training.architecture import Architecture, Parameters, Pass
 from saesteer.sae.training.cuda_graph import GraphedStep
 from saesteer.sae.training.dead_latents import SilenceCounter
 from saesteer.sae.training.input_scale import InputScale, PlacedRows
+from saesteer.sae.training.mesh.across import ALONE, Across
 from saesteer.sae.training.optimiser import Optimiser
+
+if TYPE_CHECKING:  # torch.distributed takes a while to import, and most runs are of one process
+    from saesteer.sae.training.mesh.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Variant:
 class SAETrainer:
     """The parameters of one SAE, its optimiser, and one step of training.
 
+    In a mesh it has its part of the latents, and its part of the rows of each batch.
+
     A step is `forward` (the losses, and what the gradients are made of) and `step` (the parameters
     move). In neither does the host wait for the device: counts are kept there, and read by
     `take_log`.
@@ -60,26 +66,43 @@ class SAETrainer:
         config: TrainConfig,
         scales: Mapping[Place, InputScale],
         device: torch.device,
+        mesh: "Mesh | None" = None,
     ) -> None:
-        """`scales`: those of the variant's places, measured on a sample."""
+        """`scales`: those of the variant's places, measured on a sample; `mesh`: the processes that
+        train it together, None for one."""
         self.variant = variant
         self.architecture = variant.architecture
         self.config = config
         self.device = device
+        self.mesh = mesh
+        self.across: Across = ALONE if mesh is None else mesh
         self.read = [scales[place] for place in variant.reads]
         self.write = [scales[place] for place in variant.writes]
-        self.parameters = self.architecture.initialise(
-            self.d_in, self.d_out, variant.d_sae, variant.init_seed, device
-        )
-        self.buffers = self.architecture.buffers(variant.d_sae, device)
-        self.optimiser = Optimiser(self.architecture, self.parameters, config, device)
-        self.silence = SilenceCounter(variant.d_sae, config.resolved_dead_after_tokens, device)
+        sizes = (self.d_in, self.d_out, variant.d_sae, variant.init_seed)
+        self.optimiser: Optimiser
+        if mesh is None:
+            made = self.architecture.initialise(*sizes, device)
+            self.optimiser = Optimiser(self.architecture, made, config, device)
+        else:
+            from saesteer.sae.training.mesh.optimiser import SharedOptimiser
+
+            made = self.architecture.initialise(*sizes, device, mesh.own_latents(variant.d_sae))
+            self.optimiser = SharedOptimiser(self.architecture, made, config, device, mesh)
+        del made
+        own_d_sae = variant.d_sae // self.across.latent_parts
+        self.buffers = self.architecture.buffers(own_d_sae, device)
+        self.silence = SilenceCounter(own_d_sae, config.resolved_dead_after_tokens, device)
         self.steps_taken = 0
         self.peak_lr = config.lr or default_lr(self.d_in, variant.d_sae, config.steps)
         # Squared error, squared deviation, active latents, rows.
         self._log = torch.zeros(4, dtype=torch.float64, device=device)
         self._scales = {place: scales[place].to(device) for place in variant.places}
         self._graphed = GraphedStep(self) if config.cuda_graph and device.type == "cuda" else None
+
+    @property
+    def parameters(self) -> Parameters:
+        """Those of this process's latents, as passes take them."""
+        return self.optimiser.whole
 
     @property
     def d_in(self) -> int:
@@ -118,14 +141,24 @@ class SAETrainer:
         dead = self.silence.listed(self._tokens_seen) if self.architecture.uses_dead else None
         parameters = {**self.optimiser.in_products, **self.buffers}
         x, target = self._scaled(rows, parameters["W_enc_rows"].dtype)
-        size = self.config.micro_batch_tokens or max(1, len(x))
+        size = (self.config.micro_batch_tokens or 0) // self.across.row_parts or max(1, len(x))
         passes = [
-            self.architecture.loss(parameters, *part, dead)
+            self.architecture.loss(parameters, *part, dead, self.across)
             for part in zip(x.split(size), target.split(size), strict=True)
         ]
-        if self.device.type == "cpu" and not all(torch.isfinite(p.loss) for p in passes):
-            raise self._not_finite()
+        if self.device.type == "cpu":
+            self._check_losses(all(bool(torch.isfinite(p.loss)) for p in passes))
         return passes
+
+    def _check_losses(self, finite: bool) -> None:
+        """Raise NonFiniteError, in all processes, where those of one are not finite."""
+        if self.mesh is None:
+            if not finite:
+                raise self._not_finite()
+            return
+        (failed,) = self.mesh.flags(not finite)
+        if any(failed):
+            raise self._not_finite(failed.index(True))
 
     def _scaled(
         self, rows: Mapping[Place, Tensor], dtype: torch.dtype
@@ -153,13 +186,24 @@ class SAETrainer:
     def apply(self, passes: list[Pass]) -> None:
         """The part of `step` that runs on the device; what the host decides is in tensors."""
         counts = self.optimiser.move(passes)
-        self.architecture.update_buffers(self.buffers, passes)
-        rows = sum(sae_pass.examples for sae_pass in passes)
+        self.architecture.update_buffers(self.buffers, passes, self.across)
+        rows = sum(sae_pass.examples for sae_pass in passes) * self.across.row_parts
         self.silence.count(counts, rows)
-        self._log[0] += sum(sae_pass.squared_error for sae_pass in passes)
+        error = sum(sae_pass.squared_error for sae_pass in passes)
+        active = counts.sum()
+        if self.mesh is not None:
+            error, active = self._of_all(torch.as_tensor(error), active)
+        self._log[0] += error
         self._log[1] += sum(sae_pass.squared_deviation for sae_pass in passes)
-        self._log[2] += counts.sum()
+        self._log[2] += active
         self._log[3] += rows
+
+    def _of_all(self, error: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The squared errors of all rows, and the active latents of all, of this process's."""
+        by_rows = error if self.across.latent_part == 0 else torch.zeros_like(error)
+        by_latents = active if self.across.row_part == 0 else torch.zeros_like(active)
+        sums = self.across.all(torch.stack([by_rows.double(), by_latents.double()]))
+        return sums[0], sums[1]
 
     @property
     def _tokens_seen(self) -> int:
@@ -179,9 +223,11 @@ class SAETrainer:
         if bool(self.optimiser.failed):
             raise self._not_finite()
 
-    def _not_finite(self) -> NonFiniteError:
+    def _not_finite(self, rank: int | None = None) -> NonFiniteError:
+        where = "" if rank is None else f" in process {rank}"
         return NonFiniteError(
-            f"the loss of {self.variant.folder} is not finite at step {self.steps_taken}: the last "
+            f"the loss of {self.variant.folder} is not finite at step {self.steps_taken}{where}: "
+            f"the last "
             f"state before it was kept; lower `lr` (now {self.peak_lr:.2g}) or look at the data "
             "there"
         )
@@ -192,7 +238,7 @@ class SAETrainer:
         Only here does the host wait for a GPU. Raises NonFiniteError when a loss since then was not
         finite: the parameters are those before that step.
         """
-        dead = self.silence.dead.sum()
+        dead = self.across.latents(self.silence.dead.sum())
         error, deviation, active, rows, n_dead, failed = torch.stack(
             [*self._log, dead.double(), self.optimiser.failed.double()]
         ).tolist()
@@ -215,9 +261,11 @@ class SAETrainer:
         Raises NonFiniteError when a step on a GPU was left out.
         """
         self.check_finite()
-        placed = {place: rows.at(place).to(self.device) for place in self.variant.places}
+        own = rows.part(self.across.row_part, self.across.row_parts)
+        placed = {place: own.at(place).to(self.device) for place in self.variant.places}
         x, _ = self._scaled(placed, torch.float32)
-        return self.architecture.calibrate(self.parameters, self.buffers, x)
+        parameters = self.optimiser.in_float32()
+        return self.architecture.calibrate(parameters, self.buffers, x, self.across)
 
     def spec(self, facts: dict[str, Any]) -> SAESpec:
         """The SAE's specification in canonical form, as trained so far; `facts` are the run's."""
@@ -285,20 +333,48 @@ class SAETrainer:
         return parts
 
     def as_sae(self, facts: dict[str, Any]) -> SAE:
-        """The SAE in canonical form, as trained so far."""
-        tensors = self.architecture.canonical(self.parameters, self.read, self.write, self.buffers)
-        return SAE(spec=self.spec(facts), **cast(dict[str, Any], tensors))
+        """The SAE in canonical form, as trained so far; of this process's latents."""
+        return self._canonical(self.optimiser.in_float32(), self.buffers, facts)
+
+    def _canonical(
+        self, parameters: Parameters, buffers: Mapping[str, Tensor], facts: dict[str, Any]
+    ) -> SAE:
+        tensors = self.architecture.canonical(parameters, self.read, self.write, buffers)
+        spec = self.spec(facts)
+        if (d_sae := len(tensors["W_dec"])) != spec.d_sae:
+            spec = replace(spec, d_sae=d_sae)
+        return SAE(spec=spec, **cast(dict[str, Any], tensors))
 
     def save(self, folder: Path, facts: dict[str, Any]) -> str:
-        """Write the SAE in canonical form; returns the SHA-256 of its weights."""
-        sae = self.as_sae(facts)
+        """Write the SAE in canonical form; returns the SHA-256 of its weights. In a mesh the first
+        process gathers and writes it; others return nothing."""
+        parameters = self.optimiser.gathered_parameters()
+        buffers = self._gathered(self.buffers)
+        if self.mesh is not None and not self.mesh.first:
+            return ""
+        sae = self._canonical(parameters, buffers, facts)
         return save_sae(folder, sae.spec, **sae.tensors())
 
+    def own(self, values: Tensor) -> Tensor:
+        """This process's latents, of a tensor of all; a number as it is."""
+        return values[self.across.own_latents(len(values))] if values.dim() else values
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by latent as one process has them, on the first process; nothing on others."""
+        if self.mesh is None:
+            return dict(tensors)
+        found = {
+            name: self.mesh.on_first(tensor, by_rows=False, by_latents=tensor.dim() > 0)
+            for name, tensor in tensors.items()
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a step depends on, by name; shares memory with this trainer."""
-        state = self.optimiser.state_dict()
-        state |= {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
-        state["tokens_since_fired"] = self.silence.tokens_since_fired
+        """All that a step depends on, by name; shares memory with this trainer. In a mesh the first
+        process has all of it, and others nothing that counts."""
+        by_latent = {f"buffer.{name}": tensor for name, tensor in self.buffers.items()}
+        by_latent["tokens_since_fired"] = self.silence.tokens_since_fired
+        state = {**self.optimiser.gathered(), **self._gathered(by_latent)}
         state["step"] = torch.tensor(self.steps_taken)
         state["dead_capacity"] = torch.tensor(self.silence.capacity)
         state["log"] = self._log
@@ -308,10 +384,11 @@ class SAETrainer:
         """Continue where `state_dict` was taken."""
         self.optimiser.load_state_dict(state)
         for name, tensor in self.buffers.items():
-            tensor.copy_(state[f"buffer.{name}"])
-        self.silence.tokens_since_fired.copy_(state["tokens_since_fired"])
+            tensor.copy_(self.own(state[f"buffer.{name}"]))
+        since = self.silence.tokens_since_fired
+        since.copy_(self.own(state["tokens_since_fired"]))
         self.steps_taken = int(state["step"])
-        self.silence.capacity = int(state["dead_capacity"])
+        self.silence.capacity = min(int(state["dead_capacity"]), len(since))
         self._log.copy_(state["log"])
 
 

@@ -1,6 +1,5 @@
 """Turns a training run into tensors and JSON values, and restores it bit for bit."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ def identity(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
     settings = plain(asdict(config))
     # These may change, to avoid whatever stopped the run.
     del settings["checkpoint_every"], settings["keep_states"], settings["lr"]
-    del settings["cuda_graph"]
+    del settings["cuda_graph"], settings["latent_shards"], settings["rank_timeout"]
     # As they were recorded before an empty list stood for the default.
     settings |= {"k": list(config.resolved_k), "l0": list(config.resolved_l0)}
     text = settings.pop("text")
@@ -54,7 +53,7 @@ def state_of(
     for i, trainer in enumerate(run.trainers):
         tensors |= {f"{i}/{name}": tensor for name, tensor in trainer.state_dict().items()}
         tensors |= {f"{i}/{name}": mean for name, mean in _means(trainer).items()}
-    logs = [run.files.metrics_of(trainer.variant) for trainer in run.trainers]
+    logs = run.files.logs()
     meta = {
         **identity(run.config, run.facts),
         "stream": stream,
@@ -110,9 +109,7 @@ def restore(run: "TrainingRun") -> None:
         trainer.load_state_dict(parts[str(i)])
         if run.config.lr is None:  # not given, so not changed
             trainer.peak_lr = meta["peak_lrs"][i]
-        # Lines written after the state was saved will be written again.
-        with run.files.metrics_of(trainer.variant).open("r+b") as file:
-            file.truncate(min(meta["metrics_bytes"][i], file.seek(0, os.SEEK_END)))
+    run.files.cut_logs(meta["metrics_bytes"])
     run.batches.load_state_dict(parts["batches"], meta["stream"])
     run.step, run.seconds = int(meta["step"]), float(meta["seconds"])
     run.last = [dict(meta["last"][i]) for i in range(len(run.variants))]

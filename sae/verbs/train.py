@@ -1,10 +1,12 @@
 """`train`: SAEs from a live model or from shards. Prepares the run for `TrainingRun.fit`."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, read_json
@@ -14,14 +16,20 @@ from saesteer.sae.activations.batches import LiveSource
 from saesteer.sae.config import Progress, TrainConfig, no_progress
 from saesteer.sae.model.hooks import keep_only_read
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
+from saesteer.sae.runs.endings import one_voice
 from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
-from saesteer.sae.runs.processes import is_one_of_many
+from saesteer.sae.runs.processes import ALONE, Processes, join_processes
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.init_from import check_start, differences
+from saesteer.sae.training.mesh.limits import check_mesh
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
+from saesteer.sae.training.saved_state import identity
 from saesteer.sae.verbs.train_sources import Source, live_source, shard_source
+
+if TYPE_CHECKING:  # torch.distributed takes a while to import, and most runs are of one process
+    from saesteer.sae.training.mesh.mesh import Mesh
 
 
 def train(
@@ -59,8 +67,11 @@ def train(
             else is good to know.
         warn: called with one line about what makes the result worth less.
 
+    Under torchrun every process calls this, and they train together: `latent_shards` of them share
+    the latents out, the others the rows of every batch, of which `batch_tokens` is the size of all.
+
     Returns:
-        The `run.json` of each SAE, with its `folder`.
+        The `run.json` of each SAE, with its `folder`; under torchrun the first process alone.
 
     Raises:
         UserError: something the message explains; Interrupted after Ctrl-C, with the state saved;
@@ -71,32 +82,32 @@ def train(
     if activations is not None and replies:
         raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     check_settings(config)
-    folders = _folders(activations)
-    if is_one_of_many():
-        raise UsageError(
-            "train runs in one process: start it without torchrun (harvest can share a corpus out)"
-        )
+    folders = as_folders(activations)
+    processes = join_processes(config.rank_timeout)
     folder = Path(out).expanduser()
     start = None
     if config.init_from is not None:
         config = replace(config, init_from=as_given(config.init_from))
         start = load_sae(str(config.init_from), setting="init_from")
         config = replace(config, d_sae=config.d_sae or (start.spec.d_sae,))
-    with folder_lock(folder):
-        if resume or not force:
+    with one_voice(processes), _held(folder, processes):
+        if (resume or not force) and processes.first:
             claim_output(folder, resume=resume, force=force, can_resume=True)
+        processes.wait_for_first()
         compute = pick_device(device)
         told: list[str] = []
         if model is not None:
             lm = as_language_model(model, device=device, dtype=lm_dtype)
             before = _batch_size_before(folder) if resume else None
-            config = replace(config, text=resolved_text(lm, config.text, before))
-            source = live_source(lm, config, replies, replies_folder, progress)
+            config = replace(config, text=resolved_text(lm, config.text, before, processes))
+            mesh = _mesh(config, processes, compute)
+            source = live_source(lm, config, replies, replies_folder, progress, _reading(mesh))
             if consume_model or not isinstance(model, LanguageModel):
                 assert isinstance(source.rows, LiveSource)
                 keep_only_read(lm, source.rows.stream.points)
         else:
-            source = shard_source(folders, config, told.append, warn)
+            mesh = _mesh(config, processes, compute)
+            source = shard_source(folders, config, told.append, warn, _reading(mesh))
         facts = source.facts
         # What `reproduce` needs in addition to the config.
         facts["recipe"] = {
@@ -107,10 +118,13 @@ def train(
             "device": str(compute),
             "lm_dtype": None if model is None else facts["model"]["dtype"],
         }
+        variants = variants_of(config, source)
+        check_mesh(config, [variant.d_sae for variant in variants], processes.world)
+        processes.same("data, model or settings", repr((identity(config, facts), config)))
         run = TrainingRun(
             folder,
             config,
-            _variants(config, source),
+            variants,
             source.rows,
             facts,
             source.widths,
@@ -118,6 +132,7 @@ def train(
             compute,
             progress,
             warn,
+            mesh,
         )
         if start is not None:
             facts["recipe"]["init_from"] = {"source": config.init_from, "sha256": start.sha256}
@@ -125,16 +140,40 @@ def train(
             run.start = start
         for line in (run.check_memory(), *told):
             say(line)
-        run.check_disk()
-        if force:
+        if processes.first:
+            run.check_disk()
+        if force and processes.first:
             # Only now, after all checks: this empties the folder.
             claim_output(folder, force=True)
+        processes.wait_for_first()
         if resume and (longer := run.resume()):
             say(longer)
         return run.fit()
 
 
-def _folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+@contextlib.contextmanager
+def _held(folder: Path, processes: Processes) -> Iterator[None]:
+    """Hold the folder, for all processes."""
+    with folder_lock(folder) if processes.first else contextlib.nullcontext():
+        yield
+
+
+def _mesh(config: TrainConfig, processes: Processes, device: torch.device) -> "Mesh | None":
+    """The processes as data-parallel and latent-sharded; None for one."""
+    check_mesh(config, config.d_sae, processes.world)
+    if processes.world == 1:
+        return None
+    from saesteer.sae.training.mesh.mesh import Mesh
+
+    return Mesh(processes, config.latent_shards, device)
+
+
+def _reading(mesh: "Mesh | None") -> Processes:
+    return ALONE if mesh is None else mesh.reading
+
+
+def as_folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    """One folder, several or none as a list."""
     if activations is None:
         return []
     return [activations] if isinstance(activations, str | Path) else list(activations)
@@ -146,7 +185,7 @@ def _as_recorded(folders: Sequence[str | Path]) -> str | list[str] | None:
     return (paths[0] if len(paths) == 1 else paths) if paths else None
 
 
-def _variants(config: TrainConfig, source: Source) -> list[Variant]:
+def variants_of(config: TrainConfig, source: Source) -> list[Variant]:
     """The SAEs of a run: every combination of places, widths, settings and seeds."""
     kind = architecture_named(config.arch)
     d_model = source.widths[source.reads[0]]

@@ -17,6 +17,7 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.model.hooks import resolve_site
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.facts import model_facts
+from saesteer.sae.runs.processes import ALONE, Processes
 from saesteer.sae.training.architectures import architecture_named
 from saesteer.sae.training.architectures.transcoder import written_places
 from saesteer.sae.training.held_out import held_back_of_shards
@@ -43,6 +44,7 @@ def live_source(
     replies: Sequence[str],
     replies_folder: Path | None,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> Source:
     """Rows straight from a model. Raises what `resolve_site` and `open_activations` raise."""
     from saesteer.checkpoints.model_files import cache_folder
@@ -66,6 +68,7 @@ def live_source(
         replies_folder=replies_folder or cache_folder() / "replies",
         progress=progress,
         held_back=config.held_out_share,
+        processes=processes,
     )
     facts = {
         "model": model_facts(lm),
@@ -90,6 +93,7 @@ def shard_source(
     config: TrainConfig,
     say: Callable[[str], None],
     warn: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> Source:
     """Rows from shards; of several folders that hold the same tokens, side by side.
 
@@ -130,7 +134,7 @@ def shard_source(
     if len(set(reads)) != len(reads):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     places = list(dict.fromkeys((*reads, *writes)))
-    rows = ShardSource(reader, places, config.text.max_norm_ratio, config.seed)
+    rows = ShardSource(reader, places, config.text.max_norm_ratio, config.seed, processes=processes)
     rows.held_back = held_back = held_back_of_shards(config, reader.tokens, rows.rows_at_once)
     _tell(readers, reader.tokens, held_back, config, say, warn)
     widths = {place: r.d_model for r, own in zip(readers, named, strict=True) for place in own}

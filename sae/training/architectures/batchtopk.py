@@ -17,6 +17,8 @@ from torch import Tensor
 from saesteer.kernels.ops import encode_batchtopk
 from saesteer.sae.training.architecture import DeadList, Parameters, Pass
 from saesteer.sae.training.architectures.topk import TopK
+from saesteer.sae.training.mesh.across import ALONE, Across
+from saesteer.sae.training.mesh.choice import of_batch
 
 # The average remembers about 1 / (1 - _KEPT) steps.
 _KEPT = 0.95
@@ -40,9 +42,22 @@ class BatchTopK(TopK):
         return {"threshold": torch.zeros(d_sae, device=device), **sums}
 
     def entries(
-        self, parameters: Parameters, x: Float[Tensor, "batch d_in"]
+        self,
+        parameters: Parameters,
+        x: Float[Tensor, "batch d_in"],
+        across: Across = ALONE,
+        examples: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return encode_batchtopk(x, parameters["W_enc_rows"], parameters["b_enc"], self.k)
+        W, b = parameters["W_enc_rows"], parameters["b_enc"]
+        if across is ALONE:
+            return encode_batchtopk(x, W, b, self.k)
+        return of_batch(
+            lambda asked: encode_batchtopk(x, W, b, asked),
+            self.k * (len(x) * across.row_parts if examples is None else examples),
+            most=len(b),
+            mean=self.k / across.latent_parts,
+            across=across,
+        )
 
     @torch.no_grad()
     def loss(
@@ -51,14 +66,17 @@ class BatchTopK(TopK):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """The loss of `TopK`, over all entries of the batch."""
-        done = super().loss(parameters, x, target, dead)
-        done.measured["least"] = least_activation(done.latent_acts)
+        done = super().loss(parameters, x, target, dead, across)
+        done.measured["least"] = least_activation(done.latent_acts, across)
         return done
 
     @torch.no_grad()
-    def update_buffers(self, buffers: Mapping[str, Tensor], passes: Sequence[Pass]) -> None:
+    def update_buffers(
+        self, buffers: Mapping[str, Tensor], passes: Sequence[Pass], across: Across = ALONE
+    ) -> None:
         """Average the smallest activation kept; divided by the weights so far, so from step 1."""
         least = torch.stack([done.measured["least"] for done in passes]).double().mean()
         known = least.isfinite()  # infinite where nothing was positive
@@ -72,14 +90,16 @@ class BatchTopK(TopK):
         parameters: Parameters,
         buffers: Mapping[str, Tensor],
         x: Float[Tensor, "rows d_in"],
+        across: Across = ALONE,
     ) -> dict[str, float]:
         """Set the threshold so that exactly k latents an example of `x` are above it."""
         average = buffers["threshold"].clone()
-        least = least_activation(self.entries(parameters, x)[0])
+        rows = int(across.rows(torch.tensor(len(x), device=x.device)))
+        least = least_activation(self.entries(parameters, x, across, rows)[0], across)
         if least.isfinite():
             # Just below: a latent is active above the threshold, not at it.
             buffers["threshold"].copy_(torch.nextafter(least, torch.zeros_like(least)))
-        before, after = mean_l0(parameters, x, average, buffers["threshold"])
+        before, after = mean_l0(parameters, x, average, buffers["threshold"], across=across)
         return {
             "held_out_l0": after,
             "held_out_l0_of_average": before,
@@ -106,13 +126,17 @@ class BatchTopK(TopK):
 _AVERAGE = ("threshold_sum", "threshold_weight")
 
 
-def least_activation(acts: Tensor) -> Tensor:
-    """The smallest activation that is not 0; infinite where there is none."""
-    return torch.where(acts > 0, acts, torch.inf).amin()
+def least_activation(acts: Tensor, across: Across = ALONE) -> Tensor:
+    """The smallest activation of all processes that is not 0; infinite where there is none."""
+    acts = torch.nn.functional.pad(acts, (0, 1)) if across is not ALONE else acts  # perhaps none
+    return across.least(torch.where(acts > 0, acts, torch.inf).amin())
 
 
 def mean_l0(
-    parameters: Parameters, x: Float[Tensor, "rows d_in"], *thresholds: Float[Tensor, " d_sae"]
+    parameters: Parameters,
+    x: Float[Tensor, "rows d_in"],
+    *thresholds: Float[Tensor, " d_sae"],
+    across: Across = ALONE,
 ) -> list[float]:
     """How many latents of an example are above each of several thresholds, on average."""
     W, b = parameters["W_enc_rows"], parameters["b_enc"]
@@ -120,4 +144,5 @@ def mean_l0(
     for rows in x.split(max(1, _CHUNK_ELEMENTS // len(W))):
         pre_acts = rows @ W.t() + b
         counts += torch.stack([(pre_acts > threshold).sum() for threshold in thresholds])
-    return [count / max(1, len(x)) for count in counts.tolist()]
+    examples = int(across.rows(torch.tensor(len(x), device=x.device)))
+    return [count / max(1, examples) for count in across.all(counts).tolist()]

@@ -17,7 +17,7 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.places import Place
-from saesteer.sae.training.architecture import Architecture, Arrangement, Parameters
+from saesteer.sae.training.architecture import ALL, Architecture, Arrangement, Parameters
 from saesteer.sae.training.architectures.batchtopk import BatchTopK
 
 
@@ -43,13 +43,19 @@ class Crosscoder(BatchTopK):
         return replace(self, parts=tuple(reads))
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
         """The parameters of `TopK`; where all places are as wide, one decoder for each of them."""
-        made = super().initialise(d_in, d_out, d_sae, seed, device)
+        made = super().initialise(d_in, d_out, d_sae, seed, device, own)
         parts = self.parts
         if len(set(parts)) == 1 and d_in == d_out == sum(parts):
-            one = super().initialise(parts[0], parts[0], d_sae, seed, device)["W_dec"]
+            one = super().initialise(parts[0], parts[0], d_sae, seed, device, own)["W_dec"]
             rows = one.repeat(1, len(parts)) / len(parts) ** 0.5
             made |= {"W_dec": rows, "W_enc_rows": rows.clone()}
         return made

@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saesteer.sae.training.architecture import Architecture, DeadList, Parameters, Pass
+from saesteer.sae.training.architecture import ALL, Architecture, DeadList, Parameters, Pass
 from saesteer.sae.training.architectures.standard import Standard
 from saesteer.sae.training.architectures.topk import squared_deviation
 from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
+from saesteer.sae.training.mesh.across import ALONE, Across
 from saesteer.sae.training.pairs import find_pairs
 
 
@@ -39,10 +40,16 @@ class Gated(Standard):
         return {**super().shapes(d_in, d_out, d_sae), "b_mag": (d_sae,), "r_mag": (d_sae,)}
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
         """The parameters of `Standard`; the magnitude is that of the whole product."""
-        made = super().initialise(d_in, d_out, d_sae, seed, device)
+        made = super().initialise(d_in, d_out, d_sae, seed, device, own)
         zeros = torch.zeros_like(made["b_enc"])
         return {**made, "b_mag": zeros, "r_mag": zeros.clone()}
 
@@ -53,10 +60,11 @@ class Gated(Standard):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """The reconstruction, the two terms of the gate, and auxk * AuxK(e)."""
         W_dec, b_dec, b_gate = (parameters[name] for name in ("W_dec", "b_dec", "b_enc"))
-        pairs = find_pairs(x, parameters, torch.zeros_like(b_gate), self.dense_from)
+        pairs = find_pairs(x, parameters, torch.zeros_like(b_gate), self.dense_from, across)
         opened = pairs.pre_acts > 0
         gate = torch.where(opened, pairs.pre_acts, 0)
         u = pairs.pre_acts - pairs.of_latents(b_gate)
@@ -66,11 +74,13 @@ class Gated(Standard):
         acts = torch.where(active, magnitude, 0)
         decoded = pairs.decode(acts, W_dec, b_dec, target)
         by_gate = pairs.decode(gate, W_dec, b_dec, target)
-        size = max(1, target.numel())
+        size, rows = (max(1, n * across.row_parts) for n in (target.numel(), len(x)))
         loss = (decoded.squares.mean() + by_gate.squares.mean()) / size
-        loss, compact = with_auxiliary_loss(loss, parameters, x, decoded.last, dead, self.auxk)
-        l0 = active.sum(dtype=acts.dtype) / max(1, len(x))
-        price = self.price(parameters, l0).to(acts.dtype) / (x.shape[1] ** 0.5 * max(1, len(x)))
+        loss, compact = with_auxiliary_loss(
+            loss, parameters, x, decoded.last, dead, self.auxk, across
+        )
+        l0 = across.all(active.sum(dtype=acts.dtype)) / rows
+        price = self.price(parameters, l0).to(acts.dtype) / (x.shape[1] ** 0.5 * rows)
         of_magnitude = torch.where(active, decoded.act_grads * (2 / size), 0)
         of_product = of_magnitude * scale
         of_gate = torch.where(opened, by_gate.act_grads * (2 / size) + price, 0)
@@ -80,7 +90,7 @@ class Gated(Standard):
             of_product + of_gate,
             loss=loss + price * gate.sum(),
             squared_error=decoded.squares[-1],
-            squared_deviation=squared_deviation(target),
+            squared_deviation=squared_deviation(target, across),
             examples=len(x),
             dense={
                 # u does not depend on the gate's bias.

@@ -28,10 +28,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.sae.config import JumpReLUConfig, TrainConfig
-from saesteer.sae.training.architecture import Architecture, DeadList, Parameters, Pass
+from saesteer.sae.training.architecture import ALL, Architecture, DeadList, Parameters, Pass
 from saesteer.sae.training.architectures.topk import squared_deviation
 from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
 from saesteer.sae.training.l0_target import L0Target
+from saesteer.sae.training.mesh.across import ALONE, Across
 from saesteer.sae.training.pairs import Pairs, find_pairs
 
 WEIGHT = 4.0
@@ -92,7 +93,13 @@ class JumpReLU(L0Target):
         return {**super().shapes(d_in, d_out, d_sae), "threshold": (d_sae,)}
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
         """The matrices of `TopK`, and one threshold."""
         given, bandwidth = self.options.threshold, self.options.bandwidth
@@ -100,10 +107,8 @@ class JumpReLU(L0Target):
             start = max(self.in_training_units(bandwidth, d_in), self.height(d_sae))
         else:
             start = self.in_training_units(given, d_in)
-        return {
-            **super().initialise(d_in, d_out, d_sae, seed, device),
-            "threshold": torch.full((d_sae,), start, device=device),
-        }
+        made = super().initialise(d_in, d_out, d_sae, seed, device, own)
+        return {**made, "threshold": torch.full((len(made["W_dec"]),), start, device=device)}
 
     def thresholds(self, parameters: Parameters) -> Float[Tensor, " d_sae"]:
         """The thresholds of the latents."""
@@ -120,23 +125,27 @@ class JumpReLU(L0Target):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """L = mean over levels of mean |y - x^|^2 / O, the penalties, and auxk * AuxK(e)."""
         options, W_dec = self.options, parameters["W_dec"]
         thresholds = self.thresholds(parameters)
         bandwidth = self.in_training_units(options.bandwidth, x.shape[1])
-        ends = self.ends(len(W_dec))
-        pairs = find_pairs(x, parameters, thresholds - bandwidth / 2, self.dense_from)
+        ends = across.own_ends(self.ends(len(W_dec) * across.latent_parts), len(W_dec))
+        size, rows = (max(1, n * across.row_parts) for n in (target.numel(), len(x)))
+        pairs = find_pairs(x, parameters, thresholds - bandwidth / 2, self.dense_from, across)
         own = pairs.of_latents(thresholds)
         distance = pairs.pre_acts - own
         active = distance > 0
         acts = torch.where(active, pairs.pre_acts, 0)
         decoded = pairs.decode(acts, W_dec, parameters["b_dec"], target, ends)
-        loss = decoded.squares.mean() / max(1, target.numel())
-        loss, compact = with_auxiliary_loss(loss, parameters, x, decoded.last, dead, self.auxk)
-        act_grads = decoded.act_grads * (2 / max(1, target.numel() * decoded.levels))
+        loss = decoded.squares.mean() / size
+        loss, compact = with_auxiliary_loss(
+            loss, parameters, x, decoded.last, dead, self.auxk, across
+        )
+        act_grads = decoded.act_grads * (2 / (size * decoded.levels))
         counted = active.to(acts.dtype)
-        l0 = counted.sum() / max(1, len(x))
+        l0 = across.all(counted.sum()) / rows
         extra, by_value, by_step = self._penalty(parameters, pairs, acts, counted, l0)
         by_value = act_grads + by_value
         window = distance.abs() < bandwidth / 2
@@ -150,7 +159,8 @@ class JumpReLU(L0Target):
             # Published beside a reconstruction loss that is a sum over d_model.
             width = x.shape[1] if options.units == "sqrt_d" else x.shape[1] ** 0.5
             weight = options.pre_act_loss / width * self.risen(parameters).to(acts.dtype)
-            mean = x.to(acts.dtype).mean(dim=0)
+            # What is of all pairs is of each process's share of the rows.
+            mean, weight = x.to(acts.dtype).mean(dim=0), weight / across.row_parts
             short = thresholds - parameters["W_enc_rows"].to(acts.dtype) @ mean
             short = (short - parameters["b_enc"]).sum() + (distance * counted).sum() / len(x)
             extra = extra + weight * short
@@ -165,7 +175,7 @@ class JumpReLU(L0Target):
             derivatives,
             loss=loss + extra,
             squared_error=decoded.squares[-1],
-            squared_deviation=squared_deviation(target),
+            squared_deviation=squared_deviation(target, across),
             examples=len(x),
             dense=self.as_trained(dense, parameters),
             compact=compact,
@@ -177,7 +187,8 @@ class JumpReLU(L0Target):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The penalties' value, and by pair what it would grow by with the activation and with one
         pair more."""
-        batch, kind = len(pairs.x), acts.dtype
+        across = pairs.across
+        batch, kind = len(pairs.x) * across.row_parts, acts.dtype
         nothing = acts.new_zeros(())
         by_value, by_step = nothing, nothing
         match self.options.penalty:
@@ -189,8 +200,8 @@ class JumpReLU(L0Target):
             case "quadratic-per-token":
                 aim = self.aim(state).to(kind)
                 weight = self.start * self.risen(state).to(kind)
-                excess = pairs.by_example(counted) / aim - 1
-                value = weight * excess.square().mean()
+                excess = across.latents(pairs.by_example(counted)) / aim - 1
+                value = weight * excess.square().mean() / across.row_parts
                 by_step = pairs.of_examples(2 * weight * excess / (aim * batch))
             case "step":
                 price = self.price(state, l0).to(kind)
@@ -205,7 +216,7 @@ class JumpReLU(L0Target):
             given_way = self.risen(state) * state["l0_integral"].clamp(max=0).exp()
             weight = self.options.frequency * given_way.to(kind)
             knee = self.options.frequency_knee
-            often = pairs.by_latent(counted) / batch
+            often = across.rows(pairs.by_latent(counted)) / batch
             value = value + weight * (often * (1 + often / knee)).sum()
             by_step = by_step + pairs.of_latents(weight * (1 + 2 * often / knee) / batch)
         return value, by_value, by_step
@@ -236,9 +247,15 @@ class LogJumpReLU(JumpReLU):
         return {**Architecture.shapes(self, d_in, d_out, d_sae), "log_threshold": (d_sae,)}
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
-        made = super().initialise(d_in, d_out, d_sae, seed, device)
+        made = super().initialise(d_in, d_out, d_sae, seed, device, own)
         return {**made, "log_threshold": made.pop("threshold").log()}
 
     def thresholds(self, parameters: Parameters) -> Float[Tensor, " d_sae"]:

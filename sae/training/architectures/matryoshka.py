@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.kernels.ops import decode_prefixes, encode_batchtopk, sort_indices
+from saesteer.kernels.ops import sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import (
     OF_PENALTIES,
@@ -33,6 +33,8 @@ from saesteer.sae.training.architecture import (
 from saesteer.sae.training.architectures.batchtopk import BatchTopK, least_activation
 from saesteer.sae.training.architectures.topk import squared_deviation
 from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
+from saesteer.sae.training.mesh.across import ALONE, Across
+from saesteer.sae.training.mesh.decoding import decode_levels
 from saesteer.sae.training.pairs import cut_at
 
 _SHARES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
@@ -98,26 +100,27 @@ class Matryoshka(BatchTopK):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """L = mean over g of mean |y - x^_g|^2 / O + auxk * AuxK(y - x^_G)."""
         W_dec, b_dec = parameters["W_dec"], parameters["b_dec"]
-        ends = self.ends(len(W_dec))
+        ends = across.own_ends(self.ends(len(W_dec) * across.latent_parts), len(W_dec))
         levels = len(ends)
-        acts, indices, row_starts = encode_batchtopk(
-            x, parameters["W_enc_rows"], parameters["b_enc"], self.k
-        )
+        acts, indices, row_starts = self.entries(parameters, x, across)
+        assert row_starts is not None, "entries of a batch are ragged"
         pieces = cut_at(indices, row_starts, ends)
-        squared, last, errors, act_grads = decode_prefixes(
-            acts, indices, W_dec, b_dec, target, pieces, levels
+        squared, last, errors, act_grads = decode_levels(
+            acts, indices, W_dec, b_dec, target, pieces, levels, across
         )
         squares = squared.sum(dim=0)
-        loss = squares.mean() / target.numel()
-        loss, compact = with_auxiliary_loss(loss, parameters, x, last, dead, self.auxk)
-        factor = 2 / max(1, target.numel() * levels)
+        size = target.numel() * across.row_parts
+        loss = squares.mean() / size
+        loss, compact = with_auxiliary_loss(loss, parameters, x, last, dead, self.auxk, across)
+        factor = 2 / max(1, size * levels)
         return Pass(
             loss=loss,
             squared_error=squares[-1],
-            squared_deviation=squared_deviation(target),
+            squared_deviation=squared_deviation(target, across),
             examples=len(x),
             latent_acts=acts,
             latent_indices=indices,
@@ -128,5 +131,5 @@ class Matryoshka(BatchTopK):
             row_starts=pieces,
             dense={"b_dec": errors[:, 0].sum(dim=0) * factor},
             compact=compact,
-            measured={"least": least_activation(acts)},
+            measured={"least": least_activation(acts, across)},
         )

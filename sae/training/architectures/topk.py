@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.kernels.ops import decode_mse, encode_topk, sort_indices
+from saesteer.kernels.ops import encode_topk, sort_indices
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.training.architecture import (
+    ALL,
     OF_PENALTIES,
     Architecture,
     DeadList,
@@ -21,6 +22,9 @@ from saesteer.sae.training.architecture import (
     refuse_others,
 )
 from saesteer.sae.training.auxiliary_loss import with_auxiliary_loss
+from saesteer.sae.training.mesh.across import ALONE, Across
+from saesteer.sae.training.mesh.choice import of_examples
+from saesteer.sae.training.mesh.decoding import decode
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,13 @@ class TopK(Architecture):
             raise UsageError(f"`d_sae` must be at least `k` ({self.k}), got {d_sae}")
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
         """Random unit decoder rows, the encoder tied to them, zero biases (appendix A.1).
 
@@ -60,12 +70,12 @@ class TopK(Architecture):
         Where input and target differ in width the encoder cannot be tied and is drawn as well.
         """
         rng = torch.Generator().manual_seed(seed)
-        decoder = _unit_rows(d_sae, d_out, rng)
-        encoder = decoder.clone() if d_in == d_out else _unit_rows(d_sae, d_in, rng)
+        decoder = _unit_rows(d_sae, d_out, rng, own)
+        encoder = decoder.clone() if d_in == d_out else _unit_rows(d_sae, d_in, rng, own)
         return {
             "W_enc_rows": encoder.to(device),
             "W_dec": decoder.to(device),
-            "b_enc": torch.zeros(d_sae, device=device),
+            "b_enc": torch.zeros(len(decoder), device=device),
             "b_dec": torch.zeros(d_out, device=device),
         }
 
@@ -76,20 +86,22 @@ class TopK(Architecture):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """L = mean |y - x^|^2 / O + auxk * AuxK(e), where e = y - x^ is held constant."""
-        acts, indices, row_starts = self.entries(parameters, x)
-        squared, error, act_grads = decode_mse(
-            acts, indices, parameters["W_dec"], parameters["b_dec"], target, row_starts
+        acts, indices, row_starts = self.entries(parameters, x, across)
+        squared, error, act_grads = decode(
+            acts, indices, parameters["W_dec"], parameters["b_dec"], target, row_starts, across
         )
         squared_error = squared.sum()
-        loss = squared_error / target.numel()
-        loss, compact = with_auxiliary_loss(loss, parameters, x, error, dead, self.auxk)
-        factor = 2 / max(1, target.numel())
+        size = target.numel() * across.row_parts
+        loss = squared_error / size
+        loss, compact = with_auxiliary_loss(loss, parameters, x, error, dead, self.auxk, across)
+        factor = 2 / max(1, size)
         return Pass(
             loss=loss,
             squared_error=squared_error,
-            squared_deviation=squared_deviation(target),
+            squared_deviation=squared_deviation(target, across),
             examples=len(x),
             latent_acts=acts,
             latent_indices=indices,
@@ -104,29 +116,63 @@ class TopK(Architecture):
         )
 
     def entries(
-        self, parameters: Parameters, x: Float[Tensor, "batch d_in"]
+        self,
+        parameters: Parameters,
+        x: Float[Tensor, "batch d_in"],
+        across: Across = ALONE,
+        examples: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Activations, latents, and where they are ragged the row starts; see `Pass`."""
-        return *self.encode(parameters, x), None
+        """Activations, latents, and where they are ragged the row starts; see `Pass`.
+
+        `examples`: how many all processes have, where not all have as many as this one.
+        """
+        if across.latent_parts == 1:
+            return *self.encode(parameters, x), None
+        return of_examples(*self.encode(parameters, x), self.k, across)
 
     def encode(
         self, parameters: Parameters, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, "batch k"], Tensor]:
         """Activations and latents of the k slots of each example; empty slots hold 0."""
-        return encode_topk(x, parameters["W_enc_rows"], parameters["b_enc"], self.k)
+        W, b = parameters["W_enc_rows"], parameters["b_enc"]
+        return encode_topk(x, W, b, min(self.k, len(b)))
 
     def spec(self) -> dict[str, Any]:
         return {"architecture": self.name, "k": self.k}
 
 
-def _unit_rows(rows: int, width: int, rng: torch.Generator) -> Float[Tensor, "rows width"]:
-    """Random directions of length 1."""
-    drawn = torch.randn(rows, width, generator=rng)
-    return drawn.div_(drawn.norm(dim=1, keepdim=True))
+# Rows that are drawn at once where only some are kept. A multiple of 16: torch draws normal numbers
+# in groups of 16, so that pieces hold what one draw of all would.
+_DRAWN_ROWS = 4096
 
 
-def squared_deviation(y: Float[Tensor, "batch d_out"]) -> Float[Tensor, ""]:
-    """sum |y - mean(y)|^2, as sum |y|^2 - |sum y|^2 / B: y~ is centred, so little cancels."""
+def _unit_rows(
+    rows: int, width: int, rng: torch.Generator, own: slice = ALL
+) -> Float[Tensor, "own_rows width"]:
+    """Random directions of length 1; only some of the rows, drawn as if all were."""
+    if own == ALL:
+        drawn = torch.randn(rows, width, generator=rng)
+        return drawn.div_(drawn.norm(dim=1, keepdim=True))
+    first, last, _ = own.indices(rows)
+    kept, at = torch.empty(last - first, width), 0
+    while at < rows:
+        # No piece of less than 16 rows is left over: a last group overlaps the one before it.
+        end = rows if rows - at < 2 * _DRAWN_ROWS else at + _DRAWN_ROWS
+        piece = torch.randn(end - at, width, generator=rng)
+        here = slice(max(first, at), min(last, end))
+        if here.start < here.stop:
+            kept[here.start - first : here.stop - first] = piece[here.start - at : here.stop - at]
+        at = end
+    return kept.div_(kept.norm(dim=1, keepdim=True))
+
+
+def squared_deviation(y: Float[Tensor, "batch d_out"], across: Across = ALONE) -> Float[Tensor, ""]:
+    """sum |y - mean(y)|^2 over the rows of all processes, as sum |y|^2 - |sum y|^2 / B: y~ is
+    centred, so little cancels."""
     dtype = torch.promote_types(y.dtype, torch.float32)
     squares: Tensor = torch.linalg.vector_norm(y, dtype=dtype).square()
-    return squares - y.sum(dim=0, dtype=dtype).square().sum() / max(1, len(y))
+    total, count = y.sum(dim=0, dtype=dtype), max(1, len(y))
+    if across.row_parts > 1:
+        sums = across.rows(torch.cat([squares[None], total]))
+        squares, total, count = sums[0], sums[1:], count * across.row_parts
+    return squares - total.square().sum() / count

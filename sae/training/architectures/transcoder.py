@@ -18,9 +18,10 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.places import Place
-from saesteer.sae.training.architecture import Arrangement, DeadList, Parameters, Pass
+from saesteer.sae.training.architecture import ALL, Arrangement, DeadList, Parameters, Pass
 from saesteer.sae.training.architectures.batchtopk import BatchTopK
 from saesteer.sae.training.architectures.topk import squared_deviation
+from saesteer.sae.training.mesh.across import ALONE, Across
 
 _ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Sites of a block in the order in which a pass comes by."""
@@ -45,6 +46,7 @@ class SkipTranscoder(Transcoder):
     """A transcoder with a linear path beside the latents."""
 
     name: ClassVar[str] = "skip-transcoder"
+    of_no_latent: ClassVar[frozenset[str]] = frozenset({"b_dec", "W_skip"})
     canonical_names: ClassVar[Mapping[str, str]] = {
         **BatchTopK.canonical_names,
         "W_skip": "W_skip",
@@ -54,9 +56,15 @@ class SkipTranscoder(Transcoder):
         return {**super().shapes(d_in, d_out, d_sae), "W_skip": (d_out, d_in)}
 
     def initialise(
-        self, d_in: int, d_out: int, d_sae: int, seed: int, device: torch.device
+        self,
+        d_in: int,
+        d_out: int,
+        d_sae: int,
+        seed: int,
+        device: torch.device,
+        own: slice = ALL,
     ) -> Parameters:
-        made = super().initialise(d_in, d_out, d_sae, seed, device)
+        made = super().initialise(d_in, d_out, d_sae, seed, device, own)
         return {**made, "W_skip": torch.zeros(d_out, d_in, device=device)}
 
     @torch.no_grad()
@@ -66,12 +74,13 @@ class SkipTranscoder(Transcoder):
         x: Float[Tensor, "batch d_in"],
         target: Float[Tensor, "batch d_out"],
         dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         """The loss of `BatchTopK` on what the linear path leaves."""
         W_skip = parameters["W_skip"]
         left = target - (x.to(W_skip.dtype) @ W_skip.t()).to(target.dtype)
-        done = super().loss(parameters, x, left, dead)
-        done.squared_deviation = squared_deviation(target)
+        done = super().loss(parameters, x, left, dead, across)
+        done.squared_deviation = squared_deviation(target, across)
         error = done.decoder.rows
         done.dense["W_skip"] = (error.t() @ x.to(error.dtype)) * done.factor
         return done

@@ -1,8 +1,9 @@
 """Kill a run at random instants until it ends; compare it with an uninterrupted one.
 
-    python tests/sae/training/kill_suite.py FOLDER shards|live|gloo SOURCE --kills 20 --seed 1
+    python tests/sae/training/kill_suite.py FOLDER MODE SOURCE --kills 20 --seed 1
 
-`shards` and `live` train in one process; `gloo` harvests with two, of which one or both are killed.
+`shards` and `live` train in one process, `shards-of-two` and `live-of-two` in two processes, and
+`gloo` harvests with two; of two, one or both are killed.
 Children are forked from this process, which has imported everything and computed nothing, so that
 each starts within milliseconds and many fit into a minute. The last line on stdout is JSON.
 """
@@ -43,6 +44,7 @@ SHARDS = TrainConfig(
     buffer_tokens=1024,
     checkpoint_every=64,
     auxk=0.5,
+    rank_timeout=30,
     dead_after_tokens=512,
     text=TextConfig(max_norm_ratio=1.3),
 )
@@ -53,6 +55,8 @@ LIVE = replace(
     init_seed=(0,),
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
 )
+
+MODES = ("shards", "live", "gloo", "shards-of-two", "live-of-two")
 
 HUNG_SECONDS = 240.0
 """A child that is still at it then prints where it stands, and fails."""
@@ -176,25 +180,28 @@ def result_of(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("mode", choices=["shards", "live", "gloo"])
+    parser.add_argument("mode", choices=MODES)
     parser.add_argument("source")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the usual length of a run")
     args = parser.parse_args()
-    config: TrainConfig | HarvestConfig = {"shards": SHARDS, "live": LIVE, "gloo": HARVEST}[
-        args.mode
-    ]
+    kind, _, several = args.mode.partition("-")
+    config: TrainConfig | HarvestConfig = {"shards": SHARDS, "live": LIVE, "gloo": HARVEST}[kind]
     config = replace(config, tokens=round(config.tokens * args.share / 32) * 32)
     source: dict[str, Any] = {"activations": args.source}
-    if args.mode != "shards":
+    if kind != "shards":
         source = {"model": load_model(args.source, device="cpu")}
 
     def run(folder: Path) -> list[int]:
         if isinstance(config, HarvestConfig):
             lm = source["model"]
             return fork_two(lambda: harvest(lm, folder, config, device="cpu", resume=True))
-        return [fork(lambda: train(folder, config, device="cpu", resume=True, **source))]
+
+        def work() -> None:
+            train(folder, config, device="cpu", resume=True, **source)
+
+        return fork_two(work) if several else [fork(work)]
 
     results, saved = result_of, saved_step
     if args.mode == "gloo":

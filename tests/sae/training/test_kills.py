@@ -1,8 +1,8 @@
 """A run killed at random instants and resumed ends in the bits of one that was left in peace.
 
-Training from shards and live, and a harvest by two processes. The default suite kills twice each,
-with the same pauses at every run; the slow one twenty times, by a new seed. A failure names its
-seed.
+Training from shards and live by one process and by two, and a harvest by two. The default suite
+kills twice each, with the same pauses at every run; the slow one twenty times, by a new seed. A
+failure names its seed.
 """
 
 import json
@@ -62,11 +62,11 @@ def test_two_kills(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["shards", "live", "gloo"])
+@pytest.mark.parametrize("mode", ["shards", "live", "gloo", "shards-of-two", "live-of-two"])
 def test_twenty_kills(
     mode: str, shards: Path, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = shards if mode == "shards" else tiny_model_dir("llama")
+    source = shards if mode.startswith("shards") else tiny_model_dir("llama")
     seed = int.from_bytes(os.urandom(3), "big")
     report = kill_suite(tmp_path, mode, source, "--kills", 20, seed=seed)
     assert report["kills"] >= 20

@@ -181,15 +181,11 @@ def test_sources_that_cannot_be(shards: Path, shared_lm: Shared, tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
-def test_training_is_one_process(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two would write one folder."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="train runs in one process: start it without torchrun"):
-        train(tmp_path / "sae", CONFIG, activations=shards, device="cpu")
-    assert not (tmp_path / "sae").exists()
+def test_latents_need_processes_to_be_shared_out(shards: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, latent_shards=2)
+    with pytest.raises(UsageError, match="`latent_shards` must divide the number of processes"):
+        train(tmp_path / "sae", config, activations=shards, device="cpu")
+    assert not list((tmp_path / "sae").glob("*"))
 
 
 def test_a_folder_in_use(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""One SAE trained by several processes: rows shared out, latents shared out, or both."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saesteer.steering.reports.plan_evaluation import Evaluation
 
 EXAMPLE = "saesteer evaluate --plan runs/sweep --n 40 -o runs/report"
+NEEDED = "--plan DIR"
 
 
 def add_flags(parser: VerbParser) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "saesteer find --model smollm2-135m-instruct --task question --budget-minutes 20 -o runs/found"
 )
+NEEDED = "--task NAME"
 
 _GRADES = ("follows", "fluent", "faithful", "strict")
 
@@ -120,11 +121,13 @@ def run(args: Namespace) -> int:
     saes = [name for names in args.sae or () for name in names]
     with reserved(args, sae=saes, task=args.task), reporting(args) as report:
         from saesteer.steering import find, load_task, save_found
+        from saesteer.steering.checks.words import keeping_thoughts
 
         config = _config(args)
         task = load_task(args.task)
         lm = open_model(args, report)
-        found = find(lm, task, saes, config, progress=report)
+        with keeping_thoughts(not args.strip_thinking):
+            found = find(lm, task, saes, config, progress=report)
         for problem in found.problems:
             report.warn(f"over budget: {problem}")
         if args.out is None:

@@ -1,6 +1,7 @@
 """Flags that several verbs share."""
 
 import argparse
+from argparse import SUPPRESS
 from dataclasses import fields
 from typing import Any
 
@@ -46,13 +47,16 @@ def add_common(
     *,
     out: str,
     force: str | None = None,
-    seed_help: str = "seed of sampling and of the order of the data (default: 0)",
-    device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
-    dtype_help: str = LM_DTYPE_HELP,
+    seed_help: str | None = "seed of sampling and of the order of the data (default: 0)",
+    device_help: str | None = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
+    dtype_help: str | None = LM_DTYPE_HELP,
     threads: bool = True,
 ) -> None:
     """The flags of every verb. The arguments are the help texts that differ between verbs, and
-    whether it computes on a number of `threads` that can be chosen."""
+    whether it computes on a number of `threads` that can be chosen.
+
+    A help of None hides a flag that the verb has no use for; scripts may give it everywhere.
+    """
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -64,9 +68,11 @@ def add_common(
     group.add_argument("-o", "--out", metavar="DIR", help=out)
     if force is not None:
         group.add_argument("--force", action="store_true", help=force)
-    group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
-    group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
-    group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
+    group.add_argument("--seed", type=seed, metavar="N", help=seed_help or SUPPRESS)
+    group.add_argument("--device", default="auto", metavar="NAME", help=device_help or SUPPRESS)
+    group.add_argument(
+        "--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help or SUPPRESS
+    )
     if threads:
         group.add_argument(
             "--threads",

@@ -22,6 +22,7 @@ EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
     "-o runs/plan"
 )
+NEEDED = "--sae DIR (--task NAME | --instruction TEXT --contents FILE)"
 
 FEW_CONTENTS = 10
 """With fewer contents than this a warning is given."""

@@ -36,6 +36,7 @@ EXAMPLE = (
     "saesteer train --model smollm2-135m-instruct --layer 20 --replies french --tokens 200000 "
     "--epochs 2 -o runs/sae"
 )
+NEEDED = "(--model NAME --layer L | --activations DIR) -o DIR"
 
 # Flags that say what text goes through a model: shards went through one already.
 _LIVE_ONLY = (

@@ -1,6 +1,7 @@
 """Flags, aliases, config files and one-line complaints."""
 
 import re
+from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_help_shows_main_names_and_defaults(verb: str, capsys: pytest.CaptureFix
         make_parser(verb).read(["--help"])
     text = capsys.readouterr().out
     lists = verb in ("tasks", "formats", "models", "watch")  # which compute nothing
-    common = ("--config", "--seed", "--device", "--dtype", "--out", "--quiet")
+    common = ("--config", "--out", "--quiet")
     assert [name in text for name in common] == [not lists] * len(common)
     assert "--json" in text
     assert f"example:\n  saesteer {verb}" in text

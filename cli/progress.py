@@ -282,6 +282,10 @@ def reporting(args: Namespace) -> Iterator[Report]:
         stack.callback(report.close)
         # Libraries may print: stdout has to hold the result and nothing else.
         stack.enter_context(contextlib.redirect_stdout(stream))
+        if getattr(args, "log_to", None) == "wandb":
+            from saesteer.sae.runs.trackers import wandb_mode
+
+            os.environ["WANDB_MODE"] = wandb_mode()  # before it is disabled for all others
         if not args.verbose:
             stack.enter_context(quiet_libraries())
         stack.enter_context(_our_log(report, args.verbose))

@@ -273,6 +273,14 @@ def add_flags(parser: VerbParser) -> None:
         f"{default(TrainConfig, 'keep_states')}",
     )
     work.add_argument(
+        "--log-to",
+        choices=("trackio", "wandb", "tensorboard", "none"),
+        default="none",
+        metavar="NAME",
+        help="send the log to trackio, wandb or tensorboard as well, each with the extra of its "
+        "name (default: none; metrics.jsonl and training.html are always written)",
+    )
+    work.add_argument(
         "--resume",
         action="store_true",
         help="go on from the last saved state in --out, or start when there is none; with more "
@@ -421,6 +429,7 @@ def run(args: Namespace) -> int:
             resume=args.resume,
             force=args.force,
             consume_model=True,
+            log_to=args.log_to,
             progress=report,
             say=report.say,
             warn=report.warn,

@@ -45,10 +45,7 @@ def script() -> ModuleType:
 def record() -> dict[str, object]:
     return {
         "complete": True,
-        "date": "2026-11-27",
         "stages": {"model": {"name": "smollm2-135m-instruct-q4", "dtype": "bfloat16"}},
-        "machine": {"processor": "A CPU", "threads": 2, "cpu_capability": "AVX512"},
-        "versions": {"saesteer": "0.1.0", "torch": "2.13.0"},
     }
 
 
@@ -58,6 +55,16 @@ def test_the_first_content_stays_and_the_others_are_counted(script: ModuleType) 
     assert "The second content." not in kept and "A third." not in kept
     assert "(... 2 more contents ...)" in kept
     assert kept.endswith("Rates  (tiny; sampled)\n   arm   strict")
+
+
+def test_each_task_keeps_its_first_content(script: ModuleType) -> None:
+    """Where examples follow the line of their stage."""
+    stage = "{0}. find {0}\n   A content.\n   steered [strict]\n      Oui.\n\n   Another.\n" + (
+        "   steered [passes nothing]\n      Non.\n\n   on 2 test contents\n"
+    )
+    kept = script.trimmed(stage.format(4) + "\n" + stage.format(5))
+    assert kept.count("A content.") == 2 and "Another." not in kept
+    assert kept.count("(... 1 more content ...)") == kept.count("on 2 test contents") == 2
 
 
 def test_the_section_is_replaced_and_nothing_else(
@@ -72,13 +79,13 @@ def test_the_section_is_replaced_and_nothing_else(
         script.main([str(word) for word in given])
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith(f"{script.END}\nafter\n")
-        assert "old" not in text and "2 threads of A CPU (AVX512)" in text
+        assert "\nold\n" not in text and " torch 2." in text and " thread" in text
         assert "de-quantised 4-bit weights" in text and text.count("Side by side") == 1
 
 
 def test_a_demo_that_was_stopped_is_refused(script: ModuleType, record: dict[str, object]) -> None:
     with pytest.raises(SystemExit, match="did not run to its end"):
-        script.section(PRINTOUT, {**record, "complete": False}, "make demo")
+        script.section(PRINTOUT, {**record, "complete": False}, "make demo", "2026-11-27")
 
 
 def test_the_readme_holds_the_marks_once(script: ModuleType) -> None:

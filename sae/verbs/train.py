@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.files import claim_output, read_json
+from saesteer.checkpoints.files import claim_output, plain, read_json
 from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.batches import LiveSource
@@ -17,6 +17,7 @@ from saesteer.sae.model.language_model import LanguageModel, as_language_model, 
 from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
+from saesteer.sae.runs.trackers import check_tracker, open_tracker
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.run import TrainingRun
@@ -37,6 +38,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     consume_model: bool = False,
+    log_to: str = "none",
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
@@ -55,6 +57,9 @@ def train(
         resume: continue from the last saved state in `out`, or start when there is none. With more
             `tokens` than before, a run that is finished goes on, too.
         consume_model: free the weights of `model` that are not needed; see `harvest`.
+        log_to: trackio, wandb or tensorboard: send the log there as well (needs the package, an
+            extra of that name). Without an account wandb writes to the folder, and `wandb sync`
+            uploads it; TensorBoard's events are in the folder `tensorboard`.
         say: called with one line about the memory, before anything large is taken, and with what
             else is good to know.
         warn: called with one line about what makes the result worth less.
@@ -71,6 +76,7 @@ def train(
     if activations is not None and replies:
         raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     check_settings(config)
+    check_tracker(log_to)
     folders = _folders(activations)
     if is_one_of_many():
         raise UsageError(
@@ -131,7 +137,17 @@ def train(
             claim_output(folder, force=True)
         if resume and (longer := run.resume()):
             say(longer)
-        return run.fit()
+        run.files.tracker = open_tracker(log_to, folder, _shown_settings(config, facts), warn)
+        try:
+            return run.fit()
+        finally:
+            if run.files.tracker is not None:
+                run.files.tracker.close()
+
+
+def _shown_settings(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker shows as the settings of a run."""
+    return {**plain(asdict(config)), "model": facts["model"].get("name")}
 
 
 def _folders(activations: str | Path | Sequence[str | Path] | None) -> list[str | Path]:

@@ -10,7 +10,6 @@ from typing import Any
 from saesteer.checkpoints import load_sae
 from saesteer.checkpoints.files import claim_output, write_json
 from saesteer.checkpoints.model_files import DEFAULT_MODEL
-from saesteer.checkpoints.provenance import machine, versions
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae import HarvestConfig, TextConfig, TrainConfig, harvest, train
 from saesteer.sae.config import Progress, no_progress
@@ -181,13 +180,8 @@ class Demo:
 
     def finish(self) -> dict[str, Any]:
         """Mark `demo.json` as complete. Returns its content."""
-        self.document |= {
-            "complete": True,
-            "seconds": round(time.monotonic() - self._started, 1),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "machine": machine(),
-        }
+        seconds = round(time.monotonic() - self._started, 1)
+        self.document |= {"complete": True, "seconds": seconds}
         write_json(self.out / "demo.json", self.document)
         return self.document
 
@@ -337,8 +331,7 @@ def demo(
         size: sizes of the stages: `FULL`, or `QUICK`, which is about a third of the work.
 
     Returns:
-        What `demo.json` holds: `stages` with the figures of each by name, `seconds`, `date`, and
-        the `versions` and the `machine` it ran with.
+        What `demo.json` holds: `stages` with the figures of each by name, and `seconds`.
 
     Raises:
         UsageError: a folder in use, an unknown task.

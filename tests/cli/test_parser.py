@@ -1,7 +1,6 @@
 """Flags, aliases, config files and one-line complaints."""
 
 import re
-from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest

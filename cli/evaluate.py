@@ -4,9 +4,23 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_answering, add_common, add_dictionaries, add_model
+from saesteer.cli.flags import (
+    add_answering,
+    add_common,
+    add_dictionaries,
+    add_model,
+    add_open,
+)
 from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, print_json, print_table, with_flags, write_run
+from saesteer.cli.output import (
+    Document,
+    command_line,
+    print_json,
+    print_page,
+    print_table,
+    with_flags,
+    write_run,
+)
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
@@ -87,6 +101,7 @@ def add_flags(parser: VerbParser) -> None:
         help="number of controls with random latents (default: 2)",
     )
     add_answering(how)
+    add_open(how)
     how.add_argument(
         "--max-new-tokens",
         type=count,
@@ -128,6 +143,7 @@ def run(args: Namespace) -> int:
             report.warn(warning)
         if args.out is not None:
             folder = take_folder(args)
+            document["made"]["command"] = command_line()
             found.save(folder)
             write_run(folder, "evaluate", vars(args), model=document["model"])
     if args.json:
@@ -142,6 +158,8 @@ def _check_flags(args: Namespace) -> None:
         raise UsageError("nothing to evaluate: give --plan DIR, or --ifeval FILE")
     if (args.judge is None) != (args.judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both")
+    if args.open and args.out is None:
+        raise UsageError("--open needs -o DIR, the folder that the page is written to")
     if args.ifeval is None and args.ifeval_only is not None:
         raise UsageError("--ifeval-only needs --ifeval FILE")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -222,7 +240,8 @@ def _print(args: Namespace, document: Document) -> None:
     if document["ifeval"]:
         _print_ifeval(document["ifeval"])
     if args.out is not None:
-        print(f"written to {args.out / 'report.json'} and {args.out / 'report.html'}")
+        print(f"written to {args.out / 'report.json'}")
+        print_page(args.out / "report.html", show=args.open)
 
 
 def _print_ifeval(ifeval: Document) -> None:

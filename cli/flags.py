@@ -90,6 +90,13 @@ def add_common(
     )
 
 
+def add_open(group: argparse._ArgumentGroup) -> None:
+    """`--open`, of verbs that end with a page."""
+    group.add_argument(
+        "--open", action="store_true", help="show the page in a browser when it is written"
+    )
+
+
 def add_dictionaries(group: argparse._ArgumentGroup) -> None:
     """`--dictionaries`."""
     group.add_argument(

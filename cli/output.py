@@ -181,9 +181,24 @@ def program() -> str:
     return ran
 
 
+def command_line() -> str:
+    """The command that is running, for records."""
+    return shlex.join(["saesteer", *sys.argv[1:]])
+
+
 def print_next(*words: object) -> None:
     """Print the command to run next: a verb and its flags."""
     print(f"{paint('next:', 'cyan')} {shlex.join([program(), *map(str, words)])}")
+
+
+def print_page(page: Path, *, show: bool) -> None:
+    """Print where the page of the results is, and open it in a browser where that is wanted."""
+    print(f"{paint('page:', 'cyan')} {page}")
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            print_error("--open found no browser: open the page yourself")
 
 
 def amount(number: int | float) -> str:

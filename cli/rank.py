@@ -6,9 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError, none_of
-from saesteer.cli.flags import add_common, add_sae, add_thinking, default, given, need
+from saesteer.cli.flags import (
+    add_common,
+    add_open,
+    add_sae,
+    add_thinking,
+    default,
+    given,
+    need,
+)
 from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
-from saesteer.cli.output import print_json, write_run
+from saesteer.cli.output import command_line, print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.rank_report import print_ranking
@@ -203,10 +211,11 @@ def add_flags(parser: VerbParser) -> None:
         metavar="ID,...",
         help="report everything known about the latents of the plan, or about these (default: off)",
     )
+    add_open(plan)
     add_common(
         parser,
-        out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
-        "holds every score of every latent (default: print only)",
+        out="folder for plan.yaml, plan.safetensors, ranking.json, ranking.html and "
+        "scores.safetensors, which holds every score of every latent (default: print only)",
         force="accept another model than the SAE's; replace an earlier plan in --out",
     )
 
@@ -215,6 +224,8 @@ def run(args: Namespace) -> int:
     """Rank, print the best latents, and write the plan."""
     need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
     _check_task_flags(args)
+    if args.open and args.out is None:
+        raise UsageError("--open needs -o DIR, the folder that the page is written to")
     with (
         reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,
@@ -244,8 +255,11 @@ def run(args: Namespace) -> int:
         if args.out is None:
             document = ranking_document(lm, sae, ranking, plan, args.explain)
         else:
+            from saesteer.steering.reports.ranking_page import save_ranking_page
+
             folder = take_folder(args)
             document = save_ranking(folder, lm, sae, ranking, plan, args.explain)
+            save_ranking_page(folder, document, command_line())
             write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
         used, total = document["contents_used"]
         if used < FEW_CONTENTS:

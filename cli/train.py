@@ -1,6 +1,7 @@
 """`saesteer train`: sparse autoencoders, live from a model or from shards."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
@@ -450,7 +451,7 @@ def _refuse_live_flags(args: Namespace) -> None:
             )
 
 
-def _print_summary(args: Namespace, runs: list[Document]) -> None:
+def _print_summary(args: Namespace, runs: Sequence[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
     # As their files compute, on rows that were not trained on.

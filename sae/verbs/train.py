@@ -11,15 +11,17 @@ from saesteer.checkpoints.files import claim_output, plain, read_json
 from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.batches import LiveSource
-from saesteer.sae.config import Progress, TrainConfig, no_progress
+from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.model.hooks import keep_only_read
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import is_one_of_many
 from saesteer.sae.runs.trackers import check_tracker, open_tracker
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.init_from import check_start, differences
+from saesteer.sae.training.result import Trained
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 from saesteer.sae.verbs.train_sources import Source, live_source, shard_source
@@ -39,10 +41,10 @@ def train(
     force: bool = False,
     consume_model: bool = False,
     log_to: str = "none",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
-) -> list[dict[str, Any]]:
+) -> list[Trained]:
     """Train SAEs live from a model, or from shards.
 
     One SAE is trained for every combination of the layers, widths, k and seeds in `config`, all
@@ -65,7 +67,8 @@ def train(
         warn: called with one line about what makes the result worth less.
 
     Returns:
-        The `run.json` of each SAE, with its `folder`.
+        Each SAE with its record: `.sae`, `.folder`, `.log`, `.to_frame()`, `.plot()`; as a mapping
+        it is the content of `run.json`, with the `folder`.
 
     Raises:
         UserError: something the message explains; Interrupted after Ctrl-C, with the state saved;
@@ -139,7 +142,7 @@ def train(
             say(longer)
         run.files.tracker = open_tracker(log_to, folder, _shown_settings(config, facts), warn)
         try:
-            return run.fit()
+            return [Trained(record) for record in run.fit()]
         finally:
             if run.files.tracker is not None:
                 run.files.tracker.close()

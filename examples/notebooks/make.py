@@ -8,6 +8,8 @@ folder.
 Needs `pip install 'saesteer[notebooks]'`.
 """
 
+# ruff: noqa: E501 (the lines of cells)
+
 import argparse
 import os
 import tempfile
@@ -34,7 +36,7 @@ from saesteer import sae, steering
 MODEL = "{MODEL}"
 lm = saesteer.load_model(MODEL)
 lm""",
-    "## Activations\n\nText goes through the model once; the residual stream after one block is kept.",
+    "## Activations\n\nText goes through the model once; what one block puts out is kept.",
     """LAYER = 2 * lm.n_layers // 3
 TOKENS, TRAIN_TOKENS, CONTENTS = 8_000, 40_000, 6
 text = sae.TextConfig(context=128)
@@ -42,7 +44,7 @@ manifest = saesteer.harvest(
     lm, "runs/acts", sae.HarvestConfig(layers=(LAYER,), tokens=TOKENS, text=text)
 )
 manifest["tokens"], manifest["excluded"]""",
-    "## A sparse autoencoder\n\n`train` gives the SAE with its record: its log is a table and a chart.",
+    "## A sparse autoencoder\n\n`train` gives the SAE with its record; its log is a chart.",
     """(trained,) = saesteer.train(
     "runs/sae",
     sae.TrainConfig(d_sae=(2 * lm.d_model,), tokens=TRAIN_TOKENS, batch_tokens=1024),

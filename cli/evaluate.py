@@ -10,6 +10,7 @@ from saesteer.cli.flags import (
     add_dictionaries,
     add_model,
     add_open,
+    check_open,
 )
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import (
@@ -158,8 +159,7 @@ def _check_flags(args: Namespace) -> None:
         raise UsageError("nothing to evaluate: give --plan DIR, or --ifeval FILE")
     if (args.judge is None) != (args.judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both")
-    if args.open and args.out is None:
-        raise UsageError("--open needs -o DIR, the folder that the page is written to")
+    check_open(args)
     if args.ifeval is None and args.ifeval_only is not None:
         raise UsageError("--ifeval-only needs --ifeval FILE")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:

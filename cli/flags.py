@@ -97,6 +97,12 @@ def add_open(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def check_open(args: argparse.Namespace) -> None:
+    """Raise UsageError where `--open` has no page to show."""
+    if args.open and args.out is None:
+        raise UsageError("--open needs -o DIR, the folder that the page is written to")
+
+
 def add_dictionaries(group: argparse._ArgumentGroup) -> None:
     """`--dictionaries`."""
     group.add_argument(

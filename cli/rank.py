@@ -11,6 +11,7 @@ from saesteer.cli.flags import (
     add_open,
     add_sae,
     add_thinking,
+    check_open,
     default,
     given,
     need,
@@ -224,8 +225,7 @@ def run(args: Namespace) -> int:
     """Rank, print the best latents, and write the plan."""
     need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
     _check_task_flags(args)
-    if args.open and args.out is None:
-        raise UsageError("--open needs -o DIR, the folder that the page is written to")
+    check_open(args)
     with (
         reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,

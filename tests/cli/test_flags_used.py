@@ -71,7 +71,7 @@ def used(verb: str) -> set[str]:
         assert is_dataclass(config)
         found |= {field.name for field in fields(config)}
     for name in helpers_of(code):
-        for other in ("inputs", "progress", "rank_report", "steer_output", "output"):
+        for other in ("inputs", "progress", "rank_report", "steer_output", "output", "flags"):
             for node in tree(other).body:
                 if getattr(node, "name", None) == name:
                     found |= read_by(node)

@@ -301,7 +301,7 @@ def heat_map(
             x = left + cell * j
             body.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
-                f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.75 * min(max(value, 0), 1):.2f}"/>'
+                f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.52 * min(max(value, 0), 1):.2f}"/>'
             )
             body.append(_text(x + cell / 2, y + cell / 2 + 4, f"{value:.2f}", "middle"))
     overhang = 0.8 * _CHAR * longest if turn else 6

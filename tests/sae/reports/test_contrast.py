@@ -49,3 +49,18 @@ def test_marks_of_charts_stand_out(screen: str) -> None:
     ground = palettes()[screen]["ground"]
     for colour in svg.COLOURS:
         assert contrast(colour, ground) >= 3, f"{screen}: {colour} {contrast(colour, ground):.2f}"
+
+
+@pytest.mark.parametrize("screen", ["light", "dark"])
+def test_figures_stand_out_from_their_cells(screen: str) -> None:
+    colours = palettes()[screen]
+    shades = re.findall(
+        r'fill-opacity="([\d.]+)"', svg.heat_map([[0.0, 0.5, 1.0]], ["a"], "bcd", "x")
+    )
+    for shade in map(float, shades):
+        pairs = zip(
+            *(bytes.fromhex(c[1:]) for c in (svg.COLOURS[0], colours["ground"])), strict=True
+        )
+        cell = "#" + "".join(f"{round(shade * a + (1 - shade) * b):02x}" for a, b in pairs)
+        assert contrast(colours["text"], cell) >= 4.5, f"{screen}, {shade}"
+    assert len(shades) == 3

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from typing import cast
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.model_files import cache_folder
@@ -116,11 +117,11 @@ def _completion(words: Sequence[str]) -> str:
         shells = ", ".join(shtab.SUPPORTED_SHELLS)
         raise UsageError(f"--completion takes one shell of {shells}, got {came}")
 
-    def of_verb(*, prog: str, **_: object) -> argparse.ArgumentParser:
+    def of_verb(*, prog: str, **_: object) -> VerbParser:
         return make_parser(prog.split()[-1])
 
     root = argparse.ArgumentParser("saesteer")
-    verbs = root.add_subparsers(parser_class=of_verb)
+    verbs = root.add_subparsers(parser_class=cast(type[VerbParser], of_verb))
     for verb, summary in VERBS.items():
         verbs.add_parser(verb, help=summary)
     return str(shtab.complete(root, shell=words[0]))

@@ -42,6 +42,7 @@ def test_a_notebook_holds_the_cells_of_the_script_and_small_outputs(
         if code:
             assert cell["execution_count"] is not None
             assert all(one["output_type"] != "error" for one in cell["outputs"])
+            assert all(one.get("name") != "stderr" for one in cell["outputs"])
     assert any(cell.get("outputs") for cell in cells)
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert len(text.encode()) <= script.LARGEST

@@ -1,5 +1,6 @@
 """The documentation site: every page is in its navigation, and what is generated is whole."""
 
+import argparse
 import importlib.util
 import shutil
 import sys
@@ -74,9 +75,9 @@ def test_the_reference_of_commands_has_every_flag(staged: Path) -> None:
     text = (staged / "pages" / "reference" / "commands.md").read_text()
     for verb in VERBS:
         section = text.split(f"\n## {verb}\n")[1].split("\n## ")[0]
-        for option in make_parser(verb).flags():
-            if option not in ("-h", "--help"):
-                assert f"`{option}`" in section, f"{verb} {option}"
+        for option, action in make_parser(verb).flags().items():
+            listed = action.help != argparse.SUPPRESS and option not in ("-h", "--help")
+            assert (f"`{option}`" in section) == listed, f"{verb} {option}"
 
 
 def test_the_reference_of_calls_has_every_public_name(script: ModuleType, staged: Path) -> None:

@@ -181,8 +181,15 @@ def run(cells: Sequence[str], folder: Path) -> Any:
     os.environ["TQDM_DISABLE"] = "1"  # a bar's every step would be an output
     client = NotebookClient(made, timeout=1800, resources={"metadata": {"path": str(folder)}})
     client.execute()
+    return cleaned(made)
+
+
+def cleaned(made: Any) -> Any:
+    """Without what differs from machine to machine: times, and what libraries say on stderr."""
     for cell in made.cells:
-        cell.metadata.clear()  # times
+        cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
     made.metadata.pop("language_info", None)
     return made
 

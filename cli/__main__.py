@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from typing import cast
 
 from saesteer.checkpoints.errors import SaidElsewhere, UsageError, UserError
 from saesteer.checkpoints.model_files import cache_folder
@@ -66,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verbose = "-v" in words or "--verbose" in words
     try:
+        if words[0] == "--completion":
+            print(_completion(words[1:]))
+            return 0
         status = _run(words[0], words[1:])
         sys.stdout.flush()
         return status
@@ -105,9 +109,31 @@ def make_parser(verb: str) -> VerbParser:
     if verb not in VERBS:
         raise UsageError(f"{_unknown(verb)}; the verbs are {', '.join(VERBS)}")
     module = import_module(f"saesteer.cli.{verb}")
-    parser = VerbParser(verb, _sentence(VERBS[verb]), module.EXAMPLE)
+    needed = getattr(module, "NEEDED", "")  # some verbs need nothing
+    parser = VerbParser(verb, _sentence(VERBS[verb]), module.EXAMPLE, needed)
     module.add_flags(parser)
     return parser
+
+
+def _completion(words: Sequence[str]) -> str:
+    """The script that completes verbs and flags in a shell. Raises UsageError for another shell."""
+    import argparse
+
+    import shtab
+
+    if len(words) != 1 or words[0] not in shtab.SUPPORTED_SHELLS:
+        came = " ".join(words) or "none"
+        shells = ", ".join(shtab.SUPPORTED_SHELLS)
+        raise UsageError(f"--completion takes one shell of {shells}, got {came}")
+
+    def of_verb(*, prog: str, **_: object) -> VerbParser:
+        return make_parser(prog.split()[-1])
+
+    root = argparse.ArgumentParser("saesteer")
+    verbs = root.add_subparsers(parser_class=cast(type[VerbParser], of_verb))
+    for verb, summary in VERBS.items():
+        verbs.add_parser(verb, help=summary)
+    return str(shtab.complete(root, shell=words[0]))
 
 
 @cache
@@ -152,6 +178,7 @@ def _help() -> str:
             *(f"  {verb.ljust(width)}  {summary}" for verb, summary in VERBS.items()),
             "",
             "`saesteer VERB --help` lists the flags of a verb, `saesteer --version` the version.",
+            "`saesteer --completion bash` (zsh, fish, tcsh) prints a script that completes them.",
             "",
             "examples:",
             "  saesteer demo --quick",

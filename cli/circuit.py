@@ -17,6 +17,7 @@ EXAMPLE = (
     "saesteer circuit --model runs/hand/model --pairs runs/hand/scenes.jsonl "
     "--groups runs/hand/groups.yaml -o runs/circuit"
 )
+NEEDED = "--pairs FILE"
 
 
 def add_flags(parser: VerbParser) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLE = "saesteer convert --from runs/sae --to runs/sparsify --format sparsify"
+NEEDED = "--from SOURCE"
 
 _SAE_FORMATS = ("saelens", "sparsify", "dictionary_learning", "saesteer")
 _PLAN_FORMATS = ("gguf", "steering-vectors", "lm-eval", "lm-eval-csv", "plan")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.files import claim_output
 from saesteer.checkpoints.model_files import DEFAULT_MODEL, WHEEL_ALIAS
-from saesteer.cli.flags import add_common, add_thinking
+from saesteer.cli.flags import add_common, add_open, add_thinking
 from saesteer.cli.output import (
     Document,
     amount,
     duration,
     paint,
     print_json,
+    print_page,
     print_table,
     program,
 )
@@ -50,6 +51,7 @@ def add_flags(parser: VerbParser) -> None:
         action="store_true",
         help="run Python files that come with the model (default: none is ever run)",
     )
+    add_open(group)
     add_common(
         parser,
         out="folder for everything that is made (default: runs/demo-<time>)",
@@ -97,7 +99,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json(document)
     else:
-        _print_end(demo, args.model)
+        _print_end(demo, args.model, show=args.open)
     return 0
 
 
@@ -203,8 +205,8 @@ _PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
 }
 
 
-def _print_end(demo: "Demo", model: str | None) -> None:
-    """Success and damage of every task, what the grades mean, the page, and what to do next."""
+def _print_end(demo: "Demo", model: str | None, *, show: bool) -> None:
+    """Success and damage of every task, what the grades mean, what to do next, and the page."""
     from saesteer.steering.grades.grade import DEFINITIONS
     from saesteer.steering.reports.find_page import verdict
 
@@ -218,7 +220,6 @@ def _print_end(demo: "Demo", model: str | None) -> None:
         _say(textwrap.fill(f"{name}: {meaning}", 92, subsequent_indent="   "))
     seconds = demo.document["seconds"]
     _say(f"\nAll of it took {duration(seconds)}; every artefact is in {demo.out}.")
-    _say(f"page: {demo.out / demo.document['page']}")
     task = demo.tasks[0]
     content = shlex.quote(task.contents["test"][0])
     given = f" --model {model}" if model else ""
@@ -226,3 +227,4 @@ def _print_end(demo: "Demo", model: str | None) -> None:
         f"{paint('next:', 'cyan')} {program()} steer{given} --plan {demo.plan_folder(task)} "
         f"-p {content} --baseline"
     )
+    print_page(demo.out / demo.document["page"], show=show)

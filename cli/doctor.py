@@ -60,6 +60,7 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder for doctor.json (default: print only)",
         force="accept an SAE that was trained on other weights; replace results in --out",
+        seed_help=None,
     )
 
 

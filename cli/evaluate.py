@@ -10,9 +10,19 @@ from saesteer.cli.flags import (
     add_dictionaries,
     add_latent_pages,
     add_model,
+    add_open,
+    check_open,
 )
 from saesteer.cli.inputs import check_latent_pages, open_model, reserved, take_folder
-from saesteer.cli.output import Document, print_json, print_table, with_flags, write_run
+from saesteer.cli.output import (
+    Document,
+    command_line,
+    print_json,
+    print_page,
+    print_table,
+    with_flags,
+    write_run,
+)
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import Report, reporting
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from saesteer.steering.reports.plan_evaluation import Evaluation
 
 EXAMPLE = "saesteer evaluate --plan runs/sweep --n 40 -o runs/report"
+NEEDED = "--plan DIR"
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -92,6 +103,7 @@ def add_flags(parser: VerbParser) -> None:
         help="number of controls with random latents (default: 2)",
     )
     add_answering(how)
+    add_open(how)
     how.add_argument(
         "--max-new-tokens",
         type=count,
@@ -134,6 +146,7 @@ def run(args: Namespace) -> int:
             report.warn(warning)
         if args.out is not None:
             folder = take_folder(args)
+            document["made"]["command"] = command_line()
             found.save(folder, args.latent_pages or ())
             write_run(folder, "evaluate", vars(args), model=document["model"])
     if args.json:
@@ -149,6 +162,7 @@ def _check_flags(args: Namespace) -> None:
         raise UsageError("nothing to evaluate: give --plan DIR, or --ifeval FILE")
     if (args.judge is None) != (args.judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both")
+    check_open(args)
     if args.ifeval is None and args.ifeval_only is not None:
         raise UsageError("--ifeval-only needs --ifeval FILE")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -229,7 +243,8 @@ def _print(args: Namespace, document: Document) -> None:
     if document["ifeval"]:
         _print_ifeval(document["ifeval"])
     if args.out is not None:
-        print(f"written to {args.out / 'report.json'} and {args.out / 'report.html'}")
+        print(f"written to {args.out / 'report.json'}")
+        print_page(args.out / "report.html", show=args.open)
 
 
 def _print_ifeval(ifeval: Document) -> None:

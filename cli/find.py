@@ -5,9 +5,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_answering, add_common, add_model, need
+from saesteer.cli.flags import add_answering, add_common, add_model, add_open, check_open, need
 from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, duration, print_json, print_next, print_table, write_run
+from saesteer.cli.output import (
+    Document,
+    duration,
+    print_json,
+    print_next,
+    print_page,
+    print_table,
+    write_run,
+)
 from saesteer.cli.output import number as figure
 from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import reporting
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
 EXAMPLE = (
     "saesteer find --model smollm2-135m-instruct --task question --budget-minutes 20 -o runs/found"
 )
+NEEDED = "--task NAME"
 
 _GRADES = ("follows", "fluent", "faithful", "strict")
 
@@ -106,6 +115,7 @@ def add_flags(parser: VerbParser) -> None:
         help="most latents for each phase at each layer, with --sae (default: 64)",
     )
     add_answering(spent)
+    add_open(spent)
     add_common(
         parser,
         out="folder for the plan, find.json and, with --sae, the plan in latents (default: print "
@@ -117,14 +127,17 @@ def add_flags(parser: VerbParser) -> None:
 def run(args: Namespace) -> int:
     """Search, print what was tried and the report, write the plan."""
     need(args, "--task", "give a built-in task, such as french, or a task.yaml")
+    check_open(args)
     saes = [name for names in args.sae or () for name in names]
     with reserved(args, sae=saes, task=args.task), reporting(args) as report:
         from saesteer.steering import find, load_task, save_found
+        from saesteer.steering.checks.words import keeping_thoughts
 
         config = _config(args)
         task = load_task(args.task)
         lm = open_model(args, report)
-        found = find(lm, task, saes, config, progress=report)
+        with keeping_thoughts(not args.strip_thinking):
+            found = find(lm, task, saes, config, progress=report)
         for problem in found.problems:
             report.warn(f"over budget: {problem}")
         if args.out is None:
@@ -215,6 +228,7 @@ def _print(args: Namespace, document: Document) -> None:
     if args.out is not None:
         print(f"plan and find.json written to {args.out}")
         print_next("steer", "--plan", args.out, "--prompt", "TEXT")
+        print_page(args.out / "find.html", show=args.open)
 
 
 def _print_latents(latents: Document | None) -> None:

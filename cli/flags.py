@@ -1,6 +1,7 @@
 """Flags that several verbs share."""
 
 import argparse
+from argparse import SUPPRESS
 from dataclasses import fields
 from typing import Any
 
@@ -47,12 +48,15 @@ def add_common(
     out: str | None,
     force: str | None = None,
     seed_help: str | None = "seed of sampling and of the order of the data (default: 0)",
-    device_help: str = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
-    dtype_help: str = LM_DTYPE_HELP,
+    device_help: str | None = "auto, cpu, cuda or cuda:N (default: auto, a GPU when there is one)",
+    dtype_help: str | None = LM_DTYPE_HELP,
     threads: bool = True,
 ) -> None:
-    """The flags of every verb. The arguments are the help texts that differ between verbs (None:
-    without that flag), and whether it computes on a number of `threads` that can be chosen."""
+    """The flags of every verb. The arguments are the help texts that differ between verbs, and
+    whether it computes on a number of `threads` that can be chosen.
+
+    A help of None hides a flag that the verb has no use for; scripts may give it everywhere.
+    """
     group = parser.add_argument_group("common")
     group.add_argument(
         "-c",
@@ -65,10 +69,11 @@ def add_common(
         group.add_argument("-o", "--out", metavar="DIR", help=out)
     if force is not None:
         group.add_argument("--force", action="store_true", help=force)
-    if seed_help is not None:
-        group.add_argument("--seed", type=seed, metavar="N", help=seed_help)
-    group.add_argument("--device", default="auto", metavar="NAME", help=device_help)
-    group.add_argument("--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help)
+    group.add_argument("--seed", type=seed, metavar="N", help=seed_help or SUPPRESS)
+    group.add_argument("--device", default="auto", metavar="NAME", help=device_help or SUPPRESS)
+    group.add_argument(
+        "--dtype", type=dtype, default="auto", metavar="TYPE", help=dtype_help or SUPPRESS
+    )
     if threads:
         group.add_argument(
             "--threads",
@@ -84,6 +89,19 @@ def add_common(
         action="store_true",
         help="show debug messages, warnings of other libraries, and tracebacks",
     )
+
+
+def add_open(group: argparse._ArgumentGroup) -> None:
+    """`--open`, of verbs that end with a page."""
+    group.add_argument(
+        "--open", action="store_true", help="show the page in a browser when it is written"
+    )
+
+
+def check_open(args: argparse.Namespace) -> None:
+    """Raise UsageError where `--open` has no page to show."""
+    if args.open and args.out is None:
+        raise UsageError("--open needs -o DIR, the folder that the page is written to")
 
 
 def add_dictionaries(group: argparse._ArgumentGroup) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saesteer.steering.grades.grade import Grader, Grades
 
 EXAMPLE = "saesteer grade --task french --answers answers.jsonl"
+NEEDED = "--task NAME --answers FILE"
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -38,6 +39,7 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder for grades.jsonl and grades.json (default: print only)",
         force="replace earlier grades in --out",
+        seed_help=None,
     )
 
 

@@ -22,6 +22,7 @@ from saesteer.cli.values import count, layers, stored_dtype
 from saesteer.sae.config import HarvestConfig, TextConfig
 
 EXAMPLE = "saesteer harvest --layer 20 --data corpus.jsonl --tokens 1000000 -o runs/activations"
+NEEDED = "--layer L -o DIR"
 
 
 def add_flags(parser: VerbParser) -> None:

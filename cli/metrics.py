@@ -12,6 +12,7 @@ from saesteer.cli.values import count
 from saesteer.sae.config import MetricsConfig, TextConfig
 
 EXAMPLE = "saesteer metrics --sae runs/sae --model smollm2-135m-instruct --data held-out.jsonl"
+NEEDED = "--sae DIR"
 
 _FIGURES = {
     "fvu": "fraction of variance unexplained",

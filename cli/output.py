@@ -103,18 +103,73 @@ def print_table(
     indent: int = 0,
     stream: Stream | None = None,
 ) -> None:
-    """Aligned columns on stdout: numbers to the right, the columns named in `left` to the left."""
+    """Aligned columns on stdout: numbers to the right, the columns named in `left` to the left.
+
+    On a terminal that is too narrow, the columns to the left are shortened, figures never; where
+    that is not enough, each row becomes a block of lines. In a file or a pipe a line is as long as
+    it has to be.
+    """
     named = left.split(",")
+    room = _columns(sys.stdout if stream is None else stream)
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    if room is not None:
+        texts = [i for i, header in enumerate(headers) if header in named]
+        widths = _narrowed(widths, texts, room - indent)
+        if sum(widths) + 2 * (len(widths) - 1) > room - indent and len(headers) > 2:
+            _print_blocks(headers, rows, indent, room, stream)
+            return
     lines = []
     for row in [headers, *rows]:
         cells = [
-            cell.ljust(width) if header in named else cell.rjust(width)
+            _cut(cell, width).ljust(width) if header in named else cell.rjust(width)
             for cell, width, header in zip(row, widths, headers, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
     for line in [paint(lines[0], "bold"), *lines[1:]]:
         print(f"{' ' * indent}{line}", file=stream, flush=True)
+
+
+_SHORTEST = 12
+"""Characters that a shortened column keeps at least."""
+
+
+def _columns(stream: Stream) -> int | None:
+    """Columns of the terminal; None where the stream is none."""
+    return shutil.get_terminal_size().columns if is_terminal(stream) else None
+
+
+def _narrowed(widths: Sequence[int], texts: Sequence[int], room: int) -> list[int]:
+    """Widths of columns that fit into `room`, if shortening the widest of `texts` can do it."""
+    found = list(widths)
+    over = sum(found) + 2 * (len(found) - 1) - room
+    while over > 0:
+        widest = max(texts, key=lambda i: found[i], default=None)
+        if widest is None or found[widest] <= _SHORTEST:
+            break
+        found[widest] -= 1
+        over -= 1
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _print_blocks(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    indent: int,
+    room: int,
+    stream: Stream | None,
+) -> None:
+    """Each row as lines of `header  value`, under its first cell."""
+    width = max(len(header) for header in headers[1:])
+    for row in rows:
+        first = paint(f"{headers[0]} {row[0]}", "bold")
+        print(f"{' ' * indent}{first}", file=stream, flush=True)
+        for header, cell in zip(headers[1:], row[1:], strict=True):
+            value = _cut(cell, max(_SHORTEST, room - indent - width - 4))
+            print(f"{' ' * indent}  {header.ljust(width)}  {value}", file=stream, flush=True)
 
 
 def program() -> str:
@@ -126,9 +181,24 @@ def program() -> str:
     return ran
 
 
+def command_line() -> str:
+    """The command that is running, for records."""
+    return shlex.join(["saesteer", *sys.argv[1:]])
+
+
 def print_next(*words: object) -> None:
     """Print the command to run next: a verb and its flags."""
     print(f"{paint('next:', 'cyan')} {shlex.join([program(), *map(str, words)])}")
+
+
+def print_page(page: Path, *, show: bool) -> None:
+    """Print where the page of the results is, and open it in a browser where that is wanted."""
+    print(f"{paint('page:', 'cyan')} {page}")
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(page.resolve().as_uri()):
+            print_error("--open found no browser: open the page yourself")
 
 
 def amount(number: int | float) -> str:

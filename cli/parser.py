@@ -41,10 +41,11 @@ class Repeated(argparse.Action):
 class VerbParser(argparse.ArgumentParser):
     """The flags of one verb. Errors are `UsageError`s of one line that name the flag."""
 
-    def __init__(self, verb: str, summary: str, example: str) -> None:
+    def __init__(self, verb: str, summary: str, example: str, needed: str = "") -> None:
+        """`needed`: what the verb cannot do without, as its usage line shows it."""
         super().__init__(
             prog=f"saesteer {verb}",
-            usage=f"saesteer {verb} [flags]",
+            usage=" ".join(["saesteer", verb, *needed.split(), "[flags]"]),
             description=summary,
             epilog=f"example:\n  {example}",
             formatter_class=_HelpFormatter,

@@ -16,6 +16,7 @@ EXAMPLE = (
     "saesteer patch --model runs/hand/model --pairs runs/hand/scenes.jsonl --site z "
     "--at last,object -o runs/patch"
 )
+NEEDED = "--pairs FILE"
 _SHOWN = 15
 
 

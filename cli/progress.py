@@ -64,9 +64,13 @@ class Stage:
         return done / seconds if seconds > 0 and done > 0 else None
 
     def speed(self, now: float) -> str:
-        """The rate for people, or nothing."""
+        """The rate for people, or nothing; below one a second the seconds that each takes."""
         rate = self.rate(now)
-        return "" if rate is None else f", {rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
+        if rate is None:
+            return ""
+        if rate < 1:
+            return f", {duration(1 / rate)} each"
+        return f", {rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
 
     def left(self, now: float) -> str:
         """The time left for people, or nothing."""
@@ -278,6 +282,10 @@ def reporting(args: Namespace) -> Iterator[Report]:
         stack.callback(report.close)
         # Libraries may print: stdout has to hold the result and nothing else.
         stack.enter_context(contextlib.redirect_stdout(stream))
+        if getattr(args, "log_to", None) == "wandb":
+            from saesteer.sae.runs.trackers import wandb_mode
+
+            os.environ["WANDB_MODE"] = wandb_mode()  # before it is disabled for all others
         if not args.verbose:
             stack.enter_context(quiet_libraries())
         stack.enter_context(_our_log(report, args.verbose))

@@ -9,6 +9,7 @@ from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 
 EXAMPLE = "saesteer push --sae runs/sae --repo ./shared-saes"
+NEEDED = "--sae DIR --repo REPO"
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -44,9 +45,9 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder for a run.json that records what was pushed (default: print only)",
         force="replace an SAE of that name in --repo; replace results in --out",
-        seed_help="not used (default: 0)",
-        device_help="not used (default: auto)",
-        dtype_help="not used: the SAE is shared as it is (default: auto)",
+        seed_help=None,
+        device_help=None,
+        dtype_help=None,
         threads=False,
     )
 

@@ -9,14 +9,16 @@ from saesteer.checkpoints.errors import UsageError, none_of
 from saesteer.cli.flags import (
     add_common,
     add_latent_pages,
+    add_open,
     add_sae,
     add_thinking,
+    check_open,
     default,
     given,
     need,
 )
 from saesteer.cli.inputs import check_latent_pages, open_model, open_sae, reserved, take_folder
-from saesteer.cli.output import print_json, write_run
+from saesteer.cli.output import command_line, print_json, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.rank_report import print_ranking
@@ -30,6 +32,7 @@ EXAMPLE = (
     "saesteer rank --model smollm2-135m-instruct --sae runs/sae --task french --read reply "
     "-o runs/plan"
 )
+NEEDED = "--sae DIR (--task NAME | --instruction TEXT --contents FILE)"
 
 FEW_CONTENTS = 10
 """With fewer contents than this a warning is given."""
@@ -211,10 +214,11 @@ def add_flags(parser: VerbParser) -> None:
         help="report everything known about the latents of the plan, or about these (default: off)",
     )
     add_latent_pages(plan)
+    add_open(plan)
     add_common(
         parser,
-        out="folder for plan.yaml, plan.safetensors, ranking.json and scores.safetensors, which "
-        "holds every score of every latent (default: print only)",
+        out="folder for plan.yaml, plan.safetensors, ranking.json, ranking.html and "
+        "scores.safetensors, which holds every score of every latent (default: print only)",
         force="accept another model than the SAE's; replace an earlier plan in --out",
     )
 
@@ -224,6 +228,7 @@ def run(args: Namespace) -> int:
     need(args, "--sae", "the SAE whose latents are ranked, a folder or RELEASE:ID")
     _check_task_flags(args)
     check_latent_pages(args)
+    check_open(args)
     with (
         reserved(args, model=args.model, sae=args.sae, contents=args.contents, task=args.task),
         reporting(args) as report,
@@ -253,10 +258,13 @@ def run(args: Namespace) -> int:
         if args.out is None:
             document = ranking_document(lm, sae, ranking, plan, args.explain)
         else:
+            from saesteer.steering.reports.ranking_page import save_ranking_page
+
             folder = take_folder(args)
             document = save_ranking(
                 folder, lm, sae, ranking, plan, args.explain, args.latent_pages or ()
             )
+            save_ranking_page(folder, document, command_line())
             write_run(folder, "rank", vars(args), model=document["model"], sae=document["sae"])
         used, total = document["contents_used"]
         if used < FEW_CONTENTS:

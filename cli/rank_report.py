@@ -3,7 +3,7 @@
 import os
 from argparse import Namespace
 
-from saesteer.cli.output import Document, amount, print_next, print_table
+from saesteer.cli.output import Document, amount, print_next, print_page, print_table
 from saesteer.cli.output import number as figure
 
 _COLUMNS = {
@@ -62,6 +62,7 @@ def print_ranking(args: Namespace, document: Document) -> None:
             "TEXT",
             "--baseline",
         )
+        print_page(args.out / "ranking.html", show=args.open)
 
 
 def _findings(document: Document) -> list[str]:

@@ -11,13 +11,13 @@ from saesteer.cli.progress import reporting
 from saesteer.cli.values import folders
 
 EXAMPLE = "saesteer reproduce runs/sae"
+NEEDED = "RUN"
 
 _LONGEST = 60
 
 
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
-    parser.usage = "saesteer reproduce RUN [flags]"
     what = parser.add_argument_group("what is repeated")
     what.add_argument(
         "run",
@@ -43,9 +43,10 @@ def add_flags(parser: VerbParser) -> None:
         parser,
         out="folder that keeps the repetition (default: a temporary one)",
         force="replace an earlier run in --out",
-        seed_help="refused: the recorded seed is used (default: 0)",
-        device_help="refused: the recorded device is used (default: auto)",
-        dtype_help="refused: the recorded arithmetic is used (default: auto)",
+        # Refused when given: those of the record are used.
+        seed_help=None,
+        device_help=None,
+        dtype_help=None,
         threads=False,  # sums depend on it: the recorded number is used
     )
 

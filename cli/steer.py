@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from saesteer.steering.plans.plan import Plan
 
 EXAMPLE = 'saesteer steer --plan runs/plan -p "The weather is nice today." --baseline'
+NEEDED = "(--plan FILE | --sae DIR --latents ID:V,...) -p TEXT"
 
 
 def add_flags(parser: VerbParser) -> None:

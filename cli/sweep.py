@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saesteer.steering.tasks.task import Task
 
 EXAMPLE = "saesteer sweep --plan runs/plan --grid k=1,3,5 --grid scale=1,1.5,2 -o runs/sweep"
+NEEDED = "(--plan DIR | --sae DIR --task NAME)"
 
 _AXES = ("k", "beta", "scale", "scope", "layer", "position", "read", "by")
 

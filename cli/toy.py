@@ -13,12 +13,12 @@ from saesteer.mechanisms.config import ToyConfig
 from saesteer.mechanisms.reading_config import SymbolsConfig
 
 EXAMPLE = "saesteer toy hand-built -o runs/hand"
+NEEDED = "KIND -o DIR"
 KINDS = ("hand-built", "boxes", "instructions")
 
 
 def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
-    parser.usage = "saesteer toy KIND [flags]"
     what = parser.add_argument_group("model")
     what.add_argument(
         "kind",
@@ -60,6 +60,8 @@ def add_flags(parser: VerbParser) -> None:
         out="folder for model/, scenes.jsonl and groups.yaml (needed)",
         force="replace an earlier toy in --out",
         seed_help="seed of the scenes (default: 0)",
+        device_help=None,
+        dtype_help=None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
@@ -38,6 +38,7 @@ EXAMPLE = (
     "saesteer train --model smollm2-135m-instruct --layer 20 --replies french --tokens 200000 "
     "--epochs 2 -o runs/sae"
 )
+NEEDED = "(--model NAME --layer L | --activations DIR) -o DIR"
 
 # Flags that say what text goes through a model: shards went through one already.
 _LIVE_ONLY = (
@@ -290,6 +291,14 @@ def add_flags(parser: VerbParser) -> None:
         f"{default(TrainConfig, 'rank_timeout')}",
     )
     work.add_argument(
+        "--log-to",
+        choices=("trackio", "wandb", "tensorboard", "none"),
+        default="none",
+        metavar="NAME",
+        help="send the log to trackio, wandb or tensorboard as well, each with the extra of its "
+        "name (default: none; metrics.jsonl and training.html are always written)",
+    )
+    work.add_argument(
         "--resume",
         action="store_true",
         help="go on from the last saved state in --out, or start when there is none; with more "
@@ -451,6 +460,7 @@ def run(args: Namespace) -> int:
             resume=args.resume,
             force=args.force,
             consume_model=True,
+            log_to=args.log_to,
             progress=report,
             say=report.say,
             warn=warn,
@@ -471,7 +481,7 @@ def _refuse_live_flags(args: Namespace) -> None:
             )
 
 
-def _print_summary(args: Namespace, runs: list[Document]) -> None:
+def _print_summary(args: Namespace, runs: Sequence[Document]) -> None:
     rows = []
     own = [name for name in runs[0]["sae"] if name not in _OF_EVERY_SAE]
     # As their files compute, on rows that were not trained on.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saesteer.sae.reports.curves import RunCurves
 
 EXAMPLE = "saesteer watch runs/sae --once"
+NEEDED = "RUN..."
 
 _SECONDS = 2.0
 

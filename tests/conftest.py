@@ -216,6 +216,18 @@ def short_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harvest_prediction, "_TIMED_SECONDS", 0.0)
 
 
+@pytest.fixture
+def few_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model answer a handful of prompts with a few tokens."""
+    from saesteer.sae.activations import reader as stream
+    from saesteer.sae.text.replies import ReplyConfig, sample_replies
+
+    def few(lm, prompts, folder, config, progress):  # type: ignore[no-untyped-def]
+        return sample_replies(lm, prompts[:8], folder, ReplyConfig(max_new_tokens=6), progress)
+
+    monkeypatch.setattr(stream, "sample_replies", few)
+
+
 # ---------------------------------------------------------------------------------------------
 # the tiny tokenizer
 

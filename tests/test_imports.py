@@ -90,9 +90,12 @@ print(json.dumps([
     [name for name in names if not callable(getattr(saesteer, name))],
     saesteer.__version__ == version("saesteer"),
     "saesteer." + saesteer.__doc__.split("saesteer.")[1].split("(")[0],
+    [name for name in dir(saesteer) if not hasattr(saesteer, name)],
+    sorted({name for name in dir(saesteer) if name[0] != "_"} - {*names}),
 ]))
 """
-    assert json.loads(child(code)) == [[], [], True, "saesteer.load_model"]
+    rooms = ["checkpoints", "mechanisms", "sae", "steering"]
+    assert json.loads(child(code)) == [[], [], True, "saesteer.load_model", [], rooms]
 
 
 def test_the_ops_load_only_torch() -> None:

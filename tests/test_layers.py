@@ -218,6 +218,7 @@ def test_top_level_holds_only_what_the_layout_names() -> None:
         *("tests", "benchmarks", "docs", "examples"),
         *("pyproject.toml", "README.md", "Makefile"),
         *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+        *("CITATION.cff", "Dockerfile"),
     }
     tracked = {name.split("/")[0] for name in listing.stdout.split("\0") if name}
     assert {name for name in tracked if not name.startswith(".")} <= allowed

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from saesteer.checkpoints import SAE
-from saesteer.cli.__main__ import VERBS, _help, main
+from saesteer.cli.__main__ import VERBS, _help
+
+from .page_commands import our_lines, run_lines
 
 pytestmark = pytest.mark.usefixtures("short_dry_run")
 
@@ -20,46 +22,8 @@ PAGES = [
     README,
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
-
-# What makes a line small enough for a tiny random model; the verb's other flags stay.
-SMALLER = {
-    "--tokens": "3000",
-    "--d-sae": "64",
-    "--layer": "2",
-}
-EXTRA = {
-    "doctor": ["--context", "32", "--batch-size", "4"],
-    "harvest": ["--context", "32", "--batch-size", "4", "--dtype", "float32"],
-    "train": ["--k", "8", "--batch-tokens", "256"],
-    "metrics": ["--context", "32", "--batch-size", "4", "--bootstrap", "20"],
-    # A random model passes no check, and two contents are enough to rank something.
-    "rank": ["--all-replies", "--rank-contents", "2", "--max-new-tokens", "4"],
-    "latents": ["--context", "32", "--batch-size", "4", "--steer", "1"],
-    "steer": ["--max-new-tokens", "4"],
-    "sweep": ["--grid", "k=1", "--grid", "scale=1", "--rounds", "1:1"],
-    "find": [
-        "--budget-minutes",
-        "0.001",
-        "--train-contents",
-        "4",
-        "--dev-contents",
-        "2",
-        "--n",
-        "2",
-        "--batch-size",
-        "12",
-    ],
-    "serve": ["--port", "0"],
-    "toy": ["--scenes", "16", "--steps", "2", "--every", "2"],
-    "vector": ["--n", "2", "--layer", "2", "--sets", "1"],
-    "probe": ["--shuffles", "1", "--folds", "2", "--contents", "1", "--n-init", "1"],
-    "attribute": ["--n", "2", "--max-new-tokens", "5"],
-    "diff": ["--k", "4", "--what", "concepts"],
-    "circuit": ["--draws", "1", "--random", "1"],
-    "evaluate": ["--n", "1", "--random-draws", "1", "--controls", "random"],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +38,6 @@ def answers(
     Path("answers.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
-def readme_lines() -> list[list[str]]:
-    """Every `saesteer` line of the fenced blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README.read_text(), flags=re.S)
-    text = "\n".join(blocks).replace("\\\n", " ")
-    lines = [line.removeprefix("$ ").strip() for line in text.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("saesteer ")]
-
-
 def help_lines() -> list[list[str]]:
     """The example of every verb's help, and then those of `saesteer --help`."""
     lines = [import_module(f"saesteer.cli.{verb}").EXAMPLE for verb in VERBS]
@@ -89,45 +45,8 @@ def help_lines() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-def run_all(lines: list[list[str]], model: Path, capsys: pytest.CaptureFixture[str]) -> int:
-    """Run the lines in order, small; returns how many ran."""
-    ran = 0
-    for words in lines:
-        if words[0] == "demo":  # needs a model that follows instructions: the slow suite runs it
-            continue
-        status = main(small(words, model))
-        out, err = capsys.readouterr()
-        assert status == 0, f"saesteer {shlex.join(words)} gave {status}: {err[-400:]}"
-        assert out.strip(), f"saesteer {shlex.join(words)} printed nothing"
-        ran += 1
-    return ran
-
-
-def small(words: list[str], model: Path) -> list[str]:
-    """The line with the tiny model and small numbers."""
-    words = [str(model) if word == "smollm2-135m-instruct" else word for word in words]
-    for i, word in enumerate(words[:-1]):
-        if word in SMALLER:
-            words[i + 1] = SMALLER[word]
-    if "--model" not in words and words[0] in ("harvest", "doctor"):
-        words += ["--model", str(model)]
-    return words + EXTRA.get(words[0], [])
-
-
-@pytest.fixture
-def few_replies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tiny model answer a handful of prompts with a few tokens."""
-    from saesteer.sae.activations import reader as stream
-    from saesteer.sae.text.replies import ReplyConfig, sample_replies
-
-    def few(lm, prompts, folder, config, progress):  # type: ignore[no-untyped-def]
-        return sample_replies(lm, prompts[:8], folder, ReplyConfig(max_new_tokens=6), progress)
-
-    monkeypatch.setattr(stream, "sample_replies", few)
-
-
 def test_the_readme_shows_every_verb() -> None:
-    assert {words[0] for words in readme_lines()} == set(VERBS)
+    assert {words[0] for words in our_lines(README)} == set(VERBS)
 
 
 @pytest.mark.usefixtures("few_replies", "server_ends")
@@ -138,7 +57,7 @@ def test_readme_lines_run_in_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_all(readme_lines(), tiny_model_dir("llama"), capsys) >= 6
+    assert run_lines(our_lines(README), tiny_model_dir("llama"), capsys) >= 6
 
 
 @pytest.mark.usefixtures("few_replies", "server_ends")
@@ -154,12 +73,12 @@ def test_help_examples_run_in_order(
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     verbs, more = help_lines()[: len(VERBS)], help_lines()[len(VERBS) :]
     model = tiny_model_dir("llama")
-    assert run_all(verbs, model, capsys) == len(VERBS) - 1
+    assert run_lines(verbs, model, capsys) == len(VERBS) - 1
     again = tmp_path / "again"  # a folder name may come up in both
     again.mkdir()
     (again / "answers.jsonl").write_text(Path("answers.jsonl").read_text())
     monkeypatch.chdir(again)
-    assert run_all(more, model, capsys) >= 1
+    assert run_lines(more, model, capsys) >= 1
 
 
 def test_help_examples_ask_for_no_more_than_the_built_in_corpus_has() -> None:
@@ -222,8 +141,9 @@ def test_python_names_and_flags_exist(page: Path) -> None:
             value = getattr(value, name)
     sources = [*(ROOT / "cli").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     ours = "".join(source.read_text() for source in [*sources, ROOT / "tests" / "conftest.py"])
-    # Of mypy, pytest, pip, torchrun and other trainers; an axis of benchmarks/defaults.py.
+    # Of mypy, pytest, pip, torchrun, Slurm and other trainers; an axis of benchmarks/defaults.py.
     others = {"--strict", "--pdb", "--no-deps", "--nproc-per-node", "--learning-rate", "--length"}
+    others |= {"--gpus", "--time", "--signal", "--requeue"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others
     # A flag that is on or off is written once, without its `no-`.
     unknown = {flag.replace("--no-", "--") for flag in flags if f'"{flag}"' not in ours}

@@ -58,15 +58,23 @@ _ROOMS = {
 """Each call, and the room that offers it."""
 
 
+_OPEN = ("sae", "steering", "mechanisms", "checkpoints")
+"""The rooms with public calls."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("saesteer")
+    if name in _OPEN:
+        return import_module(f"{__name__}.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "__version__", *_ROOMS})
+    # What there is to call, not what this file needs.
+    own = {name for name in globals() if name.startswith("__") and name.endswith("__")}
+    return sorted({*own, "__version__", *_ROOMS, *_OPEN})

@@ -27,8 +27,9 @@ from saesteer.mechanisms.config import CircuitConfig, MaskConfig
 from saesteer.mechanisms.data.encoding import EncodedPair, encode_pairs
 from saesteer.mechanisms.data.pairs import Pair
 from saesteer.mechanisms.statistics import FEWEST_GROUPS
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import model_facts
 
 
@@ -98,7 +99,7 @@ def study_circuit(
     device: str = "auto",
     dtype: str = "float32",
     drop: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> CircuitStudy:
     """Find a circuit by path patching on one part of the pairs; prune and test it on the rest.
 

@@ -19,9 +19,10 @@ from saesteer.mechanisms.patching.approximation import approximate
 from saesteer.mechanisms.patching.engine import Batch, PatchEngine, plan_batches, single
 from saesteer.mechanisms.patching.sites import Node, make_nodes, read_values, run_model
 from saesteer.mechanisms.reports.patch_result import Cell, PatchResult
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
 from saesteer.sae.model.attention import HeadTap, head_tap
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.evaluation.intervals import wilson
 
@@ -37,7 +38,7 @@ def patch(
     dtype: str = "float32",
     n: int = 100,
     drop: bool | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> PatchResult:
     """Put values of one run of each pair into the other, one node at a time, and measure.
 

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from saesteer.mechanisms.reports.page import interval, note, page, table
+from saesteer.sae.reports.parts import wide
 from saesteer.sae.reports.svg import Point, cloud, diverging_map
 
 
@@ -39,7 +40,7 @@ def render_circuit(document: Mapping[str, Any]) -> str:
             title = f"{g['name']} at {g['at']}: (p' - p) / p of the answer"
             parts.append(f"<h3>{escape(title)}</h3>")
             parts.append(note("Rows are blocks, columns heads."))
-            parts.append(diverging_map(g["scores"], rows, columns, title))
+            parts.append(wide(diverging_map(g["scores"], rows, columns, title)))
     parts += ["<h2>Test</h2>", _test(test), *_completeness(test)]
     for mask in document["masks"]:
         parts.append(f"<h2>Mask learned at {escape(mask['at'])}</h2>")

@@ -1,10 +1,12 @@
 """The parts of a page: paragraphs and tables, escaped, in the frame of all pages."""
 
 from collections.abc import Sequence
-from html import escape
 
 from saesteer.checkpoints.provenance import versions
 from saesteer.sae.reports.page import render
+from saesteer.sae.reports.parts import note as note
+from saesteer.sae.reports.parts import table as table
+from saesteer.sae.reports.parts import warning as warning
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -12,24 +14,6 @@ def page(title: str, parts: Sequence[str]) -> str:
     software = versions()
     provenance = {name: software[name] for name in ("saesteer", "torch", "transformers")}
     return render("parts.html", title=title, provenance=provenance, refresh=None, parts=parts)
-
-
-def note(text: str) -> str:
-    """A paragraph in grey."""
-    return f'<p class="quiet">{escape(text)}</p>'
-
-
-def warning(text: str) -> str:
-    """A paragraph that stands out."""
-    return f'<p class="bad">{escape(text)}</p>'
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in headers)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:

@@ -10,6 +10,7 @@ import torch
 from saesteer.checkpoints.files import write_json, write_tensors, write_text
 from saesteer.mechanisms.reports.page import interval, note, page, table, warning
 from saesteer.mechanisms.reports.patch_result import PatchResult
+from saesteer.sae.reports.parts import wide
 from saesteer.sae.reports.svg import Point, cloud, diverging_map
 
 SHOWN = 30
@@ -54,7 +55,9 @@ def render_patch(result: PatchResult) -> str:
     parts.append(note("In the maps rows are blocks; columns are heads, or positions."))
     for title, rows, columns, values in result.maps():
         parts.append(f"<h2>{escape(title)}</h2>")
-        parts.append(diverging_map(values.tolist(), rows, columns, f"{title}: {kind} by block"))
+        parts.append(
+            wide(diverging_map(values.tolist(), rows, columns, f"{title}: {kind} by block"))
+        )
     if result.agreement is not None:
         parts += _agreement(result)
     parts.append("<h2>Largest effects</h2>")

@@ -4,12 +4,13 @@ Everything is inline and self-contained: no script, no font, no network.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b0a000")
-"""Colours that most colour-blind readers can distinguish (Okabe and Ito)."""
+COLOURS = ("#0072b2", "#d55e00", "#00946b", "#bf6497", "#a97500", "#3d8fc4", "#737373", "#857a00")
+"""Colours that most colour-blind readers can distinguish: Okabe and Ito's, the light ones darkened
+until each stands out from white and from the dark ground alike (3 to 1, WCAG 1.4.11)."""
 
 _TEXT = 'font-family="system-ui, sans-serif" font-size="12" fill="currentColor"'
 _CHAR = 6.6  # pixels of a character of 12 px text, on average
@@ -64,45 +65,41 @@ _FAINT = 'stroke="currentColor" stroke-opacity="0.18"'
 _FIRM = 'stroke="currentColor" stroke-width="1.4"'
 
 
-def bars(rows: Sequence[Bar], label: str, width: float = 640.0) -> str:
-    """Horizontal bars from 0 to 1 with their intervals as whiskers, the figures to the right."""
-    left = 12 + _CHAR * max((len(row.label) for row in rows), default=0)
-    right = 130.0
-    span = max(width - left - right, 120.0)
-    step, top = 24.0, 8.0
-    places: list[float] = []
-    titles: list[tuple[float, str]] = []
-    y, group = top, ""
+def bars(rows: Sequence[Bar], label: str, width: float = 340.0) -> str:
+    """Horizontal bars from 0 to 1 with their intervals as whiskers.
+
+    Label and figures stand above each bar, so that the chart is shown unscaled on a telephone.
+    """
+    left, right, top = 2.0, 10.0, 4.0
+    span = width - left - right
+    step, y, group = 36.0, top, ""
+    body, marks = [], []
     for row in rows:
         if row.group != group:
             group = row.group
-            titles.append((y + step / 2 + (8 if places else 4), group))
-            y += step + (6 if places else 0)
-        places.append(y)
-        y += step
-    height = y + 22
-    body = []
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = left + span * tick
-        body.append(_line(x, top, x, height - 20, _FAINT))
-        body.append(_text(x, height - 5, f"{tick:g}", "middle"))
-    for y, title in titles:
-        body.append(_text(left - 6, y, title, "end", 'font-weight="bold"'))
-    for y, row in zip(places, rows, strict=True):
-        middle = y + step / 2
-        colour = COLOURS[row.colour % len(COLOURS)]
-        body.append(_text(left - 6, middle + 4, row.label, "end"))
-        body.append(
-            f'<rect x="{left:.1f}" y="{y + 5}" width="{max(span * row.value, 0.8):.1f}" '
-            f'height="{step - 10}" fill="{colour}" fill-opacity="0.85"/>'
+            body.append(_text(left, y + 16, group, "start", 'font-weight="bold"'))
+            y += 24
+        figures = f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        room = int((span - _CHAR * len(figures)) / _CHAR) - 1
+        name = row.label if len(row.label) <= room else f"{row.label[: room - 1]}…"
+        full = "" if name == row.label else f"<title>{escape(row.label)}</title>"
+        marks.append(f"{_text(left, y + 13, name)[:-7]}{full}</text>")
+        marks.append(_text(left + span, y + 13, figures, "end"))
+        middle = y + 24
+        marks.append(
+            f'<rect x="{left:.1f}" y="{middle - 6:.1f}" width="{max(span * row.value, 0.8):.1f}" '
+            f'height="12" fill="{COLOURS[row.colour % len(COLOURS)]}"/>'
         )
         low, high = left + span * row.low, left + span * row.high
-        body.append(_line(low, middle, high, middle, _FIRM))
-        for x in (low, high):
-            body.append(_line(x, middle - 4, x, middle + 4, _FIRM))
-        figures = f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
-        body.append(_text(left + span + 10, middle + 4, figures))
-    return _svg(left + span + right, height, label, body)
+        marks.append(_line(low, middle, high, middle, _FIRM))
+        marks += [_line(x, middle - 4, x, middle + 4, _FIRM) for x in (low, high)]
+        y += step
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x = left + span * tick
+        body.append(_line(x, top, x, y + 2, _FAINT))
+        anchor = "start" if not tick else "end" if tick == 1 else "middle"
+        body.append(_text(x, y + 16, f"{tick:g}", anchor))
+    return _svg(width, y + 22, label, [*body, *marks])
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -138,14 +135,15 @@ class _Frame:
         width: float,
         height: float,
         x_end: float | None = None,
+        colours: Mapping[str, int] | None = None,
     ) -> None:
-        """`x_end`: where the axis ends; by default at a tick, after the last point."""
-        longest = max((len(name) for name in legend), default=0)
+        """`x_end`: where the axis ends; by default at a tick, after the last point. `colours`:
+        those of the legend's names, by default in their order."""
+        self.colours = colours or {name: place for place, name in enumerate(legend)}
         self.left, self.top = 56.0, 14.0
-        self.right = (30 + _CHAR * longest) if legend else 16.0
-        self.width, self.height = width + self.right, height
+        self.width, self.height = width, height + 18 * len(legend)
         self.bottom = height - 44
-        self.edge = width
+        self.edge = width - 16
         xs = [point.x for point in points] or [0.0]
         ys = [point.y for point in points] or [0.0]
         self.x_ticks = _ticks(min(0.0, *xs), max(xs)) if len(xs) > 1 else _ticks(0.0, xs[0] or 1.0)
@@ -167,11 +165,13 @@ class _Frame:
         turned = f'transform="rotate(-90 14 {y:.1f})"'
         self.body.append(_text(14.0, y, y_label, "middle", turned))
         for place, name in enumerate(legend):
-            y = self.top + 8 + 18 * place
-            colour = COLOURS[place % len(COLOURS)]
-            x = self.edge + 14
-            self.body.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/>')
+            y = height + 10 + 18 * place
+            x = self.left
+            self.body.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{self.colour(name)}"/>')
             self.body.append(_text(x + 9, y, name))
+
+    def colour(self, name: str) -> str:
+        return COLOURS[self.colours[name] % len(COLOURS)]
 
     def x(self, value: float) -> float:
         low, high = self.x_ticks[0], self.x_end
@@ -197,15 +197,19 @@ def scatter(
     front: Sequence[Point] = (),
     limit: float | None = None,
     joined: bool = False,
-    width: float = 560.0,
-    height: float = 320.0,
+    colours: Mapping[str, int] | None = None,
+    width: float = 358.0,
+    height: float = 300.0,
 ) -> str:
     """Shares against a cost: one colour a series, the front as a stair, series joined by lines.
 
-    `limit` is drawn as a dotted vertical line, if it is within the axis.
+    `limit` is drawn as a dotted vertical line, if it is within the axis. `colours` gives the series
+    the colours that they have elsewhere. Narrow enough to be shown unscaled on a telephone.
     """
     series = list(dict.fromkeys(point.series for point in points))
-    frame = _Frame([*points, *front], x_label, y_label, _SHARES, series, width, height)
+    frame = _Frame(
+        [*points, *front], x_label, y_label, _SHARES, series, width, height, colours=colours
+    )
     if front:
         steps = []
         for place, point in enumerate(front):
@@ -221,8 +225,8 @@ def scatter(
         x = frame.x(limit)
         style = 'stroke="currentColor" stroke-dasharray="2 4"'
         frame.body.append(_line(x, frame.top, x, frame.bottom, style))
-    for place, name in enumerate(series):
-        colour = COLOURS[place % len(COLOURS)]
+    for name in series:
+        colour = frame.colour(name)
         own = [point for point in points if point.series == name]
         if joined:
             own.sort(key=lambda point: point.x)
@@ -335,7 +339,7 @@ def heat_map(
             x = left + cell * j
             body.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" '
-                f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.75 * min(max(value, 0), 1):.2f}"/>'
+                f'fill="{COLOURS[0]}" fill-opacity="{0.08 + 0.52 * min(max(value, 0), 1):.2f}"/>'
             )
             body.append(_text(x + cell / 2, y + cell / 2 + 4, f"{value:.2f}", "middle"))
     overhang = 0.8 * _CHAR * longest if turn else 6

@@ -20,6 +20,7 @@ from saesteer.checkpoints.files import (
 from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.reports.curves import SECONDS_BETWEEN_PAGES, read_curves, training_page
+from saesteer.sae.runs.trackers import SafeTracker
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 
 HELD_OUT = ("fvu_heldout", "l0_heldout")
@@ -41,6 +42,8 @@ class RunFiles:
         self.config = config
         self.facts = facts
         self._page_written = time.monotonic()
+        self.tracker: SafeTracker | None = None
+        """Where the log goes besides the folder."""
 
     def place_of(self, variant: Variant) -> Path:
         """The folder of an SAE."""
@@ -96,6 +99,9 @@ class RunFiles:
     def log(self, variant: Variant, row: dict[str, Any]) -> None:
         """Add a line to the log of an SAE."""
         append_jsonl(self.place_of(variant) / "metrics.jsonl", row)
+        if self.tracker is not None:
+            prefix = f"{variant.folder}/" if len(self.variants) > 1 else ""
+            self.tracker.log(row, int(row["step"]), prefix)
         if time.monotonic() - self._page_written > SECONDS_BETWEEN_PAGES:
             self.write_page()
 

@@ -16,7 +16,6 @@ from saesteer.sae.config import (
     Progress,
     TextConfig,
     TrainConfig,
-    no_progress,
 )
 from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.hooks import (
@@ -30,6 +29,7 @@ from saesteer.sae.model.hooks import (
 )
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.model.sites import find_site
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.runs.harvest_prediction import predict_harvest
 from saesteer.sae.runs.memory_use import model_bytes, training_memory
@@ -52,7 +52,7 @@ def doctor(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> dict[str, Any]:
     """Examine one hook point of a model and predict what harvesting and training would take.
 

@@ -19,9 +19,10 @@ from saesteer.checkpoints.provenance import git_revision, machine, versions
 from saesteer.checkpoints.shard_writer import ShardWriter, merge_parts, part_manifest
 from saesteer.checkpoints.shards import MANIFEST
 from saesteer.sae.activations.reader import ActivationBatch, ActivationStream, open_activations
-from saesteer.sae.config import HarvestConfig, Progress, TextConfig, no_progress
+from saesteer.sae.config import HarvestConfig, Progress, TextConfig
 from saesteer.sae.model.hooks import HookPoint, keep_only_read, resolve_site
 from saesteer.sae.model.language_model import DTYPES, LanguageModel, as_language_model
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.disk_use import harvest_row_bytes, stored_dtype
 from saesteer.sae.runs.facts import as_given, check_same_run, model_facts
 from saesteer.sae.runs.memory_use import peak_bytes, resolved_text
@@ -41,7 +42,7 @@ def harvest(
     resume: bool = False,
     force: bool = False,
     consume_model: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
     warn: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Run text through a model once and write the activations of some layers to shards.

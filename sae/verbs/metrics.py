@@ -11,15 +11,17 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.reader import ActivationStream
-from saesteer.sae.config import MetricsConfig, Progress, no_progress
+from saesteer.sae.config import MetricsConfig, Progress
 from saesteer.sae.measuring.decoder_projection import decoder_projection, rows_wanted
 from saesteer.sae.measuring.figures import OF_ROWS, OF_RUNS, Sums, figures_of_rows, figures_of_runs
 from saesteer.sae.measuring.latents import LatentTally
 from saesteer.sae.measuring.matching import stability
+from saesteer.sae.measuring.result import Metrics
 from saesteer.sae.measuring.splicing import Splicer, pieces
 from saesteer.sae.measuring.tally import Tally
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.model.sae_places import SAEPlaces, is_plain, sae_places
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import model_facts
 from saesteer.sae.text.contexts import ContextBatch, open_contexts
 
@@ -35,8 +37,8 @@ def metrics(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
+    progress: Progress = show_progress,
+) -> Metrics:
     """Measure an SAE on text, which should be text that it was not trained on.
 
     Figures of the form {"value", "low", "high"} carry a 95 % bootstrap interval over documents
@@ -75,6 +77,8 @@ def metrics(
     (None: not known). `seen_in_training` says whether the SAE was trained on one of these texts, as
     far as its file tells (else it is None).
 
+    The result is a mapping with `to_frame()` and `plot()`.
+
     Raises:
         UserError: the SAE does not fit the model or `against`, or the text is too short.
     """
@@ -101,23 +105,25 @@ def metrics(
         progress("metrics: splice", latents.rows, count, "tokens")
     progress("metrics: splice", count, count, "tokens")
     plain = is_plain(sae)
-    return {
-        "sae": {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.spec.d_sae},
-        "model": model_facts(lm),
-        "layer": places.reads[0].layer,
-        "site": places.reads[0].site,
-        **({} if plain else {"writes": [list(point.key) for point in places.writes]}),
-        "tokens": latents.rows,
-        "documents": tally.documents,
-        "excluded": stream.excluded,
-        "prepend_bos": stream.prepend_bos,
-        "trained_with_bos": _trained_with_bos(sae),
-        "seen_in_training": _seen_in_training(sae, stream.identity()),
-        **latents.summary(),
-        "decoder_projection": decoder_projection(sae, torch.cat(sample)) if plain else None,
-        "stability": compared,
-        **tally.summary(_figures, config.bootstrap, text.seed),
-    }
+    return Metrics(
+        {
+            "sae": {"source": sae.source, "sha256": sae.sha256, "d_sae": sae.spec.d_sae},
+            "model": model_facts(lm),
+            "layer": places.reads[0].layer,
+            "site": places.reads[0].site,
+            **({} if plain else {"writes": [list(point.key) for point in places.writes]}),
+            "tokens": latents.rows,
+            "documents": tally.documents,
+            "excluded": stream.excluded,
+            "prepend_bos": stream.prepend_bos,
+            "trained_with_bos": _trained_with_bos(sae),
+            "seen_in_training": _seen_in_training(sae, stream.identity()),
+            **latents.summary(),
+            "decoder_projection": decoder_projection(sae, torch.cat(sample)) if plain else None,
+            "stability": compared,
+            **tally.summary(_figures, config.bootstrap, text.seed),
+        }
+    )
 
 
 def _figures(sums: Sums) -> Sums:

@@ -9,7 +9,8 @@ from typing import Any
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import claim_output, plain, read_json, read_jsonl, read_tensors
 from saesteer.checkpoints.strict_fields import read_fields
-from saesteer.sae.config import Progress, TrainConfig, no_progress
+from saesteer.sae.config import Progress, TrainConfig
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.verbs.reproduce_harvest import (
     compare_shards,
     harvest_config,
@@ -31,7 +32,7 @@ def reproduce(
     activations: str | Path | Sequence[str | Path] | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> dict[str, Any]:
     """Repeat the training whose `run.json` is in `run`, and compare weights and metrics; or the
     harvest whose `manifest.json` is there, and compare every row.

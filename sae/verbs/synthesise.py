@@ -9,7 +9,8 @@ import torch
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import claim_output
 from saesteer.checkpoints.shard_writer import ShardWriter
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.synthetic.config import SyntheticConfig
 from saesteer.sae.synthetic.features import TRAINING, SyntheticFeatures
 
@@ -25,7 +26,7 @@ def synthesise(
     store_dtype: str = "bfloat16",
     shard_tokens: int = 65_536,
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> dict[str, Any]:
     """Write shards of synthetic activations, and the truth behind them, to `out`.
 

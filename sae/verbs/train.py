@@ -2,27 +2,30 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.checkpoints.files import claim_output, read_json
+from saesteer.checkpoints.files import claim_output, plain, read_json
 from saesteer.checkpoints.locks import folder_lock
 from saesteer.checkpoints.sae_file import SAE, load_sae
 from saesteer.sae.activations.batches import LiveSource
-from saesteer.sae.config import Progress, TrainConfig, no_progress
+from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.model.hooks import keep_only_read
 from saesteer.sae.model.language_model import LanguageModel, as_language_model, pick_device
+from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.endings import one_voice
 from saesteer.sae.runs.facts import as_given
 from saesteer.sae.runs.memory_use import resolved_text
 from saesteer.sae.runs.processes import ALONE, Processes, join_processes
+from saesteer.sae.runs.trackers import check_tracker, open_tracker
 from saesteer.sae.training.architectures import architecture_named, check_settings
 from saesteer.sae.training.init_from import check_start, differences
 from saesteer.sae.training.mesh.limits import check_mesh
+from saesteer.sae.training.result import Trained
 from saesteer.sae.training.run import TrainingRun
 from saesteer.sae.training.sae_trainer import Variant
 from saesteer.sae.training.saved_state import identity
@@ -45,10 +48,11 @@ def train(
     resume: bool = False,
     force: bool = False,
     consume_model: bool = False,
-    progress: Progress = no_progress,
+    log_to: str = "none",
+    progress: Progress = show_progress,
     say: Callable[[str], None] = lambda message: None,
     warn: Callable[[str], None] = lambda message: None,
-) -> list[dict[str, Any]]:
+) -> list[Trained]:
     """Train SAEs live from a model, or from shards.
 
     One SAE is trained for every combination of the layers, widths, k and seeds in `config`, all
@@ -63,6 +67,9 @@ def train(
         resume: continue from the last saved state in `out`, or start when there is none. With more
             `tokens` than before, a run that is finished goes on, too.
         consume_model: free the weights of `model` that are not needed; see `harvest`.
+        log_to: trackio, wandb or tensorboard: send the log there as well (needs the package, an
+            extra of that name). Without an account wandb writes to the folder, and `wandb sync`
+            uploads it; TensorBoard's events are in the folder `tensorboard`.
         say: called with one line about the memory, before anything large is taken, and with what
             else is good to know.
         warn: called with one line about what makes the result worth less.
@@ -71,7 +78,9 @@ def train(
     the latents out, the others the rows of every batch, of which `batch_tokens` is the size of all.
 
     Returns:
-        The `run.json` of each SAE, with its `folder`; under torchrun the first process alone.
+        Each SAE with its record: `.sae`, `.folder`, `.log`, `.to_frame()`, `.plot()`; as a mapping
+        it is the content of `run.json`, with the `folder`. Under torchrun the first process alone
+        gets them, the others an empty list.
 
     Raises:
         UserError: something the message explains; Interrupted after Ctrl-C, with the state saved;
@@ -82,6 +91,7 @@ def train(
     if activations is not None and replies:
         raise UsageError("`replies` needs `model`: shards hold the replies they were made with")
     check_settings(config)
+    check_tracker(log_to)
     folders = as_folders(activations)
     processes = join_processes(config.rank_timeout)
     folder = Path(out).expanduser()
@@ -148,7 +158,17 @@ def train(
         processes.wait_for_first()
         if resume and (longer := run.resume()):
             say(longer)
-        return run.fit()
+        run.files.tracker = open_tracker(log_to, folder, _shown_settings(config, facts), warn)
+        try:
+            return [Trained(record) for record in run.fit()]
+        finally:
+            if run.files.tracker is not None:
+                run.files.tracker.close()
+
+
+def _shown_settings(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker shows as the settings of a run."""
+    return {**plain(asdict(config)), "model": facts["model"].get("name")}
 
 
 @contextlib.contextmanager

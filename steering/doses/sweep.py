@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.sae.config import Progress, no_progress
+from saesteer.checkpoints.files import plain
+from saesteer.checkpoints.shown import Shown
+from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.reports.chart import Chart
+from saesteer.sae.runs.bars import show_progress
 from saesteer.steering.evaluation.arms import (
     Decoding,
     answer,
@@ -130,8 +134,8 @@ class Trial:
         }
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
     """Every trial of a sweep, the chosen one, and the unsteered and prompted arms."""
 
     task: Task
@@ -146,6 +150,28 @@ class Sweep:
     skipped: tuple[tuple[Plan, Damage], ...] = ()
     """Settings over the budget, which were not tried."""
     warnings: tuple[str, ...] = field(default=())
+
+    def _facts(self) -> dict[str, Any]:
+        plan = self.chosen.plan
+        return {
+            "task": repr(self.task.name),
+            "settings": len(self.latest),
+            "chosen": f"k {len(plan.latents)}, scale {plan.scale:g}, scope {plan.scope}",
+            "within_budget": self.within_budget if self.budget is not None else None,
+        }
+
+    def to_frame(self) -> Any:
+        """The trials as a pandas DataFrame, in the order they were made: the columns of
+        `sweep.json`'s trials, with damage as `damage_kl` and so on. Needs pandas."""
+        import pandas
+
+        return pandas.json_normalize([trial.row() for trial in self.trials], sep="_")
+
+    def plot(self) -> Chart:
+        """Success against damage, with the front and the setting that was chosen."""
+        from saesteer.steering.reports.sweep_charts import pareto_chart
+
+        return Chart(pareto_chart(plain(self.document())), "Success against KL")
 
     @property
     def latest(self) -> list[Trial]:
@@ -235,7 +261,7 @@ def sweep(
     decoding: Decoding = Decoding(),  # noqa: B008
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> Sweep:
     """Try every setting on the development split: success against damage on neutral questions.
 
@@ -352,7 +378,7 @@ def calibrate(
     decoding: Decoding = Decoding(),  # noqa: B008 (frozen: one may serve all)
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> tuple[Plan, list[Trial]]:
     """Pick a setting on the development split, by successive halving; damage is not measured.
 

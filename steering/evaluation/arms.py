@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.sae.config import Progress, check_sampling, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.runs.bars import show_progress
 from saesteer.steering.evaluation.graded_arms import Arm, grade_arm
 from saesteer.steering.evaluation.thoughts import answers_only
 from saesteer.steering.grades.fluent import content_language
@@ -60,7 +61,7 @@ def evaluate(
     dictionaries: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> list[Arm]:
     """Answer the same contents in every arm and grade the answers.
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.model.sae_places import is_plain
+from saesteer.sae.runs.bars import show_progress
 from saesteer.steering.evaluation.arms import Decoding, contents_to_grade
 from saesteer.steering.evaluation.damage import NeutralProbe, neutral_questions
 from saesteer.steering.finding.found import Found, LatentResult, budget_problems
@@ -87,7 +88,7 @@ def find(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
     """Find a plan for a task: layers, phases, doses, methods and schedule, searched together.

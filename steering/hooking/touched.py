@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saesteer.checkpoints.shown import Shown, rounded
+from saesteer.sae.reports.chart import Chart
+from saesteer.sae.reports.svg import Point, curves
 from saesteer.steering.hooking.tracking.passes import Call, PassTokens, grown
 
 
@@ -85,6 +87,44 @@ class SteerReport(Shown):
         if not records:
             raise IndexError(f"there was no call {call}")
         return _touched(records)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with a row for each edited position: `call`, `row`, `position`,
+        `generated` (whether it follows the prompt), `residual_norm`, `delta_norm`,
+        `relative_dose`. Needs pandas."""
+        import pandas
+
+        rows = [
+            {
+                "call": row.call,
+                "row": row.row,
+                "position": position,
+                "generated": position >= row.prompt_length,
+                "residual_norm": residual,
+                "delta_norm": delta,
+                "relative_dose": dose,
+            }
+            for row in self.rows
+            for position, residual, delta, dose in zip(
+                row.positions.tolist(), row.residual_norms.tolist(), row.delta_norms.tolist(),
+                row.relative_doses.tolist(), strict=True,
+            )
+        ]  # fmt: skip
+        columns = ["call", "row", "position", "generated", "residual_norm", "delta_norm",
+                   "relative_dose"]  # fmt: skip
+        return pandas.DataFrame(rows, columns=columns)
+
+    def plot(self) -> Chart:
+        """The relative dose at each edited position, a line a row."""
+        points = [
+            Point(float(position), float(dose), f"call {row.call}, row {row.row}", f"{dose:.3g}")
+            for row in self.rows
+            for position, dose in zip(
+                row.positions.tolist(), row.relative_doses.tolist(), strict=True
+            )
+        ]
+        title = "Relative dose by position"
+        return Chart(curves(points, title, x_label="position"), title)
 
     @property
     def tokens_touched(self) -> int:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.sae_file import SAE, load_sae
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.model.sae_places import sae_places, steered
+from saesteer.sae.runs.bars import show_progress
 from saesteer.steering.plans.from_sae import make_plan
 from saesteer.steering.plans.plan import Plan, PlannedLatent, TaskIdentity
 from saesteer.steering.ranking.causal import (
@@ -61,7 +62,7 @@ def rank(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> Ranking:
     """Score every latent of an SAE for one instruction.
 

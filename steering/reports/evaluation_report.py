@@ -4,22 +4,27 @@ The page is made from the document alone, so nothing in it can differ from `repo
 """
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from saesteer.checkpoints.provenance import versions
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.reading.found_pages import link
+from saesteer.sae.reports.page import render
+from saesteer.sae.reports.parts import charts, contents, note, section, table
 from saesteer.sae.reports.svg import Bar, Point, bars, scatter
 from saesteer.steering.evaluation.compare import Comparison, comparison_document
 from saesteer.steering.evaluation.intervals import difference_text, rate_text
 from saesteer.steering.evaluation.rates import Rate
 from saesteer.steering.grades.grade import DEFINITIONS, GRADES
+from saesteer.steering.reports.answers import answers_section, answers_style
+from saesteer.steering.reports.answers import grade_words as grade_words
 from saesteer.steering.reports.sweep_charts import dose_response, pareto_chart, stability_section
+from saesteer.steering.reports.verdict import verdict
 
 SCHEMA_VERSION = 2
-EXAMPLES = 4
-"""Contents shown side by side: the first ones of the split, not chosen ones."""
 
 GRADED_BY = "programs (not a language model)"
 
@@ -55,29 +60,13 @@ def report_document(
         "model": {"name": lm.name, "hash": lm.fingerprint, "dtype": str(lm.dtype).split(".")[-1]},
         "graded_by": GRADED_BY,
         "judge": judge,
+        "made": {"date": time.strftime("%Y-%m-%d"), "versions": versions(), "command": None},
         "tasks": tasks,
         "ifeval": ifeval,
     }
 
 
 # --- the page ------------------------------------------------------------------------------------
-
-_STYLE = """
-:root{color-scheme:light dark}
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{margin-top:2.6rem;border-bottom:1px solid #8884}
-h3{margin-top:1.8rem}h4{margin:1rem 0 .2rem}p.note{color:#777;margin:.2rem 0}
-table{border-collapse:collapse;margin:.6rem 0;font-size:13.5px;display:block;overflow-x:auto}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8883;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto;margin:.4rem 0}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:.6rem}
-.card{border:1px solid #8884;border-radius:6px;padding:.5rem .7rem;font-size:14px;
-overflow-wrap:anywhere;white-space:pre-wrap}
-.card b{display:block;white-space:normal;font-size:12.5px;color:#777}
-.content{font-style:italic;margin:.9rem 0 .3rem}
-.strict{border-left:5px solid #009e73}.follows{border-left:5px solid #e69f00}
-.fails{border-left:5px solid #999}
-""".strip()
 
 _KIND_COLOURS = {
     "unsteered": 6,
@@ -92,29 +81,45 @@ _KIND_COLOURS = {
 
 def render_html(document: Mapping[str, Any]) -> str:
     """The page: no script, no font, nothing from a network."""
-    model = document["model"]
-    names = ", ".join(task["task"]["name"] for task in document["tasks"]) or "IFEval"
+    model, tasks = document["model"], document["tasks"]
+    names = ", ".join(task["task"]["name"] for task in tasks) or "IFEval"
     judge = f"; also graded by the language model {document['judge']}" if document["judge"] else ""
-    parts = [
-        f"<h1>Steering evaluation: {escape(names)}</h1>",
-        f'<p class="note">{escape(model["name"])} ({escape(model["dtype"])}, weights '
-        f"{escape(model['hash'])}); graded by {escape(document['graded_by'])}{escape(judge)}.</p>",
-        "<p>" + "; ".join(f"<b>{name}</b>: {text}" for name, text in DEFINITIONS.items()) + ". "
-        "Intervals are 95 %.</p>",
-    ]
-    if len(document["tasks"]) > 1:
-        parts.append(_overview(document["tasks"]))
-    for task in document["tasks"]:
-        parts.append(_task_section(task, document.get("latent_pages", {})))
+    entries = [(task["task"]["name"], f"task-{i}") for i, task in enumerate(tasks)]
+    if document.get("ifeval"):
+        entries.append(("IFEval", "ifeval"))
+    graded = f"Graded by {document['graded_by']}{judge}; {model['name']} in {model['dtype']}."
+    parts = [note(graded)]
+    if len(entries) > 1:
+        parts.append(contents(entries))
+    if len(tasks) > 1:
+        parts.append(_overview(tasks))
+    parts += [_task_section(task, i, document.get("latent_pages", {})) for i, task in enumerate(tasks)]
     if document.get("ifeval"):
         parts.append(_ifeval_section(document["ifeval"]))
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Steering evaluation: {escape(names)}</title><style>{_STYLE}</style></head>"
-        f"<body>\n{body}\n</body></html>\n"
+    words = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in DEFINITIONS.items())
+    parts.append(f"<h2>What the grades mean</h2><dl>{words}</dl><p>Intervals are 95 %.</p>")
+    return render(
+        "report.html",
+        title=f"Steering evaluation: {names}",
+        provenance=_provenance(document),
+        refresh=None,
+        style=answers_style(max((len(task["arms"]) for task in tasks), default=0)),
+        parts=parts,
     )
+
+
+def _provenance(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the figures come from; reports from before this was recorded say less."""
+    model, made = document["model"], document.get("made") or {}
+    software = made.get("versions") or {}
+    known = {name: software.get(name) for name in ("saesteer", "torch", "transformers")}
+    found = {
+        "command": made.get("command"),
+        "date": made.get("date"),
+        "model": f"{model['name']}, {model['dtype']}, weights {model['hash']}",
+        **known,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
@@ -129,7 +134,7 @@ def _overview(tasks: Sequence[Mapping[str, Any]]) -> str:
             rows += [
                 _bar(name, rate, _KIND_COLOURS[kind], task["task"]["name"]) for name, rate in shown
             ]
-    return "<h2>All tasks, success</h2>" + bars(rows, "Success by task and arm", 820.0)
+    return "<h2>All tasks, success</h2>" + bars(rows, "Success by task and arm", 358.0)
 
 
 def _pooled(task: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -144,21 +149,21 @@ def _bar(label: str, rate: Mapping[str, Any], colour: int, group: str = "") -> B
     return Bar(label, rate["value"], rate["low"], rate["high"], colour, group)
 
 
-def _task_section(task: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
+def _task_section(task: Mapping[str, Any], place: int, pages: Mapping[str, Any]) -> str:
     facts = task["task"]
     decoding = task["decoding"]
     how = "greedy" if not decoding["temperature"] else f"temperature {decoding['temperature']:g}"
     parts = [
-        f"<h2>{escape(facts['name'])}</h2>",
+        section(facts["name"], f"task-{place}"),
         f"<p>“{escape(facts['instruction'])}” · check: {escape(str(facts['check']))} · "
         f"{task['n']} contents of the {escape(task['split'])} split, {len(task['seeds'])} "
         f"seed{'s' if len(task['seeds']) > 1 else ''}, {how}, at most {facts['max_new_tokens']} "
         "new tokens</p>",
-        "".join(f"<p>{_plan_line(name, plan, pages)}</p>" for name, plan in task["plans"].items()),
-        "".join(f'<p class="note">Note: {escape(note)}</p>' for note in task["notes"]),
+        *(finding.html() for finding in verdict(task)),
         "".join(f"<p>{line}</p>" for line in _in_short(task)),
         "<h3>Success</h3>",
     ]
+    figures = []
     for measure in GRADES:
         rows = [
             Bar(arm["name"], value, low, high, _KIND_COLOURS.get(arm["kind"], 6))
@@ -167,16 +172,23 @@ def _task_section(task: Mapping[str, Any], pages: Mapping[str, Any]) -> str:
             for value, low, high in [arm[measure]]
         ]
         missing = task["grades"]["not_graded"].get(measure)
-        told = escape(f"{measure}: {missing}" if missing else measure)
-        parts.append(f"<p>{told}</p>" + (bars(rows, f"{measure} by arm", 760.0) if rows else ""))
+        told = f"{measure}: {missing}" if missing else measure
+        if rows:
+            figures.append((told, bars(rows, f"{measure} by arm")))
+        else:
+            parts.append(note(told))
+    parts.append(charts(figures))
     parts.append(_grades_table(task["arms"]))
     parts.append(_tests_table(task["tests"]))
     parts.append(_damage_tables(task["arms"]))
     parts.append(_pareto(task))
     if task.get("sweep"):
         parts.append(dose_response(task["sweep"]))
+    parts.append(answers_section(task, place))
+    parts.append("<h3>What steered</h3>")
+    parts += [f"<p>{_plan_line(name, plan, pages)}</p>" for name, plan in task["plans"].items()]
+    parts += [note(f"Note: {one}") for one in task["notes"]]
     parts.append(stability_section(task.get("stability"), task.get("shuffled")))
-    parts.append(_examples(task))
     return "\n".join(parts)
 
 
@@ -231,14 +243,6 @@ def _latent(latent: int, plan: Mapping[str, Any], pages: Mapping[str, Any]) -> s
     return str(latent) if to is None else f'<a href="{escape(to)}">{latent}</a>'
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _figure(value: Any, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
@@ -266,7 +270,7 @@ def _grades_table(arms: Sequence[Mapping[str, Any]]) -> str:
             found = arm.get("judged")
             row += [rate_text(found[m]) if found else "–" for m in ("loose", "strict")]
         rows.append(row)
-    return _table(headers, rows) + _thresholds(arms)
+    return table(headers, rows) + _thresholds(arms)
 
 
 def _thresholds(arms: Sequence[Mapping[str, Any]]) -> str:
@@ -278,7 +282,7 @@ def _thresholds(arms: Sequence[Mapping[str, Any]]) -> str:
     )
     overlaps = ", ".join(f"{arm['name']} {arm['overlap']['floor']:.2f}" for arm in arms)
     return (
-        f'<p class="note">Thresholds: {escape(floors)}.</p><p class="note">Overlap with '
+        f'<p class="quiet">Thresholds: {escape(floors)}.</p><p class="quiet">Overlap with '
         f"{escape(arms[0]['overlap']['with'])}, no grade: F1 of content words; the floor is what "
         f"95 % of answers reach with the references of other contents: {escape(overlaps)}.</p>"
     )
@@ -316,7 +320,7 @@ def _tests_table(tests: Sequence[Mapping[str, Any]]) -> str:
     headers = ["difference", "measure", "mean [95 %]", "more / less", "p", "p, Holm"]
     return (
         "<h3>Paired tests</h3><p>Content by content; paired bootstrap interval, exact sign test "
-        "(McNemar's with one seed), Holm over the tests of this task.</p>" + _table(headers, rows)
+        "(McNemar's with one seed), Holm over the tests of this task.</p>" + table(headers, rows)
     )
 
 
@@ -356,14 +360,14 @@ def _damage_tables(arms: Sequence[Mapping[str, Any]]) -> str:
         "<h3>Damage</h3><p>The answers: perplexity under the unsteered model, without the prompt; "
         "shares of distinct n-grams; share covered by the most repeated 4-gram; how far zlib "
         "packs them; share cut off at the longest length.</p>",
-        _table(["arm", *_ANSWERS.values()], answers),
+        table(["arm", *_ANSWERS.values()], answers),
     ]
     if neutral:
         parts += [
             "<p>Neutral questions, teacher forced on the unsteered model's answers, in nats per "
             "token; length: of edited residuals over unedited ones; right → wrong: of the "
             "questions that were answered right before.</p>",
-            _table(["arm", *_NEUTRAL.values(), "right → wrong"], neutral),
+            table(["arm", *_NEUTRAL.values(), "right → wrong"], neutral),
         ]
     return "".join(parts)
 
@@ -384,6 +388,7 @@ def _pareto(task: Mapping[str, Any]) -> str:
             "on as many as it came to. Ringed: the one chosen. Dashed: the front, which no setting "
             f"beats in success without more KL.{spent}</p>" + pareto_chart(task["sweep"])
         )
+    # The colour of an arm is the same in every chart.
     points = [
         Point(arm["damage"]["kl"], arm["success"]["value"], arm["kind"], arm["name"])
         for arm in task["arms"]
@@ -398,51 +403,18 @@ def _pareto(task: Mapping[str, Any]) -> str:
         "Success against KL",
         x_label="KL on neutral questions (nats per token)",
         y_label=unsteered["success"]["measure"],
+        colours=_KIND_COLOURS,
     )
 
 
-def _examples(task: Mapping[str, Any]) -> str:
-    shown = [arm for arm in task["arms"] if arm["kind"] != "random"]
-    parts = [f"<h3>Side by side</h3><p>The first {EXAMPLES} contents, not chosen ones.</p>"]
-    answers = task["answers"]
-    for place in range(min(EXAMPLES, task["n"])):
-        parts.append(
-            f'<p class="content">{escape(answers[shown[0]["name"]][place]["content"])}</p>'
-        )
-        cards = []
-        for arm in shown:
-            row = answers[arm["name"]][place]
-            kept, told = grade_words(row)
-            style = "strict" if kept else "follows" if row["follows"] else "fails"
-            cards.append(
-                f'<div class="card {style}"><b>{escape(arm["name"])} · {escape(told)}</b>'
-                f"{escape(row['output'].strip() or '(nothing)')}</div>"
-            )
-        parts.append(f'<div class="pair">{"".join(cards)}</div>')
-    return "\n".join(parts)
-
-
-def grade_words(row: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether an answer is strict, and its grades in words: what it is, and why it is not more."""
-    if row["strict"]:
-        return True, "strict"
-    said = ["follows" if row["follows"] else "does not follow"]
-    for name in ("fluent", "faithful"):
-        if row[name]:
-            said.append(name)
-        elif row[name] is False:
-            said.append(f"not {name} ({row['parts'][name]['reason']})")
-    return False, ", ".join(said)
-
-
 def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
-    parts = [f"<h2>IFEval</h2><p>{ifeval['prompts']} prompts.</p>"]
+    parts = [section("IFEval", "ifeval"), f"<p>{ifeval['prompts']} prompts.</p>"]
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rows = [
         [name, *(rate_text(arm["scores"][key]) for key in keys)]
         for name, arm in ifeval["arms"].items()
     ]
-    parts.append(_table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
+    parts.append(table(["arm", *(key.replace("_", " level, ") for key in keys)], rows))
     if ifeval.get("tests"):
         rows = [
             [
@@ -454,7 +426,7 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
             for test in ifeval["tests"]
         ]
         parts.append("<p>Prompt by prompt:</p>")
-        parts.append(_table(["difference", "measure", "mean [95 %]", "p"], rows))
+        parts.append(table(["difference", "measure", "mean [95 %]", "p"], rows))
     names = list(ifeval["arms"])
     types = sorted(ifeval["arms"][names[0]]["scores"]["by_type"])
     rows = []
@@ -463,7 +435,7 @@ def _ifeval_section(ifeval: Mapping[str, Any]) -> str:
         rows.append(
             [kind, str(found[0]["loose"]["n"]), *(rate_text(one["loose"]) for one in found)]
         )
-    parts.append("<h3>Loose, by instruction</h3>" + _table(["instruction", "n", *names], rows))
+    parts.append("<h3>Loose, by instruction</h3>" + table(["instruction", "n", *names], rows))
     for name, what in ifeval["stand_ins"].items():
-        parts.append(f'<p class="note">{escape(name)}: judged with {escape(what)}.</p>')
+        parts.append(f'<p class="quiet">{escape(name)}: judged with {escape(what)}.</p>')
     return "\n".join(parts)

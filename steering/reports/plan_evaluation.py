@@ -9,9 +9,10 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import plain, read_json, write_json, write_text
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.checkpoints.shown import Shown
-from saesteer.sae.config import Progress, no_progress
+from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.reading.found_pages import latent_pages as find_latent_pages
+from saesteer.sae.runs.bars import show_progress
 from saesteer.steering.evaluation.compare import CompareConfig, Comparison, compare
 from saesteer.steering.evaluation.judge import Judge
 from saesteer.steering.grades.grade import GRADES
@@ -157,7 +158,7 @@ def evaluate_plans(
     max_new_tokens: int = 256,
     device: str = "auto",
     dtype: str = "auto",
-    progress: Progress = no_progress,
+    progress: Progress = show_progress,
 ) -> Evaluation:
     """Compare plans with every control on their tasks, and with IFEval where it is given.
 

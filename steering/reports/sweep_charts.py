@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from saesteer.sae.reports.parts import wide
 from saesteer.sae.reports.svg import Point, heat_map, scatter
 
 _LONGEST_PART = 44
@@ -122,7 +123,8 @@ def _pairs_map(name: str, found: Mapping[str, Any]) -> str:
         f"{number}. {part if len(part) <= _LONGEST_PART else part[: _LONGEST_PART - 1] + '…'}"
         for number, part in enumerate(found["parts"], 1)
     ]
-    return heat_map(values, labels, [str(i + 1) for i in rows], f"Agreement between {name}")
+    columns = [str(i + 1) for i in rows]
+    return wide(heat_map(values, labels, columns, f"Agreement between {name}"))
 
 
 def _null(found: Mapping[str, Any]) -> str:

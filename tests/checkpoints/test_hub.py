@@ -98,8 +98,8 @@ def test_the_card_says_what_it_is_made_of(sae: Path, tmp_path: Path) -> None:
         "`org/lm`, weights 0123abcd, in bfloat16", "`python-docs` (SHA-256 ffffffffffffffff)",
         "and 2 more", "init 3, data 5", "saesteer 0.1.0, torch 2.9", "`abc123`",
         "Measured on 1,000 tokens of 7 documents:", "| fvu | 0.5 | [0.4, 0.6] |",
-        f'SAE.from_pretrained("shared", "{HOOK}")',
-        f'from_pretrained("shared", "{HOOK}", revision="COMMIT")', load_sae(sae).sha256,
+        f'SAE.load_from_disk("shared/{HOOK}")', f'from_pretrained("shared", "{HOOK}")',
+        load_sae(sae).sha256,
     ):  # fmt: skip
         assert fact in text, fact
     with pytest.raises(UserError, match="measured other weights"):

@@ -1,5 +1,8 @@
 """The card: what its header says, and what of an older card stays."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +56,52 @@ def test_a_new_card() -> None:
     }
     assert text is not None and f"---\n\n{MARK}\n# Sparse autoencoders: me/saes\n" in text
     assert text.endswith(f"{END}\n")
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "smollm2-135m-instruct-q4"])
+def test_a_built_in_name_is_given_as_its_repository(name: str) -> None:
+    found = header(card(None, "me/saes", {"a": entry(name)}))
+    assert found["base_model"] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def test_datasets_of_the_hub_are_named() -> None:
+    text = [{"name": name} for name in ("hf:org/set:en:train", "hf:plain", "python-docs", "a.txt")]
+    local = {"name": "hf:/home/me/set"}
+    found = header(card(None, "me/saes", {"a": {**entry(), "text": [*text, local]}}))
+    assert found["datasets"] == ["org/set", "plain"]
+
+
+def test_the_code_on_a_card_of_the_hub() -> None:
+    text = card(None, "me/saes", {"a": entry("org/lm")})
+    assert text is not None
+    assert 'SAE.from_pretrained("me/saes", "a")' in text and 'load_model("org/lm")' in text
+    crosscoder = {**entry("org/lm"), "places": ["x", "y"]}
+    assert "plan_from_latents" not in str(card(None, "me/saes", {"a": crosscoder}))
+
+
+def test_the_code_on_a_card_runs(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder above the shared one, whose name the card gives."""
+    import torch
+
+    from saesteer.checkpoints import push
+    from saesteer.checkpoints.sae_file import SAESpec, save_sae
+
+    spec = SAESpec(
+        architecture="topk", d_model=32, d_sae=8, k=2, hook_name="blocks.1.hook_resid_post",
+        hf_hook_name="model.layers.1", model_name=str(tiny_model_dir("llama")),
+    )  # fmt: skip
+    W_dec = torch.nn.functional.normalize(torch.randn(8, 32), dim=1)
+    save_sae(tmp_path / "sae", spec, torch.randn(32, 8), torch.zeros(8), W_dec, torch.zeros(32))
+    push(tmp_path / "sae", str(tmp_path / "shared"))
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", Path("shared/README.md").read_text(), flags=re.S)
+    assert len(code) == 3
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    assert names["sae"].spec.d_sae == 8 and names["plan"].layer == 1
 
 
 def test_a_card_without_figures_has_no_model_index() -> None:

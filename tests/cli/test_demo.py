@@ -52,8 +52,9 @@ def test_each_stage_is_announced_and_told(
     for words_of in ("dead latents", "unsteered", "prompted", "steered, in latents", "setting:"):
         assert words_of in told
     assert "Success and damage" in told and "unrelated questions: " in told
-    assert f"page: {out / 'demo.html'}" in told and (out / "demo.html").is_file()
     (plan,) = out.glob("plan-*")
-    assert f"--plan {plan} -p" in told.splitlines()[-1]
+    following, page = told.splitlines()[-2:]
+    assert f"--plan {plan} -p" in following
+    assert page == f"page: {out / 'demo.html'}" and (out / "demo.html").is_file()
     status, seen = on_terminal(*words)
     assert status == 2 and "--out" in seen

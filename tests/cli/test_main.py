@@ -1,6 +1,8 @@
 """The way in: verbs, exit statuses, one-line errors."""
 
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from saesteer.checkpoints.errors import Interrupted, UsageError, UserError
-from saesteer.cli.__main__ import VERBS
+from saesteer.cli.__main__ import VERBS, make_parser
 
 from .conftest import Cli
 
@@ -43,6 +45,50 @@ def test_every_verb_has_help(cli: Cli) -> None:
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("saesteer ")
     assert cli("-V") == cli("--version")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
+def test_completion_knows_verbs_and_flags(cli: Cli, shell: str) -> None:
+    script = cli("--completion", shell)
+    assert (script.status, script.err) == (0, "")
+    for word in (*VERBS, "rank-contents", "isolate-documents"):
+        assert word in script.out
+
+
+def test_completion_for_another_shell(cli: Cli) -> None:
+    for words in (["csh"], [], ["bash", "zsh"]):
+        assert "--completion takes one shell of bash, " in cli("--completion", *words).error(2)
+
+
+def test_a_shell_completes(cli: Cli, tmp_path: Path) -> None:
+    """The script at work, in bash."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash here")
+    (tmp_path / "complete").write_text(cli("--completion", "bash").out)
+
+    def offered(*words: str) -> list[str]:
+        function = "$(complete -p saesteer | sed 's/.*-F \\([^ ]*\\).*/\\1/')"
+        asked = (
+            f"source {tmp_path / 'complete'}; COMP_WORDS=({' '.join(words)}); "
+            f"COMP_CWORD={len(words) - 1}; {function}; "
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run([bash, "-c", asked], capture_output=True, text=True, timeout=60)
+        return done.stdout.split()
+
+    assert offered("saesteer", "st") == ["steer"]
+    assert "--baseline" in offered("saesteer", "steer", "--ba")
+
+
+def test_usage_lines_name_what_is_needed(cli: Cli) -> None:
+    """Each flag in a usage line exists; leaving all of them out is an error."""
+    for verb in VERBS:
+        usage = cli(verb, "--help").out.splitlines()[0]
+        named = set(re.findall(r"(?<!\w)--?[a-z][\w-]*", usage))
+        assert named <= set(make_parser(verb).flags()), verb
+        if usage != f"usage: saesteer {verb} [flags]":
+            assert cli(verb).error(2), verb
 
 
 def test_unknown_verb(cli: Cli) -> None:

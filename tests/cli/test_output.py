@@ -45,6 +45,38 @@ def test_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "  id  lens\n   7  a b\n1234  c\n"
 
 
+def shown(width: int, monkeypatch: pytest.MonkeyPatch, left: str = "folder") -> list[str]:
+    """The lines of a table on a terminal of that width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    rows = [["1", "0.123", "runs/a/rather/long/folder"], ["20", "0.5", "runs/b"]]
+    output.print_table(["layer", "FVU", "folder"], rows, left, stream=stream)
+    return stream.getvalue().splitlines()
+
+
+def test_a_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(80, monkeypatch)[1] == "    1  0.123  runs/a/rather/long/folder"
+    narrow = shown(30, monkeypatch)
+    assert narrow[1] == "    1  0.123  runs/a/rather/l…"  # figures are whole
+    assert all(len(line) <= 30 for line in narrow)
+
+
+def test_a_row_becomes_a_block_where_nothing_else_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(24, monkeypatch)
+    assert lines[:3] == ["layer 1", "  FVU     0.123", "  folder  runs/a/rather…"]
+    assert lines[3] == "layer 20" and all(len(line) <= 24 for line in lines)
+    assert shown(24, monkeypatch, left="")[0] == "layer 1"  # no column may be shortened
+
+
+def test_a_table_in_a_file_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = io.StringIO()
+    output.print_table(["a", "folder"], [["1", "x" * 60]], "folder", stream=stream)
+    assert stream.getvalue().splitlines()[1] == "1  " + "x" * 60
+
+
 def test_json_is_valid_whatever_the_values(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"nan": math.nan, "path": Path("x"), "text": "é"})
     assert json.loads(capsys.readouterr().out) == {"nan": None, "path": "x", "text": "é"}

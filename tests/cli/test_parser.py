@@ -79,8 +79,8 @@ def test_help_shows_main_names_and_defaults(verb: str, capsys: pytest.CaptureFix
         make_parser(verb).read(["--help"])
     text = capsys.readouterr().out
     lists = verb in ("tasks", "formats", "models", "watch")  # which compute nothing
-    common = ("--config", "--seed", "--device", "--dtype", "--out", "--quiet")
-    without = {"--seed", "--out"} if verb == "serve" else set()  # requests have seeds of their own
+    common = ("--config", "--out", "--quiet")
+    without = {"--out"} if verb == "serve" else set()
     assert [name in text for name in common] == [
         not lists and name not in without for name in common
     ]

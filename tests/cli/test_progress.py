@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 
-from saesteer.cli.progress import Bars, Lines, Report, reporting
+from saesteer.cli.progress import Bars, Lines, Report, Stage, reporting
 
 
 class Clock:
@@ -62,6 +62,13 @@ def test_the_rate_leaves_out_what_was_there_before() -> None:
         "harvest: 1,100 tokens from 1,000",
         "harvest: done, 1,100 tokens in 10.0 s, 10 tokens/s",
     ]
+
+
+def test_a_rate_below_one_a_second_is_shown_as_seconds_each() -> None:
+    stage = Stage("find", began=0.0, first=0, done=1, total=9, unit="settings")
+    assert stage.speed(4.0) == ", 4.0 s each"
+    assert stage.speed(150.0) == ", 2 min 30 s each"
+    assert stage.speed(0.5) == ", 2.0 settings/s"
 
 
 def test_a_new_stage_ends_the_one_before() -> None:

@@ -41,8 +41,12 @@ def test_plan_files_and_json(cli: Cli, model: Path, sae: Path, task: Path, tmp_p
     dose = ("--top", 2, "--scale", 1.5, "--beta", -0.5, "--scope", "first:3")
     found = cli(*words, *dose, "--json").json()
     assert sorted(path.name for path in out.iterdir()) == [
-        "plan.safetensors", "plan.yaml", "ranking.json", "run.json", "scores.safetensors"
+        "plan.safetensors", "plan.yaml", "ranking.html", "ranking.json", "run.json",
+        "scores.safetensors",
     ]  # fmt: skip
+    page = (out / "ranking.html").read_text()
+    assert "Ranking: late" in page
+    assert all(f"latent {row['id']}" in page for row in found["latents"])
     assert found == json.loads((out / "ranking.json").read_text())
     assert found["plan"] == str(out / "plan.yaml")
     scores = load_file(out / "scores.safetensors")

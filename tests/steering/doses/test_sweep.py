@@ -370,6 +370,10 @@ def test_a_sweep_on_a_model_measures_more_damage_for_more_dose(
     assert gentle is not None and strong is not None
     assert 0 < gentle.kl < strong.kl and gentle.top1_agreement >= strong.top1_agreement
     assert found.unsteered.relative_dose is None and len(found.prompted.answers) == 2
+    frame = found.to_frame()
+    assert list(frame["scale"]) == [0.2, 4.0] and list(frame["damage_kl"])[0] == gentle.kl
+    assert found.plot().svg.count("<title>layer") == 2  # a point a setting
+    assert repr(found).startswith("Sweep(task='") and len(repr(found)) < 200
 
 
 def test_settings_beyond_the_numbers_of_a_dtype_are_left_out(

@@ -47,3 +47,18 @@ def test_the_report_gives_norms_and_doses_of_each_position(cached: bool, lm: Lan
     assert report.relative_dose == pytest.approx(float(np.median(torch.cat(ratios).numpy())))
     assert report.delta_norm == pytest.approx(float(delta), rel=1e-5)
     assert report.passes == 2 * STEPS
+
+
+def test_the_report_as_a_table_and_a_chart(lm: LanguageModel) -> None:
+    plan, prompts = ranked_plan(lm, make_sae(lm)), prompts_of(lm)
+    with steer(lm, plan, prompts=prompts) as report:
+        generate(lm, prompts)
+    frame = report.to_frame()
+    assert len(frame) == report.tokens_touched
+    assert frame["relative_dose"].median() == pytest.approx(report.relative_dose)
+    assert list(frame.loc[frame["row"] == 0, "position"]) == report.rows[0].positions.tolist()
+    lengths = [row.prompt_length for row in report.rows]
+    assert all(
+        p >= lengths[r] for p, r in frame.loc[frame["generated"], ["position", "row"]].values
+    )
+    assert report.plot().svg.count("<polyline") == len(report.rows)

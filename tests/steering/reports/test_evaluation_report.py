@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from saesteer.sae.reports.svg import COLOURS
 from saesteer.steering.reports.evaluation_report import render_html
 
 RATE = {"value": 0.5, "low": 0.31, "high": 0.69, "successes": 10, "n": 20}
@@ -139,8 +140,9 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in ("script", "img", "link", "iframe", "object", "image"):
             self.fetched.append(tag)
-        self.fetched += [v or "" for name, v in attrs if name in ("src", "href", "xlink:href")]
-        if tag != "meta":
+        targets = [v or "" for name, v in attrs if name in ("src", "href", "xlink:href")]
+        self.fetched += [target for target in targets if not target.startswith("#")]
+        if tag not in ("meta", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
@@ -187,6 +189,38 @@ def test_the_figures_are_those_of_the_document() -> None:
         "is kl 1.5; 2 settings over it",
     ):  # fmt: skip
         assert figure in page, figure
+
+
+def test_old_documents_without_their_making_are_drawn() -> None:
+    assert "made" not in DOCUMENT
+    made = {"date": "2026-11-27", "versions": {"saesteer": "0.1.0"}, "command": "saesteer evaluate"}
+    page = " ".join(Page(render_html({**DOCUMENT, "made": made})).text)
+    assert "command: saesteer evaluate" in page and "date: 2026-11-27" in page
+    assert "weights abc" in page and "saesteer: 0.1.0" in page
+
+
+def test_every_answer_is_there_and_has_its_filters() -> None:
+    text = render_html(DOCUMENT)
+    for place, arm in enumerate(TASK["arms"]):
+        assert len(re.findall(rf'class="card \w+ of-{place}"', text)) == TASK["n"], arm["name"]
+        assert f'class="arm-{place}"' in text
+        assert f".answers:has(.arm-{place}:not(:checked)) .card.of-{place} " in text
+    # Random latents are there, but not shown at first.
+    assert re.search(r'class="arm-2" checked', text) and not re.search(
+        'class="arm-3" checked', text
+    )
+    for grade in ("strict", "follows", "fails"):
+        assert f".answers:has(.by-{grade}:checked) .card:not(.{grade}) " in text
+
+
+def test_an_arm_has_one_colour_in_all_charts() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["tasks"][0]["sweep"] = None
+    text = render_html(document)
+    scatter = text[text.index("Success against KL") :]
+    random = COLOURS[7]
+    assert re.search(rf'fill="{random}"[^>]*><title>random latents 1', scatter)
+    assert text.count(f'fill="{random}"') >= 4  # two charts of bars, the point and its legend
 
 
 def test_several_tasks_get_an_overview_and_a_judge_is_named() -> None:

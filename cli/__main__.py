@@ -32,7 +32,6 @@ VERBS = {
     "patch": "put values of one run into another: which token, block or head carries the answer",
     "circuit": "find the heads that carry an answer, path by path, and test whether they suffice",
     "trace": "account for an answer's logit by tokens, heads and routes, exactly, in one pass",
-    "vector": "put an instruction's states where it is missing: is it carried by one state?",
     "probe": "do states tell tasks apart: classifiers, clusters over checkpoints, moved centroids",
     "attribute": "which prompt tokens drove which tokens of the reply, and how densely",
     "diff": "compare the weights of a base and a tuned model: words of heads, concepts of MLPs",

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.reading_config import ProbeConfig as ProbeConfig
     from saesteer.mechanisms.reading_config import SymbolsConfig as SymbolsConfig
     from saesteer.mechanisms.reading_config import TraceConfig as TraceConfig
-    from saesteer.mechanisms.reading_config import VectorConfig as VectorConfig
     from saesteer.mechanisms.readings.attribution import attribute as attribute
     from saesteer.mechanisms.readings.attribution_result import (
         compare_attributions as compare_attributions,
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.routes.frozen import FrozenNetwork as FrozenNetwork
     from saesteer.mechanisms.routes.tracing import compare_traces as compare_traces
     from saesteer.mechanisms.routes.tracing import trace as trace
-    from saesteer.mechanisms.routes.vectors import instruction_vectors as instruction_vectors
     from saesteer.mechanisms.toys.boxes_model import train_boxes as train_boxes
     from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
     from saesteer.mechanisms.toys.instructions import train_instructions as train_instructions
@@ -90,7 +88,6 @@ _HOME = {
     "ProbeConfig": "reading_config",
     "SymbolsConfig": "reading_config",
     "TraceConfig": "reading_config",
-    "VectorConfig": "reading_config",
     "attribute": "readings.attribution",
     "compare_attributions": "readings.attribution_result",
     "cluster": "readings.clustering",
@@ -101,7 +98,6 @@ _HOME = {
     "FrozenNetwork": "routes.frozen",
     "compare_traces": "routes.tracing",
     "trace": "routes.tracing",
-    "instruction_vectors": "routes.vectors",
     "train_instructions": "toys.instructions",
 }
 

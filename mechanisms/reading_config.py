@@ -24,42 +24,6 @@ class TraceConfig:
 
 
 @dataclass(frozen=True)
-class VectorConfig:
-    """Which states stand for an instruction, and where they are put."""
-
-    layers: tuple[int, ...] | None = None
-    """Blocks; None for all."""
-    at: str = "query-first"
-    """Position of the prompt without the instruction: query-first, query-last or last."""
-    sets: int = 2
-    """1 patches single blocks, 2 pairs as well, 3 also triples of the best eight."""
-    iv_from: str = "alone"
-    """`alone` reads the instruction's last token in a run of the instruction by itself, `full` in
-    the whole prompt."""
-    metric: str | None = None
-    best: int = 10
-    """Best pairs to test for superadditivity."""
-    doses: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Doses at which those pairs are added instead of put in place."""
-    chat: bool = False
-    budget_minutes: float = 20.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _one_of("at", self.at, ("query-first", "query-last", "last"))
-        _one_of("iv_from", self.iv_from, ("alone", "full"))
-        _one_of("sets", str(self.sets), ("1", "2", "3"))
-        if self.metric is not None:
-            _one_of("metric", self.metric, ("logit-diff", "logprob", "logit"))
-        _at_least("best", self.best, 1)
-        _at_least("seed", self.seed, 0)
-        if any(not dose > 0 for dose in self.doses):
-            raise UsageError(f"`doses` must be above 0, got {self.doses}")
-        if not self.budget_minutes > 0:
-            raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
-
-
-@dataclass(frozen=True)
 class AttributeConfig:
     """How replies are attributed to prompts."""
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("sae", "steering", "mechanisms", "kernels", "checkpoints", "cli")
 VERBS = ("demo", "harvest", "train", "metrics", "rank", "steer", "sweep", "find", "evaluate")
 VERBS += ("convert", "doctor", "push", "reproduce", "tasks", "formats", "models", "watch")
-VERBS += ("patch", "circuit", "toy", "trace", "vector", "probe", "attribute", "diff")
+VERBS += ("patch", "circuit", "toy", "trace", "probe", "attribute", "diff")
 VERBS += ("latents", "serve")
 
 HEAVY = {"torch", "transformers", "sae_lens", "datasets", "triton", "pandas", "scipy", "sklearn"}

@@ -15,8 +15,6 @@ for MODEL in $MODELS; do
             --at instruction,query-first,query,last -o "$OUT/$NAME-$WORDS-stream"
         saesteer patch --model "$MODEL" --pairs "contrast:$WORDS" --site z --at last,query \
             -o "$OUT/$NAME-$WORDS-heads"
-        saesteer vector --model "$MODEL" --pairs "contrast:$WORDS" --sets 2 --budget 600 \
-            -o "$OUT/$NAME-$WORDS-vectors"
         saesteer trace --model "$MODEL" --pairs "contrast:$WORDS" --at instruction \
             -o "$OUT/$NAME-$WORDS-traces"
     done

@@ -13,7 +13,6 @@ from saesteer.checkpoints.files import write_json, write_tensors, write_text
 _PAGES = {
     "Trace": ("trace_page", "render_trace"),
     "TraceComparison": ("trace_page", "render_comparison"),
-    "VectorResult": ("vector_page", "render_vectors"),
     "Attribution": ("attribution_page", "render_attribution"),
     "ProbeReport": ("probe_page", "render_probe"),
     "Clusters": ("probe_page", "render_clusters"),

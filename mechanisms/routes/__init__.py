@@ -1,1 +1,1 @@
-"""Routes by which a prompt reaches the answer: the frozen network, traces, instruction vectors."""
+"""Routes by which a prompt reaches the answer: the frozen network and traces in it."""

@@ -93,7 +93,8 @@ def render_html(document: Mapping[str, Any]) -> str:
         parts.append(contents(entries))
     if len(tasks) > 1:
         parts.append(_overview(tasks))
-    parts += [_task_section(task, i, document.get("latent_pages", {})) for i, task in enumerate(tasks)]
+    pages = document.get("latent_pages", {})
+    parts += [_task_section(task, i, pages) for i, task in enumerate(tasks)]
     if document.get("ifeval"):
         parts.append(_ifeval_section(document["ifeval"]))
     words = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in DEFINITIONS.items())

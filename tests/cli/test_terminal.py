@@ -89,9 +89,6 @@ LINES: dict[str, list[tuple[str, str]]] = {
         ("--model HAND/model --prompt boxes --tau 0.5 -o NEW", "explain"),
         ("--model HAND/model --pairs HAND/scenes.jsonl --at object --n 2", "mass read"),
     ],
-    "vector": [
-        ("--model MODEL --pairs contrast:animals --n 2 --layer 0,2 -o NEW --plan 2", "next:"),
-    ],
     "probe": [
         (
             "--model MODEL --tasks french,question --contents 1 --at last --folds 2 --shuffles 1 "

@@ -11,7 +11,7 @@ from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, names
 from saesteer.cli.values import number as a_number
-from saesteer.mechanisms.config import ABLATIONS, CircuitConfig
+from saesteer.mechanisms.config import ABLATIONS, SCORES, CircuitConfig
 
 EXAMPLE = (
     "saesteer circuit --model runs/hand/model --pairs runs/hand/scenes.jsonl "
@@ -52,10 +52,17 @@ def add_flags(parser: VerbParser) -> None:
         help=f"false discovery rate of the sign test of a head {default(CircuitConfig, 'fdr')}",
     )
     search.add_argument(
+        "--score",
+        choices=SCORES,
+        metavar="NAME",
+        help="what heads are scored by: logit-diff (answer minus wrong) or prob (of the answer) "
+        f"{default(CircuitConfig, 'score')}",
+    )
+    search.add_argument(
         "--least",
         type=a_number,
         metavar="X",
-        help="smallest mean drop (p - p') / p of the answer's probability "
+        help="smallest share of the score that a head which is taken loses "
         f"{default(CircuitConfig, 'least')}",
     )
     search.add_argument(
@@ -157,16 +164,22 @@ def run(args: Namespace) -> int:
 
 def _print(args: Namespace, document: Document) -> None:
     test = document["test"]
+    from saesteer.mechanisms.reports.circuit_page import head_score
+
     cost = {(name, tuple(head)): lost for name, head, lost in test["minimality"]}
     rows = []
     for group in document["circuit"]["groups"]:
         for layer, head in group["heads"]:
-            score = group["scores"][layer][head]
+            score, low, high = head_score(group, layer, head)
             lost = cost[group["name"], (layer, head)]
-            rows.append(
-                [group["name"], group["at"], f"{layer}.{head}", number(score), number(lost)]
-            )
-    print_table(["group", "at", "head", "(p'-p)/p", "cost"], rows, left="group,at")
+            ends = "-" if low is None else f"[{number(low, 2)}, {number(high, 2)}]"
+            rows.append([group["name"], group["at"], f"{layer}.{head}", number(score), ends,
+                         number(lost)])  # fmt: skip
+    print_table(
+        ["group", "at", "head", "score", "95 % interval", "cost"], rows,
+        left="group,at,95 % interval",
+    )  # fmt: skip
+    print(f"score: share of {document['circuit']['metric']} that a head loses on its path")
     print(
         f"answer minus wrong logit: model {number(test['full']['value'])}, circuit alone "
         f"{number(test['alone']['value'])}, no head {number(test['nothing']['value'])} "

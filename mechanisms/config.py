@@ -6,7 +6,7 @@ from saesteer.checkpoints.errors import UsageError
 
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEAD_SITES = ("q", "k", "v", "pattern", "z")
-METRICS = ("logit-diff", "logprob", "prob-ratio", "logit", "rr", "accuracy", "kl")
+METRICS = ("logit-diff", "logprob", "prob", "prob-ratio", "logit", "rr", "accuracy", "kl")
 FAST = ("atp", "atp*", "ig")
 NO_GRADIENT = ("rr", "accuracy")
 """Metrics that jump: a gradient says nothing of them."""
@@ -76,6 +76,8 @@ class PatchConfig:
 
 
 ABLATIONS = ("mean-position", "resample")
+SCORES = ("logit-diff", "prob")
+"""What a head can be scored by: it lowers one of these."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ class CircuitConfig:
     """Heads to take for each group; None takes every head that passes `fdr` and `least`."""
     fdr: float = 0.05
     """False discovery rate (Benjamini and Hochberg over all senders) of the one-sided sign test
-    that a head lowers the answer's probability."""
+    that a head lowers `score` in a group of pairs."""
+    score: str = "logit-diff"
+    """What a head is scored by: answer minus wrong logit, or `prob`, the answer's probability. The
+    score is a ratio of means, the mean change over the mean in the clean run."""
     least: float = 0.01
-    """Smallest mean drop (p - p') / p of a head that is taken: a sign test alone finds any effect
-    that is always negative, however small."""
+    """Smallest loss, as a share, of a head that is taken: a sign test alone finds any effect that
+    is always negative, however small. The 95 % interval of the loss must lie below 0 as well."""
     keep: float = 0.95
     """Heads are dropped while the circuit keeps this share of the model's logit difference; 1
     drops none."""
@@ -107,6 +112,7 @@ class CircuitConfig:
 
     def __post_init__(self) -> None:
         _known("ablate", (self.ablate,), ABLATIONS)
+        _known("score", (self.score,), SCORES)
         for name in ("fdr", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}")

@@ -20,25 +20,27 @@ def render_circuit(document: Mapping[str, Any]) -> str:
         ),
         "<h2>Heads</h2>",
         table(
-            ["group", "at", "reaches", "heads"],
+            ["group", "at", "reaches", "head", f"share of {circuit['metric']}"],
             [
-                [
-                    g["name"],
-                    g["at"],
-                    _reached(g["receivers"]),
-                    ", ".join(f"({layer},{head})" for layer, head in g["heads"]),
-                ]
+                [g["name"], g["at"], _reached(g["receivers"]), f"({layer},{head})",
+                 interval(*head_score(g, layer, head))]
                 for g in circuit["groups"]
+                for layer, head in g["heads"]
             ],
-        ),
+        ),  # fmt: skip
     ]
     for g in circuit["groups"]:
         if g["scores"] is not None:
             rows = [str(layer) for layer in range(model["n_layers"])]
             columns = [str(head) for head in range(len(g["scores"][0]))]
-            title = f"{g['name']} at {g['at']}: (p' - p) / p of the answer"
+            title = f"{g['name']} at {g['at']}: share of {circuit['metric']} that a head loses"
             parts.append(f"<h3>{escape(title)}</h3>")
-            parts.append(note("Rows are blocks, columns heads."))
+            parts.append(
+                note(
+                    "Rows are blocks, columns heads. A share is the mean change over the mean in "
+                    "the clean run; -1 is all of it."
+                )
+            )
             parts.append(diverging_map(g["scores"], rows, columns, title))
     parts += ["<h2>Test</h2>", _test(test), *_completeness(test)]
     for mask in document["masks"]:
@@ -47,6 +49,18 @@ def render_circuit(document: Mapping[str, Any]) -> str:
     if document["cross"]:
         parts += ["<h2>Against the tuned model</h2>", _cross(document["cross"])]
     return page("Circuit", parts)
+
+
+def head_score(
+    group: Mapping[str, Any], layer: int, head: int
+) -> tuple[float | None, float | None, float | None]:
+    """The score of a head in a group of circuit.json, with its interval, as far as there are any."""
+    if group["scores"] is None:
+        return None, None, None
+    if group["intervals"] is None:
+        return group["scores"][layer][head], None, None
+    low, high = (end[layer][head] for end in group["intervals"])
+    return group["scores"][layer][head], low, high
 
 
 def _reached(receivers: Mapping[str, Any]) -> str:

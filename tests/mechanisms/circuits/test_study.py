@@ -55,6 +55,7 @@ def test_too_few_groups(toy: LanguageModel, scenes: list[Pair]) -> None:
         ({"held_out": 1.0}, "`held_out` must lie between 0 and 1"),
         ({"keep": 0.0}, "`keep` must be above 0"),
         ({"draws": -1}, "`draws` must be 0 or more"),
+        ({"score": "kl"}, "`score` must be of logit-diff, prob, got 'kl'"),
         ({"top": (0,)}, "`top` must be counts of at least 1"),
     ],
 )

@@ -147,8 +147,8 @@ def find_circuit(
         if not chosen:
             raise UserError(
                 f"no head lowers {config.score} on its way to {group.to} from {group.at} by "
-                f"{config.least:g} of it or more (group {group.name}, {len(pairs)} pairs): take out this "
-                "group and those that reach it, or give `top`"
+                f"{config.least:g} of it or more (group {group.name}, {len(pairs)} pairs): take "
+                "out this group and those that reach it, or give `top`"
             )
         picked = sorted((senders[i].layer, senders[i].head or 0) for i in chosen)
         shape = lm.n_layers, layout.n_heads

@@ -22,8 +22,13 @@ def render_circuit(document: Mapping[str, Any]) -> str:
         table(
             ["group", "at", "reaches", "head", f"share of {circuit['metric']}"],
             [
-                [g["name"], g["at"], _reached(g["receivers"]), f"({layer},{head})",
-                 interval(*head_score(g, layer, head))]
+                [
+                    g["name"],
+                    g["at"],
+                    _reached(g["receivers"]),
+                    f"({layer},{head})",
+                    interval(*head_score(g, layer, head)),
+                ]
                 for g in circuit["groups"]
                 for layer, head in g["heads"]
             ],
@@ -44,7 +49,8 @@ def render_circuit(document: Mapping[str, Any]) -> str:
             parts.append(diverging_map(g["scores"], rows, columns, title))
     parts += ["<h2>Test</h2>", _test(test), *_completeness(test)]
     for mask in document["masks"]:
-        parts.append(f"<h2>Mask learned at {escape(mask['at'])}</h2>")
+        title = f"Mask learned at {mask['at']} for {mask['wanted']}"
+        parts.append(f"<h2>{escape(title)}</h2>")
         parts.append(_mask(mask))
     if document["cross"]:
         parts += ["<h2>Against the tuned model</h2>", _cross(document["cross"])]
@@ -54,7 +60,7 @@ def render_circuit(document: Mapping[str, Any]) -> str:
 def head_score(
     group: Mapping[str, Any], layer: int, head: int
 ) -> tuple[float | None, float | None, float | None]:
-    """The score of a head in a group of circuit.json, with its interval, as far as there are any."""
+    """Score of a head in a group of circuit.json, and its interval, where there are any."""
     if group["scores"] is None:
         return None, None, None
     if group["intervals"] is None:
@@ -125,8 +131,14 @@ def _mask(mask: Mapping[str, Any]) -> str:
         return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
     return note(
-        f"Share of {mask['n_test']} prompts that give another prompt's answer once these heads' z "
-        f"at {mask['at']} is that prompt's; overlap of seeds (Jaccard) {mask['jaccard']:.2f}."
+        f"Share of {mask['n_test']} prompts that give the answer that is wanted once these heads' "
+        f"z at {mask['at']} is that of another prompt: "
+        + (
+            "its own answer"
+            if mask["wanted"] == "answer"
+            else f"the answer of the pairs made for {mask['wanted']}"
+        )
+        + f"; overlap of seeds (Jaccard) {mask['jaccard']:.2f}."
     ) + table(
         ["heads", "share"],
         [

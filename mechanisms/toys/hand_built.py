@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import write_text
+from saesteer.mechanisms.data.desiderata import DESIDERATA, draw_scenes
 from saesteer.mechanisms.data.pairs import Pair, write_pairs
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 
@@ -45,7 +46,7 @@ GROUPS = """\
 def hand_built(
     out: str | Path, *, scenes: int = 200, seed: int = 0, redundant: bool = False
 ) -> Path:
-    """Write `model/`, `scenes.jsonl` and `groups.yaml` into a folder, and return the folder.
+    """Write `model/`, `scenes.jsonl`, `groups.yaml` and `masks/` into a folder, and return it.
 
     `redundant` adds head (1,2), a copy of (1,1): either alone keeps the answer likely, so
     patching one head at a time finds neither, and patching both finds them.
@@ -58,7 +59,16 @@ def hand_built(
     lm.tokenizer.save_pretrained(folder / "model")
     write_text(folder / "scenes.jsonl", write_pairs(hand_built_scenes(scenes, seed)))
     write_text(folder / "groups.yaml", GROUPS)
+    write_desiderata(folder, scenes, seed)
     return folder
+
+
+def write_desiderata(folder: Path, n: int, seed: int, boxes: int = BOXES) -> None:
+    """Write `masks/object.jsonl` and its like: pairs for masks, see `desiderata`."""
+    (folder / "masks").mkdir(exist_ok=True)
+    for kind in DESIDERATA:
+        pairs = hand_built_desiderata(kind, n, seed, boxes)
+        write_text(folder / "masks" / f"{kind}.jsonl", write_pairs(pairs))
 
 
 def hand_built_model(*, redundant: bool = False) -> LanguageModel:
@@ -149,6 +159,22 @@ def hand_built_scenes(n: int, seed: int, boxes: int = BOXES) -> list[Pair]:
                 {name: (spans[name], others[name]) for name in spans}, f"scene {number}", 1 / boxes,
             )
         )  # fmt: skip
+    return pairs
+
+
+def hand_built_desiderata(kind: str, n: int, seed: int, boxes: int = BOXES) -> list[Pair]:
+    """Pairs for a mask: base, source, and what the base should answer; see `desiderata`."""
+    drawn = random.Random(seed)
+    pairs = []
+    for number in range(n):
+        base, source, wanted = draw_scenes(kind, boxes, LETTERS, THINGS, drawn)
+        (clean, spans), (corrupt, others) = (
+            _scene(list(one.labels), list(one.things), one.asked, one.labels[one.asked])
+            for one in (base, source)
+        )
+        places = {name: (spans[name], others[name]) for name in spans}
+        pairs.append(Pair(clean, corrupt, f" {wanted}", f" {base.answer}", places,
+                          f"scene {number}"))  # fmt: skip
     return pairs
 
 

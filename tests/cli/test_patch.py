@@ -17,7 +17,7 @@ def hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_toy_is_written_and_patched(cli: Cli, hand: Path, tmp_path: Path) -> None:
     assert {path.name for path in hand.iterdir()} == {
-        "model", "scenes.jsonl", "groups.yaml", "run.json"
+        "model", "scenes.jsonl", "groups.yaml", "masks", "run.json"
     }  # fmt: skip
     words = ("patch", "--model", hand / "model", "--pairs", hand / "scenes.jsonl", "--site", "z",
              "--at", "last,object", "-q")  # fmt: skip

@@ -75,6 +75,60 @@ class PatchConfig:
             raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
 
 
+TAKEN = ("alone", "full")
+VECTOR_METRICS = ("logit-diff", "logprob", "logit", "rr", "accuracy")
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Which states of an instruction are put into which layers of a prompt without it."""
+
+    sets: int = 1
+    """Layers patched at once: 1 every single one, 2 all pairs as well, 3 triples of the eight best
+    as well."""
+    at: str = "query-first"
+    """Token of the prompt without the instruction that gets the states."""
+    taken: str = "alone"
+    """Where the state of the instruction's last token is taken: from a run of the instruction
+    `alone`, or of the `full` prompt."""
+    doses: tuple[float, ...] = ()
+    """None puts the instruction's state in the place of the prompt's. Numbers *add* so much of
+    the difference of the two instead, all of them in turn."""
+    layers: tuple[int, ...] | None = None
+    metric: str | None = None
+    """One of `VECTOR_METRICS`; None is as in `PatchConfig`."""
+    chat: bool = False
+    allow_copies: bool = False
+    controls: bool = True
+    """Also put in the other instruction, its words shuffled, a random direction of equal length,
+    and the state of another query."""
+    budget_minutes: float = 20.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sets <= 3:
+            raise UsageError(f"`sets` must be 1, 2 or 3 layers at once, got {self.sets}")
+        _known("taken", (self.taken,), TAKEN)
+        if self.metric is not None:
+            _known("metric", (self.metric,), VECTOR_METRICS)
+            if self.sets > 1 and self.metric == "logit":
+                raise UsageError(
+                    "`metric` logit moves with all logits, so that sums of layers mean nothing: "
+                    "use logit-diff or logprob with `sets` 2 and 3"
+                )
+        if self.sets > 1 and self.at == "last":
+            raise UsageError(
+                "`sets` 2 and 3 say nothing at the last token: the later layer overwrites the "
+                "earlier one, which reaches no other token; use `at` query-first"
+            )
+        if len(set(self.doses)) != len(self.doses) or not all(dose > 0 for dose in self.doses):
+            raise UsageError(f"`doses` must be different numbers above 0, got {self.doses}")
+        if not self.budget_minutes > 0:
+            raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
+        if self.seed < 0:
+            raise UsageError(f"`seed` must be 0 or more, got {self.seed}")
+
+
 ABLATIONS = ("mean-position", "resample")
 SCORES = ("logit-diff", "prob")
 """What a head can be scored by: it lowers one of these."""

@@ -44,3 +44,14 @@ def sign_p_values(sums: Array) -> list[float]:
     """Exact two-sided p that a group's effect is as often positive as negative, by cell."""
     nothing = [0.0] * len(sums)
     return [sign_test(column.tolist(), nothing)[2] for column in sums.T]
+
+
+def halves(groups: Sequence[str], *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Rows of two halves of the groups, drawn at random: to choose on, and to test on."""
+    names = sorted(set(groups))
+    np.random.default_rng(seed).shuffle(names)
+    first = set(names[: len(names) // 2])
+    return (
+        [i for i, group in enumerate(groups) if group in first],
+        [i for i, group in enumerate(groups) if group not in first],
+    )

@@ -5,6 +5,7 @@ from html import escape
 
 from saesteer.checkpoints.provenance import versions
 from saesteer.sae.reports.page import render
+from saesteer.sae.reports.svg import COLOURS, Point, curves, series_of
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -30,6 +31,16 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def lines(points: Sequence[Point], label: str, x_label: str) -> str:
+    """A line a series, with its legend as text above, so that it can be read on a telephone."""
+    keys = "".join(
+        f'<span class="key"><i style="background:{COLOURS[place % len(COLOURS)]}"></i>'
+        f"{escape(name)}</span>"
+        for place, name in enumerate(series_of(points))
+    )
+    return f"<p>{keys}</p>{curves(points, label, x_label=x_label)}"
 
 
 def interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:

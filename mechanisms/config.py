@@ -129,6 +129,31 @@ class VectorConfig:
             raise UsageError(f"`seed` must be 0 or more, got {self.seed}")
 
 
+@dataclass(frozen=True)
+class LatentConfig:
+    """Which latents are patched, and what counts as most of an effect."""
+
+    verify: int = 50
+    """Latents patched one by one: those of the largest first-order effects."""
+    share: float = 0.8
+    """Share of the site's effect that the fewest latents have to bring."""
+    most: int = 128
+    """Most latents together."""
+    random: int = 3
+    """Orders of random latents to compare with."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("verify", "most"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("random", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"`share` must be above 0 and at most 1, got {self.share}")
+
+
 ABLATIONS = ("mean-position", "resample")
 SCORES = ("logit-diff", "prob")
 """What a head can be scored by: it lowers one of these."""

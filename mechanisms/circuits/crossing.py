@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.mechanisms.circuits.ablation import Figure
 from saesteer.mechanisms.circuits.circuit import Circuit
 from saesteer.mechanisms.config import CircuitConfig
 from saesteer.mechanisms.data.encoding import EncodedPair
 from saesteer.mechanisms.patching.engine import PatchEngine
 from saesteer.mechanisms.patching.sites import Node, Patch, read_values
-from saesteer.mechanisms.statistics import bootstrap_ratio, grouped
+from saesteer.mechanisms.reports.figures import Figure, share_of
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.language_model import LanguageModel
@@ -99,7 +98,12 @@ def cross_patch(
         float(found["base"].mean()),
         float(found["tuned"].mean()),
         {name: float((values > 0).mean()) for name, values in found.items()},
-        {name: _recovered(found, name, groups, config.seed) for name in named},
+        {
+            name: share_of(
+                found[name] - found["base"], found["tuned"] - found["base"], groups, config.seed
+            )
+            for name in named
+        },
         len(pairs),
     )
 
@@ -144,12 +148,3 @@ def _one_pair(
         for indices, logits in engine.run(made):
             rows |= {names[i]: logits[row] for row, i in enumerate(indices)}
     return {name: float(x[pair.answer] - x[pair.wrong]) for name, x in rows.items()}
-
-
-def _recovered(found: dict[str, Array], name: str, groups: Sequence[str], seed: int) -> Figure:
-    gain, gap = found[name] - found["base"], found["tuned"] - found["base"]
-    value = float(gain.mean() / gap.mean()) if gap.mean() else float("nan")
-    sums, below = grouped(gain[:, None], groups)[0], grouped(gap[:, None], groups)[0][:, 0]
-    low, high = bootstrap_ratio(sums, below, seed=seed)
-    ends = (float(low[0]), float(high[0])) if np.isfinite(low[0]) else (None, None)
-    return Figure(value, *ends)

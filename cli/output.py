@@ -56,6 +56,7 @@ ARGUMENT_FLAGS = {
     "only": "--ifeval-only",
     "sites": "--site",
     "source": "--from",
+    "taken": "--iv-from",
     "url": "--judge",
     "ways": "--beside",
 }

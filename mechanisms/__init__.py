@@ -21,15 +21,24 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.circuits.study import save_study as save_study
     from saesteer.mechanisms.circuits.study import study_circuit as study_circuit
     from saesteer.mechanisms.config import CircuitConfig as CircuitConfig
+    from saesteer.mechanisms.config import LatentConfig as LatentConfig
     from saesteer.mechanisms.config import MaskConfig as MaskConfig
     from saesteer.mechanisms.config import PatchConfig as PatchConfig
     from saesteer.mechanisms.config import ToyConfig as ToyConfig
+    from saesteer.mechanisms.config import VectorConfig as VectorConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
+    from saesteer.mechanisms.latents.patching import patch_latents as patch_latents
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
+    from saesteer.mechanisms.patching.knockout import knock_out as knock_out
+    from saesteer.mechanisms.patching.vectors import instruction_vectors as instruction_vectors
+    from saesteer.mechanisms.reports.latent_page import save_latents as save_latents
+    from saesteer.mechanisms.reports.latent_result import LatentResult as LatentResult
     from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
     from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
+    from saesteer.mechanisms.reports.vector_page import save_vectors as save_vectors
+    from saesteer.mechanisms.reports.vector_result import VectorResult as VectorResult
     from saesteer.mechanisms.toys.boxes_model import train_boxes as train_boxes
     from saesteer.mechanisms.toys.hand_built import hand_built as hand_built
 
@@ -48,11 +57,20 @@ _HOME = {
     "study_circuit": "circuits.study",
     "CircuitConfig": "config",
     "MaskConfig": "config",
+    "LatentConfig": "config",
     "PatchConfig": "config",
+    "VectorConfig": "config",
     "Pair": "data.pairs",
     "load_pairs": "data.pairs",
     "Agreement": "patching.agreement",
     "patch": "patching.grid",
+    "patch_latents": "latents.patching",
+    "knock_out": "patching.knockout",
+    "instruction_vectors": "patching.vectors",
+    "save_latents": "reports.latent_page",
+    "LatentResult": "reports.latent_result",
+    "save_vectors": "reports.vector_page",
+    "VectorResult": "reports.vector_result",
     "save_patch": "reports.patch_page",
     "PatchResult": "reports.patch_result",
     "ToyConfig": "config",

@@ -77,7 +77,7 @@ def patch(
         finished.open({**facts, "pairs": digest(encoded)}, resume=resume)
     began = time.perf_counter()
     with torch.no_grad():
-        runs = _unpatched(lm, encoded, config, grid.metric, progress)
+        runs = unpatched(lm, encoded, config, grid.metric, progress)
         if any(cell.node.head is not None for cell in grid.cells):
             with head_tap(lm) as tap:
                 exact, fast, compared = grid.run(runs, tap, progress)
@@ -103,7 +103,7 @@ def patch(
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
+class Runs:
     """The two runs of a pair, unpatched."""
 
     logits: Tensor
@@ -121,13 +121,13 @@ def _source_ids(pair: EncodedPair, config: PatchConfig) -> list[int]:
     return pair.corrupt if config.direction == "noise" else pair.clean
 
 
-def _unpatched(
+def unpatched(
     lm: LanguageModel,
     pairs: Sequence[EncodedPair],
     config: PatchConfig,
     metric: str,
     progress: Progress,
-) -> list[_Runs]:
+) -> list[Runs]:
     """Run every pair as it is. Raises UserError for a model that is no better than chance."""
     found, right, guessed = [], [], []
     for number, pair in enumerate(pairs):
@@ -137,7 +137,7 @@ def _unpatched(
             rows = torch.tensor([ids], device=lm.device)
             both.append(run_model(lm, rows, use_cache=False).logits[0, -1])
         base, source = (measure(metric, one[None], pair, both[0])[0] for one in both)
-        found.append(_Runs(both[0], base, source))
+        found.append(Runs(both[0], base, source))
         clean = both[0] if config.direction == "noise" else both[1]
         if pair.chance is not None:
             right.append(int(clean.argmax()) == pair.answer)
@@ -203,7 +203,7 @@ class _Grid:
         return (clean, corrupt) if self.config.direction == "noise" else (corrupt, clean)
 
     def run(
-        self, runs: Sequence[_Runs], tap: HeadTap | None, progress: Progress
+        self, runs: Sequence[Runs], tap: HeadTap | None, progress: Progress
     ) -> tuple[np.ndarray, np.ndarray | None, Agreement | None]:
         """Exact effects `[pairs, cells]` (NaN where not patched), estimated ones, agreement."""
         every = list(range(len(self.cells)))
@@ -223,7 +223,7 @@ class _Grid:
         exact = self._exact(runs, chosen, tap, progress)
         return exact, fast, agreement(exact.mean(axis=0)[chosen], mean[chosen])
 
-    def _approximate(self, pair: EncodedPair, runs: _Runs, tap: HeadTap | None) -> np.ndarray:
+    def _approximate(self, pair: EncodedPair, runs: Runs, tap: HeadTap | None) -> np.ndarray:
         wanted = [(cell.node, *self.places(pair, cell)) for cell in self.cells]
         found = approximate(
             self.lm, _base_ids(pair, self.config), _source_ids(pair, self.config), wanted,
@@ -233,7 +233,7 @@ class _Grid:
         return np.asarray(found.cpu().numpy())
 
     def _exact(
-        self, runs: Sequence[_Runs], chosen: list[int], tap: HeadTap | None, progress: Progress
+        self, runs: Sequence[Runs], chosen: list[int], tap: HeadTap | None, progress: Progress
     ) -> np.ndarray:
         effects = np.full((len(self.pairs), len(self.cells)), np.nan, dtype=np.float64)
         left = []
@@ -275,7 +275,7 @@ class _Grid:
     def _exact_pair(
         self,
         pair: EncodedPair,
-        runs: _Runs,
+        runs: Runs,
         chosen: Sequence[int],
         tap: HeadTap | None,
         clock: GridClock,

@@ -218,6 +218,12 @@ def _print(args: Namespace, document: Document) -> None:
         )
         for name, value in cross["recovered"].items():
             print(f"  {name}: {_figure(value)}")
+    if document["overlap"]:
+        overlap = document["overlap"]
+        print(
+            f"the tuned model's own circuit: {number(overlap['kept'], 2)} of these heads are in it "
+            f"(Jaccard {number(overlap['jaccard'], 2)}, by chance {number(overlap['random'], 2)})"
+        )
     if args.out is not None:
         print(f"written to {args.out / 'circuit.json'}")
 

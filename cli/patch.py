@@ -57,6 +57,7 @@ _BELONGS = {
     "share": ("latents", "vector in latents"),
     "most": ("latents", "vector in latents"),
     "compare": ("latents", "vector in latents"),
+    "tuned": ("latents",),
 }
 """Which flag is for what: a grid of nodes, cut attention (nothing here), --vector, --sae."""
 _MODES = {
@@ -221,6 +222,12 @@ def _add_readings(parser: VerbParser) -> None:
         "the instruction's state in latents; with --out, the fewest latents become a plan",
     )
     latents.add_argument(
+        "--tuned",
+        metavar="MODEL",
+        help="with --sae: put a tuned model's latents, on the clean prompts, into --model "
+        "(default: those of the pair's other run)",
+    )
+    latents.add_argument(
         "--share",
         type=a_number,
         metavar="X",
@@ -249,7 +256,7 @@ def run(args: Namespace) -> int:
         need(args, "--out", "the folder of the grid to go on with")
     args.resume = bool(args.resume)
     run_mode = {"grid": _grid, "cut": _cut, "vector": _vector}.get(mode, _latents)
-    inputs = {"model": args.model, "pairs": args.pairs, "sae": args.sae, "compare": args.compare}
+    inputs = {name: getattr(args, name) for name in ("model", "pairs", "sae", "compare", "tuned")}
     with reserved(args, **inputs), reporting(args) as report:
         document = run_mode(args, report)
         for text in document["warnings"]:
@@ -265,7 +272,7 @@ def run(args: Namespace) -> int:
         print_latents(document)
     if args.out is not None:
         print(f"written to {args.out / 'report.html'}")
-        if mode not in ("grid", "cut"):
+        if (args.out / "plan").is_dir():
             print_next("steer", "--plan", args.out / "plan", "-p", "...")
     return 0
 
@@ -407,7 +414,9 @@ def _latents(args: Namespace, report: Report) -> dict[str, Any]:
         for name in args.compare or ()
     }
     sae = open_sae(args, report)
-    lm, pairs = _opened(args, report, runs.seed, () if args.vector else runs.at)
+    lm, pairs = _opened(args, report, runs.seed, runs.at if isinstance(runs, PatchConfig) else ())
+    if args.tuned is not None:
+        return _tuned(args, report, lm, pairs, sae, runs, config)
     result = patch_latents(
         lm, pairs, sae, runs, config, layer=args.layer, site=args.site, others=others,
         drop=_made(args), progress=report,
@@ -425,6 +434,22 @@ def _latents(args: Namespace, report: Report) -> dict[str, Any]:
         plans["plan-vector"] = whole.plan(lm, layer, scope=scope, task=task)
     document = save_latents(take_folder(args), result)
     _save_plans(args, document, plans)
+    return document
+
+
+def _tuned(
+    args: Namespace, report: Report, lm: Any, pairs: Any, sae: Any, *how: Any
+) -> dict[str, Any]:
+    from saesteer.mechanisms import compare_latents, save_latents
+
+    result, diff = compare_latents(
+        lm, args.tuned, pairs, sae, *how, layer=args.layer, site=args.site, device=args.device,
+        dtype=str(lm.dtype).removeprefix("torch."), drop=_made(args), progress=report,
+    )  # fmt: skip
+    if args.out is None:
+        return {**result.document(), "diff": diff.document()}
+    document = save_latents(take_folder(args), result, diff)
+    write_run(args.out, "patch", vars(args), model=document["model"])
     return document
 
 

@@ -101,6 +101,14 @@ def print_latents(document: Document) -> None:
         f"{shares['held out']}; of the first 10 that carry, "
         f"{document['overlap']['first 10']:.0%} are among the first 10 that mark"
     )
+    if "diff" in document:
+        diff = document["diff"]
+        changed = sum(row["p_adjusted"] <= 0.05 for row in diff["latents"])
+        print(
+            f"{diff['names'][0]} -> {diff['names'][1]}: {changed} latents change over "
+            f"{diff['n_tokens']} tokens; FVU {diff['unexplained'][0]:.2f} and "
+            f"{diff['unexplained'][1]:.2f}"
+        )
 
 
 def _ends(low: float | None, high: float | None) -> str:

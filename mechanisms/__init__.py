@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.config import VectorConfig as VectorConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
+    from saesteer.mechanisms.latents.comparing import LatentDiff as LatentDiff
+    from saesteer.mechanisms.latents.comparing import crosscoder_shares as crosscoder_shares
+    from saesteer.mechanisms.latents.comparing import latent_diff as latent_diff
+    from saesteer.mechanisms.latents.patching import compare_latents as compare_latents
     from saesteer.mechanisms.latents.patching import patch_latents as patch_latents
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
@@ -65,6 +69,10 @@ _HOME = {
     "Agreement": "patching.agreement",
     "patch": "patching.grid",
     "patch_latents": "latents.patching",
+    "compare_latents": "latents.patching",
+    "LatentDiff": "latents.comparing",
+    "latent_diff": "latents.comparing",
+    "crosscoder_shares": "latents.comparing",
     "knock_out": "patching.knockout",
     "instruction_vectors": "patching.vectors",
     "save_latents": "reports.latent_page",

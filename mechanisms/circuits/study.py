@@ -23,6 +23,7 @@ from saesteer.mechanisms.circuits.crossing import (
 )
 from saesteer.mechanisms.circuits.groups import Group, check_groups
 from saesteer.mechanisms.circuits.masks import HeadMask, check_mask_pairs, learn_mask
+from saesteer.mechanisms.circuits.overlap import CircuitOverlap, circuit_overlap
 from saesteer.mechanisms.config import CircuitConfig, MaskConfig
 from saesteer.mechanisms.data.encoding import EncodedPair, encode_pairs
 from saesteer.mechanisms.data.pairs import Pair, check_positions
@@ -43,6 +44,8 @@ class CircuitStudy:
     masks: tuple[HeadMask, ...]
     cross: CrossReport | None
     """Against a tuned model, on the pairs of the test."""
+    overlap: CircuitOverlap | None
+    """This circuit against the tuned model's own, before pruning; None where one has no heads."""
     n_found_on: int
     n_tested_on: int
     seconds: float
@@ -82,6 +85,7 @@ class CircuitStudy:
             "test": self.report.document(),
             "masks": [mask.document() for mask in self.masks],
             "cross": None if self.cross is None else self.cross.document(),
+            "overlap": None if self.overlap is None else self.overlap.document(),
             "seconds": self.seconds,
         }
 
@@ -128,6 +132,7 @@ def study_circuit(
     if tuned is not None:
         check_same_form(lm, tuned, encoded)
     circuit = find_circuit(lm, train, groups, config, progress=progress)
+    overlap = None if tuned is None else _overlap(tuned, circuit, train, groups, config, progress)
     ablation = Ablation(lm, test, circuit, config.ablate)
     circuit = prune(ablation, config, progress)
     report = evaluate_circuit(ablation, circuit, config, progress=progress)
@@ -146,8 +151,24 @@ def study_circuit(
     )  # fmt: skip
     return CircuitStudy(
         {**model_facts(lm), "n_layers": lm.n_layers}, config, circuit, report, tuple(learned),
-        crossed, len(train), len(test), time.perf_counter() - began,
+        crossed, overlap, len(train), len(test), time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _overlap(
+    tuned: LanguageModel,
+    circuit: Circuit,
+    pairs: Sequence[EncodedPair],
+    groups: Sequence[Group],
+    config: CircuitConfig,
+    progress: Progress,
+) -> CircuitOverlap | None:
+    """This circuit against the one found in the tuned model on the same pairs."""
+    try:
+        other = find_circuit(tuned, pairs, groups, config, progress=progress)
+    except UserError:  # a group without heads: there is nothing to compare
+        return None
+    return circuit_overlap(circuit, other, seed=config.seed)
 
 
 def check_study(

@@ -9,6 +9,7 @@ from saesteer.mechanisms.config import LatentConfig, PatchConfig, VectorConfig
 from saesteer.mechanisms.data.encoding import EncodedPair, encode_pairs
 from saesteer.mechanisms.data.pairs import Pair, load_pairs
 from saesteer.mechanisms.latents.basis import LatentBasis, latent_basis
+from saesteer.mechanisms.latents.comparing import LatentDiff, latent_diff, moved_by_models
 from saesteer.mechanisms.latents.effects import Moved, latent_effects
 from saesteer.mechanisms.metrics import check_metric, default_metric
 from saesteer.mechanisms.patching.sites import read_values
@@ -72,18 +73,61 @@ def patch_latents(
     return latent_effects(lm, basis, rows, metric, config, others=others, progress=progress)
 
 
+def compare_latents(
+    base: str | LanguageModel,
+    tuned: str | LanguageModel,
+    pairs: str | Sequence[Pair],
+    sae: str | Path | SAE,
+    runs: PatchConfig | None = None,
+    config: LatentConfig | None = None,
+    *,
+    layer: int | None = None,
+    site: str | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    n: int = 100,
+    drop: bool | None = None,
+    progress: Progress = no_progress,
+) -> tuple[LatentResult, LatentDiff]:
+    """A base model against a tuned one, by the latents of one SAE, on the pairs' clean prompts.
+
+    The first result puts the tuned model's latents into the base, at the one position `at`, and
+    says which of them bring how much; the second says how often and how strongly latents are active
+    in either. Raises what `patch_latents` raises, and UsageError for models of another form.
+    """
+    runs = runs or PatchConfig()
+    ours, theirs = (as_language_model(lm, device=device, dtype=dtype) for lm in (base, tuned))
+    opened = sae if isinstance(sae, SAE) else load_sae(sae)
+    basis = latent_basis(ours, opened, layer=layer, site=site)
+    if drop is None:
+        drop = isinstance(pairs, str) and not Path(pairs).is_file()
+    listed = load_pairs(pairs, n=n, seed=runs.seed) if isinstance(pairs, str) else list(pairs)
+    encoded, _ = encode_pairs(
+        ours, listed, chat=runs.chat, allow_copies=runs.allow_copies, drop=drop
+    )
+    metric = runs.metric or default_metric(encoded)
+    check_metric(metric, encoded)
+    diff = latent_diff(ours, theirs, basis, encoded, seed=runs.seed, progress=progress)
+    moved = moved_by_models(ours, theirs, encoded, basis, _one(runs.at))
+    return latent_effects(ours, basis, moved, metric, config, progress=progress), diff
+
+
+def _one(at: Sequence[str]) -> str:
+    """The only position. Raises UsageError for several."""
+    if len(at) != 1 or at[0] == "all":
+        raise UsageError(
+            f"`at` must be one position for latents, got {', '.join(at)}: give one name"
+        )
+    return at[0]
+
+
 def moved_by_runs(
     lm: LanguageModel, pairs: Sequence[EncodedPair], basis: LatentBasis, config: PatchConfig
 ) -> list[Moved]:
     """States of both runs of each pair at one position. Raises UsageError for several."""
-    if len(config.at) != 1 or config.at == ("all",):
-        raise UsageError(
-            f"`at` must be one position for latents, got {', '.join(config.at)}: give one name"
-        )
-    found = []
+    at, found = _one(config.at), []
     for pair in pairs:
-        both = [(pair.clean, pair.place(config.at[0])[0]),
-                (pair.corrupt, pair.place(config.at[0])[1])]  # fmt: skip
+        both = list(zip((pair.clean, pair.corrupt), pair.place(at), strict=True))
         if config.direction == "denoise":
             both.reverse()
         old, new = (read_values(lm, ids, [(basis.node, at)])[0][0] for ids, at in both)

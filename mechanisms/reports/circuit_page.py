@@ -52,6 +52,8 @@ def render_circuit(document: Mapping[str, Any]) -> str:
         title = f"Mask learned at {mask['at']} for {mask['wanted']}"
         parts.append(f"<h2>{escape(title)}</h2>")
         parts.append(_mask(mask))
+    if document["overlap"]:
+        parts += ["<h2>The tuned model's own circuit</h2>", _overlap(document["overlap"])]
     if document["cross"]:
         parts += ["<h2>Against the tuned model</h2>", _cross(document["cross"])]
     return page("Circuit", parts)
@@ -107,6 +109,20 @@ def _completeness(test: Mapping[str, Any]) -> list[str]:
         f"<h3>{title}</h3>",
         cloud(points, title, x_label="F(M without K)", y_label="F(C without K)"),
     ]
+
+
+def _overlap(overlap: Mapping[str, Any]) -> str:
+    return note(
+        "Found on the same pairs, before pruning. Heads at positions in both over those in "
+        f"either: {overlap['jaccard']:.2f}, by chance {overlap['random']:.2f}; share of this "
+        f"model's heads that the tuned one has too: {overlap['kept']:.2f}."
+    ) + table(
+        ["group", "heads of the tuned model"],
+        [
+            [name, ", ".join(f"({layer},{head})" for layer, head in heads)]
+            for name, heads in overlap["tuned"]
+        ],
+    )
 
 
 def _cross(cross: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saesteer.checkpoints.files import write_json, write_tensors, write_text
+from saesteer.mechanisms.latents.comparing import LatentDiff
 from saesteer.mechanisms.reports.latent_result import LatentResult, order_of
 from saesteer.mechanisms.reports.page import interval, lines, note, page, table, warning
 from saesteer.sae.reports.svg import Point, cloud
@@ -15,22 +16,27 @@ from saesteer.sae.reports.svg import Point, cloud
 SHOWN = 30
 
 
-def save_latents(folder: str | Path, result: LatentResult) -> dict[str, Any]:
-    """Write the result into a folder that exists; returns the document of report.json."""
+def save_latents(
+    folder: str | Path, result: LatentResult, diff: LatentDiff | None = None
+) -> dict[str, Any]:
+    """Write the result into a folder that exists; returns the document of report.json. `diff` is
+    the same latents over whole prompts of both models, where the source is another model."""
     folder = Path(folder)
     document = result.document()
+    if diff is not None:
+        document["diff"] = diff.document()
     tensors = {
         name: torch.from_numpy(getattr(result, name)).float().contiguous()
         for name in ("site", "latents", "error", "effects", "fast", "changes", "marks")
     }
     axes = {"pairs": json.dumps(list(result.groups)), "latents": json.dumps(list(result.ids))}
     write_tensors(folder / "effects.safetensors", tensors, axes)
-    write_text(folder / "report.html", render_latents(result))
+    write_text(folder / "report.html", render_latents(result, diff))
     write_json(folder / "report.json", document)
     return document
 
 
-def render_latents(result: LatentResult) -> str:
+def render_latents(result: LatentResult, diff: LatentDiff | None = None) -> str:
     """The page of a patch in latents."""
     model, sae, shares = result.model, result.sae, result.shares
     fvu = [f"{x:.2f}" if x is not None else "-" for x in result.unexplained]
@@ -89,4 +95,30 @@ def render_latents(result: LatentResult) -> str:
             ],
         ),
     ]  # fmt: skip
+    if diff is not None:
+        parts += _diff(result, diff)
     return page(escape("Patches of latents"), parts)
+
+
+def _diff(result: LatentResult, diff: LatentDiff) -> list[str]:
+    effects = {row["latent"]: row["effect"] for row in result.summary}
+    return [
+        f"<h2>{escape(diff.names[0])} against {escape(diff.names[1])}</h2>",
+        note(
+            f"Over {diff.n_tokens} tokens of the clean prompts; FVU {diff.unexplained[0]:.2f} and "
+            f"{diff.unexplained[1]:.2f}. Beta is how much of a latent's direction each model has "
+            "where the tuned model's is active: near 0 in the base, it is new; else louder."
+        ),
+        *map(warning, diff.warnings()),
+        table(
+            ["latent", "effect", "active, base", "tuned", "change", "p", "beta, base", "tuned"],
+            [
+                [str(row["latent"]), interval(row["effect"], None, None),
+                 *(f"{x:.2f}" for x in row["rate"]), interval(row["change"], row["low"],
+                                                              row["high"]),
+                 f"{row['p_adjusted']:.2g}",
+                 *("-" if x is None else f"{x:.2f}" for x in row["beta"])]
+                for row in diff.summary(effects)[:SHOWN]
+            ],
+        ),
+    ]  # fmt: skip

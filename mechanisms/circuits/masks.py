@@ -203,7 +203,9 @@ def _learn(work: _Exchange, config: MaskConfig, seed: int) -> Tensor:
     optimiser = torch.optim.Adam([mask], lr=config.lr)
     order = list(train)
     drawn = random.Random(seed)
-    best, kept = (-1.0, 0), mask.detach().clone()
+    kept = mask.detach().clone()
+    # No head at all is where it starts: others have to be better.
+    best = work.accuracy(kept, choose).value, kept.numel()
     for _ in range(config.epochs):
         drawn.shuffle(order)
         for first in range(0, len(order), config.batch):

@@ -165,8 +165,19 @@ def _collect_one(folder: Path, sae_id: str | None, metrics: str | Path | None) -
     if metrics is not None:
         path = Path(metrics).expanduser()
         path = path / "metrics.json" if path.is_dir() else path
-        measured = files.read_json(path)
+        try:
+            measured = files.read_json(path)
+        except UserError as error:
+            raise UserError(
+                f"`metrics` {metrics} cannot be read ({error}): give the folder that `saesteer "
+                "metrics -o` wrote for this SAE"
+            ) from error
         about = as_dict(as_dict(measured).get("sae")).get("sha256")
+        if about is None:
+            raise UserError(
+                f"`metrics` {metrics} names no SAE that was measured: give the folder that "
+                "`saesteer metrics -o` wrote for this SAE"
+            )
         if about != sae.sha256:
             raise UserError(f"`metrics` {metrics} measured other weights than those in {folder}")
         contents["metrics.json"] = _json(measured)

@@ -111,8 +111,15 @@ class ShardReader:
         """How many shards each layer and site has."""
         return len(self.shard_tokens)
 
-    def place(self, layer: int | None = None, site: str | None = None) -> Place:
+    def place(
+        self,
+        layer: int | None = None,
+        site: str | None = None,
+        names: tuple[str, str] = ("layer", "site"),
+    ) -> Place:
         """The one stored (layer, site) that fits. Either may be left out when only one is stored.
+
+        `names` are the arguments that asked for them.
 
         Raises:
             UserError: none fits, or several do.
@@ -126,12 +133,13 @@ class ShardReader:
             problem = "has more than one matching" if fitting else "has no matching"
             asked = [
                 f"`{name}` {value}"
-                for name, value in (("layer", layer), ("site", site))
+                for name, value in zip(names, (layer, site), strict=True)
                 if value is not None
             ]
             raise UserError(
                 f"{self._what} {problem} layer and site (layers {self.layers}, sites {self.sites}; "
-                f"asked: {' and '.join(asked) or 'neither'}): give `layer` and `site` from these"
+                f"asked: {' and '.join(asked) or 'neither'}): give `{names[0]}` and "
+                f"`{names[1]}` from these"
             )
         return fitting[0]
 

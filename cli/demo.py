@@ -1,5 +1,6 @@
-"""`saesteer demo`: harvest, train, rank, choose doses and evaluate on a small instruct model."""
+"""`saesteer demo`: harvest, train SAEs and find plans for some tasks on a small instruct model."""
 
+import shlex
 import sys
 import textwrap
 import time
@@ -15,22 +16,19 @@ from saesteer.cli.output import (
     Document,
     amount,
     duration,
-    number,
     paint,
     print_json,
     print_table,
     program,
-    with_flags,
 )
-from saesteer.cli.parser import VerbParser
+from saesteer.cli.parser import Repeated, VerbParser
 from saesteer.cli.progress import reporting
 
 if TYPE_CHECKING:
     from saesteer.steering.demonstration.pipeline import Demo, Stage
-    from saesteer.steering.evaluation.graded_arms import Arm
 
 EXAMPLE = "saesteer demo --quick -o runs/first"
-EXAMPLES = 3
+EXAMPLES = 2
 
 
 def add_flags(parser: VerbParser) -> None:
@@ -39,9 +37,11 @@ def add_flags(parser: VerbParser) -> None:
     group.add_argument("--model", metavar="NAME", help=f"language model (default: {DEFAULT_MODEL})")
     group.add_argument(
         "--task",
+        action=Repeated,
+        nargs="+",
         metavar="NAME",
-        default="french",
-        help="the built-in instruction to find and steer by (default: french)",
+        help="built-in instructions, or task.yaml files, to steer by; repeatable (default: "
+        "question, french and json; with --quick question)",
     )
     add_thinking(group)
     group.add_argument("--quick", action="store_true", help="about a third of the work")
@@ -58,7 +58,7 @@ def add_flags(parser: VerbParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Run the stages, and print what each found."""
+    """Run the stages, print what each found, and end with the page."""
     out = Path(args.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     claim_output(out, force=args.force)
     from saesteer.steering.checks.words import keeping_thoughts
@@ -74,7 +74,7 @@ def run(args: Namespace) -> int:
             )
         demo = Demo(
             out,
-            args.task,
+            [name for names in args.task or () for name in names],
             model=model,
             size=QUICK if args.quick else FULL,
             seed=args.seed or 0,
@@ -140,105 +140,89 @@ def _print_train(demo: "Demo", stage: "Stage", facts: Document) -> None:
     _table(["layer", "FVU", "L0", "dead latents", "folder"], rows, "folder")
 
 
-def _print_rank(demo: "Demo", stage: "Stage", facts: Document) -> None:
-    if used := facts.get("replies_used"):
-        _say(f"   {used[0]} of {used[1]} instructed replies pass the check and count")
-    rows = [
-        [
-            str(latent["id"]),
-            *(number(latent[key], 3) for key in ("score", "mu", "sigma")),
-            " ".join(repr(token) for token in latent["lens"]),
-        ]
-        for latent in facts["latents"][:5]
-    ]
-    _table(["latent", "score", "mu", "sigma", "lens tokens"], rows, "lens tokens")
-
-
-def _print_dose(demo: "Demo", stage: "Stage", facts: Document) -> None:
+def _print_find(demo: "Demo", stage: "Stage", facts: Document) -> None:
     from saesteer.steering.grades.grade import GRADES
+    from saesteer.steering.reports.find_page import arm_words, damage_words
 
-    trials = facts["trials"]
-    final = [row for row in trials if row["n"] == trials[-1]["n"]]
-    final.sort(key=lambda row: (-row["success"]["value"], -row["follows"][0]))
-    rows = [
-        [
-            str(row["k"]),
-            number(row["scale"]),
-            row["scope"],
-            f"{row['relative_dose']:.2f}",
-            *("–" if row[name] is None else f"{row[name][0]:.2f}" for name in GRADES),
-            str(row["n"]),
-        ]
-        for row in final
-    ]
-    headers = ["k", "scale", "scope", "||delta||/||h||", *GRADES, "contents"]
-    _table(headers, rows, "scope")
-    assert stage.setting is not None
-    chosen = facts["chosen"]
-    _say(
-        f"   chosen: k {chosen['k']}, scale {chosen['scale']:g}, scope {chosen['scope']}; written "
-        f"to {demo.plan_folder(stage.setting)}"
-    )
-
-
-def _print_evaluation(demo: "Demo", stage: "Stage", facts: Document) -> None:
-    from saesteer.steering.reports.evaluation_report import grade_words
-
-    arms = demo.sampled
-    _say(f"\n{paint('Side by side', 'bold')}  (the first {EXAMPLES} test contents)")
-    for i in range(min(EXAMPLES, len(arms[0].answers))):
-        _say(f"\n   {paint(arms[0].answers[i].content, 'cyan')}")
-        for arm in arms:
-            graded = arm.answers[i]
-            _say(f"   {paint(arm.name, 'bold')} [{grade_words(graded.row())[1]}]")
-            text = " ".join(graded.output.split()) or "(nothing)"
+    document = demo.found[-1]
+    arms = facts["arms"]
+    shown = [name for name in _SIDE_BY_SIDE if name in arms]
+    for i in range(min(EXAMPLES, len(arms[shown[0]]["samples"]))):
+        _say(f"   {paint(arms[shown[0]]['samples'][i]['content'], 'cyan')}")
+        for name in shown:
+            sample = arms[name]["samples"][i]
+            passed = ", ".join(grade for grade in GRADES if sample[grade]) or "passes nothing"
+            _say(f"   {paint(arm_words(name), 'bold')} [{passed}]")
+            text = " ".join(sample["answer"].split()) or "(nothing)"
             _say(textwrap.indent(textwrap.fill(text, 92), "      "))
-    _print_rates(demo, "sampled, temperature 0.7", arms)
-    if demo.greedy:
-        _print_rates(demo, "greedy, the same doses", demo.greedy)
-
-
-def _print_rates(demo: "Demo", decoding: str, arms: "Sequence[Arm]") -> None:
-    from saesteer.steering.grades.grade import GRADES
-
+        _say()
+    rows = [
+        [arm_words(name), *(_rate(arm[grade]) for grade in GRADES)] for name, arm in arms.items()
+    ]
+    n = next(iter(arms.values()))["n"]
     # Figures of de-quantised weights are not those of the original model.
     weights = ", de-quantised 4-bit weights" if demo.lm.name == WHEEL_ALIAS else ""
-    about = f"{demo.lm.name}{weights}; {decoding}; 95 % Wilson intervals"
-    _say(f"\n{paint('Rates', 'bold')}  ({about})")
-    rows = [[arm.name, *(str(arm.rate(name) or "–") for name in GRADES)] for arm in arms]
+    _say(f"   on {n} test contents{weights}; 95 % Wilson intervals")
     _table(["arm", *GRADES], rows, "arm")
+    _say(f"   setting: {_says(document)}")
+    latents = facts["latents"]
+    if latents is not None:
+        kept = latents["effect_kept"]
+        share = "no effect to keep" if kept is None else f"{kept:.0%} of the directions' effect"
+        _say(f"   in latents: {latents['latents']} of both phases keep {share}")
+        for layer in latents["layers"]:
+            held = layer["replies"]
+            named = [
+                f"{number} {' '.join(repr(token) for token in lens[:3])}"
+                for number, lens in zip(held["latents"], held["lens"], strict=False)
+            ]
+            _say(f"      layer {layer['layer']}, replies: {'; '.join(named[:3])}")
+    for name in document["damage"]:
+        _say(f"   unrelated questions: {damage_words(document, name)}")
+    for problem in facts["over_budget"]:
+        _say(paint(f"   OVER BUDGET: {problem}", "red"))
 
+
+def _says(document: Document) -> str:
+    """The setting that was chosen, in words."""
+    final = [row for row in document["tried"] if row["setting"] == document["setting"]]
+    return str(final[-1]["says"])
+
+
+def _rate(value: list[float] | None) -> str:
+    return "–" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+
+
+_SIDE_BY_SIDE = ("unsteered", "prompted", "steered", "steered_latents")
 
 _PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
     "model": _print_model,
     "harvest": _print_harvest,
     "train": _print_train,
-    "rank": _print_rank,
-    "choose dose": _print_dose,
-    "evaluate": _print_evaluation,
+    "find": _print_find,
 }
 
 
 def _print_end(demo: "Demo", model: str | None) -> None:
-    """What the figures mean, and what to do next."""
+    """Success and damage of every task, what the grades mean, the page, and what to do next."""
     from saesteer.steering.grades.grade import DEFINITIONS
+    from saesteer.steering.reports.find_page import verdict
 
+    _say(f"\n{paint('Success and damage', 'bold')}")
+    for document in demo.found:
+        text, bad = verdict(document)
+        line = textwrap.fill(f"{document['task']['name']}: {text}", 92, subsequent_indent="   ")
+        _say(paint(line, "red") if bad else line)
     _say()
     for name, meaning in DEFINITIONS.items():
         _say(textwrap.fill(f"{name}: {meaning}", 92, subsequent_indent="   "))
-    arm = demo.sampled[0]
-    for name, why in arm.not_graded.items():
-        _say(f"{name}: {with_flags(why)}")
-    unsteered, prompted, steered = (one.success.value for one in demo.sampled[:3])
-    _say(
-        f"Success ({arm.measure}): steered {steered:.2f}, prompted {prompted:.2f}, unsteered "
-        f"{unsteered:.2f}."
-    )
     seconds = demo.document["seconds"]
     _say(f"\nAll of it took {duration(seconds)}; every artefact is in {demo.out}.")
+    _say(f"page: {demo.out / demo.document['page']}")
+    task = demo.tasks[0]
+    content = shlex.quote(task.contents["test"][0])
     given = f" --model {model}" if model else ""
     _say(
-        f"{paint('next:', 'cyan')} {program()} steer{given} --plan "
-        f"{demo.plan_folder(demo.settings[0])} -p 'The bridge was closed for the winter.' "
-        "--baseline --temperature 0.7"
+        f"{paint('next:', 'cyan')} {program()} steer{given} --plan {demo.plan_folder(task)} "
+        f"-p {content} --baseline"
     )

@@ -99,6 +99,8 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = config.getoption("numprocesses", None) or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(2, CORES // workers))))
     os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    # Threads that spin while they wait take a busy machine's cores from those that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # huggingface_hub reads this once, when it is imported.
     if not config.getoption("--run-slow"):
         os.environ["HF_HUB_OFFLINE"] = "1"

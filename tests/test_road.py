@@ -48,24 +48,24 @@ def test_demo_steers_the_real_model(tmp_path: Path) -> None:
         if layer != "seconds":
             assert final["fvu"] < 0.35, f"{layer}: {final}"
             assert 1 <= final["l0"] <= 32
-    arms = {arm["name"]: arm for arm in stages["evaluate"]["sampled"]}
-    steered = next(arm for name, arm in arms.items() if name.startswith("steered"))
-    assert steered["n"] >= 40
-    # Nobody speaks French by accident; what steering reaches is printed, not asserted, but it must
-    # be clearly more than nothing for the road to be one.
-    assert arms["unsteered"]["follows"][0] <= 0.1
-    assert steered["follows"][1] > arms["unsteered"]["follows"][0]
-    for folder in ("activations", "replies", "sae", "plan-layer-20", "plan-layer-29"):
+    (name,) = (name for name in stages if name.startswith("find "))
+    arms = stages[name]["arms"]
+    # Nobody turns statements into questions by accident; what steering reaches is printed, not
+    # asserted, but it must be clearly more than nothing for the road to be one.
+    assert arms["unsteered"]["follows"][0] <= 0.2
+    assert arms["steered"]["follows"][0] > arms["unsteered"]["follows"][0]
+    for folder in ("activations", "replies", "sae", "plan-question", "plan-question/latents"):
         assert any((out / folder).iterdir()), folder
+    assert (out / "demo.html").stat().st_size > 5000
 
     import torch
     from sae_lens import SAE
 
     from saesteer.checkpoints import load_sae
 
-    trained = next((out / "sae").glob("layer-20*"))
+    trained = next((out / "sae").glob("layer-16*"))
     theirs, ours = SAE.load_from_disk(str(trained)), load_sae(trained)
-    shard = next((out / "activations" / "layer-20").glob("*.safetensors"))
+    shard = next((out / "activations" / "layer-16").glob("*.safetensors"))
     from safetensors.torch import load_file
 
     x = load_file(shard)["activations"][:256].float()
@@ -79,7 +79,7 @@ def test_demo_steers_the_real_model(tmp_path: Path) -> None:
 def test_both_make_commands_work_from_a_clean_copy(tmp_path: Path) -> None:
     copy = clean_copy(tmp_path / "copy")
     shown = run("make", "demo", "ARGS=--quick --out first", cwd=copy, minutes=40)
-    assert "Rates" in shown.stdout
+    assert "Success and damage" in shown.stdout
     assert (copy / "first" / "demo.json").is_file()
     tested = run("make", "test", "ARGS=tests/test_layers.py", cwd=copy, minutes=40)
     assert "passed" in tested.stdout

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UsageError, reason_of
 from saesteer.sae.model.language_model import LanguageModel, text_config, uncompiled
-from saesteer.sae.model.sites import without_hooks
+from saesteer.sae.model.passing import few_tokens, without_hooks
 
 HEAD_SITES = ("q", "k", "v", "scores", "pattern", "z")
 """In the order in which a block computes them. Shapes: q `[batch, head, query, d_head]`; k and v
@@ -197,9 +197,7 @@ def _attention(
 
 
 def _sample(lm: LanguageModel) -> Tensor:
-    vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])
-    ids = (torch.arange(_TOKENS) * 7 + 5) % vocabulary
-    return ids[None].to(lm.device)
+    return few_tokens(lm, 1, _TOKENS)
 
 
 def _examine(lm: LanguageModel) -> HeadLayout | str:

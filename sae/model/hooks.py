@@ -6,8 +6,9 @@ tensor and blocks that return a tuple are treated alike.
 """
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from saesteer.checkpoints.places import Place
 from saesteer.checkpoints.sae_file import SAE
 from saesteer.sae.model.attention import heads_width, out_projection
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.passing import check_block, check_module
 from saesteer.sae.model.sites import find_site
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "attn_out", "mlp_out")
@@ -79,6 +81,8 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     layer = layer_index(lm, layer)
     block = lm.blocks[layer]
     path = f"{lm.blocks_path}.{layer}"
+    if site in SITES:
+        check_block(lm, layer, site)
     if site == "resid_post":
         return HookPoint(layer, site, block, path, "output")
     if site == "resid_pre":
@@ -90,6 +94,7 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
     if site == HEADS_OUT:
         inner_path = out_projection(lm, layer)
         inner = block.get_submodule(inner_path)
+        check_module(lm, inner, "input", site)
         return HookPoint(layer, site, inner, f"{path}.{inner_path}", "input")
     wanted, module, side = _module_at(lm, site.replace("{layer}", str(layer)))
     if module is None:
@@ -103,6 +108,7 @@ def resolve_site(lm: LanguageModel, layer: int, site: str = "resid_post") -> Hoo
             f"`site` {site} lies in block {inside[1]}, but `layer` is {layer}: give that layer, or "
             "write {layer} for the number"
         )
+    check_module(lm, module, side, site)
     return HookPoint(layer, site, module, wanted, side)
 
 
@@ -300,10 +306,22 @@ def _output_hook(edit: Callable[[Residual], Residual | None]) -> Callable[..., A
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, Tensor):
             return edit(output)
-        new = edit(output[0])
-        return None if new is None else (new, *output[1:])
+        first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+        new = edit(first)
+        return None if new is None else _with_first(output, new)
 
     return hook
+
+
+def _with_first(output: Any, new: Tensor) -> Any:
+    """What a module gave, with another first tensor; what its parts are called stays."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: new})
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: new})
+    if isinstance(output, Mapping):
+        return {**output, next(iter(output)): new}
+    return (new, *output[1:])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
-from saesteer.sae.model.sites import without_hooks
+from saesteer.sae.model.passing import without_hooks
 
 _FIRST, _SECOND = 10, 14
 _proved: "weakref.WeakKeyDictionary[LanguageModel, str]" = weakref.WeakKeyDictionary()
@@ -67,15 +67,18 @@ def _what_leaks(lm: LanguageModel) -> str:
 
 
 def _last_rows(lm: LanguageModel, ids: Tensor, positions: Tensor) -> Tensor:
-    """What the last block gives at the last `_SECOND` tokens."""
+    """What the last block that runs gives at the last `_SECOND` tokens."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, output: object) -> None:
         values = output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
-        found.append(values[..., -_SECOND:, :].detach().clone())
+        found[:] = [values[..., -_SECOND:, :].detach().clone()]
+
+    def stop(module: nn.Module, args: object) -> None:
         raise _Stop
 
-    handle = _last_block(lm).register_forward_hook(keep)
+    handles = [block.register_forward_hook(keep) for block in _with_weights(lm)]
+    handles += [block.register_forward_pre_hook(stop) for block in lm.blocks[len(handles) :]]
     try:
         lm.text_model(
             input_ids=ids.to(lm.device), position_ids=positions.to(lm.device), use_cache=False
@@ -83,22 +86,22 @@ def _last_rows(lm: LanguageModel, ids: Tensor, positions: Tensor) -> Tensor:
     except _Stop:
         pass
     finally:
-        handle.remove()
-    return found[0]
+        for handle in handles:
+            handle.remove()
+    return found[-1]
 
 
 class _Stop(Exception):
-    """Nothing beyond the last block is needed."""
+    """The weights of the next block were freed."""
 
 
-def _last_block(lm: LanguageModel) -> nn.Module:
-    """The last one whose weights were not freed."""
+def _with_weights(lm: LanguageModel) -> list[nn.Module]:
+    """The blocks that a pass can run, of which some may not run without an image (Mllama)."""
     if getattr(lm.model, "hf_device_map", None):
-        return lm.blocks[-1]
-    there = [
+        return list(lm.blocks)
+    return [
         block for block in lm.blocks if not any(weight.is_meta for weight in block.parameters())
     ]
-    return there[-1]
 
 
 def _off(one: Tensor, other: Tensor) -> float:

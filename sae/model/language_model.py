@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class LanguageModel(Shown):
     def positions(self) -> int | None:
         """Most tokens a sequence may have, or None when the configuration does not say."""
         limit = getattr(text_config(self.model), "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return int(limit) if limit and limit > 0 else None  # XLNet says -1 for no limit
 
     @property
     def pad_id(self) -> int:
@@ -105,10 +106,16 @@ class LanguageModel(Shown):
 
     @cached_property
     def text_model(self) -> nn.Module:
-        """The module that owns the blocks: running it computes no logits."""
-        parent = self.blocks_path.rpartition(".")[0]
-        module: nn.Module = self.model.get_submodule(parent) if parent else self.model
-        return module
+        """The innermost module around the blocks that takes token ids: running it computes no
+        logits, unless only the whole model takes them."""
+        path = self.blocks_path
+        while path := path.rpartition(".")[0]:
+            # What owns the blocks of BERT, GIT or Reformer takes embeddings only.
+            module: nn.Module = self.model.get_submodule(path)
+            if "input_ids" in inspect.signature(module.forward).parameters:
+                return module
+        whole: nn.Module = self.model
+        return whole
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -249,9 +256,16 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
     """The decoder blocks of the text tower: the outermost ModuleList of the right length.
 
     Names differ between model families (`layers`, `h`, `decoder.layers`); the number of hidden
-    layers does not. `path` overrides the search. Raises UserError when nothing or more than one
-    list fits.
+    layers does not; LongCat Flash counts two for each of its `num_layers` blocks. `path` overrides
+    the search. Raises UserError when nothing or more than one list fits.
     """
+    config = text_config(model)
+    for number in ("hidden_size", "num_hidden_layers"):
+        if not hasattr(config, number):
+            raise UserError(
+                f"{type(config).__name__} says no {number}: the model is not one stack of decoder "
+                "blocks of one width, so that it cannot be read; give another model"
+            )
     if path is not None:
         try:
             blocks = model.get_submodule(path)
@@ -260,19 +274,13 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
         if not isinstance(blocks, nn.ModuleList):
             raise UserError(f"`blocks` {path} is a {type(blocks).__name__}, not a list of blocks")
         return path, blocks
-    expected = text_config(model).num_hidden_layers
-    lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside_another = any(name.startswith(outer + ".") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == expected and not inside_another:
-            lists.append((name, module))
-    if len(lists) > 1:
-        text_only = [
-            pair
-            for pair in lists
-            if not any(word in pair[0].lower() for word in _TOWERS_THAT_ARE_NOT_TEXT)
-        ]
-        lists = text_only or lists
+    expected = config.num_hidden_layers
+    lists = _lists_of(model, expected)
+    if not lists and getattr(config, "num_layers", None):
+        lists = _lists_of(model, config.num_layers)
+    for unlike in (_is_no_text, _is_no_block):
+        if len(lists) > 1:
+            lists = [pair for pair in lists if not unlike(*pair)] or lists
     if len(lists) != 1:
         names = ", ".join(name for name, _ in lists) or "none"
         raise UserError(
@@ -280,6 +288,25 @@ def find_blocks(model: Any, path: str | None = None) -> tuple[str, nn.ModuleList
             "name their list with `blocks` MODULE.PATH"
         )
     return lists[0]
+
+
+def _lists_of(model: Any, length: int) -> list[tuple[str, nn.ModuleList]]:
+    """The outermost lists of so many modules, with their paths."""
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(outer + ".") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == length and not inside_another:
+            lists.append((name, module))
+    return lists
+
+
+def _is_no_text(path: str, blocks: nn.ModuleList) -> bool:
+    return any(word in path.lower() for word in _TOWERS_THAT_ARE_NOT_TEXT)
+
+
+def _is_no_block(path: str, blocks: nn.ModuleList) -> bool:
+    """Single matrices, such as Gemma 3n's projections between streams."""
+    return not any(True for block in blocks for _ in block.children())
 
 
 def wrap_model(

@@ -11,7 +11,7 @@ or, where attention and MLP run in parallel, resid_pre + attn_out + mlp_out = re
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from saesteer.checkpoints.errors import NonFiniteError, UsageError
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.model.passing import few_tokens, without_hooks
 
 Stream = Float[Tensor, "batch seq d_model"]
 
@@ -56,6 +57,18 @@ class _Seen:
     values: Stream
     flat: bool
     """Whether it passed as `[batch * seq, d_model]`: proof of a sum, and no site."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Proved:
+    """A module whose values make a sum hold."""
+
+    site: str
+    seen: _Seen
+    side: str
+    identity: str
+    off: float
+    allowed: float
 
 
 def find_site(lm: LanguageModel, layer: int, site: str) -> FoundSite:
@@ -119,7 +132,9 @@ def _find_sites(lm: LanguageModel, layer: int) -> _Sites:
         return parallel, {"resid_mid": "attention and MLP run in parallel"}
     sites: dict[str, FoundSite] = {}
     reasons = _reasons(firsts, seconds, middles, before, after)
-    if reached is not None:
+    if reached is not None and (aside := _aside(best, reached, outputs, before, after)):
+        reasons = dict.fromkeys(("attn_out", "mlp_out", "resid_mid"), aside)
+    elif reached is not None:
         middle_of = replace(best[0], seen=reached, side="input")
         for found in (*best, middle_of):
             name = "resid_mid" if found.side == "input" else found.site
@@ -134,6 +149,34 @@ def _find_sites(lm: LanguageModel, layer: int) -> _Sites:
     return sites, reasons
 
 
+def _aside(
+    best: Sequence[_Proved],
+    reached: _Seen,
+    outputs: Sequence[_Seen],
+    before: Stream,
+    after: Stream,
+) -> str | None:
+    """Why a sum with attention's output is not the middle of the block, where that is known.
+
+    In Zamba's blocks it only goes into the Mamba layer; LongCat Flash has two attentions.
+    """
+    if len(best) > 1 or best[0].site != "attn_out":
+        return None
+    attention = best[0].seen.path
+    later = [seen for seen in outputs if seen.order > reached.order]
+    later.sort(key=lambda seen: seen.path.count("."))
+    for seen in later:
+        if _off(before + seen.values, after) <= _allowed(after):
+            return (
+                f"the sum with {attention} goes into other modules, and only {seen.path} is added"
+            )
+    for seen in later:
+        words = seen.path.lower()
+        if "att" in words and "norm" not in words and not f"{attention}.".startswith(words + "."):
+            return f"there is another attention after {attention}: {seen.path}"
+    return None
+
+
 def _preferred(seen: Sequence[_Seen], names: Sequence[str]) -> list[_Seen]:
     """Modules with a usual name first, then the outer before the inner, the later before the
     earlier: a module's values are those of its last part."""
@@ -143,18 +186,6 @@ def _preferred(seen: Sequence[_Seen], names: Sequence[str]) -> list[_Seen]:
         return named, one.path.count("."), -one.order
 
     return sorted(seen, key=rank)
-
-
-@dataclass(frozen=True, eq=False)
-class _Proved:
-    """A module whose values make a sum hold."""
-
-    site: str
-    seen: _Seen
-    side: str
-    identity: str
-    off: float
-    allowed: float
 
 
 def _first_sum(
@@ -211,7 +242,12 @@ def _reasons(
             for start, end in spans:
                 factor, off = _factor(seen, start, end)
                 if off <= _allowed(end):
-                    reasons[site] = f"{seen.path} is multiplied by {factor:.3g} before it is added"
+                    alone = abs(factor - 1) < 1e-3
+                    reasons[site] = (
+                        f"the block adds {seen.path} after it"
+                        if alone
+                        else f"{seen.path} is multiplied by {factor:.3g} before it is added"
+                    )
     return reasons
 
 
@@ -266,9 +302,7 @@ def _trace(
     """The block's input and output, and what went in and out of each module in it, copied at once:
     some blocks add to these tensors in place."""
     block = lm.blocks[layer]
-    vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])
-    ids = (torch.arange(_ROWS * _TOKENS) * 7 + 5) % vocabulary
-    ids = ids.reshape(_ROWS, _TOKENS).to(lm.device)
+    ids = few_tokens(lm, _ROWS, _TOKENS)
     shape = (_ROWS, _TOKENS, lm.d_model)
     inputs: list[_Seen] = []
     outputs: list[_Seen] = []
@@ -312,22 +346,3 @@ def _once(seen: Sequence[_Seen]) -> list[_Seen]:
     """What passed modules inside the block that ran once; others have no single value."""
     paths = [one.path for one in seen]
     return [one for one in seen if one.path and paths.count(one.path) == 1]
-
-
-@contextlib.contextmanager
-def without_hooks(lm: LanguageModel) -> Iterator[None]:
-    """No hook of anybody's fires meanwhile: an edit that is under way is not part of the model."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    kept = [
-        (table, dict(table))
-        for module in lm.text_model.modules()
-        for table in (getattr(module, kind) for kind in kinds)
-        if table
-    ]
-    for table, _ in kept:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, entries in kept:
-            table.update(entries)

@@ -48,7 +48,7 @@ def check_same_run(
         raise UserError(
             f"`resume`: {folder} was made from other text or replies than those there now, in what "
             "was read before it stopped: restore them (rows that come later may be mended in their "
-            "places), or give another `out`"
+            "places; one row added or deleted changes the order of all), or give another `out`"
         )
 
 

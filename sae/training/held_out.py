@@ -123,6 +123,27 @@ def few_rows(
     )
 
 
+def too_few_rows(trainer: SAETrainer, rows: int) -> str | None:
+    """What to warn of before an SAE is trained on `rows`; None where they may do, or where its L0
+    is not known in advance.
+
+    With less than one row for each weight of a latent there is no need to wait for the held-out
+    rows; above it they tell, see `few_rows`.
+    """
+    settings = trainer.architecture.settings
+    l0 = settings.get("k") or settings.get("l0_target")
+    weights = trainer.d_in + trainer.d_out
+    if not l0 or rows * l0 / trainer.variant.d_sae >= weights:
+        return None
+    d_sae = trainer.variant.d_sae
+    return (
+        f"{rows:,} rows are few for {d_sae:,} latents: with an L0 of {l0:g} each will be active in "
+        f"about {rows * l0 / d_sae:,.0f} of them and has {weights:,} weights; ten rows a weight "
+        f"would take {_ROWS_PER_WEIGHT * weights * d_sae / l0:,.0f}: more text and `tokens`, or "
+        "fewer latents (`d_sae`)"
+    )
+
+
 # Share of its target by which an L0 has to miss it for a warning.
 _MISSED = 0.2
 

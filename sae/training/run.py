@@ -20,7 +20,14 @@ from saesteer.sae.config import Progress, TrainConfig
 from saesteer.sae.runs.disk_use import train_footprint
 from saesteer.sae.runs.memory_use import gigabytes, refuse_what_cannot_fit, training_memory
 from saesteer.sae.runs.stopping import stop_requests
-from saesteer.sae.training.held_out import few_rows, figures, missed, read_held_out, wanted_rows
+from saesteer.sae.training.held_out import (
+    few_rows,
+    figures,
+    missed,
+    read_held_out,
+    too_few_rows,
+    wanted_rows,
+)
 from saesteer.sae.training.init_from import start_from
 from saesteer.sae.training.input_scale import InputScale, PlacedRows, check_sample
 from saesteer.sae.training.run_files import RunFiles
@@ -184,6 +191,11 @@ class TrainingRun:
         """Train to the end and write the SAEs; returns their `run.json`."""
         if not self.trainers:
             self.begin()
+        if self.step == 0:
+            rows = min(self.config.tokens, self.facts.get("rows", self.config.tokens))
+            for told in dict.fromkeys(too_few_rows(trainer, rows) for trainer in self.trainers):
+                if told is not None:
+                    self.warn(told)
         steps = self.config.steps
         log_every = max(1, steps // _LOGS_PER_RUN)
         with (

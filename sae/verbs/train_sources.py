@@ -121,7 +121,12 @@ def shard_source(
         wanted = written_places(reads, _from_start(last, config.to_layer), config.to_site)
         if len(readers) > 1 and config.to_site is None and len(last.sites) == 1:
             wanted = [(layer, last.sites[0]) for layer, _ in wanted]
-        writes = [named[-1][last.places.index(last.place(*at))] for at in wanted]
+        # A layer or site that is not given is that of what is read.
+        asked = (
+            "layer" if config.to_layer is None else "to_layer",
+            "site" if config.to_site is None else "to_site",
+        )
+        writes = [named[-1][last.places.index(last.place(*at, asked))] for at in wanted]
     if len(set(reads)) != len(reads):
         raise UsageError(f"`layer` names a block twice: {','.join(map(str, config.layers))}")
     places = list(dict.fromkeys((*reads, *writes)))

@@ -326,6 +326,7 @@ def _fluency(
             nats,
             max_new_tokens=task.max_new_tokens,
             floor=floor,
+            thoughts=[answer.thoughts for answer in arm.answers],
         )
     progress("fluency", len(arms), len(arms), "arms")
     return found

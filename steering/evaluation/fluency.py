@@ -55,6 +55,7 @@ def fluency(
     *,
     max_new_tokens: int,
     floor: float | None = None,
+    thoughts: Sequence[int] = (),
 ) -> Fluency:
     """Summarise the answers of an arm.
 
@@ -62,6 +63,8 @@ def fluency(
         rows: token ids of each answer.
         nats: their `log_probs.cross_entropies`.
         floor: nats per token below which an answer is too predictable.
+        thoughts: tokens of thoughts before each answer, which `rows` leaves out and which count
+            towards `max_new_tokens`.
     """
     known = [value for value in nats if value is not None]
     n = max(len(rows), 1)
@@ -76,7 +79,11 @@ def fluency(
         distinct_3=_mean([distinct(row, 3) for row in rows]),
         repetition=sum(repetition(row) for row in rows) / n,
         zlib_ratio=_mean([zlib_ratio(text) for text in texts]),
-        truncated=sum(len(row) >= max_new_tokens for row in rows) / n,
+        truncated=sum(
+            len(row) + before >= max_new_tokens
+            for row, before in zip(rows, thoughts or [0] * len(rows), strict=True)
+        )
+        / n,
         empty=sum(not text.strip() for text in texts) / n,
         tokens=sum(len(row) for row in rows) / n,
     )

@@ -31,6 +31,8 @@ class Answer:
     """Median of ||delta|| / ||h|| over them."""
     seed: int = 0
     token_ids: tuple[int, ...] = ()
+    thoughts: int = 0
+    """Tokens of thoughts before it, which were left out."""
     judged: Letter | None = None
     """The grade by a language model, where one was asked."""
 
@@ -252,6 +254,7 @@ def grade_arm(
             text.relative_dose,
             seed,
             tuple(text.token_ids),
+            text.thoughts,
         )
         for (seed, content), text, grade, output, reference in zip(
             asked, texts, grades, outputs, wanted, strict=True

@@ -14,23 +14,37 @@ def answers_only(lm: LanguageModel, replies: Sequence[SteeredText]) -> list[Stee
     Where the chat template itself opens the thoughts, a reply that never closes them is all
     thought. Replies without thoughts stay as they are, and so do all inside `keeping_thoughts`.
     """
-    opened = lm.has_chat_template and opens_thoughts(
+    opened = _template_opens(lm)
+    found = []
+    for reply in replies:
+        answer = _answer(reply.completion, opened)
+        if answer != reply.completion:
+            ids = _last_tokens(lm, reply.token_ids, answer)
+            thoughts = reply.thoughts + len(reply.token_ids) - len(ids)
+            reply = replace(reply, completion=answer, token_ids=ids, thoughts=thoughts)
+        found.append(reply)
+    return found
+
+
+def thought_tokens(lm: LanguageModel, text: str, ids: Sequence[int]) -> int:
+    """How many of a reply's first tokens are thoughts, by the rules of `answers_only`."""
+    answer = _answer(text, _template_opens(lm))
+    return 0 if answer == text else len(ids) - len(_last_tokens(lm, ids, answer))
+
+
+def _template_opens(lm: LanguageModel) -> bool:
+    """Whether the chat template itself writes the mark that begins thoughts."""
+    return lm.has_chat_template and opens_thoughts(
         str(
             lm.tokenizer.apply_chat_template(
                 [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
             )
         )
     )
-    found = []
-    for reply in replies:
-        answer = without_thinking(reply.completion)
-        if opened and not ends_thoughts(reply.completion):
-            answer = ""
-        if answer != reply.completion:
-            ids = _last_tokens(lm, reply.token_ids, answer)
-            reply = replace(reply, completion=answer, token_ids=ids)
-        found.append(reply)
-    return found
+
+
+def _answer(reply: str, opened: bool) -> str:
+    return "" if opened and not ends_thoughts(reply) else without_thinking(reply)
 
 
 def _last_tokens(lm: LanguageModel, ids: Sequence[int], answer: str) -> list[int]:

@@ -258,6 +258,18 @@ def read_blocks(path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
             raise UserError(f"`source` {path} holds {len(inside)} files of vectors: give the file")
         given = inside[0]
     file = safe_reading.inner_file(given.parent, given.name)
+    try:
+        return _read_file(file, path)
+    except UserError as error:
+        if "`source`" in str(error):
+            raise
+        # What was given, and so what to give instead.
+        begins = str(error).startswith(str(file))
+        raise type(error)(f"`source` {error}" if begins else f"`source` {path}: {error}") from error
+
+
+def _read_file(file: Path, path: str | Path) -> tuple[list[SteeredBlock], list[str]]:
+    """`read_blocks` of a file; `path` is what was given."""
     if file.suffix == ".gguf":
         vectors, metadata = read_control_vectors(file)
         return _added(vectors), [

@@ -63,6 +63,11 @@ class FindConfig:
             if not getattr(self, name) > 0:
                 raise UsageError(f"`{name}` must be above 0, got {getattr(self, name)}")
 
+    def with_seed(self, seed: int) -> "FindConfig":
+        """The same with one seed for reading, searching and answering."""
+        read, search = replace(self.read, seed=seed), replace(self.search, seed=seed)
+        return replace(self, read=read, search=search, seed=seed)
+
     @property
     def decoding(self) -> Decoding:
         """How answers are generated."""
@@ -359,7 +364,7 @@ class _Finding:
             ),
             directions_value=whole.value,
             unsteered_value=floor,
-            layers=tuple(one.row(shares[pick]) for one in wrapped),
+            layers=tuple(one.row(shares[pick], self.lm) for one in wrapped),
         )
 
     def _latent_plan(

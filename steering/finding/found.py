@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saesteer.checkpoints.files import plain, write_json
+from saesteer.checkpoints.files import plain, write_json, write_text
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.evaluation.damage import Damage
@@ -16,6 +16,7 @@ from saesteer.steering.finding.setting import Setting
 from saesteer.steering.grades.grade import DEFINITIONS
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import save_plan
+from saesteer.steering.reports.find_page import render_find
 from saesteer.steering.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -142,8 +143,10 @@ def _with_facts(plan: Plan, found: Found, arm: str) -> Plan:
 
 
 def save_found(folder: str | Path, found: Found) -> dict[str, Any]:
-    """Write the plan, `find.json` and, in a folder inside, the plan in latents; returns the
-    document."""
+    """Write the plan, `find.json`, `find.html` and, in a folder inside, the plan in latents.
+
+    Returns the document.
+    """
     folder = Path(folder)
     document = found.document()
     save_plan(found.final_plan(), folder)
@@ -151,6 +154,7 @@ def save_found(folder: str | Path, found: Found) -> dict[str, Any]:
         latents = _with_facts(found.latents.plan, found, "steered_latents")
         save_plan(latents, folder / LATENT_FOLDER)
     write_json(folder / "find.json", document)
+    write_text(folder / "find.html", render_find([document], f"Found: {found.task.name}"))
     return document
 
 

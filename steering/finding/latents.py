@@ -21,6 +21,9 @@ from saesteer.steering.plans.part import PlanPart, SAEIdentity
 from saesteer.steering.plans.plan import PlannedLatent
 from saesteer.steering.ranking.lens import lens_tokens
 
+LENSES = 8
+"""Latents of each phase whose lens tokens are told."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pursuit:
@@ -135,11 +138,19 @@ class LatentPhases:
         held = self.pursuits[phase].explained
         return next((n for n, value in enumerate(held, 1) if value >= share), len(held))
 
-    def row(self, share: float) -> dict[str, object]:
-        """The latents of each phase at a share of the squared length, JSON-ready."""
+    def row(self, share: float, lm: LanguageModel) -> dict[str, object]:
+        """The latents of each phase at a share of the squared length, JSON-ready.
+
+        `lens` has the tokens that the decoder rows of the first few promote most.
+        """
         found: dict[str, object] = {"layer": self.layer, "sae": self.sae.source}
         for phase, pursuit in self.pursuits.items():
             n = self.count(phase, share)
             held = pursuit.explained[n - 1]
-            found[phase] = {"latents": list(pursuit.ids[:n]), "squared_length_explained": held}
+            rows = self.sae.W_dec[list(pursuit.ids[: min(n, LENSES)])].detach().cpu().float()
+            found[phase] = {
+                "latents": list(pursuit.ids[:n]),
+                "squared_length_explained": held,
+                "lens": [lens_tokens(lm, row) for row in rows],
+            }
         return found

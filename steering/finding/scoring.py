@@ -116,7 +116,12 @@ class Score:
             "value": self.value,
             "instructed_log_prob": None if nats is None else -nats,
             "samples": [
-                {"content": mark.content, "answer": mark.output} for mark in self.marks[:samples]
+                {
+                    "content": mark.content,
+                    "answer": mark.output,
+                    **{name: mark.grades.grade(name) for name in GRADES},
+                }
+                for mark in self.marks[:samples]
             ],
         }
 

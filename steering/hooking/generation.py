@@ -37,6 +37,8 @@ class SteeredText:
     are run while other rows of the batch go on, count too."""
     tokens_changed: int = 0
     """Edited positions where the edit was not 0: ablating an inactive latent changes nothing."""
+    thoughts: int = 0
+    """Tokens of thoughts that were left out before the completion; they count towards the limit."""
 
 
 def counter(progress: Progress, stage: str, total: int, unit: str) -> Callable[[int], None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.steering.checks.catalogue import Verdict
+from saesteer.steering.evaluation.thoughts import thought_tokens
 from saesteer.steering.hooking.generation import counter
 from saesteer.steering.ranking.detection_scores import NO_VARIANT, Texts, TextsBuilder, to_tensor
 from saesteer.steering.ranking.output_scores import Contrast
@@ -134,9 +135,14 @@ def read_replies(reader: LatentReader, task: Task, contents: list[str]) -> Sampl
         count = counter(reader.progress, stage, len(rows), "replies")
         for i, z, keep in reader.residuals(rows, count):
             prompt, reply = pairs[i]
-            start, with_instruction = len(prompt) - 1, moments is positive
+            # Grades leave thoughts out, so what latents do there is no evidence.
+            thought = thought_tokens(reader.lm, reply.text, reply.token_ids)
+            start, with_instruction = len(prompt) - 1 + thought, moments is positive
+            read = keep[start:]
+            if thought and thought == len(reply.token_ids):
+                read = torch.zeros_like(read)  # no answer: only the last thought would be read
             counts = used[i] if with_instruction else True
-            kept = z[start:][keep[start:]]
+            kept = z[start:][read]
             if counts:
                 reader.sinks += int((~keep[start:]).sum())
                 for part in reader.latents(kept):

@@ -104,6 +104,12 @@ def test_the_card_says_what_it_is_made_of(sae: Path, tmp_path: Path) -> None:
         assert fact in text, fact
     with pytest.raises(UserError, match="measured other weights"):
         push(make_sae(tmp_path / "b", seed=1), str(tmp_path / "c"), metrics=metrics)
+    for content, words in ((None, "cannot be read"), ("{", "cannot be"), ("[1]", "names no SAE")):
+        file = tmp_path / "figures.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=rf"^`metrics` {file} {words}"):
+            push(sae, str(tmp_path / "c"), metrics=file)
 
 
 def test_a_second_sae_joins_the_first(sae: Path, tmp_path: Path) -> None:

@@ -6,21 +6,27 @@ from pathlib import Path
 import pytest
 
 from saesteer.steering.demonstration import pipeline
+from saesteer.steering.finding.find import FindConfig
+from saesteer.steering.finding.phases import ReadConfig
+from saesteer.steering.finding.search import SearchConfig
 
 from .conftest import OnTerminal, plain_text
 
 SMALL = pipeline.DemoSize(
-    reply_tasks=(),
     reply_contents=2,
-    plain=1,
+    depths=(0.4, 0.7),
     harvest_tokens=1024,
     train_tokens=4096,
-    rank_contents=3,
-    latents=(1,),
-    scales=(1.0,),
-    scopes=("generation",),
-    rounds=((1, 1),),
     latents_per_d_model=2,
+    find=FindConfig(
+        budget_minutes=0.001,
+        read=ReadConfig(contents=4, max_new_tokens=4, batch_size=12),
+        search=SearchConfig(first=1, more=0, rows=12, finalists=1),
+        dev=1,
+        test=1,
+        latents=4,
+        when=True,
+    ),
 )
 
 
@@ -38,14 +44,16 @@ def test_each_stage_is_announced_and_told(
     assert status == 0, seen
     told = plain_text(seen)
     assert "\x1b[1m1. model\x1b[0m" in seen  # headings are bold, and no code is printed
-    stages = json.loads((out / "demo.json").read_text())["stages"]
+    document = json.loads((out / "demo.json").read_text())
+    stages = document["stages"]
     for place, name in enumerate(stages, 1):
         assert f"\n{place}. {name}  " in told
-    assert told.count("   took ") == len(stages) == 8
-    for header in ("lens tokens", "dead latents", "||delta||/||h||", "Side by side", "Rates"):
-        assert header in told
-    assert f"chosen: k 1, scale 1, scope generation; written to {out / 'plan-layer-2'}" in told
-    assert "greedy, the same doses" in told
-    assert f"--plan {out / 'plan-layer-2'} -p" in told.splitlines()[-1]
+    assert told.count("   took ") == len(stages) == 4
+    for words_of in ("dead latents", "unsteered", "prompted", "steered, in latents", "setting:"):
+        assert words_of in told
+    assert "Success and damage" in told and "unrelated questions: " in told
+    assert f"page: {out / 'demo.html'}" in told and (out / "demo.html").is_file()
+    (plan,) = out.glob("plan-*")
+    assert f"--plan {plan} -p" in told.splitlines()[-1]
     status, seen = on_terminal(*words)
     assert status == 2 and "--out" in seen

@@ -12,6 +12,8 @@ from saesteer.sae.model.isolation import prove_isolation
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.sae.text.contexts import ContextBatch
 
+from .family_sites import build
+
 Shared = Callable[..., LanguageModel]
 
 LEAKING: dict[str, dict[str, Any]] = {
@@ -52,6 +54,11 @@ def test_a_leak_is_refused_wherever_text_is_read(name: str) -> None:
     # Without a boundary there is nothing to leak.
     whole = ContextBatch(ids, ids >= 0, ids * 0, torch.arange(1))
     assert "position_ids" not in model_inputs(lm, whole, True)
+
+
+def test_the_last_block_that_runs_is_compared() -> None:
+    # Mllama's third block waits for an image.
+    prove_isolation(wrap_model(build("mllama"), None, "mllama"))
 
 
 def test_a_model_whose_upper_blocks_were_freed_is_tried_as_far_as_it_goes(fresh_lm: Shared) -> None:

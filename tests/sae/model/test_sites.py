@@ -1,5 +1,6 @@
 """Sites inside blocks are what the block adds up, whatever modules are called; or refused."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,20 +14,13 @@ from saesteer.sae.model.hooks import capture, hooked, resolve_site, run_to, sae_
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 from saesteer.sae.model.sites import find_site
 
+from .family_sites import INNER, PAGE, build, causal_families, page_line, try_family
+from .tiny_families import COMMON, EXPERTS, NOT_BUILT
+
 Shared = Callable[..., LanguageModel]
 IDS = torch.arange(40).reshape(2, 20) * 11 % 250 + 5
-INNER = ("attn_out", "mlp_out", "resid_mid")
 
-TINY: dict[str, Any] = {
-    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
-PLAIN = {k: v for k, v in TINY.items() if k not in ("num_key_value_heads", "intermediate_size")}
-EXPERTS = {
-    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
-    "moe_intermediate_size": 32, "num_dense_layers": 1,
-}  # fmt: skip
+PLAIN = {k: v for k, v in COMMON.items() if k not in ("num_key_value_heads", "intermediate_size")}
 # What each adds, and the sites that its blocks have.
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "residual inside the module, with dropout": ("BloomConfig", PLAIN, INNER),
@@ -35,11 +29,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"vocab_size": 264, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128},
         INNER,
     ),
-    "norms before and after": ("Glm4Config", {**TINY, "head_dim": 8}, INNER),
-    "norms after, of two more names": ("AfmoeConfig", {**TINY, **EXPERTS}, INNER),
+    "norms before and after": ("Glm4Config", {**COMMON, "head_dim": 8}, INNER),
+    "norms after, of two more names": ("AfmoeConfig", {**COMMON, **EXPERTS}, INNER),
     "a sum in place": ("FalconConfig", {**PLAIN, "multi_query": True}, ("attn_out", "mlp_out")),
-    "parallel without a flag": ("CohereConfig", TINY, ("attn_out", "mlp_out")),
-    "scaled sums": ("GraniteConfig", {**TINY, "residual_multiplier": 0.22}, ("resid_mid",)),
+    "parallel without a flag": ("CohereConfig", COMMON, ("attn_out", "mlp_out")),
+    "scaled sums": ("GraniteConfig", {**COMMON, "residual_multiplier": 0.22}, ("resid_mid",)),
     "an MLP without batches": (
         "OPTConfig", {**PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}, ("attn_out",),
     ),
@@ -170,47 +164,50 @@ def test_sites_in_other_tools_words_open(
                 sae_hook_point(sae_at(named), lm, site=site)
 
 
-def _causal_families() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def try_family(kind: str) -> dict[str, str] | str:
-    """What became of each inner site of a tiny random model of one kind; or why there is none."""
-    import transformers
-
-    settings = {**TINY, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1}
-    try:
-        name = type(transformers.AutoConfig.for_model(kind)).__name__
-        with torch.device("meta"):
-            config = getattr(transformers, name)(**settings)
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        if sum(parameter.numel() for parameter in model.parameters()) > 2_000_000:
-            return "these settings do not make it small"
-        lm = tiny(name, settings)
-        with torch.inference_mode():
-            run_to(lm, [resolve_site(lm, 1)], input_ids=IDS)
-    except Exception as error:
-        return type(error).__name__ + ": " + " ".join(str(error).split())[:80]
-    done = {}
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("zamba2", "the sum with linear goes into other modules, and only mamba_decoder.mamba is"),
+        ("longcat_flash", "there is another attention after self_attn.0: self_attn.1"),
+    ],
+)
+def test_a_middle_beside_the_stream_is_refused(kind: str, reason: str) -> None:
+    lm = wrap_model(build(kind), None, kind)
     for site in INNER:
-        try:
-            done[site] = find_site(lm, 1, site).path
-        except UserError as error:
-            done[site] = "refused: " + str(error)
-    return done
+        with pytest.raises(UsageError, match=reason):
+            resolve_site(lm, 1, site)
+
+
+def test_what_is_added_beside_the_mlp_is_named() -> None:
+    lm = wrap_model(build("gemma4_text"), None, "gemma4_text")
+    with pytest.raises(UsageError, match="the block adds post_per_layer_input_norm after it"):
+        resolve_site(lm, 1, "mlp_out")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", _causal_families())
+@pytest.mark.parametrize("kind", causal_families())
 def test_every_causal_family_of_transformers(kind: str) -> None:
-    done = try_family(kind)
-    if isinstance(done, str):
-        pytest.skip(f"no tiny {kind} was made: {done}")
-    assert set(done) == set(INNER)
-    # Either proved by a sum, or refused with what to do instead.
-    assert all(not said.startswith("refused") or "use resid_post" in said for said in done.values())
+    page = PAGE.read_text()
+    if kind == "gemma3n" and all(map(importlib.util.find_spec, ("timm", "PIL"))):
+        assert try_family(kind).refused  # as its text tower is
+    elif kind in NOT_BUILT:
+        reason, words = NOT_BUILT[kind]
+        with pytest.raises((AttributeError, ImportError), match=words):
+            build(kind)
+        assert f"| {kind} | {reason} |" in page
+    else:
+        # Sums, copies and edits hold wherever a site is given; refusals say what works instead.
+        line = page_line(kind, try_family(kind))
+        assert line in page, "python -m tests.sae.model.family_sites writes the page again"
+
+
+def test_the_page_names_every_family() -> None:
+    import transformers
+
+    page = PAGE.read_text()
+    if f"transformers {transformers.__version__.rpartition('.')[0]}" not in page:
+        pytest.skip(f"the page is of another version than {transformers.__version__}")
+    assert [kind for kind in causal_families() if f"\n| {kind} | " not in page] == []
 
 
 def test_weights_that_are_no_numbers_are_named(fresh_lm: Shared) -> None:

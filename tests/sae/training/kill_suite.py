@@ -8,6 +8,7 @@ each starts within milliseconds and many fit into a minute. The last line on std
 """
 
 import argparse
+import faulthandler
 import json
 import math
 import os
@@ -53,6 +54,8 @@ LIVE = replace(
     text=TextConfig(context=32, batch_size=2, epochs=50, max_norm_ratio=1.3),
 )
 
+HUNG_SECONDS = 240.0
+"""A child that is still at it then prints where it stands, and fails."""
 PARTNER_SECONDS = 5.0
 """How long a process may take to notice that the other one was killed."""
 
@@ -72,6 +75,7 @@ def fork(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         status = 1
+        faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
         try:
             work()
             status = 0

@@ -173,9 +173,26 @@ def test_a_small_text_learnt_by_heart_is_warned_of(shards: Path, tmp_path: Path)
     )  # fmt: skip
     (run,) = train(tmp_path, config, activations=shards, device="cpu", warn=warned.append)
     assert run["sae"]["fvu_heldout"] > 1.5 * run["final"]["fvu"]
-    (line,) = warned
+    before, line = warned
+    assert before.startswith("2,048 rows are few for 512 latents: with an L0 of 4 each will be")
     assert line.startswith(f"FVU is {run['final']['fvu']:.3g} on rows trained on and ")
     assert "2,048 rows are few for 512 latents" in line and "has 32 weights" in line
+
+
+@pytest.mark.parametrize(("d_sae", "few"), [(512, True), (64, False)])
+def test_too_few_rows_are_said_before_training(
+    d_sae: int, few: bool, shards: Path, tmp_path: Path
+) -> None:
+    said: list[tuple[str, bool]] = []
+    config = replace(CONFIG, arch="topk", layers=(1,), d_sae=(d_sae,), k=(2,), tokens=2048)
+    train(
+        tmp_path, config, activations=shards, device="cpu",
+        warn=lambda line: said.append((line, bool(metrics_of(tmp_path)))),
+    )  # fmt: skip
+    # 2048 * 2 / 512 = 8 rows for each latent, of 2 * 16 weights; 64 of 64 latents.
+    wanted = "2,048 rows are few for 512 latents: with an L0 of 2 each will be active in about 8 of"
+    found = [trained for line, trained in said if line.startswith(wanted)]
+    assert found == ([False] if few else [])
 
 
 def test_no_rows_are_said(shared_lm: Shared, tmp_path: Path) -> None:

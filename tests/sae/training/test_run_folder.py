@@ -29,7 +29,10 @@ CONFIG = TrainConfig(
 )
 
 TRAIN = """
+import signal
 import sys
+# As in a terminal: a shell starts background jobs with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from saesteer.checkpoints.errors import Interrupted
 from saesteer.sae.config import TrainConfig
 from saesteer.sae.verbs.train import train
@@ -67,8 +70,6 @@ def start(shards: Path, tmp_path: Path) -> Any:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", TRAIN, str(tmp_path / "sae"), str(shards)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            # As in a terminal: a shell starts background jobs with SIGINT ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         processes.append(process)
         assert process.stdout is not None and process.stdout.readline() == "training\n"

@@ -10,65 +10,75 @@ from saesteer.checkpoints.errors import UsageError
 from saesteer.checkpoints.files import plain
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering import DemoSize, demo, load_plan
-from saesteer.steering.tasks.task import load_task
+from saesteer.steering.finding.find import FindConfig
+from saesteer.steering.finding.phases import ReadConfig
+from saesteer.steering.finding.search import SearchConfig
+from saesteer.steering.tasks.task import Task, load_task
 
 SMALL = DemoSize(
-    reply_tasks=("json",),
     reply_contents=2,
-    plain=1,
+    depths=(0.4, 0.7),
     harvest_tokens=1024,
     train_tokens=4096,
-    rank_contents=3,
-    latents=(1, 2),
-    scales=(1.0,),
-    scopes=("generation",),
-    rounds=((2, 1),),
     latents_per_d_model=2,
+    find=FindConfig(
+        budget_minutes=0.001,
+        read=ReadConfig(contents=4, max_new_tokens=4, batch_size=12),
+        search=SearchConfig(first=2, more=0, rows=12, finalists=1),
+        dev=2,
+        test=2,
+        latents=4,
+        when=True,
+    ),
 )
 
 
-def test_every_stage_leaves_its_artefacts(lm: LanguageModel, tmp_path: Path) -> None:
-    french = load_task("french")
-    # A random model writes no French; a check that every reply passes lets the road go on.
-    task = replace(
-        french,
-        contents={split: texts[:4] for split, texts in french.contents.items()},
+def easy(name: str) -> Task:
+    """A random model follows nothing; a check that every reply passes lets the road go on."""
+    task = load_task(name)
+    return replace(
+        task,
+        contents={split: texts[:5] for split, texts in task.contents.items()},
         check_name="length",
         check_arguments={},
-        max_new_tokens=6,
+        max_new_tokens=4,
     )
+
+
+def test_every_stage_leaves_its_artefacts(lm: LanguageModel, tmp_path: Path) -> None:
+    tasks = [easy("french"), easy("question")]
     out, stages = tmp_path / "demo", []
     found = demo(
         out,
-        task,
+        tasks,
         model=lm,
         size=SMALL,
         progress=lambda stage, done, total, note: stages.append(stage),
     )
     written = json.loads((out / "demo.json").read_text())
     assert found["complete"] and json.loads(json.dumps(plain(found))) == written
-    assert list(found["stages"]) == [
-        "model",
-        "harvest",
-        "train",
-        "rank, layer 2",
-        "rank, layer 3",
-        "choose dose, layer 2",
-        "choose dose, layer 3",
-        "evaluate",
-    ]
-    assert found["stages"]["harvest"]["tokens"] >= SMALL.harvest_tokens
-    assert {"layer 2", "layer 3"} < set(found["stages"]["train"])
-    assert len(found["stages"]["choose dose, layer 2"]["trials"]) == 2
-    for layer in (2, 3):
-        chosen = found["stages"][f"choose dose, layer {layer}"]["chosen"]
-        plan = load_plan(out / f"plan-layer-{layer}")
-        assert (plan.layer, len(plan.latents), plan.scale) == (layer, chosen["k"], chosen["scale"])
-    evaluated = found["stages"]["evaluate"]
-    names = [arm["name"] for arm in evaluated["sampled"]]
-    assert names == ["unsteered", "prompted", "steered, layer 2", "paper's setting, layer 3"]
-    assert [arm["name"] for arm in evaluated["greedy"]] == names
-    assert {arm["n"] for arm in evaluated["sampled"]} == {4}
-    assert "harvest" in stages
+    assert list(found["stages"]) == ["model", "harvest", "train", "find french", "find question"]
+    harvested = found["stages"]["harvest"]
+    assert harvested["tokens"] >= SMALL.harvest_tokens and harvested["layers"] == [1, 2]
+    assert {"layer 1", "layer 2"} < set(found["stages"]["train"])
+    for task in tasks:
+        folder = out / f"plan-{task.name}"
+        told = found["stages"][f"find {task.name}"]
+        kept = json.loads((folder / "find.json").read_text())
+        assert {name: kept[name] for name in told if name != "seconds"} == json.loads(
+            json.dumps({name: value for name, value in told.items() if name != "seconds"})
+        )
+        assert {"unsteered", "prompted", "steered", "steered_latents"} <= set(told["arms"])
+        assert load_plan(folder).parts and load_plan(folder / "latents").parts
+        assert (folder / "find.html").is_file()
+    page = (out / found["page"]).read_text()
+    for words in (
+        'id="french"',
+        'id="question"',
+        "Unrelated questions:",
+        tasks[0].contents["test"][0],
+    ):
+        assert words in page
+    assert "harvest" in stages and any(stage.startswith("search, ") for stage in stages)
     with pytest.raises(UsageError, match="not empty"):
-        demo(out, task, model=lm, size=SMALL)
+        demo(out, tasks, model=lm, size=SMALL)

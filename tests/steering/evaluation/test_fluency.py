@@ -25,5 +25,9 @@ def test_fluency_of_an_arm() -> None:
     assert found.distinct_1 == pytest.approx((1 + 1 / 8) / 2)
     assert found.repetition == pytest.approx(1 / 3)
     assert found.perplexity == pytest.approx(4.71, abs=0.01)  # exp of the median of 3.0 and 0.1
+    # Thoughts count towards the limit, though they are no part of the answer.
+    texts, nats = ["abcdef", "aaaaaaaa", ""], [3.0, 0.1, None]
+    found = fluency(rows, texts, nats, max_new_tokens=8, thoughts=[2, 0, 7])
+    assert found.truncated == pytest.approx(2 / 3) and found.tokens == pytest.approx(14 / 3)
     nothing = fluency([], [], [], max_new_tokens=8)
     assert nothing.perplexity is None and nothing.distinct_2 is None

@@ -180,6 +180,7 @@ def test_files_that_are_no_csv(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError) as error:
         read_blocks(tmp_path / "a.csv")
     assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"`source` {tmp_path / 'a.csv'}")
 
 
 WORDS = ["clamp", "add", "sparsify", "sae_lens", "layers.1", "1", "../..", "nan"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
 from saesteer.steering.finding.latents import LatentPhases, pursue
+from saesteer.steering.ranking.lens import lens_tokens
 
 from ..whole_row import make_sae
 
@@ -83,9 +84,11 @@ def test_shares_take_the_fewest_latents(lm: LanguageModel) -> None:
             assert pursuit.explained[n - 1] >= share or n == 12
             assert n == 1 or pursuit.explained[n - 2] < share
         assert found.count(phase, 1.1) == 12
-    row = found.row(0.3)
+    row = found.row(0.3, lm)
     ids = found.pursuits["replies"].ids[: found.count("replies", 0.3)]
     assert row["replies"]["latents"] == list(ids)  # type: ignore[index]
+    lens = row["replies"]["lens"]  # type: ignore[index]
+    assert lens == [lens_tokens(lm, sae.W_dec[i]) for i in ids[:8]]
 
 
 def test_saes_of_other_places_are_refused(lm: LanguageModel) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from saesteer.checkpoints.errors import UserError
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.steering.checks.words import keeping_thoughts
 from saesteer.steering.ranking.rank import RankConfig, rank
 
 from ..ranking_by_hand import (
@@ -67,6 +68,46 @@ def test_replies_are_scored_as_by_hand(
     wanted = {"max_new_tokens": 7, "temperature": 0.3, "top_p": 0.6, "seed": 5, "batch_size": 3}
     for call in calls:
         assert {name: call[name] for name in wanted} == wanted
+
+
+def test_thoughts_before_a_reply_are_not_read(
+    lm_of: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, sae = lm_of(), random_sae()
+    thought = "<think>\nA list. Not yet.\n</think>\n\n"
+    # One reply is nothing but thought, and one has none.
+    before = {TRAIN[2]: "", f"{TRAIN[2]}\n{WORDINGS[0]}": ""}
+    cut = {TRAIN[3]}
+
+    def reply(text: str) -> str:
+        return "<think>\nA list" if text in cut else before.get(text, thought) + reply_to(text)
+
+    def positions(texts: list[str]) -> list[Array]:
+        found = []
+        for text in texts:
+            prompt, said = (
+                token_ids(lm, text),
+                lm.tokenizer(reply(text), return_offsets_mapping=True),
+            )
+            acts = latents_of(lm, sae, [*prompt, *said["input_ids"]])
+            answer = len(before.get(text, thought))
+            inside = [start >= answer for start, _ in said["offset_mapping"]]
+            first = inside.index(True) if True in inside else len(inside)
+            if text not in cut:  # the token before the answer predicts its first one
+                found += list(acts[len(prompt) - 1 + first :])
+        return found
+
+    scripted(monkeypatch, lm, reply)
+    config = RankConfig(read="reply", contents=CONTENTS, reply_variants=1)
+    instructed = [f"{content}\n{WORDINGS[0]}" for content in TRAIN]
+    positive = positions([instructed[i] for i in PASSING])
+    ranking = rank(lm, sae, TASK, config)
+    check_columns(ranking, columns(positive, positions(list(TRAIN))))
+    assert ranking.positives == len(positive)
+    with keeping_thoughts():
+        everything = rank(lm, sae, TASK, config)
+    assert everything.positives > ranking.positives
+    assert everything.negatives > ranking.negatives
 
 
 def test_attention_sinks_are_left_out_of_replies(

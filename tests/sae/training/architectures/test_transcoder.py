@@ -161,6 +161,16 @@ def test_a_transcoder_from_two_folders_is_the_one_from_one(shards: Path, tmp_pat
     assert reproduce(tmp_path / "apart")["equal"]
 
 
+def test_what_is_written_and_missing_is_named_as_asked(shards: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, arch="transcoder", layers=(1,), to_layer=4)
+    with pytest.raises(UserError, match="asked: `to_layer` 4 .*: give `to_layer` and `site` from"):
+        train(tmp_path / "out", config, activations=shards, device="cpu")
+    with pytest.raises(UserError, match="`layer` 1 and `to_site` mlp_out.*: give `layer` and `to_"):
+        there = replace(config, to_layer=None, to_site="mlp_out")
+        train(tmp_path / "out", there, activations=shards, device="cpu")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_shards_of_other_tokens_are_refused(tmp_path: Path) -> None:
     a = of_another_model(tmp_path / "a", sparse_data, "base")
     b = of_another_model(tmp_path / "b", sparse_data, "tuned")

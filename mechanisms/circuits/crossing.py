@@ -97,7 +97,9 @@ def cross_patch(
     if randoms:
         found["random"] = np.mean(randoms, axis=0)
     groups = [pair.group for pair in pairs]
+    outputs = [*sets, "random"]
     named = [name for name in found if name not in ("base", "tuned")]
+    named.sort(key=lambda name: outputs.index(name) if name in outputs else len(outputs))
     return CrossReport(
         float(found["base"].mean()),
         float(found["tuned"].mean()),

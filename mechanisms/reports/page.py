@@ -26,10 +26,17 @@ def warning(text: str) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
+    """A table; the first column is text, the others are figures.
+
+    Text breaks into lines, so that a long name does not push figures off a telephone's screen.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in headers)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    cells = [
+        f'<td style="white-space:normal;min-width:7rem">{escape(row[0])}</td>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in cells)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 

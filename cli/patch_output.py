@@ -89,7 +89,8 @@ def print_latents(document: Document) -> None:
         left="95 % interval,chosen",
     )  # fmt: skip
     shares = {
-        name: f"{value['value']:.2f} {_ends(value['low'], value['high'])}".strip(" -")
+        name: f"{value['value']:.2f}"
+        + ("" if value["low"] is None else f" {_ends(value['low'], value['high'])}")
         for name, value in document["shares"].items()
     }
     print(

@@ -181,6 +181,12 @@ class LatentResult:
         count = len(set(self.groups))
         if count < FEWEST_GROUPS:
             found.append(f"{count} groups are fewer than {FEWEST_GROUPS}: no intervals")
+        site = share_of(self.site, None, self.groups, self.config.seed)
+        if site.low is not None and site.high is not None and site.low <= 0 <= site.high:
+            found.append(
+                f"the whole site moves {self.metric} by {site}: shares of an effect around 0 mean "
+                "little; take another site or position"
+            )
         if not self.reached:
             found.append(
                 f"no number of latents up to {self.config.most} brings {self.config.share:.0%} of "

@@ -1,6 +1,7 @@
 """Latents carry what patches one by one say; a latent that only marks has no effect at all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,15 @@ def test_a_latent_that_marks_does_not_carry(toy: LanguageModel) -> None:
     assert result.chosen == (0,) and result.reached
     assert result.shares["held out"].value == pytest.approx(1, abs=1e-4)
     assert result.shares["error"].value == 0 and result.carried[0] == 0
+
+
+def test_a_site_that_moves_nothing_on_average_says_so(toy: LanguageModel) -> None:
+    sae, moved, _ = planted(toy)
+    basis = latent_basis(toy, sae, layer=1, site="resid_post")
+    result = latent_effects(toy, basis, moved, "logit-diff")
+    mixed = replace(result, site=result.site * np.array([1, -1] * 4))
+    assert "shares of an effect around 0 mean little" in " ".join(mixed.warnings())
+    assert "around 0" not in " ".join(result.warnings())
 
 
 def test_what_a_dictionary_lacks_is_in_the_error(toy: LanguageModel) -> None:

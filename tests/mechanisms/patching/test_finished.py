@@ -73,7 +73,7 @@ def test_another_grid_is_refused(toy: LanguageModel, scenes: list[Pair], tmp_pat
     with pytest.raises(UsageError, match="was begun with other pairs"):
         go_on(pairs=scenes[:11])
     # How long it may take does not change what it is.
-    longer = PatchConfig(sites=("z",), at=("last", "object"), budget_minutes=30)
+    longer = PatchConfig(sites=("z",), at=("last", "object"), budget_minutes=30.0)
     assert go_on(config=longer).effects.shape == (12, 12)
     path = tmp_path / NAME
     path.write_text(path.read_text() + '{"stage": "exact"}\n')

@@ -52,6 +52,7 @@ ARGUMENT_FLAGS = {
     "chat=False": "--no-chat",
     "contents": "--rank-contents",
     "contents_file": "--contents",
+    "edges": "--knock",
     "heads": "--head",
     "only": "--ifeval-only",
     "sites": "--site",

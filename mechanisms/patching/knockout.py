@@ -55,7 +55,7 @@ def knock_out(
     """
     config = config or PatchConfig()
     if not edges:
-        raise UsageError("`knock` names no edge: give FROM:TO, such as object:last")
+        raise UsageError("`edges` names none: give FROM:TO, such as object:last")
     lm = as_language_model(model, device=device, dtype=dtype)
     if drop is None:
         drop = isinstance(pairs, str) and not Path(pairs).is_file()
@@ -70,7 +70,7 @@ def knock_out(
         for sources, targets, name in own:
             if sources.stop > targets.start:
                 raise UsageError(
-                    f"`knock` {name}: the first must lie before the second, and is token "
+                    f"`edges` {name}: the first must lie before the second, and is token "
                     f"{sources.stop - 1} and {targets.start} in pair {number}"
                 )
     ends = range(lm.n_layers) if config.layers is None else [

@@ -72,9 +72,9 @@ def test_the_hand_built_circuit_loses_its_edges(toy: LanguageModel, scenes: list
 
 
 def test_what_cannot_be_cut(toy: LanguageModel, scenes: list[Pair]) -> None:
-    with pytest.raises(UsageError, match="`knock` last:object: the first must lie before"):
+    with pytest.raises(UsageError, match="`edges` last:object: the first must lie before"):
         knock_out(toy, scenes, [("last", "object")])
     with pytest.raises(UsageError, match="`at` must be one of first, last"):
         knock_out(toy, scenes, [("thing", "last")])
-    with pytest.raises(UsageError, match="`knock` names no edge"):
+    with pytest.raises(UsageError, match="`edges` names none"):
         knock_out(toy, scenes, [])

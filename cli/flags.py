@@ -167,31 +167,13 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             help="share of the contexts that are filled with replies "
             f"{default(TextConfig, 'replies_share')}",
         )
-        group.add_argument(
-            "--replies-count",
-            type=count,
-            metavar="N",
-            help="at most N replies, drawn from those of all tasks (default: all)",
-        )
-        group.add_argument(
-            "--replies-tokens",
-            type=count,
-            metavar="N",
-            help=f"longest reply {default(TextConfig, 'replies_tokens')}",
-        )
-        group.add_argument(
-            "--replies-temperature",
-            type=number,
-            metavar="T",
-            help="temperature that replies are sampled at; 0 is greedy "
-            f"{default(TextConfig, 'replies_temperature')}",
-        )
-        group.add_argument(
-            "--replies-top-p",
-            type=number,
-            metavar="P",
-            help="sample replies from the most likely tokens of total probability P "
-            f"{default(TextConfig, 'replies_top_p')}",
+        add_reply_sampling(
+            group,
+            TextConfig,
+            "at most N replies, drawn from those of all tasks (default: all)",
+            tokens="replies_tokens",
+            temperature="replies_temperature",
+            top_p="replies_top_p",
         )
     group.add_argument(
         "--context",
@@ -228,6 +210,37 @@ def add_text(group: argparse._ArgumentGroup, *, epochs: bool, replies: bool) -> 
             metavar="N",
             help=f"passes over the corpus at most {default(TextConfig, 'epochs')}",
         )
+
+
+def add_reply_sampling(
+    group: argparse._ArgumentGroup, config: type, number_help: str, **fields_of: str
+) -> None:
+    """How many of the model's own replies are sampled, and how.
+
+    `fields_of` names the fields of the config dataclass that hold the defaults of `tokens`,
+    `temperature` and `top_p`.
+    """
+    group.add_argument("--replies-count", type=count, metavar="N", help=number_help)
+    group.add_argument(
+        "--replies-tokens",
+        type=count,
+        metavar="N",
+        help=f"longest reply {default(config, fields_of['tokens'])}",
+    )
+    group.add_argument(
+        "--replies-temperature",
+        type=number,
+        metavar="T",
+        help="temperature that replies are sampled at; 0 is greedy "
+        f"{default(config, fields_of['temperature'])}",
+    )
+    group.add_argument(
+        "--replies-top-p",
+        type=number,
+        metavar="P",
+        help="sample replies from the most likely tokens of total probability P "
+        f"{default(config, fields_of['top_p'])}",
+    )
 
 
 def add_answering(group: argparse._ArgumentGroup) -> None:

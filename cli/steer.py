@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.cli.flags import SITE_HELP, add_common, add_model
+from saesteer.cli.flags import SITE_HELP, add_common, add_model, add_reply_sampling, default
 from saesteer.cli.inputs import (
     open_model,
     open_sae,
@@ -22,6 +22,7 @@ from saesteer.cli.progress import Report, reporting
 from saesteer.cli.steer_output import print_blocks, print_changes, write_answers
 from saesteer.cli.values import budget, count, latents, number, one_layer
 from saesteer.sae.config import check_sampling
+from saesteer.steering.ranking.config import RankConfig
 
 if TYPE_CHECKING:
     from saesteer.checkpoints.sae_file import SAE
@@ -190,6 +191,14 @@ def add_flags(parser: VerbParser) -> None:
         action="store_true",
         help="print a table of the plan's latents: the change asked for and the change measured",
     )
+    add_reply_sampling(
+        parser.add_argument_group("with --beside meandiff: the replies that it is read on"),
+        RankConfig,
+        f"contents that are answered {default(RankConfig, 'contents')}",
+        tokens="max_new_tokens",
+        temperature="temperature",
+        top_p="top_p",
+    )
     add_common(
         parser,
         out="folder for results.jsonl (default: print only)",
@@ -230,6 +239,13 @@ def run(args: Namespace) -> int:
 def _check_flags(args: Namespace) -> None:
     """Refuse flags that contradict each other or are out of range, before anything is loaded."""
     check_sampling(args.temperature, args.top_p, args.batch_size, args.max_new_tokens)
+    sampled = [flag for flag in _SAMPLED.values() if getattr(args, flag) is not None]
+    if sampled and "meandiff" not in (args.beside or ()):
+        raise UsageError(
+            f"--{sampled[0].replace('_', '-')} is about the replies that a mean difference is read "
+            "on: give --beside meandiff with it, or leave it out"
+        )
+    _reply_config(args)
     if args.plan is not None and args.latents is not None:
         raise UsageError(
             "--plan and --latents exclude each other: give --plan, or --sae with --latents"
@@ -338,12 +354,33 @@ def _open(args: Namespace, report: Report) -> "tuple[LanguageModel, Plan | None,
     return lm, plan, sae.to(lm.device)
 
 
+def _reply_config(args: Namespace) -> RankConfig:
+    """How the replies that a mean difference is read on are sampled."""
+    # `given` falls back to a flag of the field's own name, which means the answers here.
+    values = {field: getattr(args, flag) for field, flag in _SAMPLED.items()}
+    try:
+        return RankConfig(**{field: value for field, value in values.items() if value is not None})
+    except UsageError as error:
+        said = str(error)
+        for field, flag in _SAMPLED.items():
+            said = said.replace(f"`{field}`", f"--{flag.replace('_', '-')}")
+        raise UsageError(said) from error
+
+
 def _check_ways(args: Namespace, plan: "Plan | None") -> None:
     if args.beside:
         from saesteer.steering.evaluation.side_by_side import check_ways
 
         check_ways(args.beside, plan)
 
+
+_SAMPLED = {
+    "contents": "replies_count",
+    "max_new_tokens": "replies_tokens",
+    "temperature": "replies_temperature",
+    "top_p": "replies_top_p",
+}
+"""The flag of each field that says how the replies for `--beside meandiff` are sampled."""
 
 _OF_EVERY = ("scale", "scope", "schedule")
 """Flags that mean the same of latents by number and of the plans beside them."""
@@ -454,7 +491,15 @@ def _add_other_ways(
     """Put the answers of the other ways into the rows."""
     from saesteer.steering import generate_beside
 
-    found = generate_beside(lm, texts, args.beside, plan=plan, progress=report, **_generation(args))
+    found = generate_beside(
+        lm,
+        texts,
+        args.beside,
+        plan=plan,
+        sampled=_reply_config(args),
+        progress=report,
+        **_generation(args),
+    )
     for i, row in enumerate(rows):
         row["beside"] = {
             way: {

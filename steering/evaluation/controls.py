@@ -7,6 +7,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -118,8 +119,9 @@ def mean_difference_plan(
     plan: Plan,
     task: Task,
     *,
-    contents: int = _AS_RANKED.contents,
-    seed: int = _AS_RANKED.seed,
+    contents: int | None = None,
+    seed: int | None = None,
+    sampled: RankConfig = _AS_RANKED,
     progress: Progress = no_progress,
 ) -> Plan:
     """The mean residual of instructed samples minus that of plain ones, at the plan's ||delta||.
@@ -127,21 +129,22 @@ def mean_difference_plan(
     The samples are train contents, read at the same place as for the plan's ranking: for replies at
     the last prompt token and every token of the model's own sampled replies (only instructed ones
     that pass the check, if any does), else at the last token of the user's text or of the prompt.
-    Raises UserError for a task without train contents.
+    `sampled` says how many contents are used and how replies to them are sampled; `contents` and
+    `seed` stand in place of its own. Raises UserError for a task without train contents.
     """
+    changed = {"contents": contents, "seed": seed}
+    sampled = replace(sampled, **{k: v for k, v in changed.items() if v is not None})
     point = resolve_site(lm, plan.layer, plan.site)
     read = str(plan.metrics.get("read", "last"))
     placement: Placement = "pre" if plan.metrics.get("position") == "pre" else "post"
-    plain = list(task.contents.get("train", ()))[:contents]
+    plain = list(task.contents.get("train", ()))[: sampled.contents]
     if not plain:
         raise UserError(
             f"task {task.name!r} has no train contents to take a mean difference over: leave "
             "meandiff out of `controls`"
         )
     wordings = (
-        task.select_variants[: _AS_RANKED.reply_variants]
-        if read == "reply"
-        else task.select_variants
+        task.select_variants[: sampled.reply_variants] if read == "reply" else task.select_variants
     )
     pairs = [
         (content, compose(content, wording.text, placement))
@@ -152,7 +155,7 @@ def mean_difference_plan(
     for kind, texts in (("instructed", [text for _, text in pairs]), ("plain", plain)):
         if read == "reply":
             sources = [content for content, _ in pairs] if kind == "instructed" else None
-            kinds.append(_replies(lm, task, texts, sources, seed, progress, kind))
+            kinds.append(_replies(lm, task, texts, sources, sampled, progress, kind))
         else:
             prompts = [encode_prompt(lm, text, chat=lm.has_chat_template) for text in texts]
             kinds.append([Passage.last_of(prompt, read) for prompt in prompts])
@@ -166,7 +169,7 @@ def _replies(
     task: Task,
     texts: Sequence[str],
     sources: Sequence[str] | None,
-    seed: int,
+    sampled: RankConfig,
     progress: Progress,
     kind: str,
 ) -> list[Passage]:
@@ -180,11 +183,11 @@ def _replies(
     replies = generate(
         lm,
         prompts,
-        max_new_tokens=_AS_RANKED.max_new_tokens,
-        temperature=_AS_RANKED.temperature,
-        top_p=_AS_RANKED.top_p,
-        seed=seed,
-        batch_size=_AS_RANKED.batch_size,
+        max_new_tokens=sampled.max_new_tokens,
+        temperature=sampled.temperature,
+        top_p=sampled.top_p,
+        seed=sampled.seed,
+        batch_size=sampled.batch_size,
     )
     progress(stage, len(texts), len(texts), "replies")
     rows = [

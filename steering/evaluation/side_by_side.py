@@ -12,6 +12,7 @@ from saesteer.steering.hooking.generation import SteeredText, generate_steered
 from saesteer.steering.plans.methods import METHODS
 from saesteer.steering.plans.plan import Plan
 from saesteer.steering.plans.plan_file import load_plan
+from saesteer.steering.ranking.config import RankConfig
 from saesteer.steering.tasks.task import Task, builtin_tasks, compose, load_task
 
 WAYS = ("prompt", "prompt:TEXT", "meandiff")
@@ -27,6 +28,7 @@ def generate_beside(
     *,
     plan: Plan | None,
     task: Task | None = None,
+    sampled: RankConfig = RankConfig(),  # noqa: B008 (frozen: one may serve all)
     progress: Progress = no_progress,
     **options: Any,
 ) -> dict[str, list[SteeredText]]:
@@ -35,6 +37,7 @@ def generate_beside(
     Args:
         plan: the plan that the answers are compared with; gives the instruction and the task.
         task: the plan's task, for `meandiff`; by default the built-in task of that name.
+        sampled: how many contents `meandiff` uses, and how replies to them are sampled.
         options: passed to `generate_steered`.
 
     Raises:
@@ -48,7 +51,7 @@ def generate_beside(
         kind, _, text = way.partition(":")
         if way == "meandiff":
             ours, of = _adding(plan), task or _task_of(plan)
-            jobs[way] = mean_difference_plan(lm, ours, of, progress=progress), ""
+            jobs[way] = mean_difference_plan(lm, ours, of, sampled=sampled, progress=progress), ""
         elif kind == "prompt":
             jobs[way] = None, text.strip() or _instruction_of(plan)
         else:

@@ -116,6 +116,23 @@ def test_mean_difference_of_replies_reads_other_positions(lm: LanguageModel, pla
     assert not torch.allclose(found.directions, mean_difference_plan(lm, plan, TASK).directions)
 
 
+def test_how_replies_are_sampled_is_for_the_caller_to_say(
+    lm: LanguageModel, plan: Plan, tmp_path: Path
+) -> None:
+    """Other replies are sampled, of the number and length that was asked for."""
+    by_reply = dataclasses.replace(plan, metrics={"read": "reply"})
+    usual = mean_difference_plan(lm, by_reply, TASK)
+    asked = RankConfig(contents=2, max_new_tokens=3, temperature=0.0)
+    stages: dict[str, float] = {}
+    with keep_replies(tmp_path):
+        found = mean_difference_plan(
+            lm, by_reply, TASK, sampled=asked,
+            progress=lambda stage, done, total, note: stages.update({stage: total or 0}),
+        )  # fmt: skip
+    assert stages["mean difference: plain replies"] == 2
+    assert not torch.allclose(found.directions, usual.directions)
+
+
 def test_a_ranking_and_the_mean_difference_share_their_replies(
     lm: LanguageModel, plan: Plan, sae: SAE, tmp_path: Path
 ) -> None:

@@ -1,17 +1,25 @@
 """`saesteer circuit`: which heads carry an answer, by which path, and do they suffice."""
 
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.cli.flags import add_common, add_model, default, given, need
+from saesteer.cli.flags import (
+    PAIRS_DTYPE_HELP,
+    add_common,
+    add_model,
+    add_pairs,
+    default,
+    given,
+    need,
+)
 from saesteer.cli.inputs import open_model, reserved, take_folder
 from saesteer.cli.output import Document, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
 from saesteer.cli.values import count, counts, names
 from saesteer.cli.values import number as a_number
-from saesteer.mechanisms.config import ABLATIONS, CircuitConfig
+from saesteer.mechanisms.config import ABLATIONS, SCORES, CircuitConfig
 
 EXAMPLE = (
     "saesteer circuit --model runs/hand/model --pairs runs/hand/scenes.jsonl "
@@ -24,22 +32,12 @@ def add_flags(parser: VerbParser) -> None:
     """The flags of this verb."""
     data = parser.add_argument_group("pairs and groups")
     add_model(data)
-    data.add_argument(
-        "--pairs",
-        metavar="FILE",
-        help=".jsonl with clean, corrupt, answer, wrong and positions; or boxes:N (needed)",
-    )
-    data.add_argument("--n", type=count, default=200, metavar="N", help="pairs (default: 200)")
+    add_pairs(data, makers="boxes:N", n=200)
     data.add_argument(
         "--groups",
         metavar="FILE",
         help="YAML list of groups from the end backwards: name, at, to, by, source-at (default for "
         "boxes: fetcher, transmitter, detector, reader)",
-    )
-    data.add_argument(
-        "--chat",
-        action=BooleanOptionalAction,
-        help="send texts through the chat template (default: off)",
     )
     search = parser.add_argument_group("search")
     search.add_argument(
@@ -53,10 +51,17 @@ def add_flags(parser: VerbParser) -> None:
         help=f"false discovery rate of the sign test of a head {default(CircuitConfig, 'fdr')}",
     )
     search.add_argument(
+        "--score",
+        choices=SCORES,
+        metavar="NAME",
+        help="what heads are scored by: logit-diff (answer minus wrong) or prob (of the answer) "
+        f"{default(CircuitConfig, 'score')}",
+    )
+    search.add_argument(
         "--least",
         type=a_number,
         metavar="X",
-        help="smallest mean drop (p - p') / p of the answer's probability "
+        help="smallest share of the score that a head which is taken loses "
         f"{default(CircuitConfig, 'least')}",
     )
     search.add_argument(
@@ -71,6 +76,14 @@ def add_flags(parser: VerbParser) -> None:
         type=names,
         metavar="NAME,...",
         help="positions at which to learn a mask over heads as well (default: none)",
+    )
+    search.add_argument(
+        "--desiderata",
+        type=names,
+        metavar="PAIRS,...",
+        help="with --mask: learn a mask for each of these pairs as well, made for one property: "
+        "boxes:N:object, boxes:N:position, boxes:N:label or .jsonl (default: only the answers of "
+        "--pairs)",
     )
     search.add_argument(
         "--cross",
@@ -109,8 +122,7 @@ def add_flags(parser: VerbParser) -> None:
         out="folder for circuit.json, report.json, report.html and run.json (default: print only)",
         force="replace earlier results in --out",
         seed_help="seed of the pairs that are made, of draws and of masks (default: 0)",
-        dtype_help="arithmetic of the language model: auto, float32, bfloat16 or float16 (default: "
-        "auto, float32 here: differences of logits are small)",
+        dtype_help=PAIRS_DTYPE_HELP,
     )
 
 
@@ -129,6 +141,7 @@ def run(args: Namespace) -> int:
     ):
         from saesteer.mechanisms import load_pairs, save_study, study_circuit
         from saesteer.mechanisms.circuits.groups import BOXES, read_groups
+        from saesteer.mechanisms.circuits.study import check_study
 
         pairs = load_pairs(args.pairs, n=args.n, seed=config.seed)
         if args.groups is not None:
@@ -137,9 +150,16 @@ def run(args: Namespace) -> int:
             groups = BOXES
         else:
             raise UsageError("--groups is missing: a YAML list of groups; only boxes:N has its own")
+        desiderata = {
+            Path(name).stem if name.endswith(".jsonl") else name.rpartition(":")[2]: load_pairs(
+                name, n=args.n, seed=config.seed
+            )
+            for name in args.desiderata or ()
+        }
+        check_study(pairs, groups, args.mask or (), desiderata)
         lm = open_model(args, report, dtype="float32" if args.dtype == "auto" else args.dtype)
         study = study_circuit(
-            lm, pairs, groups, config, masks=args.mask or (),
+            lm, pairs, groups, config, masks=args.mask or (), desiderata=desiderata,
             cross=args.cross, device=args.device, dtype=str(lm.dtype).removeprefix("torch."),
             drop=not Path(args.pairs).is_file(), progress=report,
         )  # fmt: skip
@@ -158,16 +178,22 @@ def run(args: Namespace) -> int:
 
 def _print(args: Namespace, document: Document) -> None:
     test = document["test"]
+    from saesteer.mechanisms.reports.circuit_page import head_score
+
     cost = {(name, tuple(head)): lost for name, head, lost in test["minimality"]}
     rows = []
     for group in document["circuit"]["groups"]:
         for layer, head in group["heads"]:
-            score = group["scores"][layer][head]
+            score, low, high = head_score(group, layer, head)
             lost = cost[group["name"], (layer, head)]
-            rows.append(
-                [group["name"], group["at"], f"{layer}.{head}", number(score), number(lost)]
-            )
-    print_table(["group", "at", "head", "(p'-p)/p", "cost"], rows, left="group,at")
+            ends = "-" if low is None else f"[{number(low, 2)}, {number(high, 2)}]"
+            rows.append([group["name"], group["at"], f"{layer}.{head}", number(score), ends,
+                         number(lost)])  # fmt: skip
+    print_table(
+        ["group", "at", "head", "score", "95 % interval", "cost"], rows,
+        left="group,at,95 % interval",
+    )  # fmt: skip
+    print(f"score: share of {document['circuit']['metric']} that a head loses on its path")
     print(
         f"answer minus wrong logit: model {number(test['full']['value'])}, circuit alone "
         f"{number(test['alone']['value'])}, no head {number(test['nothing']['value'])} "
@@ -181,8 +207,9 @@ def _print(args: Namespace, document: Document) -> None:
     for mask in document["masks"]:
         heads = ", ".join(f"{layer}.{head}" for layer, head in mask["heads"]) or "none"
         print(
-            f"mask at {mask['at']}: heads {heads}; {_figure(mask['accuracy'])} give the other "
-            f"prompt's answer, {number(mask['random']['value'], 2)} with as many at random, "
+            f"mask for {mask['wanted']} at {mask['at']}: heads {heads}; "
+            f"{_figure(mask['accuracy'])} give the answer that is wanted, "
+            f"{number(mask['random']['value'], 2)} with as many at random, "
             f"{number(mask['every']['value'], 2)} with all"
         )
     if document["cross"]:
@@ -192,6 +219,12 @@ def _print(args: Namespace, document: Document) -> None:
         )
         for name, value in cross["recovered"].items():
             print(f"  {name}: {_figure(value)}")
+    if document["overlap"]:
+        overlap = document["overlap"]
+        print(
+            f"the tuned model's own circuit: {number(overlap['kept'], 2)} of these heads are in it "
+            f"(Jaccard {number(overlap['jaccard'], 2)}, by chance {number(overlap['random'], 2)})"
+        )
     if args.out is not None:
         print(f"written to {args.out / 'circuit.json'}")
 

@@ -308,6 +308,28 @@ def add_thinking(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_pairs(group: argparse._ArgumentGroup, *, makers: str, n: int) -> None:
+    """Pairs of prompts: the same flags for every verb that compares runs."""
+    group.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help=".jsonl with clean, corrupt, answer, wrong, positions, group; or a maker: "
+        f"{makers} (needed)",
+    )
+    group.add_argument("--n", type=count, default=n, metavar="N", help=f"pairs (default: {n})")
+    group.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="send texts through the chat template (default: off)",
+    )
+
+
+PAIRS_DTYPE_HELP = (
+    "arithmetic of the language model: auto, float32, bfloat16 or float16 (default: auto, float32 "
+    "here: differences of logits are small)"
+)
+
+
 def add_documents(group: argparse._ArgumentGroup) -> None:
     """How packed documents are read: the same flags for `harvest`, `train` and `metrics`."""
     from saesteer.sae.config import TextConfig

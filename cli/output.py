@@ -52,10 +52,12 @@ ARGUMENT_FLAGS = {
     "chat=False": "--no-chat",
     "contents": "--rank-contents",
     "contents_file": "--contents",
+    "edges": "--knock",
     "heads": "--head",
     "only": "--ifeval-only",
     "sites": "--site",
     "source": "--from",
+    "taken": "--iv-from",
     "url": "--judge",
     "ways": "--beside",
 }

@@ -55,6 +55,11 @@ def add_flags(parser: VerbParser) -> None:
         action="store_true",
         help="with hand-built: a copy of head (1,1), so that one head at a time shows nothing",
     )
+    what.add_argument(
+        "--decoy",
+        action="store_true",
+        help="with hand-built: a head (0,1) that copies what (0,0) does to where nothing reads it",
+    )
     add_common(
         parser,
         out="folder for model/, scenes.jsonl and groups.yaml (needed)",
@@ -86,7 +91,8 @@ def run(args: Namespace) -> int:
             document |= train_instructions(folder, symbols, states=args.scenes, progress=report)
         else:
             folder = take_folder(args)
-            hand_built(folder, scenes=args.scenes, seed=seed, redundant=args.redundant)
+            hand_built(folder, scenes=args.scenes, seed=seed, redundant=args.redundant,
+                       decoy=args.decoy)  # fmt: skip
         write_run(folder, "toy", vars(args))
     if args.json:
         print_json(document)

@@ -22,16 +22,25 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.circuits.study import save_study as save_study
     from saesteer.mechanisms.circuits.study import study_circuit as study_circuit
     from saesteer.mechanisms.config import CircuitConfig as CircuitConfig
+    from saesteer.mechanisms.config import LatentConfig as LatentConfig
     from saesteer.mechanisms.config import MaskConfig as MaskConfig
     from saesteer.mechanisms.config import PatchConfig as PatchConfig
     from saesteer.mechanisms.config import ToyConfig as ToyConfig
+    from saesteer.mechanisms.config import VectorConfig as VectorConfig
     from saesteer.mechanisms.data.pairs import Pair as Pair
     from saesteer.mechanisms.data.pairs import load_pairs as load_pairs
     from saesteer.mechanisms.data.states import StateRow as StateRow
     from saesteer.mechanisms.data.states import read_state_rows as read_state_rows
     from saesteer.mechanisms.data.states import task_states as task_states
+    from saesteer.mechanisms.latents.comparing import LatentDiff as LatentDiff
+    from saesteer.mechanisms.latents.comparing import crosscoder_shares as crosscoder_shares
+    from saesteer.mechanisms.latents.comparing import latent_diff as latent_diff
+    from saesteer.mechanisms.latents.patching import compare_latents as compare_latents
+    from saesteer.mechanisms.latents.patching import patch_latents as patch_latents
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
+    from saesteer.mechanisms.patching.knockout import knock_out as knock_out
+    from saesteer.mechanisms.patching.vectors import instruction_vectors as instruction_vectors
     from saesteer.mechanisms.reading_config import AttributeConfig as AttributeConfig
     from saesteer.mechanisms.reading_config import DiffConfig as DiffConfig
     from saesteer.mechanisms.reading_config import ProbeConfig as ProbeConfig
@@ -45,9 +54,13 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.readings.moving import move_centroids as move_centroids
     from saesteer.mechanisms.readings.separability import probe as probe
     from saesteer.mechanisms.readings.weights import diff as diff
+    from saesteer.mechanisms.reports.latent_page import save_latents as save_latents
+    from saesteer.mechanisms.reports.latent_result import LatentResult as LatentResult
     from saesteer.mechanisms.reports.patch_page import save_patch as save_patch
     from saesteer.mechanisms.reports.patch_result import PatchResult as PatchResult
     from saesteer.mechanisms.reports.saving import save_reading as save_reading
+    from saesteer.mechanisms.reports.vector_page import save_vectors as save_vectors
+    from saesteer.mechanisms.reports.vector_result import VectorResult as VectorResult
     from saesteer.mechanisms.routes.frozen import FrozenNetwork as FrozenNetwork
     from saesteer.mechanisms.routes.tracing import compare_traces as compare_traces
     from saesteer.mechanisms.routes.tracing import trace as trace
@@ -70,11 +83,24 @@ _HOME = {
     "study_circuit": "circuits.study",
     "CircuitConfig": "config",
     "MaskConfig": "config",
+    "LatentConfig": "config",
     "PatchConfig": "config",
+    "VectorConfig": "config",
     "Pair": "data.pairs",
     "load_pairs": "data.pairs",
     "Agreement": "patching.agreement",
     "patch": "patching.grid",
+    "patch_latents": "latents.patching",
+    "compare_latents": "latents.patching",
+    "LatentDiff": "latents.comparing",
+    "latent_diff": "latents.comparing",
+    "crosscoder_shares": "latents.comparing",
+    "knock_out": "patching.knockout",
+    "instruction_vectors": "patching.vectors",
+    "save_latents": "reports.latent_page",
+    "LatentResult": "reports.latent_result",
+    "save_vectors": "reports.vector_page",
+    "VectorResult": "reports.vector_result",
     "save_patch": "reports.patch_page",
     "PatchResult": "reports.patch_result",
     "ToyConfig": "config",

@@ -6,7 +6,7 @@ from saesteer.checkpoints.errors import UsageError
 
 RESIDUAL_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEAD_SITES = ("q", "k", "v", "pattern", "z")
-METRICS = ("logit-diff", "logprob", "prob-ratio", "logit", "rr", "accuracy", "kl")
+METRICS = ("logit-diff", "logprob", "prob", "prob-ratio", "logit", "rr", "accuracy", "kl")
 FAST = ("atp", "atp*", "ig")
 NO_GRADIENT = ("rr", "accuracy")
 """Metrics that jump: a gradient says nothing of them."""
@@ -75,7 +75,88 @@ class PatchConfig:
             raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
 
 
+TAKEN = ("alone", "full")
+VECTOR_METRICS = ("logit-diff", "logprob", "logit", "rr", "accuracy")
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """Which states of an instruction are put into which layers of a prompt without it."""
+
+    sets: int = 1
+    """Layers patched at once: 1 every single one, 2 all pairs as well, 3 triples of the eight best
+    as well."""
+    at: str = "query-first"
+    """Token of the prompt without the instruction that gets the states."""
+    taken: str = "alone"
+    """Where the state of the instruction's last token is taken: from a run of the instruction
+    `alone`, or of the `full` prompt."""
+    doses: tuple[float, ...] = ()
+    """None puts the instruction's state in the place of the prompt's. Numbers *add* so much of
+    the difference of the two instead, all of them in turn."""
+    layers: tuple[int, ...] | None = None
+    metric: str | None = None
+    """One of `VECTOR_METRICS`; None is as in `PatchConfig`."""
+    chat: bool = False
+    allow_copies: bool = False
+    controls: bool = True
+    """Also put in the other instruction, its words shuffled, a random direction of equal length,
+    and the state of another query."""
+    budget_minutes: float = 20.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sets <= 3:
+            raise UsageError(f"`sets` must be 1, 2 or 3 layers at once, got {self.sets}")
+        _known("taken", (self.taken,), TAKEN)
+        if self.metric is not None:
+            _known("metric", (self.metric,), VECTOR_METRICS)
+            if self.sets > 1 and self.metric == "logit":
+                raise UsageError(
+                    "`metric` logit moves with all logits, so that sums of layers mean nothing: "
+                    "use logit-diff or logprob with `sets` 2 and 3"
+                )
+        if self.sets > 1 and self.at == "last":
+            raise UsageError(
+                "`sets` 2 and 3 say nothing at the last token: the later layer overwrites the "
+                "earlier one, which reaches no other token; use `at` query-first"
+            )
+        if len(set(self.doses)) != len(self.doses) or not all(dose > 0 for dose in self.doses):
+            raise UsageError(f"`doses` must be different numbers above 0, got {self.doses}")
+        if not self.budget_minutes > 0:
+            raise UsageError(f"`budget_minutes` must be above 0, got {self.budget_minutes}")
+        if self.seed < 0:
+            raise UsageError(f"`seed` must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Which latents are patched, and what counts as most of an effect."""
+
+    verify: int = 50
+    """Latents patched one by one: those of the largest first-order effects."""
+    share: float = 0.8
+    """Share of the site's effect that the fewest latents have to bring."""
+    most: int = 128
+    """Most latents together."""
+    random: int = 3
+    """Orders of random latents to compare with."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("verify", "most"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("random", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"`share` must be above 0 and at most 1, got {self.share}")
+
+
 ABLATIONS = ("mean-position", "resample")
+SCORES = ("logit-diff", "prob")
+"""What a head can be scored by: it lowers one of these."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +167,13 @@ class CircuitConfig:
     """Heads to take for each group; None takes every head that passes `fdr` and `least`."""
     fdr: float = 0.05
     """False discovery rate (Benjamini and Hochberg over all senders) of the one-sided sign test
-    that a head lowers the answer's probability."""
+    that a head lowers `score` in a group of pairs."""
+    score: str = "logit-diff"
+    """What a head is scored by: answer minus wrong logit, or `prob`, the answer's probability. The
+    score is a ratio of means, the mean change over the mean in the clean run."""
     least: float = 0.01
-    """Smallest mean drop (p - p') / p of a head that is taken: a sign test alone finds any effect
-    that is always negative, however small."""
+    """Smallest loss, as a share, of a head that is taken: a sign test alone finds any effect that
+    is always negative, however small. The 95 % interval of the loss must lie below 0 as well."""
     keep: float = 0.95
     """Heads are dropped while the circuit keeps this share of the model's logit difference; 1
     drops none."""
@@ -107,6 +191,7 @@ class CircuitConfig:
 
     def __post_init__(self) -> None:
         _known("ablate", (self.ablate,), ABLATIONS)
+        _known("score", (self.score,), SCORES)
         for name in ("fdr", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}")

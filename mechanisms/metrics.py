@@ -32,8 +32,9 @@ def measure(
 ) -> Float[Tensor, " rows"]:
     """The metric of each row.
 
-    `logit-diff` is answer minus wrong, `logprob` in nats, `logit` as it is; `prob-ratio` is p of
-    the answer over p in the base run, so that effects are (p' - p) / p; `rr` is 1 over the
+    `logit-diff` is answer minus wrong, `logprob` in nats, `logit` as it is; `prob` is p of the
+    answer, `prob-ratio` that over p in the base run, so that effects are (p' - p) / p: a mean of
+    those is led by the pairs whose p was small, where p' / p has no bound; `rr` is 1 over the
     answer's rank; `accuracy` is 1 where the answer comes first of the vocabulary; `kl` is
     KL(base || row) in nats.
     """
@@ -52,6 +53,8 @@ def measure(
     logprob = logits[:, pair.answer].double() - logits.double().logsumexp(-1)
     if metric == "logprob":
         return logprob
+    if metric == "prob":
+        return logprob.exp()
     if metric == "prob-ratio":
         base = base.detach().double()
         return (logprob - (base[pair.answer] - base.logsumexp(-1))).exp()

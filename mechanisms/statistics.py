@@ -58,3 +58,14 @@ def permutation_test(ours: Array, theirs: Array, *, seed: int = 0, draws: int = 
     mixed = values[order]
     gaps = np.abs(mixed[:, : len(ours)].mean(1) - mixed[:, len(ours) :].mean(1))
     return float(((gaps >= seen - 1e-12).sum() + 1) / (draws + 1))
+
+
+def halves(groups: Sequence[str], *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Rows of two halves of the groups, drawn at random: to choose on, and to test on."""
+    names = sorted(set(groups))
+    np.random.default_rng(seed).shuffle(names)
+    first = set(names[: len(names) // 2])
+    return (
+        [i for i, group in enumerate(groups) if group in first],
+        [i for i, group in enumerate(groups) if group not in first],
+    )

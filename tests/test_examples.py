@@ -86,6 +86,20 @@ def test_patch_draws_a_map_and_circuit_finds_the_known_one(folder: Path) -> None
     assert "<svg" in (folder / "patch" / "report.html").read_text()
 
 
+def test_a_vector_becomes_two_plans_that_are_graded(
+    model: Path, folder: Path, trained: str
+) -> None:
+    out = folder / "road"
+    printed = run("mechanisms/vector_to_plan", "--model", model, "--sae", folder / "sae",
+                  "--pairs", 8, "--n", 1, "--out", out)  # fmt: skip
+    assert "VectorResult(1 sets x 8 pairs" in printed and "LatentResult(8 runs" in printed
+    for arm in ("unsteered", "prompted", "vector", "latents", "mean difference"):
+        assert re.search(rf"(?m)^{arm} +follows [\d.]+ \[", printed)
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {
+        "vector", "latents", "mean-difference"
+    }  # fmt: skip
+
+
 def test_harvest_leaves_shards_that_training_takes(model: Path, folder: Path) -> None:
     out = folder / "activations"
     printed = run(

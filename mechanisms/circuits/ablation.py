@@ -19,7 +19,7 @@ from saesteer.mechanisms.circuits.circuit import Circuit, Head
 from saesteer.mechanisms.config import CircuitConfig
 from saesteer.mechanisms.data.encoding import EncodedPair
 from saesteer.mechanisms.patching.sites import run_model
-from saesteer.mechanisms.statistics import bootstrap_ratio, grouped
+from saesteer.mechanisms.reports.figures import Figure, share_of
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.language_model import LanguageModel
@@ -27,19 +27,6 @@ from saesteer.sae.model.language_model import LanguageModel
 Array = np.ndarray
 Member = tuple[str, Head]
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure with its 95 % interval over groups of pairs, where there is one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        ends = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f}{ends}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,15 +222,15 @@ def evaluate_circuit(
     return CircuitReport(
         n_pairs=len(full),
         ablate=ablation.how,
-        full=_figure(full, None, groups, config),
-        alone=_figure(alone, None, groups, config),
-        nothing=_figure(nothing, None, groups, config),
+        full=share_of(full, None, groups, config.seed),
+        alone=share_of(alone, None, groups, config.seed),
+        nothing=share_of(nothing, None, groups, config.seed),
         accuracy={
             name: float((values > 0).mean())
             for name, values in (("full", full), ("alone", alone), ("nothing", nothing))
         },
-        ratio=_figure(alone, full, groups, config),
-        faithfulness=_figure(alone - nothing, full - nothing, groups, config),
+        ratio=share_of(alone, full, groups, config.seed),
+        faithfulness=share_of(alone - nothing, full - nothing, groups, config.seed),
         completeness=tuple(complete),
         minimality=tuple(minimal),
         random=tuple(others),
@@ -262,18 +249,3 @@ def _random(circuit: Circuit, drawn: np.random.Generator) -> list[Member]:
         picked = drawn.choice(n_layers * n_heads, size=count, replace=False)
         found += [(name, (int(i) // n_heads, int(i) % n_heads)) for i in picked]
     return found
-
-
-def _figure(
-    above: Array, below: Array | None, groups: Sequence[str], config: CircuitConfig
-) -> Figure:
-    """Mean of `above`, or the ratio of means, with its interval over groups."""
-    sums, counts = grouped(above[:, None], groups)
-    value = float(above.mean())
-    if below is not None:
-        counts = grouped(below[:, None], groups)[0][:, 0]
-        value = value / float(below.mean()) if below.mean() else float("nan")
-    low, high = bootstrap_ratio(sums, counts, seed=config.seed)
-    if not np.isfinite(low[0]):
-        return Figure(value)
-    return Figure(value, float(low[0]), float(high[0]))

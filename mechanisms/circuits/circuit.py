@@ -17,7 +17,7 @@ from saesteer.mechanisms.config import CircuitConfig
 from saesteer.mechanisms.data.encoding import EncodedPair
 from saesteer.mechanisms.metrics import measure
 from saesteer.mechanisms.patching.sites import Node, make_nodes, read_values
-from saesteer.mechanisms.statistics import grouped
+from saesteer.mechanisms.statistics import bootstrap_ratio, grouped
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.language_model import LanguageModel
@@ -26,8 +26,6 @@ Array = np.ndarray
 Head = tuple[int, int]
 """(block, query head)."""
 SCHEMA_VERSION = 1
-METRIC = "prob-ratio"
-"""Of paths: (p' - p) / p of the answer, as Prakash et al. 2024 score heads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +35,11 @@ class FoundGroup:
     group: Group
     heads: tuple[Head, ...]
     scores: Array | None = None
-    """Mean score of every head `[n_layers, n_heads]`; negative heads lower the answer."""
+    """Score of every head `[n_layers, n_heads]`: mean change over the mean of the clean run, so
+    that -1 takes all of it. A mean of the pairs' own ratios, as Prakash et al. 2024 take, has no
+    such bound."""
+    intervals: Array | None = None
+    """95 % intervals of the scores over groups of pairs, `[2, n_layers, n_heads]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,8 @@ class Circuit:
 
     model: dict[str, Any]
     groups: tuple[FoundGroup, ...]
-    metric: str = METRIC
+    metric: str = "logit-diff"
+    """What heads were scored by."""
     ablate: str = "mean-position"
     found_on: int = 0
     """Pairs that the heads were found on."""
@@ -86,6 +89,7 @@ class Circuit:
                     "source_at": g.group.source_at,
                     "heads": [list(head) for head in g.heads],
                     "scores": None if g.scores is None else g.scores.tolist(),
+                    "intervals": None if g.intervals is None else g.intervals.tolist(),
                 }
                 for g in self.groups
             ],
@@ -103,10 +107,11 @@ def find_circuit(
 ) -> Circuit:
     """Score every head as a sender of each group by path patching, and choose.
 
-    The clean run is the base and the corrupt run the source. A head is chosen where it lowers the
-    answer's probability: the `top` most negative, or all that pass a one-sided sign test over
-    groups of pairs at `fdr` and a mean drop of `least`. Raises UserError for a group without heads:
-    those before it would reach nothing.
+    The clean run is the base and the corrupt run the source. A head's score is the mean change of
+    `config.score` over its mean in the clean runs. A head is chosen where it lowers it: the `top`
+    most negative, or all that pass a one-sided sign test over groups of pairs at `fdr`, lose
+    `least` or more, and whose interval lies below 0. Raises UserError for a group without heads
+    (those before it would reach nothing), and for a model that has nothing to lose.
     """
     config = config or CircuitConfig()
     check_groups(groups, "`groups`")
@@ -117,7 +122,7 @@ def find_circuit(
     found: dict[str, FoundGroup] = {}
     for number, group in enumerate(groups):
         receivers = _receivers(group, found)
-        scores = np.empty((len(pairs), len(senders)))
+        changes, whole = np.empty((len(pairs), len(senders))), np.empty(len(pairs))
         stage = f"paths of {group.name}"
         with head_tap(lm) as tap:
             for row, pair in enumerate(pairs):
@@ -125,25 +130,36 @@ def find_circuit(
                 base = read_values(lm, pair.clean, [])[1]
                 base_at = pair.place(group.at)[0]
                 source_at = pair.place(group.source_at or group.at)[1]
-                score = partial(measure, METRIC, pair=pair, base=base)
-                scores[row] = path_effects(
+                score = partial(measure, config.score, pair=pair, base=base)
+                whole[row] = float(score(base[None])[0])
+                changes[row] = path_effects(
                     lm, pair.clean, pair.corrupt, senders, receivers, base_at, source_at, score, tap
                 ).numpy()
         progress(stage, len(pairs), len(pairs), "pairs")
         top = None if config.top is None else config.top[number]
-        chosen = _choose(scores, [pair.group for pair in pairs], top, config)
+        if not whole.mean() > 0:
+            raise UserError(
+                f"nothing to explain: {config.score} of {lm.name} is {whole.mean():.3g} on "
+                f"{len(pairs)} clean prompts; take an easier task, or another model"
+            )
+        scores = score_heads(changes, whole, [pair.group for pair in pairs], config)
+        chosen = scores.choose(top, config)
         if not chosen:
             raise UserError(
-                f"no head lowers the answer on its way to {group.to} from {group.at} by "
-                f"{config.least:g} or more (group {group.name}, {len(pairs)} pairs): take out this "
-                "group and those that reach it, or give `top`"
+                f"no head lowers {config.score} on its way to {group.to} from {group.at} by "
+                f"{config.least:g} of it or more (group {group.name}, {len(pairs)} pairs): take "
+                "out this group and those that reach it, or give `top`"
             )
         picked = sorted((senders[i].layer, senders[i].head or 0) for i in chosen)
-        table = scores.mean(axis=0).reshape(lm.n_layers, layout.n_heads)
-        found[group.name] = FoundGroup(group, tuple(picked), table)
+        shape = lm.n_layers, layout.n_heads
+        both = np.stack([scores.low, scores.high]).reshape(2, *shape)
+        found[group.name] = FoundGroup(
+            group, tuple(picked), scores.share.reshape(shape),
+            None if np.isnan(both).any() else both,
+        )  # fmt: skip
     facts = {"name": lm.name, "hash": lm.fingerprint, "n_layers": lm.n_layers,
              "n_heads": layout.n_heads}  # fmt: skip
-    return Circuit(facts, tuple(found.values()), METRIC, config.ablate, len(pairs))
+    return Circuit(facts, tuple(found.values()), config.score, config.ablate, len(pairs))
 
 
 def _receivers(group: Group, found: dict[str, FoundGroup]) -> list[Node] | None:
@@ -152,21 +168,41 @@ def _receivers(group: Group, found: dict[str, FoundGroup]) -> list[Node] | None:
     return [Node(str(group.by), layer, head) for layer, head in found[group.to].heads]
 
 
-def _choose(
-    scores: Array, groups: Sequence[str], top: int | None, config: CircuitConfig
-) -> list[int]:
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """What each sender loses, over pairs: all arrays are `[senders]`."""
+
+    share: Array
+    """Mean change over the mean of the clean runs."""
+    low: Array
+    high: Array
+    """95 % interval over groups; NaN for fewer than eight."""
+    p: Array
+    """One-sided sign test over groups that it lowers the metric, adjusted."""
+
+    def choose(self, top: int | None, config: CircuitConfig) -> list[int]:
+        """The `top` most negative, or all that the settings let pass."""
+        if top is not None:
+            best = np.argsort(self.share, kind="stable")[:top]
+            return [int(i) for i in best if self.share[i] < 0]
+        lost = (self.share <= -config.least) & ~(self.high >= 0)
+        return [int(i) for i in np.flatnonzero((self.p <= config.fdr) & lost)]
+
+
+def score_heads(
+    changes: Array, whole: Array, groups: Sequence[str], config: CircuitConfig
+) -> HeadScores:
+    """Scores from changes `[pairs, senders]` of a metric that is `whole` `[pairs]` unpatched."""
     from scipy.stats import binom, false_discovery_control
 
-    mean = scores.mean(axis=0)
-    if top is not None:
-        best = np.argsort(mean, kind="stable")[:top]
-        return [int(i) for i in best if mean[i] < 0]
-    sums, _ = grouped(scores, groups)
+    sums, _ = grouped(changes, groups)
+    below_line = grouped(whole[:, None], groups)[0][:, 0]
+    low, high = bootstrap_ratio(sums, below_line, seed=config.seed)
     below, above = (sums < 0).sum(axis=0), (sums > 0).sum(axis=0)
     # One-sided and exact; ties are left out, and a head without effect has p 1.
     p = binom.sf(below - 1, below + above, 0.5)
-    passed = false_discovery_control(np.where(below + above > 0, p, 1.0)) <= config.fdr
-    return [int(i) for i in np.flatnonzero(passed & (mean <= -config.least))]
+    adjusted = false_discovery_control(np.where(below + above > 0, p, 1.0))
+    return HeadScores(changes.mean(axis=0) / whole.mean(), low, high, adjusted)
 
 
 def save_circuit(path: str | Path, circuit: Circuit) -> None:
@@ -185,6 +221,7 @@ def load_circuit(path: str | Path, lm: LanguageModel | None = None) -> Circuit:
                       g["source_at"]),
                 tuple((int(layer), int(head)) for layer, head in g["heads"]),
                 None if g["scores"] is None else np.array(g["scores"]),
+                None if g.get("intervals") is None else np.array(g["intervals"]),
             )
             for g in document["groups"]
         )  # fmt: skip

@@ -2,7 +2,9 @@
 
 Both models read the same prompt; heads of the base take the tuned model's z at the circuit's
 positions, and everything else of the base reacts (Prakash et al. 2024, CMAP). The part of the
-difference between the models that this brings is what those heads' outputs hold.
+difference between the models that this brings is what those heads' outputs hold. The input variant
+computes those outputs anew from the base's own inputs with q, k or v of the tuned model. (The
+paper's code freezes them again before the last token, so that for earlier heads nothing changes.)
 """
 
 from collections.abc import Sequence
@@ -12,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from saesteer.checkpoints.errors import UsageError
-from saesteer.mechanisms.circuits.ablation import Figure
 from saesteer.mechanisms.circuits.circuit import Circuit
+from saesteer.mechanisms.circuits.head_inputs import head_inputs, mixed_output
 from saesteer.mechanisms.config import CircuitConfig
 from saesteer.mechanisms.data.encoding import EncodedPair
 from saesteer.mechanisms.patching.engine import PatchEngine
 from saesteer.mechanisms.patching.sites import Node, Patch, read_values
-from saesteer.mechanisms.statistics import bootstrap_ratio, grouped
+from saesteer.mechanisms.reports.figures import Figure, share_of
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.attention import head_tap, heads
 from saesteer.sae.model.language_model import LanguageModel
@@ -37,7 +39,8 @@ class CrossReport:
     """Share of prompts whose answer beats the wrong one, by what was patched; `base`, `tuned`."""
     recovered: dict[str, Figure]
     """By group, `circuit` (all of its heads), `random` (as many at each position, mean of draws)
-    and `every head` there: (F - F base) / (F tuned - F base), with its interval over groups of
+    and `every head` there, and for groups and `circuit` `NAME by q` (k, v): with that input of the
+    tuned model's; each is (F - F base) / (F tuned - F base), with its interval over groups of
     pairs."""
     n_pairs: int
 
@@ -84,22 +87,29 @@ def cross_patch(
             for i in drawn.choice(len(every), size=counts[at], replace=False)
         ]
     sets["every head"] = [(node, at) for at in ats for node in every]
-    found = {name: np.empty(len(pairs)) for name in ("base", "tuned", *sets)}
+    found: dict[str, Array] = {}
     for row, pair in enumerate(pairs):
         progress("patching across models", row, len(pairs), "pairs")
         for name, value in _one_pair(base, tuned, pair, sets).items():
-            found[name][row] = value
+            found.setdefault(name, np.empty(len(pairs)))[row] = value
     progress("patching across models", len(pairs), len(pairs), "pairs")
     randoms = [found.pop(name) for name in list(found) if name.startswith("random ")]
     if randoms:
         found["random"] = np.mean(randoms, axis=0)
     groups = [pair.group for pair in pairs]
+    outputs = [*sets, "random"]
     named = [name for name in found if name not in ("base", "tuned")]
+    named.sort(key=lambda name: outputs.index(name) if name in outputs else len(outputs))
     return CrossReport(
         float(found["base"].mean()),
         float(found["tuned"].mean()),
         {name: float((values > 0).mean()) for name, values in found.items()},
-        {name: _recovered(found, name, groups, config.seed) for name in named},
+        {
+            name: share_of(
+                found[name] - found["base"], found["tuned"] - found["base"], groups, config.seed
+            )
+            for name in named
+        },
         len(pairs),
     )
 
@@ -133,23 +143,33 @@ def _one_pair(
     ))  # fmt: skip
     values, theirs = read_values(tuned, pair.clean, places)
     by_place = dict(zip(places, values, strict=True))
-    made = [
-        [Patch(node, t, by_place[node, t]) for node, t in ((n, pair.place(at)[0]) for n, at in own)]
-        for own in sets.values()
-    ]
-    names = list(sets)
+    made = {
+        name: [Patch(node, t, by_place[node, t])
+               for node, t in ((n, pair.place(at)[0]) for n, at in own)]
+        for name, own in sets.items()
+    }  # fmt: skip
+    made |= _by_inputs(base, tuned, pair, sets)
+    names = list(made)
     with head_tap(base) as tap:
         engine = PatchEngine(base, pair.clean, tap)
         rows = {"base": engine.logits, "tuned": theirs}
-        for indices, logits in engine.run(made):
+        for indices, logits in engine.run(list(made.values())):
             rows |= {names[i]: logits[row] for row, i in enumerate(indices)}
     return {name: float(x[pair.answer] - x[pair.wrong]) for name, x in rows.items()}
 
 
-def _recovered(found: dict[str, Array], name: str, groups: Sequence[str], seed: int) -> Figure:
-    gain, gap = found[name] - found["base"], found["tuned"] - found["base"]
-    value = float(gain.mean() / gap.mean()) if gap.mean() else float("nan")
-    sums, below = grouped(gain[:, None], groups)[0], grouped(gap[:, None], groups)[0][:, 0]
-    low, high = bootstrap_ratio(sums, below, seed=seed)
-    ends = (float(low[0]), float(high[0])) if np.isfinite(low[0]) else (None, None)
-    return Figure(value, *ends)
+def _by_inputs(
+    base: LanguageModel, tuned: LanguageModel, pair: EncodedPair, sets: dict[str, list[Where]]
+) -> dict[str, list[Patch]]:
+    """Patches of z computed with one input of the tuned model, for groups and the circuit."""
+    own, tap = head_inputs(base, pair.clean)
+    theirs, _ = head_inputs(tuned, pair.clean)
+    named = [name for name in sets if name != "every head" and not name.startswith("random ")]
+    found: dict[str, list[Patch]] = {}
+    for name in named:
+        for site in ("q", "k", "v"):
+            found[f"{name} by {site}"] = [
+                Patch(node, t, mixed_output(own, theirs, site, node.layer, node.head or 0, t, tap))
+                for node, t in ((n, pair.place(at)[0]) for n, at in sets[name])
+            ]
+    return found

@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saesteer.checkpoints.errors import UserError
+from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.checkpoints.files import write_json, write_text
 from saesteer.mechanisms.circuits.ablation import (
     Ablation,
@@ -21,11 +21,12 @@ from saesteer.mechanisms.circuits.crossing import (
     check_same_form,
     cross_patch,
 )
-from saesteer.mechanisms.circuits.groups import Group
-from saesteer.mechanisms.circuits.masks import HeadMask, learn_mask
+from saesteer.mechanisms.circuits.groups import Group, check_groups
+from saesteer.mechanisms.circuits.masks import HeadMask, check_mask_pairs, learn_mask
+from saesteer.mechanisms.circuits.overlap import CircuitOverlap, circuit_overlap
 from saesteer.mechanisms.config import CircuitConfig, MaskConfig
 from saesteer.mechanisms.data.encoding import EncodedPair, encode_pairs
-from saesteer.mechanisms.data.pairs import Pair
+from saesteer.mechanisms.data.pairs import Pair, check_positions
 from saesteer.mechanisms.statistics import FEWEST_GROUPS
 from saesteer.sae.config import Progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
@@ -44,6 +45,8 @@ class CircuitStudy:
     masks: tuple[HeadMask, ...]
     cross: CrossReport | None
     """Against a tuned model, on the pairs of the test."""
+    overlap: CircuitOverlap | None
+    """This circuit against the tuned model's own, before pruning; None where one has no heads."""
     n_found_on: int
     n_tested_on: int
     seconds: float
@@ -83,6 +86,7 @@ class CircuitStudy:
             "test": self.report.document(),
             "masks": [mask.document() for mask in self.masks],
             "cross": None if self.cross is None else self.cross.document(),
+            "overlap": None if self.overlap is None else self.overlap.document(),
             "seconds": self.seconds,
         }
 
@@ -94,6 +98,7 @@ def study_circuit(
     config: CircuitConfig | None = None,
     *,
     masks: Sequence[str] = (),
+    desiderata: Mapping[str, Sequence[Pair]] | None = None,
     mask_config: MaskConfig | None = None,
     cross: str | LanguageModel | None = None,
     device: str = "auto",
@@ -105,7 +110,8 @@ def study_circuit(
 
     Args:
         groups: from the end backwards, see `Group`.
-        masks: positions at which a mask over heads is learned as well (`learn_mask`).
+        masks: positions at which a mask over heads is learned as well (`learn_mask`), for the
+            pairs' own answers and for each of `desiderata`: pairs made for a property, by its name.
         cross: a tuned model of the same form, whose heads are put into this one (`cross_patch`).
         drop: leave out pairs that cannot be scored, or whose runs do not both have the most common
             length, instead of raising.
@@ -116,6 +122,8 @@ def study_circuit(
     """
     config = config or CircuitConfig()
     began = time.perf_counter()
+    wanted = dict(desiderata or {})
+    check_study(pairs, groups, masks, wanted)
     lm = as_language_model(model, device=device, dtype=dtype)
     encoded, _ = encode_pairs(lm, pairs, chat=config.chat, drop=drop)
     if drop:
@@ -125,12 +133,18 @@ def study_circuit(
     if tuned is not None:
         check_same_form(lm, tuned, encoded)
     circuit = find_circuit(lm, train, groups, config, progress=progress)
+    overlap = None if tuned is None else _overlap(tuned, circuit, train, groups, config, progress)
     ablation = Ablation(lm, test, circuit, config.ablate)
     circuit = prune(ablation, config, progress)
     report = evaluate_circuit(ablation, circuit, config, progress=progress)
+    by_name = {"answer": encoded}
+    for name, own in wanted.items():
+        found, _ = encode_pairs(lm, own, chat=config.chat, drop=drop)
+        by_name[name] = _of_one_length(found) if drop else found
     learned = [
-        learn_mask(lm, encoded, at, mask_config, seed=config.seed, progress=progress)
+        learn_mask(lm, own, at, mask_config, wanted=name, seed=config.seed, progress=progress)
         for at in masks
+        for name, own in by_name.items()
     ]
     crossed = (
         None if tuned is None
@@ -138,8 +152,47 @@ def study_circuit(
     )  # fmt: skip
     return CircuitStudy(
         {**model_facts(lm), "n_layers": lm.n_layers}, config, circuit, report, tuple(learned),
-        crossed, len(train), len(test), time.perf_counter() - began,
+        crossed, overlap, len(train), len(test), time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _overlap(
+    tuned: LanguageModel,
+    circuit: Circuit,
+    pairs: Sequence[EncodedPair],
+    groups: Sequence[Group],
+    config: CircuitConfig,
+    progress: Progress,
+) -> CircuitOverlap | None:
+    """This circuit against the one found in the tuned model on the same pairs."""
+    try:
+        other = find_circuit(tuned, pairs, groups, config, progress=progress)
+    except UserError:  # a group without heads: there is nothing to compare
+        return None
+    return circuit_overlap(circuit, other, seed=config.seed)
+
+
+def check_study(
+    pairs: Sequence[Pair],
+    groups: Sequence[Group],
+    masks: Sequence[str],
+    desiderata: Mapping[str, Sequence[Pair]],
+) -> None:
+    """Refuse, before a model is loaded, groups and masks that the pairs have no positions for.
+
+    Raises UserError and UsageError.
+    """
+    check_groups(groups, "`groups`")
+    for group in groups:
+        check_positions(pairs, [group.at, group.source_at or group.at], "groups")
+    if desiderata and not masks:
+        raise UsageError(
+            f"`desiderata` {next(iter(desiderata))} is for masks: give `mask`, the positions at "
+            "which one is learned"
+        )
+    for own in (pairs, *desiderata.values()) if masks else ():
+        check_positions(own, masks, "mask")
+        check_mask_pairs(own)
 
 
 def _of_one_length(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:

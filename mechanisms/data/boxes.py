@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.mechanisms.data.desiderata import draw_scenes
 
 OBJECTS = (
     "apple", "ball", "bell", "book", "bottle", "bread", "brush", "cake", "camera", "candle",
@@ -44,6 +45,30 @@ def box_scenes(boxes: int, n: int, seed: int) -> list[dict[str, Any]]:
                 },
                 "group": f"scene {number}",
                 "chance": 1 / boxes,
+            }
+        )
+    return rows
+
+
+def box_desiderata(boxes: int, kind: str, n: int, seed: int) -> list[dict[str, Any]]:
+    """Fields of `n` pairs for a mask: `clean` is the base, `corrupt` the source, `answer` what the
+    base should give with the source's heads, and `wrong` its own answer. See `desiderata`."""
+    drawn = random.Random(seed)
+    rows = []
+    for number in range(n):
+        base, source, wanted = draw_scenes(kind, boxes, LABELS, OBJECTS, drawn)
+        (clean, spans), (corrupt, others) = (
+            _scene(list(one.things), list(one.labels), one.asked, one.labels[one.asked])
+            for one in (base, source)
+        )
+        rows.append(
+            {
+                "clean": clean,
+                "corrupt": corrupt,
+                "answer": f" {wanted}",
+                "wrong": f" {base.answer}",
+                "positions": {name: (spans[name], others[name]) for name in spans},
+                "group": f"scene {number}",
             }
         )
     return rows

@@ -26,6 +26,8 @@ class EncodedPair:
     chance: float | None
     longer: bool
     """Whether the answer has more tokens than the one that is scored."""
+    of: Pair
+    """The texts."""
 
     @property
     def equal_length(self) -> bool:
@@ -104,7 +106,7 @@ def _encode(lm: LanguageModel, pair: Pair, chat: bool, allow_copies: bool) -> En
         )
     return EncodedPair(
         prompts[0].token_ids, prompts[1].token_ids, answer, wrong, places,
-        pair.group or pair.clean, pair.chance, longer,
+        pair.group or pair.clean, pair.chance, longer, pair,
     )  # fmt: skip
 
 

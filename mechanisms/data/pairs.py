@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saesteer.checkpoints.errors import UsageError, UserError
-from saesteer.mechanisms.data.boxes import box_scenes
+from saesteer.mechanisms.data.boxes import box_desiderata, box_scenes
 from saesteer.mechanisms.data.contrasts import CONTRASTS, contrast_rows
 from saesteer.steering.tasks.contents import read_text
 from saesteer.steering.tasks.task import compose, load_task
@@ -42,7 +42,8 @@ def load_pairs(source: str | Path, *, n: int = 100, against: str | None = None,
     `source` is a JSONL file, `boxes` or `boxes:3` (scenes of so many boxes), `contrast:NAME` (two
     instructions about the same words), or `task:NAME` (content and instruction against the content
     alone, or with `against` the same content and another task's instruction; the answers are the
-    model's own). Raises UsageError for an unknown maker, UserError for a file that cannot be read.
+    model's own). `boxes:3:position` makes scenes for a mask (see `desiderata`). Raises
+    UsageError for an unknown maker, UserError for a file that cannot be read.
     """
     if n < 1:
         raise UsageError(f"`n` must be at least 1, got {n}")
@@ -52,13 +53,30 @@ def load_pairs(source: str | Path, *, n: int = 100, against: str | None = None,
     if Path(source).is_file() or str(source).endswith(".jsonl"):
         return read_pairs(source)[:n]
     if kind == "boxes":
-        return _of_rows(box_scenes(_box_count(name), n, seed))
+        count, _, wanted = name.partition(":")
+        if wanted:
+            return _of_rows(box_desiderata(_box_count(count), wanted, n, seed))
+        return _of_rows(box_scenes(_box_count(count), n, seed))
     if kind == "contrast" and name in CONTRASTS:
         return _of_rows(contrast_rows(name, n, seed))
     if kind == "task" and name:
         return _task_pairs(name, against, n, seed)
     makers = ["boxes:N", *(f"contrast:{name}" for name in CONTRASTS), "task:NAME"]
     raise UsageError(f"`pairs` must be a .jsonl file or one of {', '.join(makers)}, got {source}")
+
+
+def check_positions(pairs: Sequence[Pair], names: Sequence[str], setting: str) -> None:
+    """Raise UsageError for a position that some pair does not have: it can be told without any
+    model. `token:N` and `all` are left to the tokens."""
+    shared = [name for name in pairs[0].positions if all(name in p.positions for p in pairs)]
+    known = {"first", "last", *shared}
+    known |= {f"{name}-{end}" for name in shared for end in ("first", "last")}
+    for name in names:
+        if name not in known and name != "all" and not name.startswith("token:"):
+            raise UsageError(
+                f"`{setting}` must be of {', '.join(['first', 'last', *shared])} (or NAME-first, "
+                f"NAME-last), got {name!r}"
+            )
 
 
 def read_pairs(path: str | Path) -> list[Pair]:

@@ -57,21 +57,21 @@ def approximate(
     if method == "ig":
         return _integrated(lm, base, source, wanted, changes, places, score, ig_steps, tap)
     if method == "atp":
-        found = _Gradients(lm, base, places, score, tap)
+        found = Gradients(lm, base, places, score, tap)
         return found.products(wanted, changes)
     starred = {(layer, "z") for layer, site in places if site in _SOFTMAX}
-    found = _Gradients(lm, base, places | starred, score, tap)
+    found = Gradients(lm, base, places | starred, score, tap)
     inner = _attention_values(lm, base, {layer for layer, _ in starred}, tap)
     plain = _with_softmax(found, wanted, changes, new, inner, tap)
     sizes = torch.zeros_like(plain)
     for layer in range(lm.n_layers):
-        cut = _Gradients(lm, base, places | starred, score, tap, cut=layer)
+        cut = Gradients(lm, base, places | starred, score, tap, cut=layer)
         sizes += _with_softmax(cut, wanted, changes, new, inner, tap).abs()
     # A block's own nodes have no gradient while it is cut.
     return plain.sign() * sizes / max(1, lm.n_layers - 1)
 
 
-class _Gradients:
+class Gradients:
     """dm/da at whole sites of one run, with the run's values there."""
 
     def __init__(
@@ -149,7 +149,7 @@ def _integrated(
     total = torch.zeros(len(wanted), dtype=torch.float64)
     for step in range(steps):
         point = torch.lerp(ends[0], ends[1], (step + 0.5) / steps)
-        found = _Gradients(lm, base, places, score, tap, start=point)
+        found = Gradients(lm, base, places, score, tap, start=point)
         total += found.products(wanted, changes).cpu() / steps
     return total
 
@@ -179,7 +179,7 @@ def _attention_values(
 
 
 def _with_softmax(
-    found: _Gradients,
+    found: Gradients,
     wanted: Sequence[Where],
     changes: Sequence[Tensor],
     new: Sequence[Tensor],

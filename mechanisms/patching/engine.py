@@ -194,6 +194,7 @@ def _writers(sets: Sequence[Sequence[Patch]], start: int) -> dict[tuple[int, str
         rows = torch.tensor([row for row, _ in own])
         tokens = torch.tensor([patch.position for _, patch in own])
         chosen = torch.tensor([patch.node.head or 0 for _, patch in own])
+        adds = torch.tensor([patch.adds for _, patch in own])
 
         def write(values: Tensor) -> Tensor:
             values = values.clone()
@@ -210,6 +211,9 @@ def _writers(sets: Sequence[Sequence[Patch]], start: int) -> dict[tuple[int, str
                 values[rows, chosen, tokens - start] = new
             elif site == "z":
                 values[rows, tokens - start, chosen] = new
+            elif adds.any():
+                kept = adds.to(values)[:, None] * values[rows, tokens - start]
+                values[rows, tokens - start] = new + kept
             else:
                 values[rows, tokens - start] = new
             return values

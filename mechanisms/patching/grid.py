@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from saesteer.mechanisms.data.pairs import Pair, load_pairs
 from saesteer.mechanisms.metrics import check_metric, default_metric, measure
 from saesteer.mechanisms.patching.agreement import Agreement, agreement, nodes_to_check
 from saesteer.mechanisms.patching.approximation import approximate
-from saesteer.mechanisms.patching.engine import Batch, PatchEngine, plan_batches, single
+from saesteer.mechanisms.patching.clock import GridClock
+from saesteer.mechanisms.patching.engine import PatchEngine, plan_batches, single
+from saesteer.mechanisms.patching.finished import FinishedPairs, digest
 from saesteer.mechanisms.patching.sites import Node, make_nodes, read_values, run_model
 from saesteer.mechanisms.reports.patch_result import Cell, PatchResult
 from saesteer.sae.config import Progress
@@ -25,8 +27,6 @@ from saesteer.sae.model.language_model import LanguageModel, as_language_model
 from saesteer.sae.runs.bars import show_progress
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.evaluation.intervals import wilson
-
-_TIMED_BATCHES = 3
 
 
 def patch(
@@ -38,6 +38,8 @@ def patch(
     dtype: str = "float32",
     n: int = 100,
     drop: bool | None = None,
+    finished: FinishedPairs | None = None,
+    resume: bool = False,
     progress: Progress = show_progress,
 ) -> PatchResult:
     """Put values of one run of each pair into the other, one node at a time, and measure.
@@ -49,6 +51,7 @@ def patch(
         config: the grid and the metric.
         drop: leave out, and count, pairs whose answer one token cannot tell apart, instead of
             raising. None does so for the built-in makers alone.
+        finished: where pairs are kept as they are done; with `resume` those in it are taken.
 
     Returns:
         Effects `[pairs, nodes x positions]` with everything that describes them; `print` it, or
@@ -56,7 +59,7 @@ def patch(
 
     Raises:
         UsageError: a site, block, head or position that does not exist; runs of different length
-            without named positions; a grid over `budget_minutes`.
+            without named positions; a grid over `budget_minutes`; `resume` of another grid.
         UserError: pairs that cannot be scored; a model no better than chance.
         NonFiniteError: NaN or infinity in the model.
     """
@@ -68,10 +71,14 @@ def patch(
     encoded, dropped = encode_pairs(
         lm, listed, chat=config.chat, allow_copies=config.allow_copies, drop=drop
     )
-    grid = _Grid(lm, encoded, config)
+    grid = _Grid(lm, encoded, config, finished)
+    if finished is not None:
+        settings = {k: v for k, v in asdict(config).items() if k != "budget_minutes"}
+        facts = {"weights": lm.fingerprint, "dtype": str(lm.dtype), "settings": settings}
+        finished.open({**facts, "pairs": digest(encoded)}, resume=resume)
     began = time.perf_counter()
     with torch.no_grad():
-        runs = _unpatched(lm, encoded, config, grid.metric, progress)
+        runs = unpatched(lm, encoded, config, grid.metric, progress)
         if any(cell.node.head is not None for cell in grid.cells):
             with head_tap(lm) as tap:
                 exact, fast, compared = grid.run(runs, tap, progress)
@@ -97,7 +104,7 @@ def patch(
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
+class Runs:
     """The two runs of a pair, unpatched."""
 
     logits: Tensor
@@ -115,13 +122,13 @@ def _source_ids(pair: EncodedPair, config: PatchConfig) -> list[int]:
     return pair.corrupt if config.direction == "noise" else pair.clean
 
 
-def _unpatched(
+def unpatched(
     lm: LanguageModel,
     pairs: Sequence[EncodedPair],
     config: PatchConfig,
     metric: str,
     progress: Progress,
-) -> list[_Runs]:
+) -> list[Runs]:
     """Run every pair as it is. Raises UserError for a model that is no better than chance."""
     found, right, guessed = [], [], []
     for number, pair in enumerate(pairs):
@@ -131,7 +138,7 @@ def _unpatched(
             rows = torch.tensor([ids], device=lm.device)
             both.append(run_model(lm, rows, use_cache=False).logits[0, -1])
         base, source = (measure(metric, one[None], pair, both[0])[0] for one in both)
-        found.append(_Runs(both[0], base, source))
+        found.append(Runs(both[0], base, source))
         clean = both[0] if config.direction == "noise" else both[1]
         if pair.chance is not None:
             right.append(int(clean.argmax()) == pair.answer)
@@ -155,8 +162,14 @@ def _unpatched(
 class _Grid:
     """The cells of a grid, and the ways to fill them."""
 
-    def __init__(self, lm: LanguageModel, pairs: list[EncodedPair], config: PatchConfig) -> None:
-        self.lm, self.pairs, self.config = lm, pairs, config
+    def __init__(
+        self,
+        lm: LanguageModel,
+        pairs: list[EncodedPair],
+        config: PatchConfig,
+        finished: FinishedPairs | None,
+    ) -> None:
+        self.lm, self.pairs, self.config, self.finished = lm, pairs, config, finished
         if config.heads is not None and not set(config.sites) & set(HEAD_SITES):
             raise UsageError(
                 f"`heads` belongs to sites of heads ({', '.join(HEAD_SITES)}), got sites "
@@ -191,7 +204,7 @@ class _Grid:
         return (clean, corrupt) if self.config.direction == "noise" else (corrupt, clean)
 
     def run(
-        self, runs: Sequence[_Runs], tap: HeadTap | None, progress: Progress
+        self, runs: Sequence[Runs], tap: HeadTap | None, progress: Progress
     ) -> tuple[np.ndarray, np.ndarray | None, Agreement | None]:
         """Exact effects `[pairs, cells]` (NaN where not patched), estimated ones, agreement."""
         every = list(range(len(self.cells)))
@@ -201,14 +214,17 @@ class _Grid:
         stage = f"gradients ({self.config.fast})"
         for row, (pair, one) in enumerate(zip(self.pairs, runs, strict=True)):
             progress(stage, row, len(self.pairs), "pairs")
-            fast[row] = self._approximate(pair, one, tap)
+            known = self._known("fast", row)
+            fast[row] = self._approximate(pair, one, tap) if known is None else known
+            if known is None:
+                self._keep("fast", row, fast[row])
         progress(stage, len(self.pairs), len(self.pairs), "pairs")
         mean = fast.mean(axis=0)
         chosen = nodes_to_check(mean, self.config.verify, self.config.checks, self.config.seed)
         exact = self._exact(runs, chosen, tap, progress)
         return exact, fast, agreement(exact.mean(axis=0)[chosen], mean[chosen])
 
-    def _approximate(self, pair: EncodedPair, runs: _Runs, tap: HeadTap | None) -> np.ndarray:
+    def _approximate(self, pair: EncodedPair, runs: Runs, tap: HeadTap | None) -> np.ndarray:
         wanted = [(cell.node, *self.places(pair, cell)) for cell in self.cells]
         found = approximate(
             self.lm, _base_ids(pair, self.config), _source_ids(pair, self.config), wanted,
@@ -218,20 +234,38 @@ class _Grid:
         return np.asarray(found.cpu().numpy())
 
     def _exact(
-        self, runs: Sequence[_Runs], chosen: list[int], tap: HeadTap | None, progress: Progress
+        self, runs: Sequence[Runs], chosen: list[int], tap: HeadTap | None, progress: Progress
     ) -> np.ndarray:
         effects = np.full((len(self.pairs), len(self.cells)), np.nan, dtype=np.float64)
-        clock = Clock(self._work(chosen), self.lm.n_layers, self.config.budget_minutes)
-        for row, (pair, one) in enumerate(zip(self.pairs, runs, strict=True)):
-            progress("patching", row, len(self.pairs), f"pairs{clock.note()}")
-            effects[row, chosen] = self._exact_pair(pair, one, chosen, tap, clock)
+        left = []
+        for row in range(len(self.pairs)):
+            known = self._known("exact", row)
+            if known is None:
+                left.append(row)
+            else:
+                effects[row, chosen] = known
+        work = self._work(chosen, left)
+        clock = GridClock(work, self.lm.n_layers, self.config.budget_minutes)
+        for row in left:
+            done = len(self.pairs) - len(left) + left.index(row)
+            progress("patching", done, len(self.pairs), f"pairs{clock.note()}")
+            found = self._exact_pair(self.pairs[row], runs[row], chosen, tap, clock)
+            self._keep("exact", row, found)
+            effects[row, chosen] = found
         progress("patching", len(self.pairs), len(self.pairs), "pairs")
         return effects
 
-    def _work(self, chosen: Sequence[int]) -> int:
-        """Tokens times blocks of the whole grid, if every value differs."""
+    def _known(self, stage: str, row: int) -> np.ndarray | None:
+        return None if self.finished is None else self.finished.get(stage, row)
+
+    def _keep(self, stage: str, row: int, effects: np.ndarray) -> None:
+        if self.finished is not None:
+            self.finished.add(stage, row, effects)
+
+    def _work(self, chosen: Sequence[int], rows: Sequence[int]) -> int:
+        """Tokens times blocks of these pairs, if every value differs."""
         total = 0
-        for pair in self.pairs:
+        for pair in (self.pairs[row] for row in rows):
             places = [
                 [(self.cells[i].node.layer, self.places(pair, self.cells[i])[0])] for i in chosen
             ]
@@ -242,10 +276,10 @@ class _Grid:
     def _exact_pair(
         self,
         pair: EncodedPair,
-        runs: _Runs,
+        runs: Runs,
         chosen: Sequence[int],
         tap: HeadTap | None,
-        clock: "Clock",
+        clock: GridClock,
     ) -> np.ndarray:
         nodes = [self.cells[i].node for i in chosen]
         both = [self.places(pair, self.cells[i]) for i in chosen]
@@ -268,39 +302,3 @@ class _Grid:
             found = measure(self.metric, logits, pair, engine.logits) - base
             effects[[moved[i] for i in indices]] = found.cpu().numpy()
         return effects
-
-
-class Clock:
-    """Predicts the time of a grid from its first batches, and refuses one over the budget."""
-
-    def __init__(self, work: int, n_layers: int, budget_minutes: float) -> None:
-        self.work, self.n_layers, self.budget = work, n_layers, budget_minutes
-        self.batches = self.done = 0
-        self.seconds = 0.0
-        self._last = time.perf_counter()
-
-    def start(self) -> None:
-        """Count time from now on."""
-        self._last = time.perf_counter()
-
-    def tick(self, batch: Batch) -> None:
-        """A batch has run. Raises UsageError when three of them predict more than the budget."""
-        now = time.perf_counter()
-        self.seconds += now - self._last
-        self._last = now
-        self.batches += 1
-        self.done += batch.work(self.n_layers)
-        if self.batches == _TIMED_BATCHES and self.minutes() > self.budget:
-            raise UsageError(
-                f"this grid takes about {self.minutes():.0f} minutes, over `budget_minutes` "
-                f"{self.budget:g}: give fewer layers, positions or pairs, a `fast` shortcut, or a "
-                "larger budget"
-            )
-
-    def minutes(self) -> float:
-        """Predicted minutes of the whole grid."""
-        return self.seconds / max(1, self.done) * self.work / 60
-
-    def note(self) -> str:
-        """What progress shows."""
-        return f", about {self.minutes():.1f} min in all" if self.batches else ""

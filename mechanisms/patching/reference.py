@@ -28,7 +28,7 @@ def patched_logits(lm: LanguageModel, ids: Sequence[int], patches: Sequence[Patc
             for patch in own:
                 node, t = patch.node, patch.position
                 if node.head is None:
-                    values[0, t] = patch.value
+                    values[0, t] = patch.value + (values[0, t] if patch.adds else 0)
                 elif node.site == "z":
                     values[0, t, node.head] = patch.value
                 elif node.site == "pattern":

@@ -32,12 +32,17 @@ class Patch:
     """A value to put in: at `node` and token `position`.
 
     `value` is `[d_model]` in the residual stream, `[d_head]` for q, k, v and z, and
-    `[position + 1]` for a row of pattern.
+    `[position + 1]` for a row of pattern. `adds` puts it on top of what is there: only in the
+    residual stream, where a value written later would else hide an earlier one.
     """
 
     node: Node
     position: int
     value: Tensor
+    adds: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.adds and self.node.head is not None), "heads are set, not added to"
 
 
 def make_nodes(

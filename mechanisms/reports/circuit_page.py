@@ -21,33 +21,55 @@ def render_circuit(document: Mapping[str, Any]) -> str:
         ),
         "<h2>Heads</h2>",
         table(
-            ["group", "at", "reaches", "heads"],
+            ["group", "at", "reaches", "head", f"share of {circuit['metric']}"],
             [
                 [
                     g["name"],
                     g["at"],
                     _reached(g["receivers"]),
-                    ", ".join(f"({layer},{head})" for layer, head in g["heads"]),
+                    f"({layer},{head})",
+                    interval(*head_score(g, layer, head)),
                 ]
                 for g in circuit["groups"]
+                for layer, head in g["heads"]
             ],
-        ),
+        ),  # fmt: skip
     ]
     for g in circuit["groups"]:
         if g["scores"] is not None:
             rows = [str(layer) for layer in range(model["n_layers"])]
             columns = [str(head) for head in range(len(g["scores"][0]))]
-            title = f"{g['name']} at {g['at']}: (p' - p) / p of the answer"
+            title = f"{g['name']} at {g['at']}: share of {circuit['metric']} that a head loses"
             parts.append(f"<h3>{escape(title)}</h3>")
-            parts.append(note("Rows are blocks, columns heads."))
+            parts.append(
+                note(
+                    "Rows are blocks, columns heads. A share is the mean change over the mean in "
+                    "the clean run; -1 is all of it."
+                )
+            )
             parts.append(wide(diverging_map(g["scores"], rows, columns, title)))
     parts += ["<h2>Test</h2>", _test(test), *_completeness(test)]
     for mask in document["masks"]:
-        parts.append(f"<h2>Mask learned at {escape(mask['at'])}</h2>")
+        title = f"Mask learned at {mask['at']} for {mask['wanted']}"
+        parts.append(f"<h2>{escape(title)}</h2>")
         parts.append(_mask(mask))
+    if document["overlap"]:
+        parts += ["<h2>The tuned model's own circuit</h2>", _overlap(document["overlap"])]
     if document["cross"]:
         parts += ["<h2>Against the tuned model</h2>", _cross(document["cross"])]
     return page("Circuit", parts)
+
+
+def head_score(
+    group: Mapping[str, Any], layer: int, head: int
+) -> tuple[float | None, float | None, float | None]:
+    """Score of a head in a group of circuit.json, and its interval, where there are any."""
+    if group["scores"] is None:
+        return None, None, None
+    if group["intervals"] is None:
+        return group["scores"][layer][head], None, None
+    low, high = (end[layer][head] for end in group["intervals"])
+    return group["scores"][layer][head], low, high
 
 
 def _reached(receivers: Mapping[str, Any]) -> str:
@@ -90,6 +112,20 @@ def _completeness(test: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _overlap(overlap: Mapping[str, Any]) -> str:
+    return note(
+        "Found on the same pairs, before pruning. Heads at positions in both over those in "
+        f"either: {overlap['jaccard']:.2f}, by chance {overlap['random']:.2f}; share of this "
+        f"model's heads that the tuned one has too: {overlap['kept']:.2f}."
+    ) + table(
+        ["group", "heads of the tuned model"],
+        [
+            [name, ", ".join(f"({layer},{head})" for layer, head in heads)]
+            for name, heads in overlap["tuned"]
+        ],
+    )
+
+
 def _cross(cross: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -112,8 +148,14 @@ def _mask(mask: Mapping[str, Any]) -> str:
         return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
     return note(
-        f"Share of {mask['n_test']} prompts that give another prompt's answer once these heads' z "
-        f"at {mask['at']} is that prompt's; overlap of seeds (Jaccard) {mask['jaccard']:.2f}."
+        f"Share of {mask['n_test']} prompts that give the answer that is wanted once these heads' "
+        f"z at {mask['at']} is that of another prompt: "
+        + (
+            "its own answer"
+            if mask["wanted"] == "answer"
+            else f"the answer of the pairs made for {mask['wanted']}"
+        )
+        + f"; overlap of seeds (Jaccard) {mask['jaccard']:.2f}."
     ) + table(
         ["heads", "share"],
         [

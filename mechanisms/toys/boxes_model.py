@@ -24,6 +24,7 @@ from saesteer.mechanisms.toys.hand_built import (
     WORDS,
     hand_built_scenes,
     word_tokenizer,
+    write_desiderata,
 )
 from saesteer.sae.config import Progress, no_progress
 
@@ -39,8 +40,9 @@ def train_boxes(
     scenes: int = 200,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Train both models; write `base/`, `tuned/`, `scenes.jsonl` (seven boxes), `groups.yaml` and
-    `toy.json` into a folder, and return what toy.json holds: the accuracy of each by boxes.
+    """Train both models; write `base/`, `tuned/`, `scenes.jsonl` (seven boxes), `groups.yaml`,
+    `masks/` and `toy.json` into a folder, and return what toy.json holds: the accuracy of each by
+    boxes.
 
     Raises NonFiniteError when a loss is NaN or infinite.
     """
@@ -60,6 +62,7 @@ def train_boxes(
     document = {"schema_version": 1, "kind": "boxes", "accuracy": accuracy, "scenes_each": 200}
     write_text(folder / "scenes.jsonl", write_pairs(hand_built_scenes(scenes, 2, boxes=7)))
     write_text(folder / "groups.yaml", GROUPS)
+    write_desiderata(folder, scenes, 3, boxes=7)
     write_json(folder / "toy.json", document)
     return document
 

@@ -60,7 +60,7 @@ def sae_places(
     Raises what `sae_hook_point` raises, and UserError for a transcoder or crosscoder whose places
     this model does not have.
     """
-    parts = _parts(sae)
+    parts = crosscoder_parts(sae)
     if not sae.spec.is_transcoder and parts is None:
         point = sae_hook_point(sae, lm, layer=layer, site=site, force=force)
         return SAEPlaces((point,), (point,), (1.0,))
@@ -91,7 +91,7 @@ def sae_places(
 
 def is_plain(sae: SAE) -> bool:
     """Whether an SAE reads and writes one place, the same."""
-    return not sae.spec.is_transcoder and _parts(sae) is None
+    return not sae.spec.is_transcoder and crosscoder_parts(sae) is None
 
 
 def steered(
@@ -108,7 +108,7 @@ def steered(
     `site` say. One over models steers each of them. Raises what `sae_places` raises, UsageError
     where a crosscoder is not told where.
     """
-    parts = _parts(sae)
+    parts = crosscoder_parts(sae)
     name = sae.source or "(in memory)"
     models = _models(sae, parts)
     if parts is None and sae.spec.is_transcoder:
@@ -216,7 +216,7 @@ def _hook(
     return resolve_site(lm, layer, site)
 
 
-def _parts(sae: SAE) -> list[dict[str, Any]] | None:
+def crosscoder_parts(sae: SAE) -> list[dict[str, Any]] | None:
     """The places of a crosscoder, as its file lists them; None for other SAEs."""
     own = sae.spec.metadata.get("saesteer")
     parts = own.get("crosscoder") if isinstance(own, dict) else None

@@ -7,6 +7,7 @@ import torch
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.mechanisms.data.encoding import EncodedPair
+from saesteer.mechanisms.data.pairs import Pair
 from saesteer.mechanisms.metrics import check_metric, default_metric, measure
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
@@ -14,7 +15,7 @@ BASE = torch.zeros(4)
 
 
 def pair(answer: int = 3, wrong: int | None = 2) -> EncodedPair:
-    return EncodedPair([1], [1], answer, wrong, {}, "", None, False)
+    return EncodedPair([1], [1], answer, wrong, {}, "", None, False, Pair("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The hand-built circuit is found exactly, from noise nothing is, and its file survives."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from saesteer.checkpoints.errors import UserError
 from saesteer.mechanisms.circuits.circuit import (
     Circuit,
-    _choose,
     find_circuit,
     load_circuit,
     save_circuit,
+    score_heads,
 )
 from saesteer.mechanisms.circuits.groups import Group
 from saesteer.mechanisms.config import CircuitConfig
@@ -21,6 +22,7 @@ from saesteer.mechanisms.data.pairs import Pair
 from saesteer.mechanisms.toys.hand_built import hand_built_model
 from saesteer.sae.model.language_model import LanguageModel
 
+Array = np.ndarray
 GROUPS = (Group("fetcher", "last", "logits"), Group("mover", "object", "fetcher", "k"))
 
 
@@ -32,7 +34,8 @@ def found(toy: LanguageModel, scenes: list[Pair]) -> Circuit:
 def test_the_hand_built_circuit(found: Circuit) -> None:
     assert [g.heads for g in found.groups] == [((1, 1),), ((0, 0),)]
     for group, own in zip(found.groups, ((1, 1), (0, 0)), strict=True):
-        assert group.scores is not None and group.scores[own] < -0.9
+        assert group.scores is not None and group.scores[own] == pytest.approx(-1, abs=1e-3)
+        assert group.intervals is not None and (group.intervals[:, *own] < -0.99).all()
         assert (np.abs(np.delete(group.scores.ravel(), 3 * own[0] + own[1])) < 1e-6).all()
     assert repr(found) == "Circuit(hand-built: fetcher 1, mover 1 heads)"
     assert found.only(frozenset({("mover", (0, 0))})).members == {("mover", (0, 0))}
@@ -41,7 +44,7 @@ def test_the_hand_built_circuit(found: Circuit) -> None:
 def test_a_path_that_is_not_there(toy: LanguageModel, scenes: list[Pair]) -> None:
     pairs, _ = encode_pairs(toy, scenes)
     by_value = (GROUPS[0], Group("mover", "object", "fetcher", "v"))
-    with pytest.raises(UserError, match="no head lowers the answer on its way to fetcher from obj"):
+    with pytest.raises(UserError, match="no head lowers logit-diff on its way to fetcher from obj"):
         find_circuit(toy, pairs, by_value)
     with pytest.raises(UserError, match="`top` has 1 counts for 2 groups"):
         find_circuit(toy, pairs, GROUPS, CircuitConfig(top=(1,)))
@@ -54,19 +57,59 @@ def test_a_copy_shows_in_the_direct_paths(scenes: list[Pair]) -> None:
     assert circuit.groups[0].heads == ((1, 1), (1, 2))
 
 
+def chosen(changes: Array, config: CircuitConfig, top: int | None = None) -> list[int]:
+    groups = [str(i) for i in range(len(changes))]
+    return score_heads(changes, np.ones(len(changes)), groups, config).choose(top, config)
+
+
 def test_noise_is_chosen_as_seldom_as_promised() -> None:
     drawn = np.random.default_rng(0)
-    groups = [str(i) for i in range(40)]
     config = CircuitConfig(least=0.0)
-    runs = [_choose(drawn.normal(0, 1, (40, 50)), groups, None, config) for _ in range(200)]
+    runs = [chosen(drawn.normal(0, 1, (40, 50)), config) for _ in range(200)]
     # With nothing to find, any choice is false: at most 5 % of runs, 3 standard errors over.
-    assert sum(bool(chosen) for chosen in runs) <= 0.05 * 200 + 3 * (200 * 0.05 * 0.95) ** 0.5
+    assert sum(bool(one) for one in runs) <= 0.05 * 200 + 3 * (200 * 0.05 * 0.95) ** 0.5
     planted = drawn.normal(0, 1, (40, 50))
     planted[:, 7] -= 3
-    chosen = _choose(planted, groups, None, config)
-    assert 7 in chosen and len(chosen) <= 2
-    assert _choose(planted, groups, 2, config)[0] == 7
-    assert _choose(np.full((40, 3), -1e-6), groups, None, CircuitConfig()) == []
+    found = chosen(planted, config)
+    assert 7 in found and len(found) <= 2
+    assert chosen(planted, config, top=2)[0] == 7
+    assert chosen(np.full((40, 3), -1e-6), CircuitConfig()) == []
+
+
+def test_a_pair_of_small_p_does_not_decide() -> None:
+    """Where one pair's answer was unlikely, p' / p has no bound: its mean would hide the head."""
+    p = np.full(40, 0.9)
+    p[0] = 1e-4
+    after = 0.7 * p
+    after[0] = 0.05
+    change = (after - p)[:, None]
+    assert (change[:, 0] / p).mean() > 0
+    groups = [str(i) for i in range(40)]
+    scores = score_heads(change, p, groups, CircuitConfig(score="prob"))
+    assert scores.choose(None, CircuitConfig()) == [0]
+    assert scores.share[0] == pytest.approx(change.mean() / p.mean()) and scores.share[0] < -0.28
+    assert scores.low[0] < scores.share[0] < scores.high[0] < -0.2
+
+
+def test_a_head_that_often_helps_and_rarely_ruins() -> None:
+    """The typical pair and the mean have to agree: an interval across 0 is not taken."""
+    change = np.full((40, 1), -0.02)
+    change[:2] = 0.6
+    config = CircuitConfig(least=0.0)
+    scores = score_heads(change, np.ones(40), [str(i) for i in range(40)], config)
+    assert scores.p[0] < 0.001 and scores.high[0] > 0 and scores.choose(None, config) == []
+
+
+def test_a_model_that_has_nothing_to_lose(toy: LanguageModel, scenes: list[Pair]) -> None:
+    swapped = [replace(pair, answer=pair.wrong, wrong=pair.answer) for pair in scenes]
+    with pytest.raises(UserError, match="nothing to explain: logit-diff of hand-built is -10 on"):
+        find_circuit(toy, encode_pairs(toy, swapped)[0], GROUPS)
+
+
+@pytest.mark.parametrize("score", ["logit-diff", "prob"])
+def test_both_scores_find_it(toy: LanguageModel, scenes: list[Pair], score: str) -> None:
+    circuit = find_circuit(toy, encode_pairs(toy, scenes)[0], GROUPS, CircuitConfig(score=score))
+    assert [g.heads for g in circuit.groups] == [((1, 1),), ((0, 0),)] and circuit.metric == score
 
 
 def test_the_file(found: Circuit, toy: LanguageModel, tmp_path: Path) -> None:

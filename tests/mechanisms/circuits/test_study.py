@@ -35,10 +35,25 @@ def test_a_study(toy: LanguageModel, tmp_path: Path) -> None:
     }  # fmt: skip
     assert json.loads((tmp_path / "report.json").read_text())["test"]["completeness_gap"] < 1e-4
     page = (tmp_path / "report.html").read_text()
-    assert "(1,1)" in page and page.count("<svg") == 3 and "Mask learned at last" in page
+    assert "(1,1)" in page and page.count("<svg") == 3 and "Mask learned at last for answer" in page
+    # On a telephone the long names of figures break, and the figures stay on the screen.
+    assert '<td style="white-space:normal;min-width:7rem">faithfulness (F(C)' in page
     frame = study.to_frame()
     assert list(frame["layer"]) == [1, 0] and (frame["cost"] > 9).all()
     assert document["masks"][0]["at"] == "last" and "faithfulness 1.00" in repr(study)
+
+
+def test_a_mask_that_cannot_be_is_refused_before_the_model(scenes: list[Pair]) -> None:
+    """No model of this name is there to be loaded."""
+    with pytest.raises(UsageError, match="`mask` must be of first, last, label, object .* 'box'"):
+        study_circuit("nowhere", scenes, GROUPS, masks=("last", "box"))
+    with pytest.raises(UserError, match="a mask needs 12 pairs or more, got 11"):
+        study_circuit("nowhere", scenes[:11], GROUPS, masks=("last",))
+    lost = (Group("fetcher", "last", "logits"), Group("mover", "thing", "fetcher", "k"))
+    with pytest.raises(UsageError, match="`groups` must be of first, last, .* got 'thing'"):
+        study_circuit("nowhere", scenes, lost)
+    with pytest.raises(UsageError, match="`desiderata` position is for masks: give `mask`"):
+        study_circuit("nowhere", scenes, GROUPS, desiderata={"position": scenes})
 
 
 def test_too_few_groups(toy: LanguageModel, scenes: list[Pair]) -> None:
@@ -55,6 +70,7 @@ def test_too_few_groups(toy: LanguageModel, scenes: list[Pair]) -> None:
         ({"held_out": 1.0}, "`held_out` must lie between 0 and 1"),
         ({"keep": 0.0}, "`keep` must be above 0"),
         ({"draws": -1}, "`draws` must be 0 or more"),
+        ({"score": "kl"}, "`score` must be of logit-diff, prob, got 'kl'"),
         ({"top": (0,)}, "`top` must be counts of at least 1"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.mechanisms.patching import approximation
-from saesteer.mechanisms.patching.approximation import _Gradients, approximate
+from saesteer.mechanisms.patching.approximation import Gradients, approximate
 from saesteer.mechanisms.patching.reference import patched_logits
 from saesteer.mechanisms.patching.sites import Node, Patch, read_values
 from saesteer.sae.model.attention import head_tap
@@ -77,7 +77,7 @@ def test_atp_star_computes_the_softmax_again(
     monkeypatch.setattr(approximation, "_with_softmax", signs_of)
     with head_tap(lm) as tap:
         star = approximate(lm, BASE, SOURCE, wanted, score, "atp*", tap=tap)
-        grad = _Gradients(lm, BASE, {(2, "z")}, score, tap).grads[2, "z"]
+        grad = Gradients(lm, BASE, {(2, "z")}, score, tap).grads[2, "z"]
         new, _ = read_values(lm, SOURCE, [(node, at) for node, at, _ in wanted], tap)
         expected = []
         for (node, _, _), value in zip(wanted, new, strict=True):
@@ -104,10 +104,10 @@ def test_atp_star_computes_the_softmax_again(
 def test_a_cut_block_passes_no_gradient(tiny_lm: Make) -> None:
     lm = double(tiny_lm)
     places = {(2, "resid_post"), (3, "resid_post"), (3, "mlp_out")}
-    found = _Gradients(lm, BASE, places, score, None, cut=3).grads
+    found = Gradients(lm, BASE, places, score, None, cut=3).grads
     torch.testing.assert_close(found[2, "resid_post"], found[3, "resid_post"])
     assert (found[3, "mlp_out"] == 0).all()
-    whole = _Gradients(lm, BASE, places, score, None).grads
+    whole = Gradients(lm, BASE, places, score, None).grads
     assert not torch.allclose(whole[2, "resid_post"], whole[3, "resid_post"])
 
 
@@ -131,7 +131,7 @@ def test_ig_of_one_step_is_the_gradient_half_way(tiny_lm: Make) -> None:
     lm = double(tiny_lm)
     embed = lm.model.get_input_embeddings().weight
     middle = (embed[BASE] + embed[SOURCE])[None] / 2
-    found = _Gradients(lm, BASE, {(1, "resid_post")}, score, None, start=middle).grads
+    found = Gradients(lm, BASE, {(1, "resid_post")}, score, None, start=middle).grads
     direct = middle.clone().requires_grad_(True)
     seen: list[Tensor] = []
     with hooked(resolve_site(lm, 1, "resid_post"), lambda h: seen.append(h)):

@@ -67,6 +67,8 @@ def test_the_engine_equals_its_slow_twin(tiny_lm: Make, family: str) -> None:
         last = sets[-1][0]
         sets.append([sets[0][0], sets[7][0], last])
         sets.append([last, Patch(Node("z", 3, 1), 20, last.value)])
+        added = [Patch(p.node, p.position, p.value, adds=True) for p in (sets[0][0], sets[2][0])]
+        sets.append([*added, last])
         engine = PatchEngine(lm, BASE, tap)
         found = all_rows(engine, sets, batch_tokens=50)
         expected = torch.stack([patched_logits(lm, BASE, one) for one in sets])

@@ -11,7 +11,7 @@ import torch
 from saesteer.checkpoints.errors import UsageError, UserError
 from saesteer.mechanisms.config import PatchConfig
 from saesteer.mechanisms.data.pairs import Pair
-from saesteer.mechanisms.patching import grid
+from saesteer.mechanisms.patching import clock
 from saesteer.mechanisms.patching.grid import patch
 from saesteer.sae.model.language_model import LanguageModel, wrap_model
 
@@ -153,7 +153,7 @@ def test_a_grid_over_the_budget_is_refused_after_three_batches(
     tiny_lm: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = iter(range(10_000))
-    monkeypatch.setattr(grid.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ticks)))
     lm = wrap_model(*tiny_lm())
     pairs = [Pair("The name of the class is", "A type of a name was", " in", " of")] * 20
     config = PatchConfig(sites=("resid_post",), at=("first", "last"), check_chance=False)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from saesteer.checkpoints.errors import UsageError
+from saesteer.mechanisms.circuits.circuit import find_circuit
+from saesteer.mechanisms.circuits.groups import Group
 from saesteer.mechanisms.config import PatchConfig
 from saesteer.mechanisms.data.encoding import encode_pairs
 from saesteer.mechanisms.data.pairs import Pair, load_pairs
@@ -14,6 +16,7 @@ from saesteer.mechanisms.patching.engine import PatchEngine
 from saesteer.mechanisms.patching.grid import patch
 from saesteer.mechanisms.patching.sites import Node, Patch, read_values
 from saesteer.mechanisms.toys.hand_built import (
+    DECOY,
     FETCHER,
     MOVER,
     SPARE,
@@ -66,6 +69,30 @@ def test_a_redundant_head_hides_from_single_patches(scenes: list[Pair]) -> None:
         ((_, logits),) = engine.run(both)
     before, after = (x.softmax(-1)[pair.answer] for x in (engine.logits, logits[0]))
     assert float(before) > 0.99 and float(after) < 0.1
+
+
+def test_a_decoy_holds_the_label_and_does_nothing(scenes: list[Pair]) -> None:
+    """Readable is not causal: its output tells the scenes apart, and no patch of it moves them."""
+    lm = hand_built_model(decoy=True)
+    pairs, _ = encode_pairs(lm, scenes)
+    for pair in pairs[:2]:
+        logits = lm.model(input_ids=torch.tensor([pair.clean])).logits[0, -1]
+        assert float(logits[pair.answer]) == pytest.approx(10, abs=1e-3)
+    both = [
+        read_values(lm, ids, [(Node("z", *head), pairs[0].place("object")[0])
+                              for head in (MOVER, DECOY)])[0]
+        for ids in (pairs[0].clean, pairs[0].corrupt)
+    ]  # fmt: skip
+    for mover, decoy in both:
+        torch.testing.assert_close(mover, decoy)
+    assert not torch.equal(both[0][1], both[1][1])
+    result = patch(lm, scenes, PatchConfig(sites=("z",), at=("object", "last")))
+    found = {(row["layer"], row["head"], row["at"]): row["effect"] for row in result.summary}
+    assert found[(*MOVER, "object")] == pytest.approx(-10, abs=1e-3)
+    assert found[(*DECOY, "object")] == pytest.approx(0, abs=1e-5)
+    groups = (Group("fetcher", "last", "logits"), Group("mover", "object", "fetcher", "k"))
+    circuit = find_circuit(lm, pairs, groups)
+    assert [g.heads for g in circuit.groups] == [(FETCHER,), (MOVER,)]
 
 
 def test_its_folder_opens_as_any_other(tmp_path: Path) -> None:

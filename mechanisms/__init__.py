@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from saesteer.mechanisms.latents.comparing import latent_diff as latent_diff
     from saesteer.mechanisms.latents.patching import compare_latents as compare_latents
     from saesteer.mechanisms.latents.patching import patch_latents as patch_latents
+    from saesteer.mechanisms.latents.tracing import latent_edges as latent_edges
+    from saesteer.mechanisms.latents.tracing import latent_trace as latent_trace
     from saesteer.mechanisms.patching.agreement import Agreement as Agreement
     from saesteer.mechanisms.patching.grid import patch as patch
     from saesteer.mechanisms.patching.knockout import knock_out as knock_out
@@ -94,6 +96,8 @@ _HOME = {
     "compare_latents": "latents.patching",
     "LatentDiff": "latents.comparing",
     "latent_diff": "latents.comparing",
+    "latent_edges": "latents.tracing",
+    "latent_trace": "latents.tracing",
     "crosscoder_shares": "latents.comparing",
     "knock_out": "patching.knockout",
     "instruction_vectors": "patching.vectors",

@@ -132,8 +132,11 @@ def mean_difference_plan(
     `sampled` says how many contents are used and how replies to them are sampled; `contents` and
     `seed` stand in place of its own. Raises UserError for a task without train contents.
     """
-    changed = {"contents": contents, "seed": seed}
-    sampled = replace(sampled, **{k: v for k, v in changed.items() if v is not None})
+    sampled = replace(
+        sampled,
+        contents=sampled.contents if contents is None else contents,
+        seed=sampled.seed if seed is None else seed,
+    )
     point = resolve_site(lm, plan.layer, plan.site)
     read = str(plan.metrics.get("read", "last"))
     placement: Placement = "pre" if plan.metrics.get("position") == "pre" else "post"

@@ -8,6 +8,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -132,7 +133,7 @@ def mean_difference_plan(
     `sampled` says how many contents are used and how replies to them are sampled; `contents` and
     `seed` stand in place of its own. Raises UserError for a task without train contents.
     """
-    changed = {"contents": contents, "seed": seed}
+    changed: dict[str, Any] = {"contents": contents, "seed": seed}
     sampled = replace(sampled, **{k: v for k, v in changed.items() if v is not None})
     point = resolve_site(lm, plan.layer, plan.site)
     read = str(plan.metrics.get("read", "last"))

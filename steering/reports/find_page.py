@@ -124,10 +124,11 @@ def _section(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chart(arms: Mapping[str, Mapping[str, Any]], task: str) -> str:
     rows = [
-        Bar(arm_words(name), *arm[grade], colour=_ORDER.index(name), group=grade)
+        Bar(arm_words(name), value, low, high, _ORDER.index(name), grade)
         for grade in GRADES
         for name, arm in arms.items()
         if arm[grade] is not None
+        for value, low, high in [arm[grade]]
     ]
     return bars(rows, f"{task}: rates of each arm with 95 % Wilson intervals")
 

@@ -30,18 +30,7 @@ class ActivationSource(Protocol):
     places: list[Place]
 
     def next_rows(self) -> Float[Tensor, "rows width"] | None:
-        """The next rows, or None when there are no more. Of several processes each gets those that
-        it has read; all call this together."""
-        ...
-
-    @property
-    def readers(self) -> Int[Tensor, " all_rows"]:
-        """Which process read each of the last rows, in the order of the rows of all."""
-        ...
-
-    @property
-    def cuts(self) -> list[int]:
-        """Where among the last rows of all those of one process's `next_rows` would have ended."""
+        """The next rows, or None when there are no more."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +49,21 @@ class ActivationSource(Protocol):
     @property
     def excluded(self) -> dict[str, int]:
         """Rows left out so far, by reason."""
+        ...
+
+
+@runtime_checkable
+class SharedSource(ActivationSource, Protocol):
+    """A source that several processes read together: `next_rows` gives each those it has read."""
+
+    @property
+    def readers(self) -> Int[Tensor, " all_rows"]:
+        """Which process read each of the last rows, in the order of the rows of all."""
+        ...
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where among the last rows of all those of one process's `next_rows` would have ended."""
         ...
 
 
@@ -302,6 +306,7 @@ class BatchStream:
     def _fill_shared(self, buffer: SharedBuffer, count: int) -> Float[Tensor, "rows width"]:
         """The sample that one process would measure: rows that it would not have drawn yet go into
         the buffer after it."""
+        assert isinstance(self.source, SharedSource)
         later: list[tuple[Tensor, Tensor]] = []
         me = self._sharing.processes.rank if self._sharing is not None else 0
         while not buffer.full and self.drawn < self.total:
@@ -345,7 +350,7 @@ class BatchStream:
 
     def _draw_shared(self) -> tuple[Float[Tensor, "own width"], Int[Tensor, " rows"]]:
         """This process's rows among the next of all, and who has each of those."""
-        assert self._sharing is not None
+        assert self._sharing is not None and isinstance(self.source, SharedSource)
         rows = self._next_rows()
         readers = self.source.readers[: self.total - self.drawn]
         self.drawn += len(readers)
@@ -365,7 +370,10 @@ class BatchStream:
     ) -> Float[Tensor, "rows width"]:
         """The rows that a source has just given to all processes, in order, on each of them."""
         rows = rows.cpu()
-        return rows if self._sharing is None else self._sharing.everywhere(rows, source.readers)
+        if self._sharing is None:
+            return rows
+        assert isinstance(source, SharedSource)
+        return self._sharing.everywhere(rows, source.readers)
 
     @property
     def sent_bytes(self) -> int:

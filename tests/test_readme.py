@@ -143,7 +143,8 @@ def test_python_names_and_flags_exist(page: Path) -> None:
     ours = "".join(source.read_text() for source in [*sources, ROOT / "tests" / "conftest.py"])
     # Of mypy, pytest, pip, torchrun, Slurm and other trainers; an axis of benchmarks/defaults.py.
     others = {"--strict", "--pdb", "--no-deps", "--nproc-per-node", "--learning-rate", "--length"}
-    others |= {"--gpus", "--time", "--signal", "--requeue"}
+    others |= {"--gpus", "--time", "--signal", "--requeue", "--max-restarts", "--dependency"}
+    others |= {"--parsable"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others
     # A flag that is on or off is written once, without its `no-`.
     unknown = {flag.replace("--no-", "--") for flag in flags if f'"{flag}"' not in ours}

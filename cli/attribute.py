@@ -17,6 +17,7 @@ EXAMPLE = (
     "saesteer attribute --model smollm2-135m-instruct --task french --n 2 --max-new-tokens 8 "
     "-o runs/attribution"
 )
+NEEDED = "(--task NAME | --prompts FILE)"
 _SHOWN = 8
 
 

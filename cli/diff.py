@@ -11,6 +11,7 @@ from saesteer.cli.values import count, counts, names
 from saesteer.mechanisms.reading_config import DiffConfig
 
 EXAMPLE = "saesteer diff --base smollm2-135m-instruct --tuned tuned-model -o runs/diff"
+NEEDED = "--base MODEL --tuned MODEL"
 
 
 def add_flags(parser: VerbParser) -> None:

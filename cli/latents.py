@@ -23,6 +23,7 @@ EXAMPLE = (
     "saesteer latents --sae runs/sae --model smollm2-135m-instruct --data held-out.jsonl "
     "--plan runs/plan --tokens 100k -o runs/latents"
 )
+NEEDED = "--sae DIR -o DIR"
 _SHOWN = 12
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saesteer.sae.model.language_model import LanguageModel
 
 EXAMPLE = "saesteer probe --model smollm2-135m-instruct --tasks french,question -o runs/probe"
+NEEDED = "(--tasks NAME,... | --states FILE)"
 _KEYS = ("ari_label", "within", "ari_group", "ari_input", "purity")
 
 

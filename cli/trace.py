@@ -17,6 +17,7 @@ EXAMPLE = (
     'saesteer trace --model runs/hand/model -p "boxes F apple , G pear . F" --answer " apple" '
     "-o runs/trace"
 )
+NEEDED = "(-p TEXT | --pairs FILE)"
 _SHOWN = 15
 
 

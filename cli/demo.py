@@ -185,6 +185,12 @@ def _print_find(demo: "Demo", stage: "Stage", facts: Document) -> None:
         _say(paint(f"   OVER BUDGET: {problem}", "red"))
 
 
+def _print_latents(demo: "Demo", stage: "Stage", facts: Document) -> None:
+    for name, pages in facts.items():
+        if isinstance(pages, dict):
+            _say(f"   {name}: {pages['latents']} latents, {pages['folder']}/index.html")
+
+
 def _says(document: Document) -> str:
     """The setting that was chosen, in words."""
     final = [row for row in document["tried"] if row["setting"] == document["setting"]]
@@ -202,6 +208,7 @@ _PRINT: dict[str, Callable[["Demo", "Stage", Document], None]] = {
     "harvest": _print_harvest,
     "train": _print_train,
     "find": _print_find,
+    "latents": _print_latents,
 }
 
 

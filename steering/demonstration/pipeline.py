@@ -11,9 +11,19 @@ from saesteer.checkpoints import load_sae
 from saesteer.checkpoints.files import claim_output, plain, write_json, write_text
 from saesteer.checkpoints.model_files import DEFAULT_MODEL
 from saesteer.checkpoints.sae_file import SAE
-from saesteer.sae import HarvestConfig, TextConfig, TrainConfig, harvest, train
+from saesteer.sae import (
+    HarvestConfig,
+    LatentsConfig,
+    TextConfig,
+    TrainConfig,
+    harvest,
+    latents,
+    save_latents,
+    train,
+)
 from saesteer.sae.config import Progress, no_progress
 from saesteer.sae.model.language_model import LanguageModel, as_language_model
+from saesteer.sae.reading.found_pages import latent_pages
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.finding.find import FindConfig, find
 from saesteer.steering.finding.found import save_found
@@ -23,6 +33,8 @@ from saesteer.steering.reports.find_page import render_find
 from saesteer.steering.tasks.task import Task, load_task, reply_prompts
 
 PAGE = "demo.html"
+LATENT_PAGES = "latents"
+"""The folder of the latents' pages, with a folder for each layer."""
 SAE_DEPTHS = (0.28, 0.41, 0.55, 0.68)
 """Where the SAEs sit, as shares of the depth: late enough to act on words, and later blocks still
 process what is changed."""
@@ -49,6 +61,10 @@ class DemoSize:
         when=True,
     )
     """For each task. With a condition: unrelated prompts are to stay as they are."""
+    pages: int = 8
+    """Latents of each phase at each layer that get a page."""
+    page_tokens: int = 8_000
+    """Positions of the Python reference that these pages are made from."""
 
 
 FULL = DemoSize()
@@ -66,6 +82,8 @@ QUICK = DemoSize(
         test=16,
         when=True,
     ),
+    pages=6,
+    page_tokens=4_000,
 )
 
 
@@ -74,7 +92,7 @@ class Stage:
     """One stage of the demo."""
 
     kind: str
-    """model, harvest, train or find."""
+    """model, harvest, train, find or latents."""
     name: str
     """Its key in `demo.json`: the kind, with the task where there are several."""
     what: str
@@ -139,12 +157,15 @@ class Demo:
                 "latents that do nearly as much"
             )
             yield self._stage("find", f"find {task.name}", what, partial(self._find, task))
+        what = "where the first latents of each plan fire, in the Python reference; a page for each"
+        yield self._stage("latents", "latents", what, self._latents)
 
     def finish(self) -> dict[str, Any]:
         """Mark `demo.json` as complete and write the page. Returns what `demo.json` holds."""
         seconds = round(time.monotonic() - self._started, 1)
         self.document |= {"complete": True, "seconds": seconds, "page": PAGE}
-        write_text(self.out / PAGE, render_find(self.found, "What the demo found"))
+        pages = latent_pages((), [self.out / LATENT_PAGES], self.out)
+        write_text(self.out / PAGE, render_find(self.found, "What the demo found", pages))
         write_json(self.out / "demo.json", self.document)
         return self.document
 
@@ -223,6 +244,26 @@ class Demo:
         document: dict[str, Any] = plain(save_found(self.plan_folder(task), found))
         self.found.append(document)
         return {key: document[key] for key in _TOLD}
+
+    def _latents(self) -> dict[str, Any]:
+        pages: dict[str, Any] = {}
+        for layer, sae in self.saes.items():
+            rows = [
+                row[phase]["latents"][: self.size.pages]
+                for found in self.found
+                for row in (found["latents"] or {"layers": ()})["layers"]
+                if row["layer"] == layer
+                for phase in ("tail", "replies")
+            ]
+            ids = tuple(dict.fromkeys(i for row in rows for i in row))
+            if not ids:
+                continue
+            config = LatentsConfig(tokens=self.size.page_tokens, ids=ids, steer=0)
+            cards = latents(sae, self.lm, config, progress=self.progress)
+            folder = self.out / LATENT_PAGES / f"layer-{layer}"
+            save_latents(cards, folder, progress=self.progress)
+            pages[f"layer {layer}"] = {"folder": str(folder), "latents": len(ids)}
+        return pages
 
 
 _TOLD = (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saesteer.checkpoints.files import plain, write_json, write_text
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.reading.found_pages import latent_pages
 from saesteer.sae.runs.facts import model_facts
 from saesteer.steering.evaluation.damage import Damage
 from saesteer.steering.finding.gating import Gate
@@ -154,7 +155,11 @@ def save_found(folder: str | Path, found: Found) -> dict[str, Any]:
         latents = _with_facts(found.latents.plan, found, "steered_latents")
         save_plan(latents, folder / LATENT_FOLDER)
     write_json(folder / "find.json", document)
-    write_text(folder / "find.html", render_find([document], f"Found: {found.task.name}"))
+    near = [folder.parent]
+    if found.latents is not None:
+        near += [Path(str(row["sae"])) for row in found.latents.layers]
+    pages = latent_pages((), near, folder)
+    write_text(folder / "find.html", render_find([document], f"Found: {found.task.name}", pages))
     return document
 
 

@@ -143,7 +143,11 @@ class LatentPhases:
 
         `lens` has the tokens that the decoder rows of the first few promote most.
         """
-        found: dict[str, object] = {"layer": self.layer, "sae": self.sae.source}
+        found: dict[str, object] = {
+            "layer": self.layer,
+            "sae": self.sae.source,
+            "sae_sha256": self.sae.sha256,
+        }
         for phase, pursuit in self.pursuits.items():
             n = self.count(phase, share)
             held = pursuit.explained[n - 1]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saesteer.checkpoints.provenance import versions
+from saesteer.sae.reading.found_pages import link
 from saesteer.sae.reports.page import render
 from saesteer.sae.reports.svg import Bar, bars
 from saesteer.steering.grades.grade import GRADES
@@ -70,8 +71,15 @@ def damage_words(document: Mapping[str, Any], name: str) -> str:
     )
 
 
-def render_find(documents: Sequence[Mapping[str, Any]], title: str = "Found") -> str:
-    """A self-contained page: for each task the verdict, rates, answers, settings and latents."""
+def render_find(
+    documents: Sequence[Mapping[str, Any]],
+    title: str = "Found",
+    pages: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """A self-contained page: for each task the verdict, rates, answers, settings and latents.
+
+    `pages` are those of latents that are there already, as `found_pages.latent_pages` tells them.
+    """
     software = versions()
     model = documents[0]["model"]
     weights = f"{model['name']}, {model['dtype']}, weights {model['hash']}"
@@ -79,14 +87,14 @@ def render_find(documents: Sequence[Mapping[str, Any]], title: str = "Found") ->
         "model": weights,
         **{name: software[name] for name in ("saesteer", "torch", "transformers")},
     }
-    tasks = [_section(document) for document in documents]
+    tasks = [_section(document, pages or {}) for document in documents]
     return render(
         "find.html", title=title, provenance=provenance, refresh=None, tasks=tasks,
         definitions=documents[0]["definitions"], model=weights,
     )  # fmt: skip
 
 
-def _section(document: Mapping[str, Any]) -> dict[str, Any]:
+def _section(document: Mapping[str, Any], pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     arms = {name: document["arms"][name] for name in _ORDER if name in document["arms"]}
     text, bad = verdict(document)
     n = next(iter(arms.values()))["n"]
@@ -118,7 +126,7 @@ def _section(document: Mapping[str, Any]) -> dict[str, Any]:
             for row in tried
         ],
         "all_tried": len(document["tried"]),
-        "latents": None if latents is None else _latents(latents),
+        "latents": None if latents is None else _latents(latents, pages),
     }
 
 
@@ -151,7 +159,7 @@ def _answers(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"content": content, "arms": rows} for content, rows in by_content.items()]
 
 
-def _latents(latents: Mapping[str, Any]) -> dict[str, Any]:
+def _latents(latents: Mapping[str, Any], pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     kept = latents["effect_kept"]
     rows = [
         {
@@ -160,7 +168,11 @@ def _latents(latents: Mapping[str, Any]) -> dict[str, Any]:
             "count": len(layer[phase]["latents"]),
             "share": f"{layer[phase]['squared_length_explained']:.2f}",
             "named": [
-                {"id": number, "lens": " ".join(lens)}
+                {
+                    "id": number,
+                    "lens": " ".join(lens),
+                    "page": link(pages, layer.get("sae_sha256", ""), number),
+                }
                 for number, lens in zip(
                     layer[phase]["latents"], layer[phase].get("lens", ()), strict=False
                 )

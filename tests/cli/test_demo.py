@@ -18,6 +18,8 @@ SMALL = pipeline.DemoSize(
     harvest_tokens=1024,
     train_tokens=4096,
     latents_per_d_model=2,
+    pages=2,
+    page_tokens=200,
     find=FindConfig(
         budget_minutes=0.001,
         read=ReadConfig(contents=4, max_new_tokens=4, batch_size=12),
@@ -48,7 +50,7 @@ def test_each_stage_is_announced_and_told(
     stages = document["stages"]
     for place, name in enumerate(stages, 1):
         assert f"\n{place}. {name}  " in told
-    assert told.count("   took ") == len(stages) == 4
+    assert told.count("   took ") == len(stages) == 5
     for words_of in ("dead latents", "unsteered", "prompted", "steered, in latents", "setting:"):
         assert words_of in told
     assert "Success and damage" in told and "unrelated questions: " in told

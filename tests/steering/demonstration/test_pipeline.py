@@ -1,6 +1,7 @@
 """The demo as a call, on a tiny model that follows no instruction."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ SMALL = DemoSize(
     harvest_tokens=1024,
     train_tokens=4096,
     latents_per_d_model=2,
+    pages=2,
+    page_tokens=200,
     find=FindConfig(
         budget_minutes=0.001,
         read=ReadConfig(contents=4, max_new_tokens=4, batch_size=12),
@@ -57,7 +60,8 @@ def test_every_stage_leaves_its_artefacts(lm: LanguageModel, tmp_path: Path) -> 
     )
     written = json.loads((out / "demo.json").read_text())
     assert found["complete"] and json.loads(json.dumps(plain(found))) == written
-    assert list(found["stages"]) == ["model", "harvest", "train", "find french", "find question"]
+    finding = [f"find {task.name}" for task in tasks]
+    assert list(found["stages"]) == ["model", "harvest", "train", *finding, "latents"]
     harvested = found["stages"]["harvest"]
     assert harvested["tokens"] >= SMALL.harvest_tokens and harvested["layers"] == [1, 2]
     assert {"layer 1", "layer 2"} < set(found["stages"]["train"])
@@ -79,6 +83,9 @@ def test_every_stage_leaves_its_artefacts(lm: LanguageModel, tmp_path: Path) -> 
         tasks[0].contents["test"][0],
     ):
         assert words in page
+    linked = set(re.findall(r'href="(latents/layer-\d/latents/\d+\.html)"', page))
+    made = {path.relative_to(out).as_posix() for path in out.glob("latents/*/latents/*.html")}
+    assert linked and linked == made
     assert "harvest" in stages and any(stage.startswith("search, ") for stage in stages)
     with pytest.raises(UsageError, match="not empty"):
         demo(out, tasks, model=lm, size=SMALL)

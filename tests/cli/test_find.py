@@ -34,7 +34,7 @@ def test_the_tables_and_the_files(
                  "on unrelated questions", "latents of both phases keep"):  # fmt: skip
         assert said in outcome.out
     assert {path.name for path in out.iterdir()} == {
-        "plan.yaml", "plan.safetensors", "find.json", "run.json", "latents"
+        "plan.yaml", "plan.safetensors", "find.json", "find.html", "run.json", "latents"
     }  # fmt: skip
     document = json.loads((out / "find.json").read_text())
     assert {"unsteered", "prompted", "mean_difference", "steered"} <= set(document["arms"])

@@ -1,5 +1,6 @@
 """Flags, aliases, config files and one-line complaints."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -91,10 +92,11 @@ def test_help_shows_main_names_and_defaults(verb: str, capsys: pytest.CaptureFix
     assert "None" not in text
     for action in make_parser(verb)._actions:
         assert action.help, action.option_strings
-        if action.nargs != 0 and action.dest != "prompt":
+        if action.nargs != 0 and action.dest != "prompt" and action.help != argparse.SUPPRESS:
             stated = ("(default", "(needed", "(live training)", "needed with", "repeatable")
             own = ("--activations", "--task", "--instruction", "--contents", "--plan", "--sae",
-                   "--latents", "--prompts", "--gate")  # fmt: skip
+                   "--latents", "--prompts", "--gate", "--pairs", "--models", "--tasks",
+                   "--tuned")  # fmt: skip
             assert any(word in action.help for word in stated) or action.option_strings[0] in own
 
 

@@ -225,5 +225,5 @@ def test_a_plan_of_several_parts_is_an_arm_like_any_other(lm: LanguageModel, pla
     rows = document["plans"]["two"]["parts"]
     assert [(row["layer"], row["scope"]) for row in rows] == [(1, "generation"), (2, "generated")]
     assert rows[1]["delta_norm"] == pytest.approx(float(deeper.added_vector().norm()))
-    line = _plan_line("two", document["plans"]["two"])
+    line = _plan_line("two", document["plans"]["two"], {})
     assert "layer 1 (resid_post)" in line and "layer 2 (resid_post)" in line

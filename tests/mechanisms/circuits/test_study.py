@@ -37,7 +37,8 @@ def test_a_study(toy: LanguageModel, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "(1,1)" in page and page.count("<svg") == 3 and "Mask learned at last for answer" in page
     # On a telephone the long names of figures break, and the figures stay on the screen.
-    assert '<td style="white-space:normal;min-width:7rem">faithfulness (F(C)' in page
+    assert '<th scope="row">faithfulness (F(C)' in page
+    assert "tbody th { font-weight: 500; white-space: normal;" in page
     frame = study.to_frame()
     assert list(frame["layer"]) == [1, 0] and (frame["cost"] > 9).all()
     assert document["masks"][0]["at"] == "last" and "faithfulness 1.00" in repr(study)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from saesteer.sae.model.language_model import LanguageModel
+from saesteer.sae.runs.endpoint import ChatEndpoint
 from saesteer.steering.checks.catalogue import Verdict, run_check
 from saesteer.steering.checks.words import keeping_thoughts, without_thinking
 from saesteer.steering.evaluation.judge import Judge, parse_grade
@@ -66,11 +67,11 @@ def test_a_judge_reads_the_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[str] = []
     judge = Judge("http://127.0.0.1:1/v1", "j")
 
-    def ask(self: Judge, prompt: str) -> Any:
-        asked.append(prompt)
-        return {"choices": [{"message": {"content": "A"}}]}
+    def ask(self: ChatEndpoint, messages: Any, longest: int) -> str:
+        asked.append(messages[-1]["content"])
+        return "A"
 
-    monkeypatch.setattr(Judge, "_ask", ask)
+    monkeypatch.setattr(ChatEndpoint, "ask", ask)
     task: Task = dataclasses.replace(load_task("french"))
     judge(task, "A bus.", f"{THOUGHT}Un bus.")
     assert "Un bus." in asked[0] and "hmm" not in asked[0]

@@ -209,7 +209,10 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    """Whether two tensors hold the same; where both are not a number, they do."""
+    if one is None or one.shape != other.shape:
+        return False
+    return torch.allclose(one.cpu(), other.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 class _Stop(Exception):

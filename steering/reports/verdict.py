@@ -104,5 +104,5 @@ def _few(task: Mapping[str, Any]) -> list[Finding]:
         return []
     half = 0.98 / n**0.5  # 1.96 standard errors of a rate of one half
     contents = f"{n} content{'' if n == 1 else 's'}"
-    told = f"A rate near .5 is known to ± {min(half, 0.5):.2f}. More contents: --n, --seeds."
+    told = f"A rate near .5 is known to ± {min(half, 0.5):.2f}. More contents or seeds narrow it."
     return [Finding("warn", f"Only {contents}: smaller differences cannot be seen", (told,))]

@@ -33,7 +33,7 @@ from saesteer.sae.config import (
         (HarvestConfig, {"layers": (2,), "tokens": 0}, "`tokens` must be at least 1"),
         (HarvestConfig, {"layers": (2,), "shard_tokens": 0}, "`shard_tokens` must be"),
         (HarvestConfig, {"layers": (2,), "store_dtype": "int8"}, "`store_dtype` must be bfloat16"),
-        (TrainConfig, {"arch": "relu"}, "`arch` must be one of topk, abstopk, batchtopk"),
+        (TrainConfig, {"arch": "lista"}, "`arch` must be one of topk, abstopk, batchtopk"),
         (TrainConfig, {"init_seed": ()}, "`init_seed` needs at least one value"),
         (TrainConfig, {"l0": (0.0,)}, "`l0` must be above 0, got 0"),
         (TrainConfig, {"coefficient": 0.0}, "`coefficient` must be above 0, got 0"),

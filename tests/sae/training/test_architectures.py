@@ -19,6 +19,7 @@ from saesteer.sae.training.architecture import DeadList, EntrySum, Parameters, P
 from saesteer.sae.training.architectures import ARCHITECTURES, architecture_named, check_settings
 from saesteer.sae.training.architectures.topk import TopK
 from saesteer.sae.training.input_scale import InputScale, PlacedRows
+from saesteer.sae.training.mesh.across import ALONE, Across
 from saesteer.sae.training.sae_trainer import SAETrainer, Variant
 from saesteer.sae.verbs.reproduce import reproduce
 from saesteer.sae.verbs.train import train
@@ -149,7 +150,12 @@ class AboveZero(TopK):
 
     @torch.no_grad()
     def loss(
-        self, parameters: Parameters, x: Tensor, target: Tensor, dead: DeadList | None
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        target: Tensor,
+        dead: DeadList | None,
+        across: Across = ALONE,
     ) -> Pass:
         pre_acts = x @ parameters["W_enc_rows"].T + parameters["b_enc"]
         examples, indices = (pre_acts > 0).nonzero(as_tuple=True)

@@ -28,6 +28,7 @@ def test_a_ranking_is_written_and_read_back(lm: LanguageModel, tmp_path: Path) -
     written = json.loads((tmp_path / "plan" / "ranking.json").read_text())
     assert written == json.loads(json.dumps(plain(document)))
     assert document["plan"] == tmp_path / "plan" / "plan.yaml"
+    assert all(row.pop("page") is None for row in document["latents"])  # there are none
     assert {**document, "plan": None} == ranking_document(lm, sae, ranking, plan)
     assert [row["id"] for row in written["latents"]] == list(plan.ids) == list(ranking.top(2))
     assert load_plan(tmp_path / "plan").ids == plan.ids

@@ -1,5 +1,5 @@
 # make demo     the main job on a real model, start to end (makes .venv on the first run)
-# make test     the fast tests (about 5 minutes on two cores)
+# make test     the fast tests (20 to 25 minutes on two cores)
 # make check    format, lint, types, fast tests: what a change has to pass
 #
 # ARGS goes through: make demo ARGS="--quick --out runs/first", make test ARGS="-k topk".
@@ -53,7 +53,7 @@ demo: env-run
 # One worker process a core; a failure is repeated in one process, under a debugger if need be, with
 # make test ARGS="-n0 --pdb tests/...".
 test: env-dev
-	@echo 'saesteer: the fast tests: all of them take about 5 minutes on two cores and 9 on one' >&2
+	@echo 'saesteer: the fast tests: all of them take 20 to 25 minutes on two cores' >&2
 	@echo '  left out: make test-slow (real model, network), make test-durable (kills, faults, fuzzing), make test-scale' >&2
 	@$(RUN) pytest -n auto --dist worksteal $(ARGS)
 

@@ -2,8 +2,8 @@
 #
 #   docker build -t saesteer .
 #   docker build -t saesteer:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
-#   docker run --rm -v "$PWD/runs:/work/runs" saesteer demo --quick -o runs/first
-#   docker run --rm --gpus all -v "$PWD/runs:/work/runs" saesteer:cuda doctor --layer 20
+#   docker run --rm -v "$PWD/runs:/data/runs" saesteer demo --quick -o runs/first
+#   docker run --rm --gpus all -v "$PWD/runs:/data/runs" saesteer:cuda doctor --layer 20
 #
 # The wheels of PyTorch bring CUDA themselves, so one base image serves both.
 ARG PYTHON=3.12
@@ -24,7 +24,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir /wheels/*.whl
 RUN useradd --create-home user
 USER user
-WORKDIR /work
+WORKDIR /data
 ENV SAESTEER_CACHE=/home/user/.cache/saesteer
 ENTRYPOINT ["saesteer"]
 CMD ["--help"]

@@ -144,7 +144,7 @@ def _print_train(demo: "Demo", stage: "Stage", facts: Document) -> None:
 
 def _print_find(demo: "Demo", stage: "Stage", facts: Document) -> None:
     from saesteer.steering.grades.grade import GRADES
-    from saesteer.steering.reports.find_page import arm_words, damage_words
+    from saesteer.steering.reports.find_page import arm_words, damage_words, interval_words
 
     document = demo.found[-1]
     arms = facts["arms"]
@@ -159,7 +159,8 @@ def _print_find(demo: "Demo", stage: "Stage", facts: Document) -> None:
             _say(textwrap.indent(textwrap.fill(text, 92), "      "))
         _say()
     rows = [
-        [arm_words(name), *(_rate(arm[grade]) for grade in GRADES)] for name, arm in arms.items()
+        [arm_words(name), *(interval_words(arm[grade]) for grade in GRADES)]
+        for name, arm in arms.items()
     ]
     n = next(iter(arms.values()))["n"]
     # Figures of de-quantised weights are not those of the original model.
@@ -195,10 +196,6 @@ def _says(document: Document) -> str:
     """The setting that was chosen, in words."""
     final = [row for row in document["tried"] if row["setting"] == document["setting"]]
     return str(final[-1]["says"])
-
-
-def _rate(value: list[float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 
 _SIDE_BY_SIDE = ("unsteered", "prompted", "steered", "steered_latents")

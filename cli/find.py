@@ -159,12 +159,11 @@ def _config(args: Namespace) -> "FindConfig":
     usual = FindConfig()
     if not args.budget_minutes > 0:
         raise UsageError(f"--budget-minutes must be above 0, got {args.budget_minutes:g}")
-    seed = args.seed or 0
     return replace(
         usual,
         budget_minutes=args.budget_minutes,
-        read=replace(usual.read, contents=args.train_contents, seed=seed),
-        search=replace(usual.search, rows=args.batch_size, seed=seed),
+        read=replace(usual.read, contents=args.train_contents),
+        search=replace(usual.search, rows=args.batch_size),
         dev=args.dev_contents,
         test=args.n,
         when=args.when,
@@ -175,8 +174,7 @@ def _config(args: Namespace) -> "FindConfig":
         latents=args.latents,
         temperature=args.temperature,
         top_p=args.top_p,
-        seed=seed,
-    )
+    ).with_seed(args.seed or 0)
 
 
 _SHOWN = 12

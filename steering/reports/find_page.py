@@ -110,7 +110,7 @@ def _section(document: Mapping[str, Any], pages: Mapping[str, Mapping[str, Any]]
         "minutes": document["seconds"] / 60,
         "chart": _chart(arms, document["task"]["name"]),
         "arms": [
-            {"name": arm_words(name), "rates": [_interval(arm[grade]) for grade in GRADES]}
+            {"name": arm_words(name), "rates": [interval_words(arm[grade]) for grade in GRADES]}
             for name, arm in arms.items()
         ],
         "grades": GRADES,
@@ -192,5 +192,6 @@ def _rate(value: Sequence[float] | None) -> str:
     return "–" if value is None else f"{value[0]:.2f}"
 
 
-def _interval(value: Sequence[float] | None) -> str:
+def interval_words(value: Sequence[float] | None) -> str:
+    """A rate with its interval; a dash where no program can tell."""
     return "–" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"

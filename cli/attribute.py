@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common, add_model, default, given
-from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, number, print_json, print_table, write_run
+from saesteer.cli.inputs import exact_dtype, open_model, reserved
+from saesteer.cli.output import Document, number, print_json, print_table
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.reading_files import keep_reading
 from saesteer.cli.values import count
 from saesteer.cli.values import number as a_number
 from saesteer.mechanisms.reading_config import AttributeConfig
@@ -115,7 +116,7 @@ def run(args: Namespace) -> int:
         reserved(args, model=args.model, prompts=args.prompts, tuned=args.tuned),
         reporting(args) as report,
     ):
-        from saesteer.mechanisms import attribute, compare_attributions, save_reading
+        from saesteer.mechanisms import attribute, compare_attributions
         from saesteer.mechanisms.data.instructed import read_instructed, task_prompts
 
         prompts = (
@@ -123,7 +124,7 @@ def run(args: Namespace) -> int:
             if args.prompts is not None
             else task_prompts(args.task, args.n, config.seed, args.placement)
         )
-        dtype = "float32" if args.dtype == "auto" else args.dtype
+        dtype = exact_dtype(args)
         lm = open_model(args, report, dtype=dtype)
         result = attribute(lm, prompts, config, progress=report)
         if args.tuned is not None:
@@ -135,12 +136,7 @@ def run(args: Namespace) -> int:
                 replies=[by_text[p.text] for p in chosen] if same else None,
             )  # fmt: skip
             result = replace(result, comparison=compare_attributions(result, tuned))
-        if args.out is None:
-            document = result.document()
-        else:
-            folder = take_folder(args)
-            document = save_reading(folder, result)
-            write_run(folder, "attribute", vars(args), model=document["model"])
+        document = keep_reading(args, "attribute", result, "model")
     if args.json:
         print_json(document)
     else:

@@ -13,7 +13,7 @@ from saesteer.cli.flags import (
     given,
     need,
 )
-from saesteer.cli.inputs import open_model, reserved, take_folder
+from saesteer.cli.inputs import exact_dtype, open_model, reserved, take_folder
 from saesteer.cli.output import Document, number, print_json, print_table, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
@@ -157,7 +157,7 @@ def run(args: Namespace) -> int:
             for name in args.desiderata or ()
         }
         check_study(pairs, groups, args.mask or (), desiderata)
-        lm = open_model(args, report, dtype="float32" if args.dtype == "auto" else args.dtype)
+        lm = open_model(args, report, dtype=exact_dtype(args))
         study = study_circuit(
             lm, pairs, groups, config, masks=args.mask or (), desiderata=desiderata,
             cross=args.cross, device=args.device, dtype=str(lm.dtype).removeprefix("torch."),

@@ -3,10 +3,11 @@
 from argparse import Namespace
 
 from saesteer.cli.flags import add_common, default, given, need
-from saesteer.cli.inputs import reserved, take_folder
-from saesteer.cli.output import number, print_json, print_table, write_run
+from saesteer.cli.inputs import exact_dtype, reserved
+from saesteer.cli.output import number, print_json, print_table
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.reading_files import keep_reading
 from saesteer.cli.values import count, counts, names
 from saesteer.mechanisms.reading_config import DiffConfig
 
@@ -77,21 +78,16 @@ def run(args: Namespace) -> int:
         reserved(args, base=args.base, tuned=args.tuned, words=args.words, verbs=args.verbs),
         reporting(args) as report,
     ):
-        from saesteer.mechanisms import diff, save_reading
+        from saesteer.mechanisms import diff
         from saesteer.mechanisms.readings.word_lists import INSTRUCTION_VERBS, read_words
 
         words = None if args.words is None else read_words(args.words)
         verbs = INSTRUCTION_VERBS if args.verbs is None else read_words(args.verbs)
         result = diff(
             args.base, args.tuned, config, words=words, verbs=verbs, device=args.device,
-            dtype="float32" if args.dtype == "auto" else args.dtype, progress=report,
+            dtype=exact_dtype(args), progress=report,
         )  # fmt: skip
-        if args.out is None:
-            document = result.document()
-        else:
-            folder = take_folder(args)
-            document = save_reading(folder, result)
-            write_run(folder, "diff", vars(args))
+        document = keep_reading(args, "diff", result)
     if args.json:
         print_json(document)
         return 0

@@ -49,6 +49,11 @@ def open_model(
     return lm
 
 
+def exact_dtype(args: Namespace) -> str:
+    """`--dtype`, or float32 where it is left to us: what is compared are small differences."""
+    return "float32" if args.dtype == "auto" else str(args.dtype)
+
+
 def open_sae(args: Namespace, report: Report) -> "SAE":
     """Load the SAE of `--sae`, on the CPU, in the dtype of its file."""
     from saesteer.checkpoints.sae_file import load_sae

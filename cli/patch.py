@@ -16,7 +16,7 @@ from saesteer.cli.flags import (
     given,
     need,
 )
-from saesteer.cli.inputs import open_model, open_sae, reserved, take_folder
+from saesteer.cli.inputs import exact_dtype, open_model, open_sae, reserved, take_folder
 from saesteer.cli.output import print_json, print_next, write_run
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.patch_output import print_grid, print_latents, print_vectors
@@ -319,7 +319,7 @@ def _opened(args: Namespace, report: Report, seed: int, at: tuple[str, ...]) -> 
 
     pairs = load_pairs(args.pairs, n=args.n, against=args.against, seed=seed)
     check_positions(pairs, at, "at")
-    lm = open_model(args, report, dtype="float32" if args.dtype == "auto" else args.dtype)
+    lm = open_model(args, report, dtype=exact_dtype(args))
     return lm, pairs
 
 

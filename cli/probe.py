@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common, add_model, default, given
-from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, number, print_json, print_table, write_run
+from saesteer.cli.inputs import open_model, reserved
+from saesteer.cli.output import Document, number, print_json, print_table
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.reading_files import keep_reading
 from saesteer.cli.values import count, names
 from saesteer.cli.values import number as a_number
 from saesteer.mechanisms.reading_config import ProbeConfig
@@ -139,7 +140,6 @@ def run(args: Namespace) -> int:
             move_centroids,
             probe,
             read_state_rows,
-            save_reading,
             task_states,
         )
 
@@ -157,12 +157,7 @@ def run(args: Namespace) -> int:
             else move_centroids(models[0], rows, config, **more) if args.move
             else probe(models[0], rows, config, **more)
         )  # fmt: skip
-        if args.out is None:
-            document = result.document()
-        else:
-            folder = take_folder(args)
-            document = save_reading(folder, result)
-            write_run(folder, "probe", vars(args))
+        document = keep_reading(args, "probe", result)
     if args.json:
         print_json(document)
         return 0

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from saesteer.checkpoints.errors import UsageError
 from saesteer.cli.flags import add_common, add_model, default, given
-from saesteer.cli.inputs import open_model, reserved, take_folder
-from saesteer.cli.output import Document, number, print_json, print_table, write_run
+from saesteer.cli.inputs import exact_dtype, open_model, reserved
+from saesteer.cli.output import Document, number, print_json, print_table
 from saesteer.cli.parser import VerbParser
 from saesteer.cli.progress import reporting
+from saesteer.cli.reading_files import keep_reading
 from saesteer.cli.values import count
 from saesteer.cli.values import number as a_number
 from saesteer.mechanisms.reading_config import TraceConfig
@@ -82,22 +83,17 @@ def run(args: Namespace) -> int:
         raise UsageError("give either --prompt TEXT or --pairs FILE")
     config = TraceConfig(**given(args, TraceConfig))
     with reserved(args, model=args.model, pairs=args.pairs), reporting(args) as report:
-        from saesteer.mechanisms import compare_traces, load_pairs, save_reading, trace
+        from saesteer.mechanisms import compare_traces, load_pairs, trace
 
         pairs = args.pairs and load_pairs(args.pairs, n=args.n, seed=config.seed)
-        lm = open_model(args, report, dtype="float32" if args.dtype == "auto" else args.dtype)
+        lm = open_model(args, report, dtype=exact_dtype(args))
         result = (
             trace(lm, args.prompt, args.answer, config, wrong=args.wrong, progress=report)
             if pairs is None
             else compare_traces(lm, pairs, config, at=args.at, progress=report,
                                 drop=not Path(args.pairs).is_file())
         )  # fmt: skip
-        if args.out is None:
-            document = result.document()
-        else:
-            folder = take_folder(args)
-            document = save_reading(folder, result)
-            write_run(folder, "trace", vars(args), model=document["model"])
+        document = keep_reading(args, "trace", result, "model")
     if args.json:
         print_json(document)
         return 0

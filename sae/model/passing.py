@@ -110,10 +110,14 @@ def check_module(lm: LanguageModel, module: nn.Module, side: str, site: str) -> 
     A module that such a pass never reaches is left to the pass that will be made. Raises
     UsageError.
     """
-    found = _look(lm, {site: module})
-    passed = found.get(site) if isinstance(found, dict) else None
-    if passed is None or passed.runs == 0:
-        return
+    known = _known_modules.setdefault(lm, {})
+    if module not in known:
+        found = _look(lm, {site: module})
+        looked = found.get(site) if isinstance(found, dict) else None
+        if looked is None or looked.runs == 0:
+            return
+        known[module] = looked
+    passed = known[module]
     if passed.runs > 1:
         raise UsageError(
             f"`site` {site} of {lm.name} runs {passed.runs} times in one pass, so that no token "
@@ -131,6 +135,10 @@ def check_module(lm: LanguageModel, module: nn.Module, side: str, site: str) -> 
 _known: "weakref.WeakKeyDictionary[LanguageModel, dict[str, _Passed] | str]" = (
     weakref.WeakKeyDictionary()
 )
+_known_modules: "weakref.WeakKeyDictionary[LanguageModel, dict[nn.Module, _Passed]]" = (
+    weakref.WeakKeyDictionary()
+)
+"""Modules by themselves: a pass through the whole model for each."""
 
 
 def few_tokens(lm: LanguageModel, rows: int = _ROWS, tokens: int = _TOKENS) -> Tensor:

@@ -107,6 +107,13 @@ def test_one_pass_tells_about_all_blocks(fresh_lm: Shared) -> None:
     assert passes == []
 
 
+def test_a_module_is_looked_at_once(fresh_lm: Shared) -> None:
+    lm = fresh_lm("llama")
+    first = resolve_site(lm, 1, "model.layers.1.mlp.act_fn")
+    lm.text_model.forward = lambda **_: pytest.fail("another pass")  # type: ignore[method-assign]
+    assert resolve_site(lm, 1, "model.layers.1.mlp.act_fn") == first
+
+
 @pytest.mark.parametrize("kind", ["bert", "roformer", "git", "xmod"])
 def test_encoders_that_are_decoders_take_token_ids(kind: str) -> None:
     lm = tiny(kind)

@@ -227,9 +227,8 @@ class SAETrainer:
         where = "" if rank is None else f" in process {rank}"
         return NonFiniteError(
             f"the loss of {self.variant.folder} is not finite at step {self.steps_taken}{where}: "
-            f"the last "
-            f"state before it was kept; lower `lr` (now {self.peak_lr:.2g}) or look at the data "
-            "there"
+            f"the last state before it was kept; lower `lr` (now {self.peak_lr:.2g}) or look at "
+            "the data there"
         )
 
     def take_log(self) -> dict[str, float]:

@@ -42,7 +42,7 @@ help:
 	@echo 'make gpu              the benchmarks on a GPU in 8 minutes, with its page (ARGS="--minutes 4")'
 	@echo 'make peers            the other projects that the benchmarks compare with'
 	@echo 'make docs             the documentation site, with every link checked: build/docs/site/index.html'
-	@echo 'make readme-demo      the demo again, and its printout into README.md (8 minutes)'
+	@echo 'make readme-demo      the demo again, and its printout into README.md'
 	@echo 'make dist             the wheel and the source archive, and whether PyPI would take them'
 	@echo 'make typecheck-links  the git-ignored tree of links that type checkers need'
 	@echo 'make clean            remove caches and build products (distclean: .venv too)'
